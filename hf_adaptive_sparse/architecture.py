@@ -1,0 +1,288 @@
+"""Where a model's decoder layers and prunable weights are: the only file that knows model families.
+
+Nearly everything is found by what `transformers` guarantees for every model (``get_decoder()``,
+``get_text_config()``, module lists), so that a family needs an entry here only where its config
+says something in words of its own.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers import PretrainedConfig
+
+UNLIMITED_CONTEXT = 2**31 - 1
+"""What `context_length` returns for a model whose config names no limit."""
+
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+_KV_HEAD_FIELDS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+_WITHOUT_KV = ("linear_attention", "mamba", "conv", "recurrent")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the decoder layers of the model's language model.
+
+    Args:
+        model: A `transformers` model: a causal language model, a vision-language model around
+            one, or the bare decoder.
+
+    Returns:
+        The runtime name of the list (``"model.language_model.layers"``) and the list itself.
+
+    Raises:
+        ValueError: If the model has no language model with a list of decoder layers.
+    """
+    decoder = _language_decoder(model)
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in decoder.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module) or _inside_a_list(name):
+            continue
+        size = sum(p.numel() for p in module.parameters())
+        if best is None or size > best[0]:
+            best = size, name, module
+    if best is None:
+        raise _no_layers(model, f"{type(decoder).__name__} holds no nn.ModuleList of layers")
+    layers = best[2]
+    names = [name for name, module in model.named_modules() if module is layers]
+    if not names:
+        raise _no_layers(model, "its decoder is not one of its own modules")
+    return names[0], layers
+
+
+def _language_decoder(model: nn.Module) -> nn.Module:
+    decoder = model
+    while True:
+        get_decoder = getattr(decoder, "get_decoder", None)
+        if get_decoder is None:
+            raise _no_layers(model, f"{type(decoder).__name__} has no get_decoder()")
+        inner = get_decoder()
+        if inner is None:
+            raise _no_layers(model, f"get_decoder() of {type(decoder).__name__} returned None")
+        if inner is decoder or not hasattr(inner, "get_decoder"):
+            break
+        decoder = inner
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise _no_layers(model, "it has no `transformers` config")
+    if getattr(_text_config(config), "vocab_size", None) is None:
+        raise _no_layers(model, "its config has no vocab_size, so it holds no language model")
+    return inner if isinstance(inner, nn.Module) else decoder
+
+
+def _no_layers(model: nn.Module, why: str) -> ValueError:
+    return ValueError(
+        f"The model must have decoder layers of a language model; {type(model).__name__} has none "
+        f"that could be found: {why}. Looked for the largest nn.ModuleList in model.get_decoder(). "
+        "Load it with AutoModelForCausalLM or AutoModelForImageTextToText."
+    )
+
+
+def _inside_a_list(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def layer_index(name: str, layers_name: str) -> int:
+    """Return the decoder layer that a module belongs to.
+
+    Args:
+        name: Runtime name of the module, ``"model.layers.3.mlp.up_proj"``.
+        layers_name: Name of the list of layers, as `decoder_layers` returns it.
+
+    Raises:
+        ValueError: If the module is not inside the list.
+    """
+    prefix = layers_name + "."
+    index = name[len(prefix) :].split(".", 1)[0] if name.startswith(prefix) else ""
+    if not index.isdigit():
+        raise ValueError(f"{name!r} must be the name of a module inside {layers_name!r}.")
+    return int(index)
+
+
+def prunable_linears(
+    model: nn.Module, modules_to_not_convert: Iterable[str] | None = ()
+) -> dict[str, nn.Linear]:
+    """Return the linears whose weights are counted and pruned, in layer order.
+
+    These are the ``nn.Linear`` inside the decoder layers of the language model. Vision tower,
+    projector, embeddings and output head lie outside; linears whose weight is shared with another
+    module, or is stored in something else than floating point of shape (out, in), are left out.
+
+    Args:
+        model: The model.
+        modules_to_not_convert: Names or globs of modules to leave alone. A name also stands for
+            all that lies below it.
+
+    Returns:
+        Runtime module name -> module.
+
+    Raises:
+        ValueError: If there are no decoder layers, no linears in them, or an exclusion matches
+            none of them.
+    """
+    layers_name, layers = decoder_layers(model)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found: dict[str, nn.Linear] = {}
+    for name, module in layers.named_modules(prefix=layers_name):
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight
+        plain = tuple(weight.shape) == (module.out_features, module.in_features)
+        if plain and weight.is_floating_point() and uses[id(weight)] == 1:
+            found[name] = module
+    if not found:
+        raise ValueError(
+            f"No prunable linears in {layers_name!r} of {type(model).__name__}: its decoder layers "
+            "must hold nn.Linear with floating-point weights of their own (GPT-2's Conv1D and "
+            "already quantised linears are not supported)."
+        )
+    excluded: set[str] = set()
+    for pattern in modules_to_not_convert or ():
+        excluded |= set(match_names(pattern, found, "modules_to_not_convert"))
+    return {name: module for name, module in found.items() if name not in excluded}
+
+
+def match_names(pattern: str, names: Iterable[str], what: str) -> list[str]:
+    """Return the ``names`` that a name or glob stands for.
+
+    Args:
+        pattern: A module name, the name of a module that contains some of them, or a glob
+            (``*`` also crosses dots, as in `fnmatch`).
+        names: Known module names.
+        what: Where the pattern came from, for the message.
+
+    Raises:
+        ValueError: If nothing matches; examples of real names are listed.
+    """
+    known = list(names)
+    matched = [n for n in known if n == pattern or n.startswith(pattern + ".")]
+    if not matched:
+        matched = [n for n in known if fnmatch.fnmatchcase(n, pattern)]
+    if not matched:
+        raise ValueError(
+            f"{what} must name prunable modules of the model, or be a glob that matches some; "
+            f"{pattern!r} matches none. Names look like: {', '.join(known[:4])}."
+        )
+    return matched
+
+
+def dense_expert_weights(model: nn.Module) -> list[str]:
+    """Return the names of 3-D expert parameters in the decoder layers, which stay dense."""
+    layers_name, layers = decoder_layers(model)
+    return [
+        f"{name}.{key}"
+        for name, module in layers.named_modules(prefix=layers_name)
+        if not isinstance(module, _CONVOLUTIONS)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1
+    ]
+
+
+def _config(model_or_config: nn.Module | PretrainedConfig) -> PretrainedConfig:
+    if isinstance(model_or_config, PretrainedConfig):
+        return model_or_config
+    config = getattr(model_or_config, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(
+            "A `transformers` model or its config is needed, got "
+            f"{type(model_or_config).__name__}, which has no config."
+        )
+    return config
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    text = config.get_text_config(decoder=True)
+    return text if isinstance(text, PretrainedConfig) else config
+
+
+def num_decoder_layers(model_or_config: nn.Module | PretrainedConfig) -> int:
+    """Return the number of decoder layers of the language model.
+
+    Raises:
+        ValueError: If the config does not say.
+    """
+    config = _config(model_or_config)
+    layers = getattr(_text_config(config), "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ValueError(f"{type(config).__name__} names no num_hidden_layers.")
+    return layers
+
+
+def kv_widths(model_or_config: nn.Module | PretrainedConfig) -> list[tuple[int, int]]:
+    """Return how many elements one token adds to the cache, per decoder layer.
+
+    Returns:
+        ``(elements of the keys, elements of the values)`` per layer: ``kv_heads * head_dim``
+        each; ``(0, 0)`` for a layer that keeps no keys and values.
+
+    Raises:
+        ValueError: If the config does not say.
+    """
+    config = _config(model_or_config)
+    text = _text_config(config)
+    layers = num_decoder_layers(config)
+    kinds = getattr(text, "layer_types", None)
+    own = getattr(text, "per_layer_config", None)  # Gemma 4: heads differ between layers
+    return [
+        _layer_kv_width(own[index] if own else text, index, kinds[index] if kinds else "")
+        for index in range(layers)
+    ]
+
+
+def _layer_kv_width(text: PretrainedConfig, index: int, kind: str) -> tuple[int, int]:
+    if kind in _WITHOUT_KV:
+        return 0, 0
+    heads = _per_layer(getattr(text, "num_attention_heads", None), index)
+    kv_heads = next(
+        (_per_layer(v, index) for v in (getattr(text, f, None) for f in _KV_HEAD_FIELDS) if v),
+        heads,
+    )
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        kv_heads = 1  # Falcon-7B and GPT-BigCode: one key-value head, whatever num_kv_heads says
+    head_dim = _per_layer(getattr(text, "head_dim", None), index)
+    if head_dim is None and heads:
+        head_dim = int(text.hidden_size) // heads
+    if not kv_heads or not head_dim:
+        raise ValueError(f"{type(text).__name__} names no attention heads, so no cache width.")
+    if getattr(text, "qk_nope_head_dim", None) and getattr(text, "v_head_dim", None):
+        # Multi-head latent attention is cached expanded, with keys wider than values.
+        key_dim = int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim)
+        return kv_heads * key_dim, kv_heads * int(text.v_head_dim)
+    return kv_heads * head_dim, kv_heads * head_dim
+
+
+def _per_layer(value: object, index: int) -> int | None:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = value[index]
+    return value if isinstance(value, int) else None
+
+
+def context_length(model_or_config: nn.Module | PretrainedConfig) -> int:
+    """Return the most tokens the language model takes; `UNLIMITED_CONTEXT` if it names no limit."""
+    text = _text_config(_config(model_or_config))
+    for field in _CONTEXT_FIELDS:
+        value = getattr(text, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return UNLIMITED_CONTEXT
+
+
+def image_token_id(model_or_config: nn.Module | PretrainedConfig) -> int | None:
+    """Return the id that stands for image features in ``input_ids``, if there is one."""
+    config = _config(model_or_config)
+    for field in _IMAGE_TOKEN_FIELDS:
+        value = getattr(config, field, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def accepts_images(model_or_config: nn.Module | PretrainedConfig) -> bool:
+    """Return whether the model's forward takes images beside text."""
+    config = _config(model_or_config)
+    vision = getattr(config, "vision_config", None)
+    return vision is not None or image_token_id(config) is not None

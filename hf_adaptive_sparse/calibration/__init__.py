@@ -1,0 +1,1 @@
+"""Calibration: batches from data sets, and statistics of the activations they cause."""

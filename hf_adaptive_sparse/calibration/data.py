@@ -1,0 +1,184 @@
+"""Batches for calibration and evaluation, from a dataset's name, a path or a ready list.
+
+`load_batches` is the one way in: it opens the source (`records`), and makes windows of text
+(`text_windows`) or answered visual questions (`questions`) of what it finds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from hf_adaptive_sparse.architecture import accepts_images, image_token_id
+from hf_adaptive_sparse.calibration.questions import (
+    format_question,
+    load_processor,
+    question_batch,
+    require_image_processor,
+)
+from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
+from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+"""Keyword arguments of the model's forward: ``input_ids`` (batch, seq) int64 and so on."""
+
+Source = str | os.PathLike[str] | Sequence[Mapping[str, torch.Tensor]] | None
+
+POOL_FACTOR = 4
+"""Shuffled samples are drawn from the first ``POOL_FACTOR * num_samples`` of the source."""
+
+
+def load_batches(
+    source: Source,
+    processor: Any,
+    *,
+    config: PretrainedConfig,
+    num_samples: int | None = 128,
+    sequence_length: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    split: str = "train",
+    shuffle: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> list[Batch]:
+    """Make the batches of a calibration or an evaluation.
+
+    Text: the lines joined by newlines, tokenised without special tokens, cut into consecutive
+    windows of ``sequence_length`` tokens; the rest is dropped. Visual questions: prompt, answer
+    and end of sequence, padded on the right, with ``labels`` of -100 everywhere but on the answer
+    (see `questions`).
+
+    Args:
+        source: ``None`` (WikiText-2 from the Hub), a Hub dataset as ``name[:config[:split]]``, a
+            local parquet, jsonl, json or text file, or a list of batches, which is checked and
+            returned.
+        processor: Processor or tokenizer of the model. Not used for a list of batches.
+        config: The model's config.
+        num_samples: Windows or questions at most; ``None`` takes all there are.
+        sequence_length: Tokens per window of text. ``None``: ``min(2048, the model's context)``.
+        batch_size: Windows or questions per batch.
+        seed: Seed of the choice of samples.
+        split: Split of a Hub dataset that names none itself.
+        shuffle: Draw the samples from the first ``POOL_FACTOR * num_samples`` (``True``), or take
+            the first ones in order (``False``). ``None``: ``True`` for the training split only,
+            so that calibration varies with the seed and an evaluation never does.
+        revision: Revision of a Hub dataset.
+        token: Token for private or gated Hub datasets.
+
+    Returns:
+        Batches of ``input_ids`` and ``attention_mask``, both (batch, seq) int64. For visual
+        questions also ``labels`` (batch, seq) int64 and what the processor makes of the images.
+
+    Raises:
+        DataError: If the data cannot be read or do not suffice.
+        ValueError: If an argument is invalid, or the data have images and the processor or the
+            model takes none.
+        TypeError: If a ready batch holds something other than tensors.
+    """
+    if source is not None and not isinstance(source, str | os.PathLike):
+        return check_batches(source)
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+    shuffle = split == "train" if shuffle is None else shuffle
+    records = read_records(
+        source, split, images=accepts_images(config), revision=revision, token=token
+    )
+    pool = None if num_samples is None else num_samples * (POOL_FACTOR if shuffle else 1)
+    samples: list[Any]
+    if records.kind == "text":
+        length = window_length(sequence_length, config)
+        samples = read_windows(
+            records, processor, length=length, count=pool, image_token=image_token_id(config)
+        )
+    else:
+        require_image_processor(processor, records.name)
+        samples = list(itertools.islice(records, pool))
+        if not samples:
+            raise DataError(f"{records.name} holds no questions.")
+    if shuffle:
+        # Order within the draw is kept: neighbouring batches then share lengths and images.
+        rng = random.Random(seed)
+        count = len(samples) if num_samples is None else min(num_samples, len(samples))
+        samples = [samples[i] for i in sorted(rng.sample(range(len(samples)), count))]
+    if num_samples is not None and len(samples) < num_samples:
+        logger.warning("%s holds %d of %d samples.", records.name, len(samples), num_samples)
+    if records.kind == "text":
+        return [_window_batch(chunk) for chunk in _chunks(samples, batch_size)]
+    return [question_batch(processor, chunk) for chunk in _chunks(samples, batch_size)]
+
+
+def _chunks(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (samples[start : start + size] for start in range(0, len(samples), size))
+
+
+def _window_batch(windows: Sequence[torch.Tensor]) -> Batch:
+    input_ids = torch.stack(list(windows))
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def check_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Batch]:
+    """Check ready batches and return them as a list of dicts.
+
+    Raises:
+        DataError: If there are none, or one is empty or of mismatched shapes.
+        TypeError: If a batch is not a dict of tensors.
+    """
+    checked: list[Batch] = []
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"A batch must be a dict of tensors; batch {index} is {type(batch).__name__}."
+            )
+        for key, value in batch.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"A batch must hold tensors; {key!r} of batch {index} is "
+                    f"{type(value).__name__}."
+                )
+        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+        if tokens is None:
+            raise DataError(
+                f"A batch must hold input_ids or inputs_embeds; batch {index} holds "
+                f"{', '.join(batch) or 'nothing'}."
+            )
+        dims = 2 if "input_ids" in batch else 3
+        if tokens.ndim != dims or tokens.numel() == 0:
+            raise DataError(
+                f"input_ids must have the shape (batch, seq), inputs_embeds (batch, seq, width), "
+                f"none of them 0; batch {index} has {tuple(tokens.shape)}."
+            )
+        for key in ("attention_mask", "labels"):
+            if key in batch and batch[key].shape != tokens.shape[:2]:
+                raise DataError(
+                    f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch "
+                    f"{index} has {tuple(batch[key].shape)}."
+                )
+        checked.append(dict(batch))
+    if not checked:
+        raise DataError("At least one batch is needed; the list is empty.")
+    return checked
+
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Records",
+    "Row",
+    "Source",
+    "check_batches",
+    "format_question",
+    "load_batches",
+    "load_processor",
+    "read_records",
+]

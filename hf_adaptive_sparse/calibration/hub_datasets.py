@@ -1,0 +1,88 @@
+"""Rows of datasets on the Hub, through the `datasets` library, which runs no code from there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hf_adaptive_sparse.calibration.tables import IMAGE, DataError, Row, Table
+
+logger = logging.getLogger(__name__)
+
+LARGE_DOWNLOAD_BYTES = 1 << 30
+"""Datasets above this size, or of unknown size, are streamed instead of downloaded whole."""
+
+
+def hub_table(source: str, split: str, revision: str | None, token: str | bool | None) -> Table:
+    """Open ``name[:config[:split]]``.
+
+    Args:
+        source: The dataset.
+        split: Its split, if ``source`` names none.
+        revision: Revision of the repo.
+        token: Token for private or gated datasets.
+
+    Raises:
+        DataError: If it cannot be read: no such dataset or split, no network, no access.
+    """
+    parts = source.split(":")
+    if len(parts) > 3 or not parts[0]:
+        raise DataError(
+            f"A Hub dataset is written name, name:config or name:config:split; got {source!r}."
+        )
+    name = parts[0]
+    config = parts[1] if len(parts) > 1 and parts[1] else None
+    split = parts[2] if len(parts) > 2 and parts[2] else split
+    try:
+        data = _open_hub_dataset(name, config, split, revision, token)
+    except DataError:
+        raise
+    except Exception as error:  # the Hub's clients raise many unrelated types
+        raise _hub_error(source, error) from error
+    columns = list(data.column_names or ())
+    if not columns:  # a stream may not know its columns before its first row
+        columns = list(next(iter(data), {}))
+
+    def scan(wanted: Sequence[str]) -> Iterator[Row]:
+        try:
+            yield from data.select_columns(list(wanted))
+        except Exception as error:
+            raise _hub_error(source, error) from error
+
+    return Table(source, columns, scan)
+
+
+def _open_hub_dataset(
+    name: str, config: str | None, split: str, revision: str | None, token: str | bool | None
+) -> Any:
+    import datasets
+
+    builder = datasets.load_dataset_builder(name, config, revision=revision, token=token)
+    splits = builder.info.splits
+    if splits and split.split("[")[0] not in splits:
+        raise DataError(
+            f"{name} has no split {split!r}; it has {', '.join(splits)}. Name one as "
+            f"{name}:{config or ''}:{next(iter(splits))}."
+        )
+    streaming = _is_large(builder.info.download_size)
+    logger.info("Reading %s (%s)%s", name, split, ", streamed" if streaming else "")
+    data = datasets.load_dataset(
+        name, config, split=split, revision=revision, token=token, streaming=streaming
+    )
+    features = data.features or {}
+    if isinstance(features.get(IMAGE), datasets.Image):
+        data = data.cast_column(IMAGE, datasets.Image(decode=False))
+    return data
+
+
+def _is_large(download_bytes: int | None) -> bool:
+    return download_bytes is None or download_bytes > LARGE_DOWNLOAD_BYTES
+
+
+def _hub_error(source: str, error: Exception) -> DataError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    return DataError(
+        f"The dataset {source!r} cannot be read from the Hub ({type(error).__name__}: {reason}). "
+        "Check its name, the network and your token (`hf auth login`), or give a local file."
+    )

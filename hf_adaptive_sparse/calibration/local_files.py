@@ -1,0 +1,109 @@
+"""Rows of local parquet, jsonl, json and text files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_adaptive_sparse.calibration.tables import TEXT, DataError, Row, Table
+
+FILE_TYPES = (".parquet", ".jsonl", ".json", ".txt")
+
+
+def local_table(path: Path, split: str) -> Table:
+    """Open a file, or the parquet files of a folder.
+
+    Args:
+        path: File or folder.
+        split: In a folder, files whose name begins with this are preferred.
+
+    Raises:
+        DataError: If there is no such file, or not one that can be read.
+    """
+    if path.is_dir():
+        files = sorted(path.rglob("*.parquet"))
+        if not files:
+            raise DataError(f"A folder of data must hold parquet files; {path} holds none.")
+        files = [f for f in files if f.name.startswith(split)] or files
+        return _parquet_table(files, str(path), path)
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist. Give a local {', '.join(FILE_TYPES)} file, or a Hub dataset "
+            "as name:config:split."
+        )
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _parquet_table([path], str(path), path.parent)
+    if kind == ".txt":
+        return Table(str(path), [TEXT], lambda _: _text_lines(path))
+    if kind in (".jsonl", ".json"):
+        read = _json_lines if kind == ".jsonl" else _json_rows
+        first = next(iter(read(path)), {})
+        return Table(str(path), list(first), lambda _: read(path), path.parent)
+    raise DataError(f"Data files must be {', '.join(FILE_TYPES)}; got {path.name}.")
+
+
+def _parquet_table(files: Sequence[Path], name: str, folder: Path) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        columns = pq.read_schema(files[0]).names
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{files[0]} is not a readable parquet file: {error}") from error
+
+    def scan(wanted: Sequence[str]) -> Iterator[Row]:
+        for file in files:
+            try:
+                with pq.ParquetFile(file) as parquet:
+                    # Small batches: a row may hold an image, and few rows may be wanted.
+                    for batch in parquet.iter_batches(256, columns=list(wanted)):
+                        yield from batch.to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{file} cannot be read: {error}") from error
+
+    return Table(name, columns, scan, folder)
+
+
+def _text_lines(path: Path) -> Iterator[Row]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield {TEXT: line}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not readable UTF-8 text: {error}") from error
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    for number, row in enumerate(_text_lines(path), start=1):
+        if not row[TEXT].strip():
+            continue
+        try:
+            value = json.loads(row[TEXT])
+        except ValueError as error:
+            raise DataError(f"Line {number} of {path} is not JSON: {error}") from error
+        yield _json_row(value, path, number)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not readable UTF-8 text: {error}") from error
+    except ValueError:  # many ".json" files hold one object per line
+        yield from _json_lines(path)
+        return
+    if isinstance(values, Mapping):
+        values = values.get("data", [values])
+    if not isinstance(values, list):
+        raise DataError(f"{path} must hold a list of objects, one per row.")
+    for number, value in enumerate(values, start=1):
+        yield _json_row(value, path, number)
+
+
+def _json_row(value: Any, path: Path, number: int) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"Every row of {path} must be a JSON object; row {number} is not.")
+    return value

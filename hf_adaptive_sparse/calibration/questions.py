@@ -1,0 +1,223 @@
+r"""Visual questions as a model reads them: prompt, image, answer.
+
+The prompt comes from the processor's chat template where it has one, and else is
+``<bos><image>\nQ: {question} A:``. Behind it come a blank (unless the prompt ends in white space
+already), the answer, and an end of sequence. Prompts are the same in calibration, in perplexity
+and when answers are generated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hf_adaptive_sparse.calibration.records import IMAGE, QUESTION, DataError, Row, load_image
+
+IGNORED = -100
+"""Label of a token that is not scored."""
+
+PLAIN_PROMPT = "\nQ: {question} A:"
+"""What follows the image where a processor has no chat template."""
+
+
+def load_processor(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Any:
+    """Load a model's processor, or its tokenizer where it has no processor.
+
+    Code from the repo is never run.
+
+    Raises:
+        OSError: If the repo or folder has neither.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    settings = {"revision": revision or "main", "token": token, "trust_remote_code": False}
+    try:
+        return AutoProcessor.from_pretrained(name_or_path, **settings)
+    except (OSError, ValueError, ImportError, KeyError):
+        # A text model has no processor; what is wrong with one that has, the tokenizer shows too.
+        return AutoTokenizer.from_pretrained(name_or_path, **settings)
+
+
+def require_image_processor(processor: Any, data: str) -> None:
+    """Check that a processor takes images.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if getattr(processor, "image_processor", None) is None:
+        raise ValueError(
+            f"{data} holds images, so the model's processor must have an image processor; "
+            f"{type(processor).__name__} has none. Load it with AutoProcessor, or use data with a "
+            "'text' column."
+        )
+
+
+def format_question(processor: Any, question: str, prompt: str | None = None) -> str:
+    """Return the prompt that asks a question about one image.
+
+    Args:
+        processor: The model's processor.
+        question: The question.
+        prompt: Text around the question, with ``{question}`` where it goes: the user's message
+            under a chat template (default ``"{question}"``), else all that follows the image
+            token (default `PLAIN_PROMPT`).
+
+    Raises:
+        ValueError: If ``prompt`` lacks ``{question}``.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    chat = getattr(processor, "chat_template", None)
+    template = prompt if prompt is not None else "{question}" if chat else PLAIN_PROMPT
+    if "{question}" not in template:
+        raise ValueError(f"prompt must contain {{question}}, got {prompt!r}.")
+    image_token = getattr(processor, "image_token", None)
+    if image_token is None:
+        image_token = getattr(tokenizer, "image_token", None) or "<image>"
+    # A question that spells the image token would ask for a second image.
+    text = template.replace("{question}", question.replace(image_token, "").strip())
+    if chat:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        rendered = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        return str(rendered)
+    bos = tokenizer.bos_token
+    return f"{'' if bos is None or _adds_bos(tokenizer) else bos}{image_token}{text}"
+
+
+def format_answer(prompt: str, answer: str) -> str:
+    """Return the answer as it follows ``prompt``: after a blank, if the prompt ends in none."""
+    return f"{'' if prompt[-1:].isspace() else ' '}{answer.strip()}"
+
+
+def encode_questions(
+    processor: Any, texts: Sequence[str], images: Sequence[Any], padding_side: str
+) -> dict[str, torch.Tensor]:
+    """Run the processor over texts with one image each.
+
+    Args:
+        processor: The model's processor.
+        texts: Prompts, with or without an answer.
+        images: Images of records, one per text.
+        padding_side: ``"left"`` to generate, ``"right"`` to score.
+
+    Returns:
+        All tensors of the processor's output: ``input_ids`` and ``attention_mask`` (batch, seq)
+        int64, ``pixel_values`` and so on.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    opened = [[load_image(image)] for image in images]
+    # A prompt that begins with bos is complete; the tokenizer would put a second one before it.
+    complete = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
+    with padding(tokenizer, padding_side):
+        encoded = processor(
+            text=list(texts),
+            images=opened,
+            add_special_tokens=not complete,
+            padding=True,
+            truncation=False,
+            return_tensors="pt",
+        )
+    return {key: value for key, value in encoded.items() if isinstance(value, torch.Tensor)}
+
+
+def question_batch(
+    processor: Any, rows: Sequence[Row], prompt: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Make a batch of answered questions, padded on the right.
+
+    Args:
+        processor: The model's processor.
+        rows: Rows of kind ``"visual_question"``. Of several answers the most frequent is used,
+            of equally frequent ones the first.
+        prompt: See `format_question`.
+
+    Returns:
+        The processor's output and ``labels`` (batch, seq) int64: -100 but on the tokens of the
+        answer. The end of sequence is read but not scored: models that were never taught to end
+        an answer exist, and its loss would drown theirs.
+
+    Raises:
+        DataError: If an answer leaves no token to score.
+    """
+    prompts = [format_question(processor, row[QUESTION], prompt) for row in rows]
+    answered = [
+        text + format_answer(text, most_frequent(row["answers"]))
+        for text, row in zip(prompts, rows, strict=True)
+    ]
+    tokenizer = getattr(processor, "tokenizer", processor)
+    eos = tokenizer.eos_token or ""
+    images = [row[IMAGE] for row in rows]
+    batch = encode_questions(processor, [text + eos for text in answered], images, "right")
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for index, (before, text) in enumerate(zip(prompts, answered, strict=True)):
+        count = len(answer_ids(processor, before, text))
+        if count == 0:
+            raise DataError(f"The answer to {rows[index][QUESTION]!r} has no tokens.")
+        end = int(batch["attention_mask"][index].sum()) - bool(eos)
+        labels[index, end - count : end] = batch["input_ids"][index, end - count : end]
+    return {**batch, "labels": labels}
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """Return the most frequent answer; of equally frequent ones the first."""
+    return max(dict.fromkeys(answers), key=list(answers).count)
+
+
+def answer_ids(processor: Any, prompt: str, answered: str) -> list[int]:
+    """Return the tokens of ``answered`` behind those it shares with ``prompt``.
+
+    Compared as tokens of the whole text: tokenising the answer alone can give others (SentencePiece
+    marks the start of every text). Image tokens, which only the processor expands, are all in the
+    shared part.
+
+    Args:
+        processor: Processor or tokenizer.
+        prompt: The prompt.
+        answered: The prompt and the answer.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(answered, add_special_tokens=False)["input_ids"]
+    shared = 0
+    for first, second in zip(before, whole, strict=False):
+        if first != second:
+            break
+        shared += 1
+    return whole[shared:]
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+@contextmanager
+def padding(tokenizer: Any, side: str) -> Iterator[None]:
+    """Pad on ``side`` inside the block, with end of sequence where there is no padding token."""
+    before: Mapping[str, Any] = {"padding_side": tokenizer.padding_side}
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "The tokenizer must have a padding token or an end of sequence to pad with; "
+                f"{type(tokenizer).__name__} has neither. Set tokenizer.pad_token."
+            )
+        before = {**before, "pad_token": None}
+    try:
+        tokenizer.padding_side = side
+        if "pad_token" in before:
+            tokenizer.pad_token = tokenizer.eos_token
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(tokenizer, name, value)

@@ -1,0 +1,273 @@
+"""Runs the decoder one layer at a time over all calibration batches.
+
+One forward per batch through the model as it stands records what each layer is called with; after
+that, layers are run alone, each on the output of the one before it, so that a layer can be pruned
+before the next one sees anything. What is held besides the model: one set of hidden states, and the
+other arguments of the layers (masks, rotary embeddings), which layers and batches mostly share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from hf_adaptive_sparse.architecture import decoder_layers
+
+_POOL_DEPTH = 8
+"""How many tensors of one shape are compared with a new one before it is kept as well."""
+
+
+class _StopForward(Exception):
+    """Ends a forward after the last decoder layer: the output head is not needed."""
+
+
+@dataclass
+class _Change:
+    """What the model adds to some tokens between two layers (deep visual features)."""
+
+    places: torch.Tensor  # (changed, dims - 1), int64
+    difference: torch.Tensor  # (changed, hidden), float64: exact for the dtypes of models
+
+    def applied(self, hidden: torch.Tensor) -> torch.Tensor:
+        index = tuple(self.places.to(hidden.device).unbind(1))
+        changed = hidden.clone()
+        rows = hidden[index].double() + self.difference.to(hidden.device)
+        changed[index] = rows.to(hidden.dtype)
+        return changed
+
+
+@dataclass
+class _Call:
+    """The arguments of one layer for one batch, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
+    change: _Change | None = None
+
+
+@dataclass
+class _Record:
+    """What the forward of one batch showed."""
+
+    calls: list[_Call | None]
+    first_input: torch.Tensor | None = None
+    previous: torch.Tensor | None = field(default=None, repr=False)
+
+
+class DecoderReplay:
+    """The decoder of a model, run layer by layer over all batches.
+
+    Attributes:
+        hidden_states: Per batch, the hidden states ``(batch, seq, hidden)`` that the next layer
+            takes, on ``hidden_states_device``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        hidden_states_device: str | torch.device = "cpu",
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run every batch once and record what the layers are called with.
+
+        Args:
+            model: The model; it is put into evaluation mode while it runs.
+            batches: Inputs of its forward.
+            hidden_states_device: Where hidden states wait between layers.
+            on_batch: Called with the index of a batch before it is run.
+
+        Raises:
+            ValueError: If there are no batches, or a layer runs more than once per forward.
+        """
+        if not batches:
+            raise ValueError("Calibration needs at least one batch, got none.")
+        self._name, self._layers = decoder_layers(model)
+        self._device = torch.device(hidden_states_device)
+        self._pool: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        self._calls: list[list[_Call | None]] = []
+        self.hidden_states: list[torch.Tensor] = []
+        for index, batch in enumerate(batches):
+            if on_batch is not None:
+                on_batch(index)
+            record = self._record(model, batch)
+            if record.first_input is None:
+                raise ValueError(
+                    f"The forward of batch {index} ran no decoder layer of {self._name!r}."
+                )
+            self._calls.append(record.calls)
+            self.hidden_states.append(record.first_input)
+
+    def _record(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> _Record:
+        record = _Record([None] * len(self._layers))
+
+        def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keyword = "hidden_states" in kwargs
+            hidden = kwargs["hidden_states"] if keyword else args[0]
+            if record.calls[index] is not None:
+                raise ValueError(
+                    f"Decoder layer {index} of {self._name!r} runs more than once per forward; "
+                    "layer-by-layer calibration needs each to run once. Use a data-free metric."
+                )
+            others = {k: self._kept(v) for k, v in kwargs.items() if k != "hidden_states"}
+            rest = tuple(self._kept(a) for a in (args if keyword else args[1:]))
+            call = record.calls[index] = _Call(rest, others, keyword)
+            if record.first_input is None:
+                record.first_input = hidden.detach().to(self._device, copy=True)
+            elif record.previous is not None:
+                call.change = self._change(record.previous, hidden)
+
+        def after(output: Any) -> None:
+            # A copy: some models add to the hidden states in place between layers.
+            record.previous = _hidden(output).detach().clone()
+
+        with _layer_hooks(self._layers, before, after), evaluation_mode(model):
+            run_decoder(model, batch, stop_after=self._layers)
+        record.previous = None
+        return record
+
+    def _change(self, previous: torch.Tensor, hidden: torch.Tensor) -> _Change | None:
+        previous = previous.to(hidden.device)
+        if torch.equal(previous, hidden):
+            return None
+        places = (previous != hidden).any(dim=-1).nonzero()
+        index = tuple(places.unbind(1))
+        difference = hidden[index].double() - previous[index].double()
+        return _Change(places.to(self._device), difference.to(self._device))
+
+    def _kept(self, value: Any) -> Any:
+        """Return ``value`` with tensors replaced by equal ones that are held already."""
+        if isinstance(value, torch.Tensor):
+            pool = self._pool.setdefault((value.shape, value.dtype, value.device), [])
+            for known in pool:
+                if known is value or torch.equal(known, value):
+                    return known
+            if len(pool) < _POOL_DEPTH:
+                pool.append(value)
+            return value
+        if type(value) in (tuple, list):
+            return type(value)(self._kept(v) for v in value)
+        # A cache that is filled would make a second run of the layer see its own past.
+        return None if isinstance(value, Cache) else value
+
+    def run_layer(
+        self, index: int, *, advance: bool, on_batch: Callable[[int], None] | None = None
+    ) -> None:
+        """Run one layer, as it is now, over all batches.
+
+        Args:
+            index: The layer; layers are to be advanced in order.
+            advance: Replace the hidden states by the layer's output.
+            on_batch: Called with the index of a batch before it is run.
+        """
+        layer = self._layers[index]
+        device = execution_device(layer)
+        with torch.no_grad(), evaluation_mode(layer):
+            for batch, calls in enumerate(self._calls):
+                call = calls[index]
+                if call is None:  # this batch passes the layer by (cross-attention, no image)
+                    continue
+                if on_batch is not None:
+                    on_batch(batch)
+                hidden = self.hidden_states[batch].to(device)
+                if call.change is not None:
+                    hidden = call.change.applied(hidden)
+                if call.keyword:
+                    output = layer(*call.args, hidden_states=hidden, **call.kwargs)
+                else:
+                    output = layer(hidden, *call.args, **call.kwargs)
+                if advance:
+                    self.hidden_states[batch] = _hidden(output).to(self._device)
+        if advance:
+            for calls in self._calls:
+                calls[index] = None
+
+
+def run_decoder(
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    stop_after: nn.ModuleList,
+) -> None:
+    """Run a batch through the model without gradients, up to its last decoder layer.
+
+    Args:
+        model: The model.
+        batch: Inputs of its forward; ``labels`` are ignored.
+        stop_after: The decoder layers.
+    """
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _StopForward
+
+    device = execution_device(model.get_input_embeddings())
+    inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+    handle = stop_after[-1].register_forward_hook(stop)
+    try:
+        with torch.no_grad():
+            model(**inputs, use_cache=False)
+    except _StopForward:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module and all below it into evaluation mode; restore each one's own mode after."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device a module computes on, also where `accelerate` keeps it elsewhere."""
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None and any(True for _ in child.parameters()):
+            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
+    for parameter in module.parameters():
+        return parameter.device
+    return torch.device("cpu")
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, torch.Tensor):
+        raise ValueError(
+            "A decoder layer must return its hidden states as a tensor, alone or first of a "
+            f"tuple; got {type(output).__name__}."
+        )
+    return hidden
+
+
+@contextmanager
+def _layer_hooks(
+    layers: nn.ModuleList,
+    before: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[Any], None],
+) -> Iterator[None]:
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def pre_hook(index: int) -> Callable[..., None]:
+        return lambda module, args, kwargs: before(index, args, kwargs)
+
+    try:
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(pre_hook(index), with_kwargs=True))
+            handles.append(layer.register_forward_hook(lambda module, args, out: after(out)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

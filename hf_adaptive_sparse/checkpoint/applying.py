@@ -1,0 +1,211 @@
+"""Pruning a model as a config asks, and the explicit config that describes the result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.calibration.data import load_batches
+from hf_adaptive_sparse.calibration.questions import load_processor
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.profile import per_layer_kv_cache
+from hf_adaptive_sparse.profiles import CalibrationConfig, SparsityProfile
+from hf_adaptive_sparse.pruning.apply import (
+    ModuleReport,
+    PruningReport,
+    prune_model,
+    resolve_ratios,
+)
+from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.version import __version__
+
+logger = logging.getLogger(__name__)
+
+Calibration = str | CalibrationConfig | Sequence[Mapping[str, torch.Tensor]] | None
+"""Where calibration data come from: a dataset's name, a path, a config, or ready batches."""
+
+
+def check_before_loading(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
+    """Check what can be checked of a config before the model has weights.
+
+    Args:
+        model: The model, possibly on the meta device.
+        config: How it will be pruned.
+
+    Returns:
+        Module name -> ratio, of every prunable linear; empty if nothing is to be pruned.
+
+    Raises:
+        ValueError: If a name or glob matches nothing, the list of KV bits has the wrong length,
+            or the metric needs calibration data and the config names none.
+    """
+    ratios = _ratios(model, config)
+    per_layer_kv_cache(model, config)
+    if any(ratios.values()):
+        _check_calibration(config.metric, config.calibration)
+    return ratios
+
+
+def prune_and_resolve(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    calibration: Calibration = None,
+    processor: Any = None,
+    *,
+    progress: bool = True,
+    hub_arguments: Mapping[str, Any] | None = None,
+) -> tuple[PruningReport, SparsityConfig]:
+    """Prune a model in place.
+
+    Args:
+        model: The model, with weights.
+        config: How to prune it.
+        calibration: Calibration data; ``None``: what the config names.
+        processor: Processor or tokenizer for data that are not batches yet; ``None``: the one in
+            the model's own repository.
+        progress: Show a progress bar.
+        hub_arguments: Revision, token and so on for that repository.
+
+    Returns:
+        The report, and the config with every ratio, every layer's KV bits, and the provenance.
+
+    Raises:
+        ValueError: If the config does not fit the model, or calibration data are needed and
+            missing or unusable.
+    """
+    ratios = _ratios(model, config)
+    kv_cache = per_layer_kv_cache(model, config)
+    source = config.calibration if calibration is None else calibration
+    settings = _settings(source, config.calibration)
+    batches = None
+    removes = any(ratios.values())
+    if removes and get_metric(config.metric).needs_calibration:
+        _check_calibration(config.metric, source)
+        ready = None if source is None or isinstance(source, str | CalibrationConfig) else source
+        if ready is None and processor is None:
+            processor = load_processor(model.config.name_or_path, **(hub_arguments or {}))
+        batches = load_batches(
+            settings.dataset if ready is None else ready,
+            processor,
+            config=model.config,
+            num_samples=settings.num_samples,
+            sequence_length=settings.sequence_length,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+    if removes:
+        report = prune_model(
+            model,
+            metric=config.metric,
+            pattern=config.pattern,
+            ratios=ratios,
+            batches=batches,
+            sequential=settings.sequential,
+            image_weight=settings.image_weight,
+            progress=progress,
+        )
+    else:
+        report = _nothing_removed(model, config, ratios)
+    resolved = SparsityConfig(
+        target_sparsity=_target(model, config, ratios),
+        metric=config.metric,
+        sparsity=ratios,
+        pattern=config.pattern,
+        kv_cache=kv_cache,
+        modules_to_not_convert=config.modules_to_not_convert,
+        checkpoint_format=config.checkpoint_format,
+        provenance=_provenance(model, config, source, settings, batches, hub_arguments or {}),
+    )
+    return report, resolved
+
+
+def _ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
+    if config.target_sparsity == 0.0 and not config.sparsity:
+        return {}
+    return resolve_ratios(
+        model,
+        config.target_sparsity,
+        config.sparsity,
+        config.modules_to_not_convert,
+        config.pattern,
+    )
+
+
+def _nothing_removed(
+    model: PreTrainedModel, config: SparsityConfig, ratios: Mapping[str, float]
+) -> PruningReport:
+    modules = tuple(
+        ModuleReport(name, model.get_submodule(name).weight.numel(), 0, 0.0) for name in ratios
+    )
+    return PruningReport(modules, config.metric, config.pattern, seconds=0.0)
+
+
+def _check_calibration(metric: str, source: object) -> None:
+    if source is None and get_metric(metric).needs_calibration:
+        raise ValueError(
+            f"The metric {metric!r} needs calibration data, and none were given. Pass "
+            "calibration= a dataset's name, a file, batches, or CalibrationConfig() for WikiText-2 "
+            "from the Hub; or choose a metric that needs none: magnitude."
+        )
+
+
+def _settings(source: object, fallback: CalibrationConfig | None) -> CalibrationConfig:
+    """Return how calibration is done; ready batches and names keep the config's other settings."""
+    if isinstance(source, CalibrationConfig):
+        return source
+    settings = fallback or CalibrationConfig()
+    return replace(settings, dataset=source) if isinstance(source, str) else settings
+
+
+def _target(model: PreTrainedModel, config: SparsityConfig, ratios: Mapping[str, float]) -> float:
+    """Return the target; where only a profile was given, its parameter-weighted mean."""
+    if not config.sparsity or "target_sparsity" in config.passed:
+        return config.target_sparsity
+    linears = prunable_linears(model, config.modules_to_not_convert)
+    return SparsityProfile(ratios).mean({n: m.weight.numel() for n, m in linears.items()})
+
+
+def _provenance(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    source: object,
+    settings: CalibrationConfig,
+    batches: Sequence[Mapping[str, torch.Tensor]] | None,
+    hub_arguments: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what is known of the origin; what the config already says of it stands."""
+    calibration: dict[str, Any] | None = None
+    if batches is not None:
+        calibration = {**settings.to_dict(), "dataset": _public_name(settings.dataset)}
+        if not isinstance(source, str | CalibrationConfig):
+            calibration = {"batches": len(batches), "sequential": settings.sequential}
+    earlier = getattr(model.config, "quantization_config", None)
+    known = earlier.provenance if isinstance(earlier, SparsityConfig) else {}
+    return {
+        "base_model": _public_name(model.config.name_or_path),
+        "revision": hub_arguments.get("revision"),
+        **{key: known[key] for key in ("base_model", "revision") if known.get(key)},
+        "calibration": calibration,
+        "seed": settings.seed,
+        "versions": {
+            "hf_adaptive_sparse": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+        **config.provenance,
+    }
+
+
+def _public_name(name: str | None) -> str | None:
+    """Return a name as it is on the Hub; of a local path its place on this machine is left out."""
+    if not name:
+        return None
+    return Path(name).name if Path(name).exists() else name

@@ -1,0 +1,236 @@
+"""`SparsityConfig`: what a user asks for, and what ``config.json`` of a compressed model says.
+
+Both are one class because transformers wants it so. A config remembers which of its fields were
+passed: one that was not passed never disagrees with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, cast
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_adaptive_sparse.checkpoint.fields import (
+    calibration_config,
+    choice,
+    kv_cache_config,
+    module_names,
+    plain_json,
+    ratios,
+)
+from hf_adaptive_sparse.profiles import (
+    FORMAT_VERSION,
+    CalibrationConfig,
+    KVCacheConfig,
+    check_format_version,
+    check_ratio,
+)
+from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.pruning.patterns import parse_pattern
+
+QUANT_METHOD = "adaptive_sparse"
+CHECKPOINT_FORMATS = ("bitmask", "dense")
+RUNTIMES = ("auto", "dense", "sparse")
+
+CHECKPOINT_FIELDS = (
+    "target_sparsity",
+    "metric",
+    "pattern",
+    "checkpoint_format",
+    "sparsity",
+    "modules_to_not_convert",
+    "kv_cache",
+)
+"""The fields a checkpoint's ``config.json`` holds, besides versions and provenance."""
+
+LOADING_FIELDS = ("calibration", "runtime")
+"""The fields that say how a model is made or loaded; a checkpoint does not hold them."""
+
+_P = ParamSpec("_P")
+
+
+def _remembers_passed(
+    init: Callable[Concatenate[SparsityConfig, _P], None],
+) -> Callable[Concatenate[SparsityConfig, _P], None]:
+    """Make ``__init__`` record the names of the fields that the caller gave."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def recording(self: SparsityConfig, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        init(self, *args, **kwargs)
+        given = set(bound.arguments) & {*CHECKPOINT_FIELDS, *LOADING_FIELDS}
+        self._passed = frozenset(given - set(bound.arguments.get("defaulted") or ()))
+        self._settle_target()
+
+    return cast("Callable[Concatenate[SparsityConfig, _P], None]", recording)
+
+
+class SparsityConfig(QuantizationConfigMixin):
+    """How a model is pruned, stored and run.
+
+    Args:
+        target_sparsity: Fraction of the prunable weights that is removed, in [0, 1). With a
+            pattern n:m the pattern fixes it.
+        metric: Name of the pruning metric.
+        sparsity: ``None`` for the same ratio everywhere, or module name or glob -> ratio.
+        pattern: ``"unstructured"``, or ``"n:m"``: n of every m weights are kept.
+        calibration: Dataset name, path, or `CalibrationConfig`; ``None`` for metrics that need
+            no data.
+        kv_cache: KV profile: a `KVCacheConfig`, its dict, or a number of bits. ``None``: none of
+            its own (on a compressed checkpoint: the checkpoint's). ``False``: none at all.
+        modules_to_not_convert: Names or globs of modules that stay dense.
+        checkpoint_format: ``"bitmask"``, or ``"dense"``: zeros stored, loads without the plugin.
+        runtime: ``"dense"`` or ``"auto"``: weights are plain after loading. This version has no
+            other runtime.
+        format_version: Version of the checkpoint's form.
+        provenance: Where a compressed model came from: plain JSON types.
+        quant_method: Always ``"adaptive_sparse"``; present in ``config.json``.
+        defaulted: Names of fields whose values below were not chosen by anyone; written by
+            `to_dict`.
+
+    Attributes:
+        passed: Names of the fields that were given, not defaulted.
+
+    Raises:
+        ValueError: If a value is invalid; the message names the valid ones.
+    """
+
+    @_remembers_passed
+    def __init__(
+        self,
+        target_sparsity: float = 0.5,
+        metric: str = "lognorm",
+        sparsity: Mapping[str, float] | None = None,
+        pattern: str = "unstructured",
+        calibration: str | os.PathLike[str] | CalibrationConfig | Mapping[str, Any] | None = None,
+        kv_cache: KVCacheConfig | Mapping[str, Any] | int | bool | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        checkpoint_format: str = "bitmask",
+        runtime: str = "auto",
+        *,
+        format_version: int = FORMAT_VERSION,
+        provenance: Mapping[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        defaulted: Sequence[str] = (),
+    ) -> None:
+        check_format_version(format_version, "the sparsity config")
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}.")
+        if not set(defaulted) <= {*CHECKPOINT_FIELDS, *LOADING_FIELDS}:
+            raise ValueError(f"defaulted must name fields of the config, got {list(defaulted)}.")
+        self._passed: frozenset[str] = frozenset()
+        self.quant_method = QUANT_METHOD
+        self.format_version = int(format_version)
+        self.target_sparsity = check_ratio(target_sparsity, "target_sparsity")
+        get_metric(metric)
+        self.metric = metric
+        parse_pattern(pattern)
+        self.pattern = pattern
+        self.checkpoint_format = choice(checkpoint_format, CHECKPOINT_FORMATS, "checkpoint_format")
+        self.runtime = choice(runtime, RUNTIMES, "runtime")
+        if runtime == "sparse":
+            raise ValueError(
+                "runtime must be 'dense' or 'auto', got 'sparse': this version of "
+                "hf_adaptive_sparse has only the dense runtime."
+            )
+        self.sparsity = ratios(sparsity)
+        self.modules_to_not_convert = module_names(modules_to_not_convert)
+        self.calibration = calibration_config(calibration)
+        self.kv_cache = kv_cache_config(kv_cache)
+        self.provenance = plain_json(provenance)
+
+    def _settle_target(self) -> None:
+        """Take the ratio that a pattern n:m fixes, or refuse a target that differs from it."""
+        pattern = parse_pattern(self.pattern)
+        if "target_sparsity" in self._passed:
+            pattern.check(self.target_sparsity, "target_sparsity")
+        elif pattern.ratio is not None:
+            self.target_sparsity = pattern.ratio
+
+    @property
+    def passed(self) -> frozenset[str]:
+        """Names of the fields that were given, not defaulted."""
+        return self._passed
+
+    @property
+    def compressed_modules(self) -> list[str]:
+        """Modules whose weights the bitmask format stores compressed: those with a ratio > 0."""
+        if self.checkpoint_format != "bitmask":
+            return []
+        return [name for name, ratio in (self.sparsity or {}).items() if ratio > 0]
+
+    @classmethod
+    def from_dict(
+        cls,
+        config_dict: Mapping[str, Any],
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,  # transformers' signature
+    ) -> Any:
+        """Read the JSON form.
+
+        Args:
+            config_dict: What `to_dict` wrote.
+            return_unused_kwargs: Also return the keyword arguments that name no field.
+            kwargs: Fields that replace those of ``config_dict``.
+
+        Raises:
+            ValueError: If the version is from the future, a key unknown or a value invalid.
+        """
+        check_format_version(config_dict.get("format_version", FORMAT_VERSION), "the checkpoint")
+        known = list(inspect.signature(cls).parameters)
+        unknown = sorted(set(config_dict) - set(known))
+        if unknown:
+            raise ValueError(
+                f"A sparsity config knows the keys {', '.join(known)}; got {', '.join(unknown)}."
+            )
+        used = {key: value for key, value in kwargs.items() if key in known}
+        config = cls(**{**config_dict, **used})
+        rest = {key: value for key, value in kwargs.items() if key not in known}
+        return (config, rest) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form: plain types only, from which `from_dict` makes an equal config.
+
+        ``calibration`` and ``runtime`` appear where they were passed, ``defaulted`` where some
+        field was not; the config of a compressed model has neither.
+        """
+        kv = self.kv_cache
+        data: dict[str, Any] = {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "target_sparsity": self.target_sparsity,
+            "metric": self.metric,
+            "pattern": self.pattern,
+            "checkpoint_format": self.checkpoint_format,
+            "sparsity": None if self.sparsity is None else dict(self.sparsity),
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "kv_cache": kv.to_dict() if isinstance(kv, KVCacheConfig) else kv,
+            "provenance": plain_json(self.provenance),
+        }
+        if "calibration" in self._passed:
+            data["calibration"] = None if self.calibration is None else self.calibration.to_dict()
+        if "runtime" in self._passed:
+            data["runtime"] = self.runtime
+        defaulted = [name for name in CHECKPOINT_FIELDS if name not in self._passed]
+        if defaulted:
+            data["defaulted"] = defaulted
+        return data
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Read a key of the JSON form; transformers takes a model config's entry for a dict."""
+        return self.to_dict().get(key, default)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return iter(self.to_dict().items())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparsityConfig):
+            return NotImplemented
+        return self.to_dict() == other.to_dict() and self.runtime == other.runtime
+
+    __hash__ = None  # type: ignore[assignment]

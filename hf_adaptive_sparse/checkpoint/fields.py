@@ -1,0 +1,116 @@
+"""What a user may give for a field of `SparsityConfig`, brought to one form or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from hf_adaptive_sparse.profiles import CalibrationConfig, KVCacheConfig, check_ratio
+
+
+def choice(value: object, valid: tuple[str, ...], what: str) -> str:
+    """Return ``value`` if it is one of ``valid``.
+
+    Raises:
+        ValueError: If it is not valid.
+    """
+    if value not in valid:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, valid))}, got {value!r}.")
+    return str(value)
+
+
+def ratios(sparsity: object) -> dict[str, float] | None:
+    """Return a profile or globs as a dict of checked ratios.
+
+    Raises:
+        ValueError: If it is not valid.
+    """
+    if sparsity is None:
+        return None
+    if not isinstance(sparsity, Mapping) or not all(isinstance(name, str) for name in sparsity):
+        raise ValueError(
+            "sparsity must be None (the same ratio everywhere) or a mapping from module name or "
+            f"glob to ratio, got {sparsity!r}. A single ratio is target_sparsity."
+        )
+    return {name: check_ratio(ratio, f"sparsity of {name!r}") for name, ratio in sparsity.items()}
+
+
+def module_names(names: object) -> list[str]:
+    """Return a list of names or globs.
+
+    Raises:
+        ValueError: If it is not valid.
+    """
+    if names is None:
+        return []
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(
+            f"modules_to_not_convert must be a list of module names or globs, got {names!r}."
+        )
+    return list(names)
+
+
+def calibration_config(calibration: object) -> CalibrationConfig | None:
+    """Return what was given for calibration as a config.
+
+    Raises:
+        ValueError: If it is not valid.
+    """
+    if calibration is None or isinstance(calibration, CalibrationConfig):
+        return calibration
+    if isinstance(calibration, str | os.PathLike):
+        return CalibrationConfig(dataset=os.fspath(calibration))
+    if isinstance(calibration, Mapping):
+        known = [field.name for field in fields(CalibrationConfig)]
+        unknown = sorted(str(key) for key in set(calibration) - set(known))
+        if unknown:
+            raise ValueError(
+                f"A calibration config knows the keys {', '.join(known)}; got {', '.join(unknown)}."
+            )
+        return CalibrationConfig(**calibration)
+    raise ValueError(
+        "calibration must be None, a dataset name, a path or a CalibrationConfig, got "
+        f"{type(calibration).__name__}. Batches go to has.prune(model, config, batches)."
+    )
+
+
+def kv_cache_config(kv_cache: object) -> KVCacheConfig | bool | None:
+    """Return what was given for the KV cache as a config; ``False`` stays.
+
+    Raises:
+        ValueError: If it is not valid.
+    """
+    if kv_cache is None or kv_cache is False or isinstance(kv_cache, KVCacheConfig):
+        return kv_cache
+    if isinstance(kv_cache, int) and not isinstance(kv_cache, bool):
+        return KVCacheConfig(bits=kv_cache)
+    if isinstance(kv_cache, Mapping):
+        return KVCacheConfig.from_dict(kv_cache)
+    raise ValueError(
+        "kv_cache must be None, False, a KVCacheConfig, its dict or a number of bits, got "
+        f"{kv_cache!r}."
+    )
+
+
+def plain_json(provenance: object) -> dict[str, Any]:
+    """Return a copy in plain JSON types.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
+    if provenance is None:
+        return {}
+    if not isinstance(provenance, Mapping):
+        raise ValueError(f"provenance must be a mapping, got {type(provenance).__name__}.")
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(provenance)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"provenance must hold plain JSON types only: {error}.") from error
+    return plain

@@ -1,0 +1,170 @@
+"""Registration with transformers, and pruning a model that is already in memory.
+
+`register` is what importing the package does. It uses transformers' own registries, and wraps three
+of its functions once: ``PreTrainedModel.from_pretrained`` takes ``sparsity_config=``, a passed
+config is merged into a compressed checkpoint's, and ``generate`` finds its cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from hf_adaptive_sparse.checkpoint.applying import Calibration, prune_and_resolve
+from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
+from hf_adaptive_sparse.checkpoint.merging import merge_configs
+from hf_adaptive_sparse.checkpoint.quantizer import (
+    AdaptiveSparseQuantizer,
+    attach,
+    check_plain,
+    hub_arguments,
+)
+from hf_adaptive_sparse.kvcache.generation import install
+from hf_adaptive_sparse.pruning.apply import PruningReport
+
+__all__ = ["AutoModelForVision2Seq", "Calibration", "apply_config", "attach", "register"]
+
+logger = logging.getLogger(__name__)
+
+_WRAPPED = "_hf_adaptive_sparse_wrapped"
+_HUB_ARGUMENTS = ("revision", "token")
+
+
+class AutoModelForVision2Seq(_BaseAutoModelClass):
+    """The auto class that transformers 5 dropped: the mapping of `AutoModelForImageTextToText`."""
+
+    _model_mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def apply_config(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    calibration: Calibration = None,
+    processor: Any = None,
+    progress: bool = True,
+) -> PruningReport:
+    """Prune a model in place, layer by layer, and let it carry what was done.
+
+    The model then consists of plain linears as before, saves in the config's form, and reloads and
+    generates exactly as one loaded with ``sparsity_config=config``. A config that it carried before
+    is replaced.
+
+    Args:
+        model: A `transformers` model with plain weights.
+        config: How to prune it.
+        calibration: Batches, a dataset's name, a path or a `CalibrationConfig`; ``None``: what
+            the config names. Metrics that need no data take none.
+        processor: Processor or tokenizer, for data that are not batches yet. ``None``: the one in
+            the model's own repository.
+        progress: Show a progress bar.
+
+    Returns:
+        What was removed from each module.
+
+    Raises:
+        ValueError: If the config does not fit the model, or calibration data are needed and
+            missing or unusable.
+    """
+    check_plain(model)
+    report, resolved = prune_and_resolve(model, config, calibration, processor, progress=progress)
+    attach(model, resolved)
+    return report
+
+
+def register() -> None:
+    """Register the plugin with transformers; calling it again does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SparsityConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(AdaptiveSparseQuantizer)
+    _wrap_classmethod(PreTrainedModel, "from_pretrained", _from_pretrained)
+    _wrap_classmethod(AutoHfQuantizer, "merge_quantization_configs", _merge_quantization_configs)
+    install()
+    if not hasattr(transformers, "AutoModelForVision2Seq"):
+        transformers.AutoModelForVision2Seq = AutoModelForVision2Seq
+
+
+def _wrap_classmethod(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Replace a classmethod by ``around(original, cls, ...)``, once."""
+    original = owner.__dict__[name].__func__
+    if getattr(original, _WRAPPED, False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return around(original, cls, *args, **kwargs)
+
+    setattr(wrapped, _WRAPPED, True)
+    setattr(owner, name, classmethod(wrapped))
+
+
+def _from_pretrained(
+    original: Callable[..., Any],
+    cls: type,
+    *args: Any,
+    sparsity_config: SparsityConfig | Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
+    **kwargs: Any,  # everything else is transformers' own
+) -> Any:
+    if sparsity_config is not None and quantization_config is not None:
+        raise ValueError(
+            "Pass either sparsity_config or quantization_config, not both: a model takes one of "
+            "them, and sparsity_config is passed on as quantization_config."
+        )
+    if sparsity_config is not None:
+        quantization_config = _as_config(sparsity_config)
+    elif _is_our_dict(quantization_config):
+        quantization_config = SparsityConfig.from_dict(quantization_config)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    given = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+    token = hub_arguments.set(given)
+    try:
+        return original(cls, *args, **kwargs)
+    finally:
+        hub_arguments.reset(token)
+
+
+def _as_config(config: SparsityConfig | Mapping[str, Any]) -> SparsityConfig:
+    if isinstance(config, SparsityConfig):
+        return config
+    if isinstance(config, Mapping):
+        made: SparsityConfig = SparsityConfig.from_dict(config)
+        return made
+    raise TypeError(
+        f"sparsity_config must be a SparsityConfig or its dict, got {type(config).__name__}."
+    )
+
+
+def _is_our_dict(config: Any) -> bool:
+    return isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD
+
+
+def _merge_quantization_configs(
+    original: Callable[..., Any],
+    cls: type,
+    quantization_config: Any,
+    quantization_config_from_args: Any,
+) -> Any:
+    """Merge a passed `SparsityConfig` into a checkpoint's; transformers would drop it."""
+    passed = quantization_config_from_args
+    if isinstance(passed, SparsityConfig):
+        if _is_our_dict(quantization_config):
+            quantization_config = SparsityConfig.from_dict(quantization_config)
+        if isinstance(quantization_config, SparsityConfig):
+            return merge_configs(quantization_config, passed)
+    return original(cls, quantization_config, passed)

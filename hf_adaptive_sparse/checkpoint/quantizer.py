@@ -1,0 +1,262 @@
+"""The part that transformers calls: compressed tensors to plain weights on load, and back on save.
+
+In transformers' terms the plugin is a quantizer. In the dense runtime the loaded model consists of
+plain ``nn.Linear``; only `hf_quantizer` stays on it, which compresses what ``save_pretrained``
+writes, and the flags by which transformers refuses casts are taken off again.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.quantizers.base import HfQuantizer
+
+from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
+from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.checkpoint.profile import (
+    per_layer_kv_cache,
+    profile_for_model,
+    storable_linears,
+)
+from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
+from hf_adaptive_sparse.packing.bitmask import BitmaskError, compress, decompress, row_bytes
+
+logger = logging.getLogger(__name__)
+
+hub_arguments: ContextVar[Mapping[str, Any]] = ContextVar("hub_arguments", default={})  # noqa: B039
+"""Revision, token and so on of the ``from_pretrained`` in progress, for its processor."""
+
+
+class AdaptiveSparseQuantizer(HfQuantizer):
+    """Loads, prunes and saves models with a `SparsityConfig`."""
+
+    serialized_names = {"weight": ["weight_values", "weight_bitmask"]}  # noqa: RUF012
+
+    def __init__(self, quantization_config: SparsityConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: SparsityConfig = quantization_config
+        self.checkpoint_files: Sequence[str] = ()
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works: yes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained: its weights are plain."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether all weights may be trained: they are plain."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``torch.compile`` may see the model: it is plain."""
+        return True
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """Return the op that transformers runs on ``serialized_names``."""
+        if self.quantization_config.checkpoint_format != "bitmask":
+            return {}
+        return {"deserialize": DecompressWeight}
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Cast stored values as any weight is cast; never the bitmask."""
+        floating = (
+            param.get_dtype().startswith(("F", "BF"))
+            if hasattr(param, "get_dtype")
+            else param.is_floating_point()
+        )
+        return dtype if floating else None
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,  # transformers passes what it knows; the rest is not needed
+    ) -> PreTrainedModel:
+        # A copy: the config may be that of another model, which a caller passed as config=.
+        config = self.quantization_config = copy.deepcopy(self.quantization_config)
+        self.checkpoint_files = checkpoint_files or ()
+        if self.pre_quantized:
+            config.sparsity = profile_for_model(model, config)
+            config.kv_cache = per_layer_kv_cache(model, config)
+        else:
+            check_before_loading(model, config)
+        return model
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel
+    ) -> list[Any]:
+        """Add our conversion to the model's, and hold the files against both."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        files = self.checkpoint_files
+        if self.pre_quantized and files and all(f.endswith(".safetensors") for f in files):
+            compressed = self.quantization_config.compressed_modules
+            validate_checkpoint(model, files, compressed, conversions)
+        return conversions
+
+    def _process_model_after_weight_loading(
+        self,
+        model: PreTrainedModel,
+        **kwargs: Any,  # transformers' signature
+    ) -> PreTrainedModel:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            _, config = prune_and_resolve(model, config, hub_arguments=hub_arguments.get())
+        attach(model, config)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Return the state dict with compressed weights, under runtime names.
+
+        Raises:
+            CheckpointError: If a weight that the config names is not there.
+        """
+        config = model.config.quantization_config
+        if getattr(model, "_hf_peft_config_loaded", False) or not config.compressed_modules:
+            return None, {}
+        dense: dict[str, torch.Tensor] = model.state_dict()
+        compressed = {f"{name}.weight" for name in config.compressed_modules}
+        for key in sorted(compressed - dense.keys()):
+            raise CheckpointError(
+                f"The model's sparsity profile names {key!r}, which it does not have. If modules "
+                "were renamed or replaced, call hf_adaptive_sparse.prune again."
+            )
+        # In the model's order, so that equal models make equal shards.
+        state = {}
+        for key, weight in dense.items():
+            if key not in compressed:
+                state[key] = weight
+                continue
+            if weight.device.type == "meta":
+                weight = load_offloaded_parameter(model, key)
+            state[f"{key}_values"], state[f"{key}_bitmask"] = compress(weight)
+        return state, {}
+
+
+class DecompressWeight(ConversionOps):
+    """``weight_values`` and ``weight_bitmask`` to ``weight``."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecompressWeight:
+        # transformers copies the converter for every tensor; the quantizer need not be.
+        return self
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,  # transformers passes what it knows; name and model are needed
+    ) -> dict[str, torch.Tensor]:
+        """Decompress one weight.
+
+        Args:
+            input_dict: ``"weight_values"`` and ``"weight_bitmask"``, one tensor each.
+            source_patterns: Their names.
+            target_patterns: The name of the weight.
+            kwargs: ``full_layer_name``, the weight's runtime name, and ``model``.
+
+        Raises:
+            CheckpointError: If one is missing, or they do not make this weight.
+        """
+        name: str = kwargs["full_layer_name"]
+        rows, columns = kwargs["model"].get_parameter(name).shape
+        try:
+            values, bitmask = (_only(input_dict[f"weight_{k}"]) for k in ("values", "bitmask"))
+            # The model's shape first: it bounds what is allocated.
+            if tuple(bitmask.shape) != (rows, row_bytes(columns)):
+                raise BitmaskError(
+                    f"the bitmask of a weight [{rows}, {columns}] must be "
+                    f"[{rows}, {row_bytes(columns)}], got {list(bitmask.shape)}."
+                )
+            return {name: decompress(values, bitmask, columns)}
+        except KeyError as missing:
+            raise CheckpointError(f"{name}: {missing} is missing.") from missing
+        except BitmaskError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never asked for: `attach` takes the conversion off, and the state dict is saved."""
+        raise NotImplementedError
+
+
+def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Make a model in memory carry ``config``, so that it saves in that config's form.
+
+    The model's weights are not touched, and it stays as castable and trainable as it was.
+
+    Args:
+        model: A model with plain weights.
+        config: A config whose ``sparsity`` names modules of the model, each with its ratio.
+
+    Raises:
+        ValueError: If the model is quantized by something else, or ``sparsity`` is missing or
+            names a module that cannot be stored compressed.
+    """
+    check_plain(model)
+    if config.sparsity is None:
+        raise ValueError(
+            "To attach a config, its sparsity must name the pruned modules and their ratios; it is "
+            "None. hf_adaptive_sparse.prune(model, config) prunes and fills it in."
+        )
+    linears = storable_linears(model)
+    for name in config.sparsity:
+        if name not in linears:
+            raise ValueError(
+                f"sparsity names {name!r}, which is no nn.Linear with a weight of its own in "
+                f"{type(model).__name__}. Names look like: {', '.join(list(linears)[:3])}."
+            )
+    model.config.quantization_config = config
+    model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
+    # What marks a model as quantized makes transformers refuse .half(), .float() and training.
+    for flag in ("is_quantized", "quantization_method"):
+        model.__dict__.pop(flag, None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+
+
+def check_plain(model: PreTrainedModel) -> None:
+    """Refuse a model that another quantizer holds.
+
+    Raises:
+        ValueError: If there is one; names it.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = QUANT_METHOD if quantizer is None else quantizer.quantization_config.quant_method
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"The model is quantized with {getattr(method, 'value', method)!r}; "
+            "hf_adaptive_sparse works on plain weights. Load it unquantized."
+        )
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(op, DecompressWeight) for op in getattr(conversion, "operations", ()))
+
+
+def _only(tensors: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if isinstance(tensors, list) else tensors

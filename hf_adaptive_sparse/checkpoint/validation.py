@@ -1,0 +1,240 @@
+"""Holding a compressed checkpoint against the model it claims to be, before any of it is loaded.
+
+transformers turns a failing conversion into a table in the log and gives missing tensors random
+values. What is wrong is found here instead, from the files' headers and the bitmasks, while the
+model is still an empty skeleton; the error names file and tensor, and nothing has been allocated.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from hf_adaptive_sparse.checkpoint.headers import (
+    BITMASK_SUFFIX,
+    VALUES_SUFFIX,
+    CheckpointError,
+    TensorHeader,
+    merge_headers,
+    read_file_header,
+)
+from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, popcount, row_bytes
+
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a checkpoint stores the model: by runtime name.
+
+    Attributes:
+        plain: Parameter -> its tensor.
+        values: Parameter -> the kept values of a compressed weight.
+        bitmasks: Parameter -> the bitmask of a compressed weight.
+        converted: Parameters that transformers assembles from several tensors.
+        surplus: Tensors that no parameter takes.
+    """
+
+    plain: dict[str, TensorHeader]
+    values: dict[str, TensorHeader]
+    bitmasks: dict[str, TensorHeader]
+    converted: set[str]
+    surplus: list[TensorHeader]
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.plain, *self.values, *self.bitmasks, *self.converted}
+
+
+def validate_checkpoint(
+    model: nn.Module,
+    files: Sequence[str],
+    compressed: Collection[str],
+    conversions: Iterable[Any],
+) -> None:
+    """Check that safetensors files hold exactly the model, compressed where its config says so.
+
+    Args:
+        model: The skeleton the files will be loaded into, on the meta device.
+        files: The safetensors files.
+        compressed: Runtime names of the modules whose weights are stored compressed.
+        conversions: transformers' renamings and converters for this load.
+
+    Raises:
+        CheckpointError: If a file is damaged, a tensor is missing, surplus or of another shape, or
+            a bitmask and its values disagree; names file and tensor.
+    """
+    headers = merge_headers(read_file_header(Path(file)) for file in files)
+    stored = _assign(model, headers, copy.deepcopy(list(conversions)))
+    where = Path(files[0]).parent
+    _check_compressed(model, stored, compressed, where)
+    _check_names(model, stored, headers.values(), where)
+    _check_shapes(model, stored)
+    _check_bitmasks(model, stored)
+
+
+def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]) -> _Stored:
+    """Find which parameter each tensor belongs to, by transformers' own renaming."""
+    expected = model.state_dict()
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    stored = _Stored({}, {}, {}, set(), [])
+    prefix = model.base_model_prefix
+    targets = {s: c.target_patterns for c in converters for s in c.source_patterns}
+    for key, header in headers.items():
+        name, source = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, source = rename_source_key(key, [], [], prefix, expected)
+        if name not in expected:
+            stored.surplus.append(header)
+        elif source is None:
+            stored.plain[name] = header
+        elif key.endswith(VALUES_SUFFIX):
+            stored.values[name] = header
+        elif key.endswith(BITMASK_SUFFIX):
+            stored.bitmasks[name] = header
+        else:
+            first = targets[source][0]
+            stored.converted.update(name.replace(first, target) for target in targets[source])
+    return stored
+
+
+def _check_compressed(
+    model: nn.Module, stored: _Stored, compressed: Collection[str], where: Path
+) -> None:
+    wanted = {f"{name}.weight" for name in compressed}
+    for name in sorted(wanted):
+        for kind, found in (("values", stored.values), ("bitmask", stored.bitmasks)):
+            if name in found:
+                continue
+            plain = stored.plain.get(name)
+            seen = f"{plain.file} stores it dense" if plain else f"{where} does not hold it"
+            raise CheckpointError(
+                f"The config says that {name!r} is compressed, so {name}_{kind} is needed, but "
+                f"{seen}."
+            )
+        if name in stored.plain:
+            header = stored.plain[name]
+            raise CheckpointError(
+                f"{header.file}: {header.name!r} is stored both dense and compressed."
+            )
+    for name, header in {**stored.values, **stored.bitmasks}.items():
+        if name not in wanted:
+            raise CheckpointError(
+                f"{header.file}: {header.name!r} is compressed, but the config's sparsity does "
+                "not name its module."
+            )
+
+
+def _check_names(model: Any, stored: _Stored, headers: Iterable[TensorHeader], where: Path) -> None:
+    """Refuse missing and surplus tensors.
+
+    Another class than the one that was saved (a bare decoder, another head) may lack some and
+    have others; then only what would be made up must not exceed what is stored.
+    """
+    expected = model.state_dict()
+    missing = _missing(model, stored.names)
+    architectures = model.config.architectures or []
+    if type(model).__name__ in architectures:
+        surplus = [h for h in stored.surplus if not _ignored(h.name, model, "unexpected")]
+        if missing:
+            raise CheckpointError(
+                f"{where} lacks {len(missing)} of the model's tensors: {_listing(missing)}."
+            )
+        if surplus:
+            raise CheckpointError(
+                f"{surplus[0].file}: {len(surplus)} tensors belong to no part of "
+                f"{type(model).__name__}: {_listing(h.name for h in surplus)}."
+            )
+        return
+    made_up = sum(expected[name].numel() for name in missing)
+    declared = sum(h.size_bytes * (8 if h.name.endswith(BITMASK_SUFFIX) else 1) for h in headers)
+    if made_up > declared:
+        raise CheckpointError(
+            f"{where} lacks tensors of {made_up} elements that {type(model).__name__} needs, more "
+            f"than all it stores: {_listing(missing)}."
+        )
+
+
+def _missing(model: Any, found: set[str]) -> list[str]:
+    """Return the parameters that neither the files hold nor a tied parameter provides."""
+    tied: dict[str, set[str]] = defaultdict(set)
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        tied[target].add(source)
+        tied[source].add(target)
+    return [
+        name
+        for name in model.state_dict()
+        if name not in found and not tied[name] & found and not _ignored(name, model, "missing")
+    ]
+
+
+def _ignored(name: str, model: Any, kind: str) -> bool:
+    patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_shapes(model: nn.Module, stored: _Stored) -> None:
+    expected = model.state_dict()
+    for name, header in stored.plain.items():
+        shape = tuple(expected[name].shape)
+        if header.shape != shape:
+            raise CheckpointError(
+                f"{header.file}: tensor {header.name!r} has the shape {list(header.shape)}, the "
+                f"model's {name!r} is {list(shape)}."
+            )
+    for name, mask in stored.bitmasks.items():
+        rows, columns = expected[name].shape
+        values = stored.values[name]
+        if mask.dtype != "U8" or mask.shape != (rows, row_bytes(columns)):
+            raise CheckpointError(
+                f"{mask.file}: tensor {mask.name!r} must be U8 [{rows}, {row_bytes(columns)}] for "
+                f"a weight [{rows}, {columns}], got {mask.dtype} {list(mask.shape)}."
+            )
+        if values.dtype not in _FLOATS or len(values.shape) != 1 or values.numel > rows * columns:
+            raise CheckpointError(
+                f"{values.file}: tensor {values.name!r} must be floating point [n] with n <= "
+                f"{rows * columns}, got {values.dtype} {list(values.shape)}."
+            )
+
+
+def _check_bitmasks(model: nn.Module, stored: _Stored) -> None:
+    """Read the bitmasks, one at a time, and count their bits."""
+    expected = model.state_dict()
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name, header in stored.bitmasks.items():
+        by_file[header.file].append(name)
+    # The skeleton is made under torch.device("meta"); the bitmasks are real.
+    with torch.device("cpu"):
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as handle:
+                for name in names:
+                    key = stored.bitmasks[name].name
+                    bitmask = handle.get_tensor(key)
+                    values = stored.values[name]
+                    kept = popcount(bitmask)
+                    if kept != values.numel:
+                        raise CheckpointError(
+                            f"{file}: tensor {key!r} keeps {kept} weights, but {values.name!r} in "
+                            f"{values.file} holds {values.numel}; the two must agree."
+                        )
+                    try:
+                        check_bitmask(bitmask, expected[name].shape[1])
+                    except BitmaskError as error:
+                        raise CheckpointError(f"{file}: tensor {key!r}: {error}") from error
+
+
+def _listing(names: Iterable[str], at_most: int = 3) -> str:
+    shown = sorted(names)
+    rest = len(shown) - at_most
+    return ", ".join(shown[:at_most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,269 @@
+"""The arguments of every command: what is asked, and which function answers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from hf_adaptive_sparse.cli import commands as run
+from hf_adaptive_sparse.version import __version__
+
+Runner = Callable[[argparse.Namespace], run.Answer]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="hf-adaptive-sparse",
+        description="Compress vision-language models: adaptive sparsity and an adaptive KV cache.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_demo, _compress, _prune, _search, _evaluate, _inspect, _push, _env):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, runner: Runner, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=runner)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the full traceback of an input error"
+    )
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hub repo or local folder")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    parser.add_argument("--dtype", default="auto", help="dtype to load in (default: as stored)")
+    parser.add_argument("--device-map", help="as in transformers, for example auto")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is in DIR when the job is done"
+    )
+
+
+def _add_pruning(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target-sparsity",
+        type=float,
+        metavar="RATIO",
+        help="mean fraction of the decoder's weights to remove (default: 0.5)",
+    )
+    parser.add_argument(
+        "--metric",
+        default="lognorm",
+        help="lognorm, wanda, ria, magnitude or sparsegpt (default: lognorm)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
+
+
+def _add_final_prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pattern", default="unstructured", help="unstructured, or n:m such as 2:4"
+    )
+    parser.add_argument(
+        "--one-shot",
+        action="store_true",
+        help="calibrate on the dense model's activations instead of layer after pruned layer",
+    )
+    parser.add_argument(
+        "--checkpoint-format",
+        default="bitmask",
+        help="bitmask (small), or dense (zeros stored; loads without this package)",
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="Hub dataset (name:config:split) or parquet, jsonl or text file "
+        "(default: WikiText-2, training split)",
+    )
+    parser.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="windows or questions"
+    )
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--evaluation",
+        metavar="DATA",
+        help="likewise, to evaluate on (default: WikiText-2, validation split)",
+    )
+    parser.add_argument(
+        "--evaluation-samples", type=int, default=64, metavar="N", help="windows or questions"
+    )
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--questions",
+        metavar="DATA",
+        help="visual questions to answer: columns image, question, answer",
+    )
+
+
+def _add_batches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens per window of text (default: the model's context, 2048 at most)",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows per batch")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-bits",
+        type=kv_bits,
+        default=(6, 8),
+        metavar="BITS",
+        help="widths of keys and values to search, such as 6,8; one width fixes them; "
+        "none leaves the cache alone (default: 6,8)",
+    )
+    parser.add_argument("--trials", type=int, default=50, metavar="N", help="default: 50")
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="Optuna storage, or path of a journal file (default: a journal beside DIR)",
+    )
+
+
+def kv_bits(text: str) -> tuple[int, ...] | None:
+    """Parse the value of ``--kv-bits``.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is neither ``none`` nor numbers joined by commas.
+    """
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be widths joined by commas, such as 6,8, or none; got {text!r}"
+        ) from None
+
+
+def _demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        run.run_demo_command,
+        "Compress the bundled model, offline",
+    )
+    _add_output(parser)
+    parser.add_argument("--trials", type=int, default=30, metavar="N", help="default: 30")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and search")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+
+def _compress(commands: Any) -> None:
+    parser = _command(
+        commands, "compress", run.run_compress, "Search, prune and save: the whole method"
+    )
+    for add in (
+        _add_model,
+        _add_output,
+        _add_pruning,
+        _add_final_prune,
+        _add_calibration,
+        _add_evaluation,
+        _add_questions,
+        _add_batches,
+        _add_search,
+    ):
+        add(parser)
+    parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to this Hub repo")
+    parser.add_argument("--private", action="store_true", help="make the pushed repo private")
+
+
+def _prune(commands: Any) -> None:
+    parser = _command(
+        commands, "prune", run.run_prune, "Prune at uniform ratios, or by a profile, and save"
+    )
+    for add in (
+        _add_model,
+        _add_output,
+        _add_pruning,
+        _add_final_prune,
+        _add_calibration,
+        _add_batches,
+    ):
+        add(parser)
+    parser.add_argument(
+        "--profile", metavar="FILE", help="profile.json of a search, instead of uniform ratios"
+    )
+    parser.add_argument(
+        "--sparsity",
+        action="append",
+        default=[],
+        metavar="GLOB=RATIO",
+        help="ratio of the modules that match; may be repeated; the others stay dense",
+    )
+
+
+def _search(commands: Any) -> None:
+    parser = _command(
+        commands, "search", run.run_search, "Search a profile without pruning; write it to a folder"
+    )
+    for add in (
+        _add_model,
+        _add_output,
+        _add_pruning,
+        _add_calibration,
+        _add_evaluation,
+        _add_batches,
+        _add_search,
+    ):
+        add(parser)
+
+
+def _evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", run.run_evaluate, "Measure perplexity, answers and bytes of a model"
+    )
+    for add in (_add_model, _add_evaluation, _add_questions, _add_batches):
+        add(parser)
+    parser.add_argument(
+        "--kv-bits",
+        type=kv_bits,
+        metavar="BITS",
+        help="one width for all layers, one per layer joined by commas, or none "
+        "(default: the model's own profile)",
+    )
+    parser.set_defaults(kv_bits=run.OWN_PROFILE)
+
+
+def _inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        run.run_inspect,
+        "Show how a checkpoint is compressed, without downloading its weights",
+    )
+    parser.add_argument("model", metavar="REPO", help="Hub repo or local folder")
+    parser.add_argument("--revision", help="branch, tag or commit")
+
+
+def _push(commands: Any) -> None:
+    parser = _command(commands, "push", run.run_push, "Push a compressed model's folder to the Hub")
+    parser.add_argument("folder", metavar="DIR", help="folder that compress or prune wrote")
+    parser.add_argument("repo", metavar="REPO", help="Hub repo, such as me/my-model")
+    parser.add_argument("--private", action="store_true", help="make the repo private")
+    parser.add_argument("--revision", help="branch to push to (default: main)")
+    parser.add_argument("--message", help="commit message")
+
+
+def _env(commands: Any) -> None:
+    _command(commands, "env", run.run_env, "Show what is installed and which kernels are in use")

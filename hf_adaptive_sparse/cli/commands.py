@@ -1,0 +1,268 @@
+"""What each command does: options in, an :class:`Answer` out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor import (
+    DataSource,
+    ModelSource,
+    compress,
+    evaluate,
+    prune_to_folder,
+    search_space,
+    search_to_folder,
+)
+from hf_adaptive_sparse.compressor.saving import library_versions, table_rows
+from hf_adaptive_sparse.demo.run import run_demo
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
+from hf_adaptive_sparse.hub import inspect, push_folder
+from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
+from hf_adaptive_sparse.report import format_bytes, text_table
+
+OWN_PROFILE: tuple[int, ...] = ()
+"""Default of ``evaluate --kv-bits``: what the model's config says."""
+
+DEPENDENCIES = ("accelerate", "datasets", "huggingface_hub", "optimum-quanto", "optuna")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command prints: ``text`` for a person, ``data`` (plain JSON types) for ``--json``."""
+
+    text: str
+    data: dict[str, Any]
+
+
+def run_demo_command(options: argparse.Namespace) -> Answer:
+    """Compress the bundled model and compare it with the dense one."""
+    result = run_demo(
+        options.output,
+        trials=options.trials,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        progress=not options.no_progress,
+    )
+    return Answer(result.text(), result.to_dict())
+
+
+def run_compress(options: argparse.Namespace) -> Answer:
+    """Search, prune, save, and push if asked."""
+    config = _config(options)
+    result = compress(
+        _model(options),
+        options.output,
+        config=config,
+        space=search_space(config, options.kv_bits),
+        trials=options.trials,
+        calibration=_calibration(options),
+        evaluation=_evaluation(options),
+        questions=_questions(options),
+        storage=options.storage,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        push_to_hub=options.push_to_hub,
+        private=options.private,
+        progress=not options.no_progress,
+    )
+    lines = [text_table(table_rows(result.measurements)), "", f"Saved to {result.output}"]
+    if result.search is not None and result.search.baseline is not None:
+        lines.insert(
+            1,
+            f"Search: one-shot perplexity {result.search.best_value:.3f}, uniform "
+            f"{result.search.baseline:.3f}, {len(result.search.history)} trials.",
+        )
+    if result.commit_url is not None:
+        lines.append(f"Pushed: {result.commit_url}")
+    return Answer("\n".join(lines), result.to_dict())
+
+
+def run_prune(options: argparse.Namespace) -> Answer:
+    """Prune at uniform ratios, by globs, or by a profile, and save."""
+    sparsity = sparsity_globs(options.sparsity)
+    kv_cache = None
+    if options.profile is not None:
+        if sparsity is not None:
+            raise ValueError("Give --profile or --sparsity, not both.")
+        profile = CompressionProfile.load(options.profile)
+        sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
+        kv_cache = profile.kv_cache
+    config = _config(options, sparsity=sparsity, kv_cache=kv_cache)
+    result = prune_to_folder(
+        _model(options),
+        options.output,
+        config,
+        calibration=_calibration(options),
+        seed=options.seed,
+        overwrite=options.overwrite,
+        progress=not options.no_progress,
+    )
+    text = (
+        f"Removed {result.report.mean_sparsity:.4%} of the decoder's weights "
+        f"({len(result.report.modules)} linears, {options.metric}).\n"
+        f"Weights on disk: {format_bytes(result.weight_bytes)}, dense "
+        f"{format_bytes(result.dense_bytes)}.\nSaved to {result.output}"
+    )
+    return Answer(text, result.to_dict())
+
+
+def run_search(options: argparse.Namespace) -> Answer:
+    """Search a profile and write it."""
+    target = 0.5 if options.target_sparsity is None else options.target_sparsity
+    config = SparsityConfig(target_sparsity=target, metric=options.metric)
+    result = search_to_folder(
+        _model(options),
+        options.output,
+        search_space(config, options.kv_bits),
+        metric=options.metric,
+        trials=options.trials,
+        calibration=_calibration(options),
+        evaluation=_evaluation(options),
+        storage=options.storage,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        progress=not options.no_progress,
+    )
+    uniform = "failed" if result.baseline is None else f"{result.baseline:.3f}"
+    text = (
+        f"Best perplexity {result.best_value:.3f} (one-shot masks; uniform: {uniform}) in "
+        f"{len(result.history)} trials.\nProfile written to "
+        f"{os.path.join(options.output, 'profile.json')}"
+    )
+    return Answer(text, result.to_dict())
+
+
+def run_evaluate(options: argparse.Namespace) -> Answer:
+    """Measure a model."""
+    row = evaluate(
+        _model(options),
+        evaluation=_evaluation(options),
+        questions=_questions(options),
+        kv_cache=_kv_choice(options.kv_bits),
+        progress=not options.no_progress,
+    )
+    return Answer(text_table(table_rows([row])), row.to_dict())
+
+
+def run_inspect(options: argparse.Namespace) -> Answer:
+    """Describe a checkpoint from its config and headers."""
+    found = inspect(options.model, revision=options.revision)
+    return Answer(str(found), found.to_dict())
+
+
+def run_push(options: argparse.Namespace) -> Answer:
+    """Push a folder."""
+    url = push_folder(
+        options.folder,
+        options.repo,
+        private=options.private,
+        revision=options.revision,
+        commit_message=options.message,
+    )
+    return Answer(f"Pushed: {url}", {"commit_url": url})
+
+
+def run_env(_options: argparse.Namespace) -> Answer:
+    """Say what is installed and which code path does the work."""
+    versions = library_versions()
+    for name in DEPENDENCIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    kernels = {"KV cache": "torch reference", "sparse weights": "dense runtime"}
+    data = {
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": devices,
+        "kernels": kernels,
+    }
+    rows = [("platform", data["platform"]), *versions.items()]
+    rows += [("device", device) for device in devices]
+    rows += [(f"kernels: {part}", path) for part, path in kernels.items()]
+    width = max(len(name) for name, _ in rows)
+    return Answer("\n".join(f"{name:<{width}}  {value}" for name, value in rows), data)
+
+
+def sparsity_globs(pairs: list[str]) -> dict[str, float] | None:
+    """Parse ``GLOB=RATIO`` pairs.
+
+    Raises:
+        ValueError: If a pair is not of that form.
+    """
+    ratios = {}
+    for pair in pairs:
+        glob, separator, ratio = pair.rpartition("=")
+        try:
+            ratios[glob] = float(ratio)
+        except ValueError:
+            separator = ""
+        if not separator or not glob:
+            raise ValueError(f"--sparsity must be GLOB=RATIO, such as '*.mlp.*=0.6', got {pair!r}.")
+    return ratios or None
+
+
+def _model(options: argparse.Namespace) -> ModelSource:
+    return ModelSource(options.model, options.revision, options.dtype, options.device_map)
+
+
+def _calibration(options: argparse.Namespace) -> DataSource:
+    return DataSource(
+        options.calibration,
+        options.calibration_samples,
+        options.sequence_length,
+        options.batch_size,
+        options.seed,
+    )
+
+
+def _evaluation(options: argparse.Namespace) -> DataSource:
+    return DataSource(
+        options.evaluation,
+        options.evaluation_samples,
+        options.sequence_length,
+        options.batch_size,
+    )
+
+
+def _questions(options: argparse.Namespace) -> DataSource | None:
+    if options.questions is None:
+        return None
+    return replace(_evaluation(options), source=options.questions)
+
+
+def _config(
+    options: argparse.Namespace,
+    sparsity: dict[str, float] | None = None,
+    kv_cache: KVCacheConfig | None = None,
+) -> SparsityConfig:
+    fields: dict[str, Any] = {}
+    if options.target_sparsity is not None:
+        fields["target_sparsity"] = options.target_sparsity
+    return SparsityConfig(
+        metric=options.metric,
+        pattern=options.pattern,
+        sparsity=sparsity,
+        kv_cache=kv_cache,
+        calibration=CalibrationConfig(sequential=not options.one_shot, seed=options.seed),
+        checkpoint_format=options.checkpoint_format,
+        **fields,
+    )
+
+
+def _kv_choice(bits: tuple[int, ...] | None) -> KVCacheChoice:
+    if bits is None:
+        return False
+    if bits == OWN_PROFILE:
+        return None
+    return KVCacheConfig(bits=bits[0] if len(bits) == 1 else bits)

@@ -1,0 +1,63 @@
+"""The verbs: what the command line and a script call to do a whole job.
+
+Each joins the layers below: data, pruning, search, evaluation, checkpoint, Hub.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.loading import Calibration, apply_config
+from hf_adaptive_sparse.compressor.jobs import evaluate, prune_to_folder, search_to_folder
+from hf_adaptive_sparse.compressor.measuring import Measurement, measure
+from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress, search_space
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.pruning.report import PruningReport
+
+__all__ = [
+    "CompressionResult",
+    "DataSource",
+    "Measurement",
+    "ModelSource",
+    "compress",
+    "evaluate",
+    "measure",
+    "prune",
+    "prune_to_folder",
+    "search_space",
+    "search_to_folder",
+]
+
+
+def prune(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    calibration: Calibration = None,
+    *,
+    processor: Any = None,
+    progress: bool = True,
+) -> PruningReport:
+    """Prune ``model`` in place, decoder layer by decoder layer.
+
+    Afterwards the model consists of plain dense ``nn.Linear`` with zeros; it saves, reloads and
+    generates exactly as one loaded with ``sparsity_config=config``.
+
+    Args:
+        model: A causal language model or vision-language model of transformers.
+        config: Ratio, metric, pattern, and the KV profile the model shall carry.
+        calibration: List of batches, dataset name or path; ``None``: ``config.calibration``.
+        processor: Processor or tokenizer for data that are not batches yet. ``None``: the one
+            stored with the model.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        What was removed from each linear.
+
+    Raises:
+        ValueError: If the metric needs calibration and there is none, if a name or glob matches no
+            prunable linear, or if weights or activations are not finite.
+    """
+    return apply_config(model, config, calibration, processor, progress=progress)

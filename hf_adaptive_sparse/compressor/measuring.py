@@ -1,0 +1,104 @@
+"""One model measured: quality on held-out data, and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.calibration.data import Batch, Records
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
+from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.evaluation.resources import kv_bytes_per_token
+from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
+from hf_adaptive_sparse.profiles import KVCacheConfig
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row of the table that a compression ends with.
+
+    Attributes:
+        name: What was measured.
+        sparsity: Mean ratio of the decoder's prunable weights that are gone, weighted by
+            parameters.
+        perplexity: Token-weighted.
+        accuracy: Visual question answering accuracy in [0, 1]; ``None`` where no questions were
+            given.
+        weight_bytes: Bytes of the weights on disk.
+        kv_bytes_per_token: Bytes one token takes in the KV cache, all layers together.
+        seconds: Time the compression took; ``None`` where nothing was done.
+        match: How answers were compared with the references, ``"whole"`` or ``"prefix"`` (see
+            `vqa_accuracy`); rows compare only where it is the same.
+    """
+
+    name: str
+    sparsity: float
+    perplexity: float
+    accuracy: float | None
+    weight_bytes: int
+    kv_bytes_per_token: float
+    seconds: float | None = None
+    match: Literal["whole", "prefix"] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+
+def measure(
+    name: str,
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    sparsity: float,
+    weight_bytes: int,
+    kv_cache: KVCacheConfig | None,
+    processor: Any = None,
+    questions: Records | None = None,
+    num_questions: int | None = None,
+    seconds: float | None = None,
+    match: Literal["whole", "prefix"] | None = None,
+    progress: bool = False,
+) -> Measurement:
+    """Measure one model: perplexity and answers through its KV cache, and its bytes.
+
+    Args:
+        name: Name of the row.
+        model: The model as it will be used.
+        batches: Batches for the perplexity.
+        sparsity: Mean ratio of the prunable weights that are gone.
+        weight_bytes: Bytes of its weights on disk.
+        kv_cache: The KV profile to measure with; ``None``: no KV quantisation.
+        processor: Processor for ``questions``.
+        questions: Visual questions to answer, or ``None``.
+        num_questions: The first so many of them; ``None``: all.
+        seconds: Time the compression took.
+        match: The ``match`` of the row to compare with; ``None`` lets the answers decide.
+        progress: Show progress bars.
+    """
+    cache: KVCacheChoice = False if kv_cache is None else kv_cache
+    accuracy, matched = None, None
+    if questions is not None:
+        answers = vqa_accuracy(
+            model,
+            processor,
+            questions,
+            kv_cache=cache,
+            num_samples=num_questions,
+            match=match or "auto",
+            progress=progress,
+        )
+        accuracy, matched = answers.accuracy, answers.match
+    return Measurement(
+        name=name,
+        sparsity=sparsity,
+        perplexity=perplexity(model, batches, cache, progress=progress),
+        accuracy=accuracy,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=kv_bytes_per_token(model.config, cache, dtype=model.dtype),
+        seconds=seconds,
+        match=matched,
+    )

@@ -1,0 +1,147 @@
+"""What a job leaves in its folder besides the weights: processor, plots, and the model card."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import accepts_images, kv_widths, prunable_linears
+from hf_adaptive_sparse.calibration.questions import format_question
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.measuring import Measurement
+from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig, SparsityProfile
+from hf_adaptive_sparse.pruning.report import PruningReport
+from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
+from hf_adaptive_sparse.report.tables import format_bytes
+from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
+from hf_adaptive_sparse.version import __version__
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the model card says about how the model was made.
+
+    Attributes:
+        base_model: Name or path of the dense model; a path is not published.
+        calibration: Calibration data, in words.
+        evaluation: Evaluation data, in words; ``None`` where nothing was measured.
+        seed: Seed of the run.
+        repo_id: Where the model is going to be, if known.
+    """
+
+    base_model: str
+    calibration: str | None
+    evaluation: str | None
+    seed: int
+    repo_id: str | None = None
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "hf_adaptive_sparse": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
+    """Return measurements as rows for a person to read: percent, and bytes with units."""
+    rows = []
+    for one in measurements:
+        row: dict[str, object] = {
+            "model": one.name,
+            "sparsity": f"{one.sparsity:.2%}",
+            "perplexity": f"{one.perplexity:.3f}",
+        }
+        if one.accuracy is not None:
+            row["accuracy"] = f"{one.accuracy:.1%}"
+        row["weights on disk"] = format_bytes(one.weight_bytes)
+        row["KV bytes per token"] = f"{one.kv_bytes_per_token:,.1f}"
+        if any(other.seconds is not None for other in measurements):
+            row["seconds"] = "" if one.seconds is None else f"{one.seconds:.1f}"
+        rows.append(row)
+    return rows
+
+
+def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Write weights, config, generation config and processor into ``folder``."""
+    model.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def save_report(
+    folder: Path,
+    model: PreTrainedModel,
+    report: PruningReport,
+    recipe: Recipe,
+    *,
+    processor: Any,
+    measurements: Sequence[Measurement] = (),
+    result: SearchResult | None = None,
+) -> None:
+    """Write profile, history, plots and model card of a pruned model into ``folder``.
+
+    Args:
+        folder: The model's folder.
+        model: The pruned model, which carries its config.
+        report: What was pruned.
+        recipe: How it was made.
+        processor: Processor, for the card's example prompt.
+        measurements: Measured rows, dense first.
+        result: The search, if there was one.
+    """
+    config: SparsityConfig = model.config.quantization_config
+    kv_cache = config.kv_cache if isinstance(config.kv_cache, KVCacheConfig) else None
+    sparsity = SparsityProfile(config.sparsity) if config.sparsity else None
+    profile = CompressionProfile(sparsity, kv_cache)
+    profile.save(folder / PROFILE_FILE)
+    plots = {}
+    if result is not None:
+        result.save(folder)
+        plot_search_history(result.history, folder / "search.png")
+        plots["Search history"] = "search.png"
+    widths = kv_widths(model)
+    if sparsity is not None or kv_cache is not None:
+        plot_profile(
+            profile,
+            folder / "profile.png",
+            numel={name: linear.weight.numel() for name, linear in prunable_linears(model).items()},
+            target_sparsity=config.target_sparsity,
+            num_layers=len(widths),
+        )
+        plots["Ratio and KV bits per layer"] = "profile.png"
+    images = accepts_images(model)
+    question = "What is in the picture?"
+    write_model_card(
+        folder,
+        facts=CardFacts(
+            base_model=recipe.base_model,
+            accepts_images=images,
+            repo_id=recipe.repo_id,
+            prompt=format_question(processor, question) if images else None,
+            checkpoint_format=config.checkpoint_format,
+            target_sparsity=config.target_sparsity,
+            achieved_sparsity=report.mean_sparsity,
+            metric=config.metric,
+            pattern=config.pattern,
+            kv_cache=kv_cache,
+            kv_mean_bits=None if kv_cache is None else kv_cache.mean_bits(widths),
+            calibration=recipe.calibration,
+            evaluation=recipe.evaluation,
+            seed=recipe.seed,
+            trials=None if result is None else len(result.history),
+            versions=library_versions(),
+            measurements=table_rows(measurements),
+            plots=plots,
+        ),
+    )

@@ -1,0 +1,146 @@
+"""Where a job's model and data come from, as values."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hf_adaptive_sparse.architecture import accepts_images
+from hf_adaptive_sparse.calibration.data import Batch, Records, Source, load_batches, read_records
+from hf_adaptive_sparse.calibration.questions import load_processor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by name or path, and how to load it.
+
+    Attributes:
+        name: Hub repo or local folder.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Dtype to load in; ``"auto"``: the one it is stored in.
+        device_map: As in transformers.
+    """
+
+    name: str | os.PathLike[str]
+    revision: str | None = None
+    dtype: str = "auto"
+    device_map: str | None = None
+
+    def load(self) -> PreTrainedModel:
+        """Load the model in evaluation mode: a vision-language model, else a causal one.
+
+        Raises:
+            ValueError: If the config is of neither kind.
+            OSError: If there is no such model, or the Hub cannot be reached.
+        """
+        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        auto_class = AutoModelForImageTextToText if images else AutoModelForCausalLM
+        model: PreTrainedModel = auto_class.from_pretrained(
+            self.name, revision=self.revision, dtype=self.dtype, device_map=self.device_map
+        )
+        return model.eval()
+
+    def load_dense(self) -> PreTrainedModel:
+        """Load the model, which must not be compressed yet.
+
+        Raises:
+            ValueError: If it carries a quantization config, ours or another's.
+        """
+        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"A dense model is needed, {self.name} is compressed or quantised already. Give "
+                "the model it was made from."
+            )
+        return self.load()
+
+    def load_processor(self) -> Any:
+        """Load the processor, or the tokenizer where the model has no processor."""
+        return load_processor(os.fspath(self.name), revision=self.revision)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Data by name or path, and how much of them.
+
+    Attributes:
+        source: Dataset name, path, or ready batches. ``None``: WikiText-2 from the Hub.
+        num_samples: Windows of text, or questions, at most.
+        sequence_length: Tokens per window; ``None``: ``min(2048, the model's context)``.
+        batch_size: Windows or questions per batch.
+        seed: Seed of the choice of samples.
+        name: What model cards call the data; ``None``: the dataset's or the file's name.
+    """
+
+    source: Source = None
+    num_samples: int = 128
+    sequence_length: int | None = None
+    batch_size: int = 1
+    seed: int = 0
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """A name for model cards: no folders of the machine it was made on."""
+        if self.name is not None:
+            return self.name
+        if self.source is None:
+            return "Salesforce/wikitext (wikitext-2-raw-v1)"
+        if not isinstance(self.source, str | os.PathLike):
+            return "batches given in memory"
+        text = os.fspath(self.source)
+        return os.path.basename(text.rstrip(os.sep)) if os.path.exists(text) else text
+
+    def batches(self, processor: Any, config: PreTrainedConfig, split: str) -> list[Batch]:
+        """Load the batches; ``split`` is used where the source names none itself."""
+        return load_batches(
+            self.source,
+            processor,
+            config=config,
+            num_samples=self.num_samples,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            split=split,
+        )
+
+    def questions(self, config: PreTrainedConfig, split: str) -> Records | None:
+        """Return the visual questions in the source, or ``None`` if it holds text or batches."""
+        if not isinstance(self.source, str | os.PathLike):
+            return None
+        records = read_records(self.source, split, images=accepts_images(config))
+        return None if records.kind == "text" else records
+
+
+def split_held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Split batches into those a search may see and those kept for the final figures.
+
+    The first half is searched on. A single batch serves both, and a warning says so.
+    """
+    if len(batches) < 2:
+        logger.warning(
+            "The evaluation data make a single batch: the search and the final figures share it. "
+            "Give more data for figures on text that the search has not seen."
+        )
+        return batches, batches
+    middle = len(batches) // 2
+    return batches[:middle], batches[middle:]
+
+
+def parameter_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes a dense checkpoint of ``model`` takes; tied weights count once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,1 @@
+"""The bundled tiny vision-language model: data generator, training script and checkpoint."""

@@ -1,0 +1,1 @@
+"""What a compressed model is worth: perplexity, answers, and bytes."""

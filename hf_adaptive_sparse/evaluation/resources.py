@@ -1,0 +1,246 @@
+"""Bytes, counted and not estimated: of weights (in memory, stored, on disk) and of the KV cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from hf_adaptive_sparse.architecture import kv_widths, prunable_linears
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
+from hf_adaptive_sparse.kvcache.cache import QUANT_METHOD, AdaptiveQuantizedCache
+from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
+
+_BYTES_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One prunable weight.
+
+    Attributes:
+        name: Runtime name of its module.
+        numel: Number of weights.
+        zeros: How many of them are zero.
+        stored_bytes: Bytes in a checkpoint of the model's format: values and bitmask, or all.
+        memory_bytes: Bytes it takes in memory now.
+    """
+
+    name: str
+    numel: int
+    zeros: int
+    stored_bytes: int
+    memory_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Fraction of the weights that are zero."""
+        return self.zeros / self.numel if self.numel else 0.0
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """All prunable weights of a model.
+
+    Attributes:
+        modules: One report per prunable linear, in layer order.
+        checkpoint_format: ``"bitmask"`` or ``"dense"``: what ``stored_bytes`` refers to.
+        other_bytes: Bytes of all other parameters (embeddings, vision tower, norms, output head,
+            modules that were excluded), shared ones counted once.
+    """
+
+    modules: tuple[WeightReport, ...]
+    checkpoint_format: str
+    other_bytes: int
+
+    @property
+    def total(self) -> WeightReport:
+        """The sum over the prunable weights: the denominator of every sparsity."""
+        return WeightReport(
+            "total",
+            *(
+                sum(getattr(module, field) for module in self.modules)
+                for field in ("numel", "zeros", "stored_bytes", "memory_bytes")
+            ),
+        )
+
+    @property
+    def mean_sparsity(self) -> float:
+        """Parameter-weighted mean ratio over the prunable weights."""
+        return self.total.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain types."""
+        return {
+            "checkpoint_format": self.checkpoint_format,
+            "other_bytes": self.other_bytes,
+            "total": asdict(self.total) | {"ratio": self.mean_sparsity},
+            "modules": [asdict(module) | {"ratio": module.ratio} for module in self.modules],
+        }
+
+    def __str__(self) -> str:
+        rows = [*self.modules, self.total]
+        width = max(len(row.name) for row in rows)
+        head = f"{'module':<{width}} {'weights':>14} {'ratio':>8} {'stored B':>15} {'memory B':>15}"
+        lines = [head, "-" * len(head)]
+        lines += [
+            f"{row.name:<{width}} {row.numel:>14,} {row.ratio:>8.4f} {row.stored_bytes:>15,} "
+            f"{row.memory_bytes:>15,}"
+            for row in rows
+        ]
+        lines.insert(-1, "-" * len(head))
+        lines.append(
+            f"Ratio: fraction of the prunable weights that is zero. Stored as "
+            f"{self.checkpoint_format}. Other parameters: {self.other_bytes:,} bytes."
+        )
+        return "\n".join(lines)
+
+
+def sparsity_report(model: PreTrainedModel) -> SparsityReport:
+    """Count zeros and bytes of the prunable weights.
+
+    Args:
+        model: Any model, pruned or not. What its checkpoint format stores is taken from the
+            config it carries; a model without one is stored dense.
+
+    Raises:
+        ValueError: If the model has no prunable linears, or weights that are not in memory.
+    """
+    config = _our_config(model)
+    excluded = tuple(_field(config, "modules_to_not_convert") or ())
+    bitmask = _field(config, "checkpoint_format") == "bitmask"
+    compressed = set(_field(config, "sparsity") or ()) if bitmask else set()
+    linears = prunable_linears(model, excluded)
+    reports = []
+    for name, module in linears.items():
+        weight = module.weight
+        if weight.device.type == "meta":
+            raise ValueError(
+                f"Zeros can only be counted in weights that are in memory; {name}.weight is "
+                "offloaded. Load the model without offloading."
+            )
+        numel, itemsize = weight.numel(), weight.element_size()
+        stored = numel * itemsize
+        if name in compressed:
+            # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
+            nnz = int(weight.detach().view(_BYTES_VIEWS[itemsize]).count_nonzero())
+            rows, columns = weight.shape
+            stored = compressed_size_bytes(rows, columns, nnz, itemsize)
+        zeros = numel - int(weight.detach().count_nonzero())
+        reports.append(WeightReport(name, numel, zeros, stored, numel * itemsize))
+    counted = {id(module.weight) for module in linears.values()}
+    other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in counted)
+    return SparsityReport(tuple(reports), "bitmask" if compressed else "dense", other)
+
+
+def _our_config(model: nn.Module) -> Any:
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = _field(config, "quant_method")
+    return config if getattr(method, "value", method) == QUANT_METHOD else None
+
+
+def _field(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def weight_bytes_on_disk(folder: str | os.PathLike[str]) -> int:
+    """Return the size of a checkpoint's safetensors files in bytes.
+
+    Args:
+        folder: A folder written by ``save_pretrained``. Of a sharded checkpoint, the shards that
+            its index names are counted.
+
+    Raises:
+        FileNotFoundError: If there are no such files, or a shard is missing.
+    """
+    path = Path(folder)
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [path / name for name in sorted(set(shards))]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise FileNotFoundError(
+            f"A checkpoint must hold its safetensors files; {path} lacks "
+            f"{', '.join(missing) or 'any'}."
+        )
+    return sum(file.stat().st_size for file in files)
+
+
+def kv_bytes_per_token(
+    config: PretrainedConfig,
+    kv_cache: KVCacheChoice = None,
+    *,
+    length: int = 2048,
+    dtype: torch.dtype | None = None,
+) -> float:
+    """Measure the bytes that one token of one sequence takes in the KV cache, all layers together.
+
+    A real cache is filled with ``length`` random tokens of the model's shapes, one layer at a
+    time so that a large model costs one layer's memory, and what it has allocated is read.
+
+    Args:
+        config: The model's config.
+        kv_cache: ``None``: the KV profile of the config, if any. ``False``: a plain
+            ``DynamicCache``. A `KVCacheConfig`: that one.
+        length: Tokens in the cache.
+        dtype: Dtype of the unquantised keys and values; ``None``: the config's, else bfloat16.
+
+    Returns:
+        Bytes per token: allocated bytes / ``length``.
+
+    Raises:
+        ValueError: If ``length`` is below 1, or the profile does not fit the model.
+        TypeError: If ``kv_cache`` is none of these.
+    """
+    if isinstance(length, bool) or length < 1:
+        raise ValueError(f"length must be a whole number >= 1, got {length!r}.")
+    profile = resolve_kv_cache(config, kv_cache)
+    text = config.get_text_config(decoder=True)
+    if dtype is None:
+        own = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+        dtype = own if isinstance(own, torch.dtype) else torch.bfloat16
+    cache: Cache
+    if profile is not None:
+        cache = AdaptiveQuantizedCache(config, profile)
+    else:
+        cache = DynamicCache(config=config)
+    generator = torch.Generator().manual_seed(0)
+    total = 0
+    # Layers that share the keys and values of others have no place in the cache.
+    for index, (keys, values) in enumerate(kv_widths(config)[: len(cache.layers)]):
+        if keys == 0:
+            continue
+        heads = _kv_heads(text, keys)
+        shapes = [(1, heads, length, width // heads) for width in (keys, values)]
+        cache.update(*(torch.randn(s, generator=generator).to(dtype) for s in shapes), index)
+        total += _layer_bytes(cache.layers[index])
+        cache.layers[index] = DynamicLayer()  # drops what was measured
+    return total / length
+
+
+def _kv_heads(text: PretrainedConfig, width: int) -> int:
+    head_dim = getattr(text, "head_dim", None)
+    if not isinstance(head_dim, int):
+        head_dim = text.hidden_size // text.num_attention_heads
+    return width // head_dim if width % head_dim == 0 else 1
+
+
+def _layer_bytes(layer: Any) -> int:
+    if hasattr(layer, "nbytes"):
+        return int(layer.nbytes)
+    states = (layer.keys, layer.values)
+    return sum(t.nbytes for t in states if isinstance(t, torch.Tensor))

@@ -1,0 +1,261 @@
+"""Visual question answering: generate answers, and score them as the VQA evaluation does.
+
+An answer is what the model generates greedily up to its end of sequence, cut at the first newline
+(behind it, a model writes its next question). Some models were never taught to end an answer: what
+they write behind it means nothing, and they are scored by ``match="prefix"`` instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from hf_adaptive_sparse.architecture import accepts_images
+from hf_adaptive_sparse.calibration.questions import (
+    answer_ids,
+    encode_questions,
+    format_answer,
+    format_question,
+    require_image_processor,
+)
+from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
+from hf_adaptive_sparse.evaluation.forward import (
+    KVCacheChoice,
+    evaluating,
+    new_cache,
+    to_model,
+)
+from hf_adaptive_sparse.evaluation.vqa_answers import mean_agreement, normalize_answer
+from hf_adaptive_sparse.kvcache.generation import kv_cache_config
+
+Match = Literal["whole", "prefix"]
+
+
+@dataclass(frozen=True)
+class VQAResult:
+    """Accuracy on visual questions.
+
+    Attributes:
+        accuracy: Mean accuracy over the questions, in [0, 1].
+        count: Number of questions.
+        seconds: Time taken, reading of the data included.
+        match: How answers were compared, ``"whole"`` or ``"prefix"``. Figures of the same model
+            compare only if this is the same.
+        ended_ratio: Fraction of the answers that the model ended itself.
+        predictions: The generated answers in order, if they were asked for.
+    """
+
+    accuracy: float
+    count: int
+    seconds: float
+    match: Match
+    ended_ratio: float
+    predictions: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """One generated answer.
+
+    Attributes:
+        text: The answer, cut at its first newline.
+        ids: Its tokens up to the end of sequence.
+        ended: Whether the model ended it.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    ended: bool
+
+
+def vqa_accuracy(
+    model: PreTrainedModel,
+    processor: Any,
+    records: Records | str | os.PathLike[str] | Iterable[Row],
+    *,
+    kv_cache: KVCacheChoice = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 10,
+    num_samples: int | None = None,
+    split: str = "validation",
+    prompt: str | None = None,
+    match: Match | Literal["auto"] = "auto",
+    keep_predictions: bool = False,
+    progress: bool = False,
+) -> VQAResult:
+    """Ask the model the questions and compare its answers with the human ones.
+
+    Args:
+        model: A vision-language model.
+        processor: Its processor.
+        records: Visual questions: records, or a source as `read_records` takes it.
+        kv_cache: ``None``: the model's own KV profile, if any; ``False``: none; a `KVCacheConfig`:
+            that one.
+        batch_size: Questions generated for together, padded on the left.
+        max_new_tokens: Tokens per answer at most.
+        num_samples: Only the first so many questions; ``None`` for all.
+        split: Split of a Hub dataset that names none itself.
+        prompt: Text around ``{question}``; see `format_question`.
+        match: ``"whole"``: the whole generated answer must match. ``"prefix"``: each human answer
+            is compared with as many generated tokens as it has itself. ``"auto"``: whole, but
+            prefix where the model ended none of its answers. Take the ``match`` of the dense
+            model's result for the compressed one, so that the two compare.
+        keep_predictions: Return the answers too.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: If the data hold no visual questions.
+        ValueError: If the model or the processor takes no images, or an argument is invalid.
+    """
+    if match not in ("whole", "prefix", "auto"):
+        raise ValueError(f"match must be 'whole', 'prefix' or 'auto', got {match!r}.")
+    limits = (("batch_size", batch_size), ("max_new_tokens", max_new_tokens))
+    for name, value in (*limits, ("num_samples", num_samples)):
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+    if not accepts_images(model):
+        raise ValueError(
+            f"Visual questions need a model that takes images; {type(model).__name__} takes none."
+        )
+    started = time.perf_counter()
+    if not isinstance(records, Records):
+        records = read_records(records, split)
+    if records.kind != "visual_question":
+        raise DataError(
+            "Visual questions need the columns 'image', 'question' and 'answer' (or 'answers'); "
+            f"{records.name} has text."
+        )
+    require_image_processor(processor, records.name)
+    scores: dict[Match, float] = {"whole": 0.0, "prefix": 0.0}
+    answers: list[GeneratedAnswer] = []
+    rows = itertools.islice(records, num_samples)
+    with tqdm(desc="Questions", unit="question", disable=not progress) as bar:
+        while chunk := list(itertools.islice(rows, batch_size)):
+            # A prefix is compared with no more tokens than the longest answer has.
+            needed = max_new_tokens
+            if match == "prefix":
+                needed = min(needed, _longest_answer(processor, chunk, prompt))
+            generated = generate_answers(
+                model,
+                processor,
+                chunk,
+                kv_cache=kv_cache,
+                max_new_tokens=needed,
+                prompt=prompt,
+            )
+            for answer, row in zip(generated, chunk, strict=True):
+                scores["whole"] += _whole_accuracy(answer, row["answers"])
+                scores["prefix"] += _prefix_accuracy(answer, row, processor, prompt)
+            answers += generated
+            bar.update(len(chunk))
+    if not answers:
+        raise DataError(f"{records.name} holds no questions.")
+    ended = sum(answer.ended for answer in answers)
+    if match == "auto":
+        match = "whole" if ended else "prefix"
+    return VQAResult(
+        accuracy=scores[match] / len(answers),
+        count=len(answers),
+        seconds=time.perf_counter() - started,
+        match=match,
+        ended_ratio=ended / len(answers),
+        predictions=tuple(answer.text for answer in answers) if keep_predictions else None,
+    )
+
+
+def _whole_accuracy(generated: GeneratedAnswer, answers: Sequence[str]) -> float:
+    predicted = normalize_answer(generated.text)
+    return mean_agreement([normalize_answer(answer) == predicted for answer in answers])
+
+
+def _prefix_accuracy(
+    generated: GeneratedAnswer, row: Mapping[str, Any], processor: Any, prompt: str | None
+) -> float:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    matches = []
+    for answer, count in zip(row["answers"], _answer_lengths(processor, row, prompt), strict=True):
+        start = tokenizer.decode(list(generated.ids[:count]), skip_special_tokens=True)
+        matches.append(normalize_answer(start) == normalize_answer(answer))
+    return mean_agreement(matches)
+
+
+def _answer_lengths(processor: Any, row: Mapping[str, Any], prompt: str | None) -> list[int]:
+    """Return the tokens of each human answer behind the prompt."""
+    text = format_question(processor, row["question"], prompt)
+    counted = {
+        answer: len(answer_ids(processor, text, text + format_answer(text, answer)))
+        for answer in set(row["answers"])
+    }
+    return [counted[answer] for answer in row["answers"]]
+
+
+def _longest_answer(processor: Any, rows: Sequence[Row], prompt: str | None) -> int:
+    return max(1, *(n for row in rows for n in _answer_lengths(processor, row, prompt)))
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    kv_cache: KVCacheChoice = None,
+    max_new_tokens: int = 10,
+    prompt: str | None = None,
+) -> list[GeneratedAnswer]:
+    """Generate an answer to each question, greedily, as one left-padded batch.
+
+    Args:
+        model: A vision-language model.
+        processor: Its processor.
+        rows: Rows with ``image`` and ``question``.
+        kv_cache: As for `vqa_accuracy`.
+        max_new_tokens: Tokens per answer at most.
+        prompt: See `format_question`.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    prompts = [format_question(processor, row["question"], prompt) for row in rows]
+    encoded = encode_questions(processor, prompts, [row["image"] for row in rows], "left")
+    inputs = to_model(model, encoded)
+    settings = _greedy(model, tokenizer, max_new_tokens)
+    with evaluating(model):
+        cache = new_cache(model, kv_cache)
+        if cache is None and kv_cache_config(model.config) is not None:
+            # Without a cache of ours, generate() would make one from the config's profile.
+            cache = DynamicCache(config=model.config)
+        output = model.generate(**inputs, past_key_values=cache, generation_config=settings)
+    ends = settings.eos_token_id
+    stops = set(ends) if isinstance(ends, Sequence) else {ends}
+    answers = []
+    for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
+        length = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+        ids = tuple(tokens[:length])
+        lines = tokenizer.decode(list(ids), skip_special_tokens=True).strip().splitlines()
+        text = lines[0].strip() if lines else ""
+        answers.append(GeneratedAnswer(text, ids, ended=length < len(tokens)))
+    return answers
+
+
+def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Return the model's generation config with sampling, beams and length limits off."""
+    own = model.generation_config
+    config = copy.deepcopy(own) if own is not None else GenerationConfig()
+    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "min_length", "max_length"):
+        setattr(config, name, None)
+    config.do_sample = False
+    config.num_beams = 1
+    config.cache_implementation = None
+    config.max_new_tokens = max_new_tokens
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    return config

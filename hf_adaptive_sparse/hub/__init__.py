@@ -1,0 +1,8 @@
+"""The Hub: push a compressed folder in one commit, and inspect a repo without its weights."""
+
+from hf_adaptive_sparse.hub.errors import HubError
+from hf_adaptive_sparse.hub.inspection import Inspection, ModuleInspection
+from hf_adaptive_sparse.hub.push import push_folder
+from hf_adaptive_sparse.hub.reading import inspect
+
+__all__ = ["HubError", "Inspection", "ModuleInspection", "inspect", "push_folder"]

@@ -1,0 +1,173 @@
+"""What a compressed checkpoint is: a value to print or to write as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.report.layers import largest_stack, mean_by_layer
+from hf_adaptive_sparse.report.tables import format_bytes, text_table
+
+
+@dataclass(frozen=True)
+class ModuleInspection:
+    """One pruned linear.
+
+    Attributes:
+        name: Module name as the config records it, or the name in the files where it does not.
+        rows: Output features.
+        columns: Least and greatest possible number of input features; equal where it is known.
+        nnz: Weights kept; None where zeros are stored.
+        recorded_ratio: Ratio in the config.
+        stored_bytes: Bytes of its weight in the files.
+        dense_bytes: Bytes that the dense weight would take in the same dtype, at least.
+    """
+
+    name: str
+    rows: int
+    columns: tuple[int, int]
+    nnz: int | None
+    recorded_ratio: float | None
+    stored_bytes: int
+    dense_bytes: int
+
+    @property
+    def removed(self) -> tuple[float, float]:
+        """Least and greatest possible number of weights removed."""
+        low, high = (self.rows * columns for columns in self.columns)
+        if self.nnz is None:
+            ratio = self.recorded_ratio or 0.0
+            return float(round(ratio * low)), float(round(ratio * high))
+        return float(low - self.nnz), float(high - self.nnz)
+
+    @property
+    def ratio(self) -> tuple[float, float]:
+        """Least and greatest possible fraction removed."""
+        (low, high), (fewest, most) = self.removed, self.columns
+        return low / max(1, self.rows * fewest), high / max(1, self.rows * most)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What config and headers tell about a compressed checkpoint.
+
+    Attributes:
+        source: Folder or repo id.
+        revision: Commit sha of a repo.
+        model_type: transformers' name of the architecture.
+        base_model: The dense model it was made from, where recorded.
+        format_version: Version of the checkpoint's format.
+        checkpoint_format: "bitmask" or "dense".
+        metric: Pruning metric.
+        pattern: "unstructured" or "n:m".
+        target_sparsity: Mean ratio that was asked for.
+        sparsity: Least and greatest possible mean ratio over ``modules``; equal where exact. Read
+            from the shapes in the bitmask format, from the config's record in the dense one.
+        modules: The pruned linears, in order of their names' layers.
+        kv_cache: KV profile.
+        size_bytes: Bytes of data by kind: "kept values", "bitmasks", "other weights".
+        tensors: Tensors in the files.
+        provenance: What the config records about how it was made.
+    """
+
+    source: str
+    revision: str | None
+    model_type: str | None
+    base_model: str | None
+    format_version: int
+    checkpoint_format: str
+    metric: str
+    pattern: str
+    target_sparsity: float
+    sparsity: tuple[float, float]
+    modules: tuple[ModuleInspection, ...]
+    kv_cache: KVCacheConfig | None
+    size_bytes: Mapping[str, int]
+    tensors: int
+    provenance: Mapping[str, Any]
+
+    def layer_ratios(self) -> dict[int, float]:
+        """Return the mean ratio of each decoder layer (the lower bound where it is not exact)."""
+        ratios = {module.name: module.ratio[0] for module in self.modules}
+        numel = {module.name: module.rows * module.columns[0] for module in self.modules}
+        stacks = mean_by_layer(ratios, numel)
+        return stacks[largest_stack(stacks, ratios)] if stacks else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        data = asdict(self)
+        data["kv_cache"] = None if self.kv_cache is None else self.kv_cache.to_dict()
+        data["sparsity"] = _span(self.sparsity)
+        data["modules"] = [
+            {**asdict(module), "columns": list(module.columns), "ratio": _span(module.ratio)}
+            for module in self.modules
+        ]
+        data["size_bytes"] = dict(self.size_bytes)
+        data["provenance"] = dict(self.provenance)
+        data["layer_ratios"] = {str(layer): ratio for layer, ratio in self.layer_ratios().items()}
+        return data
+
+    def __str__(self) -> str:
+        stored = sum(module.stored_bytes for module in self.modules)
+        dense = sum(module.dense_bytes for module in self.modules)
+        share = f", {stored / dense:.1%} of dense" if dense else ""
+        target = f" (target {self.target_sparsity:.2%})"
+        revision = f" at {self.revision[:12]}" if self.revision else ""
+        facts = {
+            "checkpoint": f"{self.source}{revision}",
+            "base model": self.base_model or "not recorded",
+            "architecture": self.model_type or "not recorded",
+            "format": f"{self.checkpoint_format}, version {self.format_version}",
+            "metric": f"{self.metric}, {self.pattern}",
+            "sparsity": f"{_percent(self.sparsity)} of {len(self.modules)} linears{target}",
+            "pruned weights": f"{format_bytes(stored)}{share}",
+            "all weights": format_bytes(sum(self.size_bytes.values()))
+            + " ("
+            + ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self.size_bytes.items())
+            + ")",
+            "KV cache": self._kv_text(),
+        }
+        width = max(map(len, facts))
+        lines = [f"{name.ljust(width)}  {_printable(text)}" for name, text in facts.items()]
+        rows = self._layer_rows()
+        return "\n".join([*lines, "", text_table(rows)] if rows else lines)
+
+    def _kv_text(self) -> str:
+        if self.kv_cache is None:
+            return "not quantised"
+        cache = self.kv_cache
+        return f"groups of {cache.group_size}, {cache.residual_length} tokens per block"
+
+    def _layer_rows(self) -> list[dict[str, object]]:
+        ratios = self.layer_ratios()
+        if not ratios:
+            return []
+        count = max(ratios) + 1
+        try:
+            kv = self.kv_cache.layer_bits(count) if self.kv_cache is not None else ()
+        except ValueError:
+            # A KV profile of another length than the pruned layers: not every layer is pruned.
+            kv = ()
+        rows: list[dict[str, object]] = []
+        for layer, ratio in ratios.items():
+            row: dict[str, object] = {"layer": layer, "removed": f"{ratio:.2%}"}
+            if kv:
+                row |= {"key bits": kv[layer][0], "value bits": kv[layer][1]}
+            rows.append(row)
+        return rows
+
+
+def _span(bounds: tuple[float, float]) -> float | list[float]:
+    return bounds[0] if bounds[0] == bounds[1] else list(bounds)
+
+
+def _percent(bounds: tuple[float, float]) -> str:
+    low, high = bounds
+    return f"{low:.2%}" if low == high else f"{low:.2%} to {high:.2%}"
+
+
+def _printable(text: str) -> str:
+    """Return text from a repo without what would steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)

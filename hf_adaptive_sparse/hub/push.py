@@ -1,0 +1,125 @@
+"""Push a compressed folder in one commit: the repo takes the new version or stays as it was.
+
+Weight files that the repo had and the folder has not (shards of an earlier, larger version) leave
+in the same commit, since transformers would otherwise go on loading them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+from hf_adaptive_sparse.hub.errors import LOG_IN, HubError, check_repo_id, explained
+from hf_adaptive_sparse.hub.reading import inspect
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_PATTERNS = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+)
+"""Files at the root of a repo that transformers loads weights from."""
+
+_SKIPPED_ENDINGS = (".partial", ".lock", ".tmp", "-journal", "-wal", "-shm")
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    exist_ok: bool = True,
+) -> str:
+    """Push a compressed model's folder as one commit.
+
+    Hidden files and files still being written (``*.partial``) stay behind. Nothing is sent before
+    the folder has been found complete. A push that fails leaves the branch as it was; a repo or
+    branch that the push made first stays, without the model.
+
+    Args:
+        folder: What ``save_pretrained`` or ``compress`` wrote.
+        repo_id: ``owner/name``; made if it does not exist.
+        private: Make a new repo private. An existing public repo is refused.
+        revision: Branch to commit to, made from ``main`` if it does not exist; None: ``main``.
+        commit_message: Title of the commit.
+        token: Access token with the write role; None: the one of HF_TOKEN or ``hf auth login``.
+        endpoint: Address of the Hub; None: HF_ENDPOINT, or the public one.
+        exist_ok: Whether the repo may exist already.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If the repo id is invalid or the folder is not a complete compressed model.
+        HubError: If the Hub cannot be reached or refuses; the message says what to do.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r} to push.")
+    inspect(folder)
+    token = token or get_token()
+    if not token:
+        raise HubError(
+            f"Cannot push to {repo_id!r}: that needs a token with write access; {LOG_IN}."
+        )
+    files = folder_files(folder)
+    api = HfApi(endpoint=endpoint, token=token)
+    with explained("push to", repo_id, revision):
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=exist_ok).repo_id
+        if revision is not None and revision != "main":
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision or "main")
+        if private and not info.private:
+            raise HubError(
+                f"Cannot push to {repo_id!r}: it exists and is public, but private was asked for. "
+                "Make it private in its settings, or choose another name."
+            )
+        present = [sibling.rfilename for sibling in info.siblings or []]
+        stale = stale_weights(present, files)
+        if stale:
+            logger.info("Removing weight files of an earlier version: %s", ", ".join(stale))
+        commit = api.create_commit(
+            repo_id,
+            operations=[
+                *(CommitOperationAdd(path, source) for path, source in files.items()),
+                *(CommitOperationDelete(path, is_folder=False) for path in stale),
+            ],
+            commit_message=commit_message or "Upload a model compressed with hf_adaptive_sparse",
+            revision=revision,
+            parent_commit=info.sha,
+        )
+    return str(commit.commit_url)
+
+
+def folder_files(folder: Path) -> dict[str, Path]:
+    """Return the files to push: path in the repo -> local path, in order of name."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") and part != ".gitattributes" for part in parts)
+        temporary = path.name.endswith(_SKIPPED_ENDINGS) or "__pycache__" in parts
+        if path.is_file() and not hidden and not temporary:
+            found["/".join(parts)] = path
+    return found
+
+
+def stale_weights(present: list[str], pushed: dict[str, Path]) -> list[str]:
+    """Return the weight files in ``present`` that the new version does not bring."""
+    return [
+        path
+        for path in present
+        if path not in pushed and any(fnmatchcase(path, pattern) for pattern in WEIGHT_PATTERNS)
+    ]

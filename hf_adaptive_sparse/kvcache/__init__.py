@@ -1,0 +1,1 @@
+"""The adaptive KV cache: codecs, layers, and the ``QuantizedCache`` subclass built from them."""

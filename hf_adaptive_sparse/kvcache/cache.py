@@ -1,0 +1,143 @@
+"""The adaptive KV cache as transformers sees it, and the KV profile that a config carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache
+
+from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
+from hf_adaptive_sparse.profiles import KVCacheConfig
+
+QUANT_METHOD = "adaptive_sparse"
+"""``quant_method`` of a ``quantization_config`` that may carry a KV profile."""
+
+
+def kv_cache_config(config: PretrainedConfig) -> KVCacheConfig | None:
+    """Return the KV profile that a model's config carries, or None.
+
+    Args:
+        config: The model's own config (of a vision-language model: the whole, not its text part).
+            Its ``quantization_config`` may be an object or the dict of a ``config.json``.
+
+    Raises:
+        ValueError: If the profile is invalid.
+        TypeError: If the profile is of no known type.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, Mapping):
+        method, profile = quantization.get("quant_method"), quantization.get("kv_cache")
+    else:
+        method = getattr(quantization, "quant_method", None)
+        profile = getattr(quantization, "kv_cache", None)
+    if getattr(method, "value", method) != QUANT_METHOD or profile is None or profile is False:
+        return None
+    if isinstance(profile, Mapping):
+        return KVCacheConfig.from_dict(profile)
+    return _checked(profile)
+
+
+class AdaptiveQuantizedCache(QuantizedCache):
+    """KV cache with its own number of bits for the keys and the values of every layer.
+
+    Works wherever a ``DynamicCache`` does: greedy, sampling, beam search, assisted and
+    prompt-lookup decoding, left-padded batches, continued conversations, chunked prefill, ``crop``,
+    ``reorder_cache`` and the ``batch_*`` operations. What is stored, and when, is described at
+    ``AdaptiveQuantizedLayer``; the number format in ``hf_adaptive_sparse.kvcache.codec``.
+
+    Only full-attention layers are quantised. Sliding-window, chunked, linear-attention,
+    state-space, hybrid and shared layers are those a ``DynamicCache`` has, unquantised, and ignore
+    their entry of the KV profile, which has one per decoder layer all the same.
+
+    Args:
+        config: Config of the model that the cache will be used with.
+        kv_cache: Bits per layer, group size and residual length. None: the profile that ``config``
+            carries, else 8 bits throughout.
+        offloading: Keep every layer's contents in CPU memory but while it computes (CUDA only),
+            as ``DynamicCache`` does.
+
+    Raises:
+        ValueError: If the profile lists another number of layers than the model has.
+        TypeError: If ``kv_cache`` is not a ``KVCacheConfig``.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        kv_cache: KVCacheConfig | None = None,
+        *,
+        offloading: bool = False,
+    ) -> None:
+        if kv_cache is None:
+            kv_cache = kv_cache_config(config) or KVCacheConfig()
+        _checked(kv_cache)
+        # transformers decides which kind of layer goes where; only its plain ones are replaced.
+        layers = DynamicCache(config=config).layers
+        bits = kv_cache.layer_bits(len(layers))
+        for index, (key_bits, value_bits) in enumerate(bits):
+            if type(layers[index]) is DynamicLayer:
+                layers[index] = AdaptiveQuantizedLayer(
+                    key_bits, value_bits, kv_cache.group_size, kv_cache.residual_length, index
+                )
+        # QuantizedCache's own constructor would give every layer the same arguments.
+        Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
+        self.kv_cache = kv_cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values.
+
+        Packed blocks with their slack, steps, minima and unquantised tails; of layers that are not
+        quantised, their keys and values.
+        """
+        return sum(_layer_nbytes(layer) for layer in self.layers)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """Yield keys, values and sliding window of each layer, as ``DynamicCache`` does.
+
+        Keys and values are ``(batch, kv_heads, seq, head_dim)``, dequantised; None before the
+        first update.
+        """
+        for layer in self.layers:
+            keys, values = layer.keys, layer.values
+            if isinstance(layer, AdaptiveQuantizedLayer) and layer.is_initialized:
+                keys, values = layer.decode()
+            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+
+    def __repr__(self) -> str:
+        quantized = [la for la in self.layers if isinstance(la, AdaptiveQuantizedLayer)]
+        tokens = quantized[0].get_seq_length() if quantized else 0
+        fields = {
+            "layers": f"{len(self.layers)} ({len(quantized)} quantised)",
+            "key_bits": _summary([layer.key_bits for layer in quantized]),
+            "value_bits": _summary([layer.value_bits for layer in quantized]),
+            "group_size": self.kv_cache.group_size,
+            "residual_length": self.kv_cache.residual_length,
+            "tokens": tokens,
+            "nbytes": f"{self.nbytes:,}",
+        }
+        described = ", ".join(f"{name}={value}" for name, value in fields.items())
+        return f"{type(self).__name__}({described})"
+
+
+def _checked(profile: object) -> KVCacheConfig:
+    if not isinstance(profile, KVCacheConfig):
+        raise TypeError(
+            "kv_cache must be a KVCacheConfig, for example KVCacheConfig(bits=8), got "
+            f"{type(profile).__name__}."
+        )
+    return profile
+
+
+def _layer_nbytes(layer: Any) -> int:
+    if isinstance(layer, AdaptiveQuantizedLayer):
+        return layer.nbytes
+    states = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(s.untyped_storage().nbytes() for s in states if isinstance(s, torch.Tensor))
+
+
+def _summary(bits: list[int]) -> int | list[int]:
+    return bits[0] if len(set(bits)) == 1 else bits

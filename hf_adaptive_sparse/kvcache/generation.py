@@ -1,0 +1,75 @@
+"""Lets ``generate()`` make the adaptive cache on its own where the model's config has a KV profile.
+
+``generate()`` accepts a cache from its caller but knows a fixed list of kinds to make itself, so
+the one method that makes them is wrapped, once and for all models. No instance is touched: copies
+and pickles of a model behave as the model does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
+
+__all__ = ["AdaptiveEncoderDecoderCache", "install", "kv_cache_config"]
+
+_MARK = "_hf_adaptive_sparse_wrapper"
+_CACHE_NAME = "past_key_values"
+
+
+class AdaptiveEncoderDecoderCache(EncoderDecoderCache):
+    """``EncoderDecoderCache`` whose self-attention is quantised; cross-attention is not."""
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Allow ``crop`` and the ``batch_*`` operations, which both caches inside support."""
+
+
+def install() -> None:
+    """Make ``generate()`` use the adaptive cache for models whose config has a KV profile.
+
+    Calling it again changes nothing. Everything a caller says has precedence:
+    ``past_key_values=``, any ``cache_implementation`` (argument or generation config), and
+    ``use_cache=False`` are honoured, and a plain ``model(...)`` is not affected. Assistants of
+    assisted decoding get the cache that their own config asks for.
+    """
+    stock = GenerationMixin._prepare_cache_for_generation
+    if not hasattr(stock, _MARK):
+        GenerationMixin._prepare_cache_for_generation = _with_adaptive_cache(stock)
+
+
+def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(stock)
+    def prepare(
+        self: Any,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        callers_own = model_kwargs.get(_CACHE_NAME)
+        stock(self, generation_config, model_kwargs, *args, **kwargs)
+        made: Any = model_kwargs.get(_CACHE_NAME)
+        if callers_own is not None or generation_config.cache_implementation is not None:
+            return
+        profile = kv_cache_config(self.config)
+        if profile is None:
+            return
+        if type(made) is EncoderDecoderCache:
+            cache = AdaptiveQuantizedCache(self.config, profile)
+            model_kwargs[_CACHE_NAME] = AdaptiveEncoderDecoderCache(
+                cache, made.cross_attention_cache
+            )
+        elif type(made) is DynamicCache:
+            model_kwargs[_CACHE_NAME] = AdaptiveQuantizedCache(self.config, profile)
+        else:
+            return
+        if generation_config.is_assistant:  # its rejected tokens will be taken back
+            model_kwargs[_CACHE_NAME].activate_past_recording()
+
+    setattr(prepare, _MARK, True)
+    return prepare

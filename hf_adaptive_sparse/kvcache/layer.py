@@ -1,0 +1,241 @@
+"""One decoder layer of the adaptive cache, behind the interface of transformers' layers.
+
+The layer *returns what it stores*: ``update`` gives dequantised blocks followed by the unquantised
+tail, always, prefill included. A stock ``QuantizedLayer`` returns the unquantised states of its
+first update, so that a perplexity computed in one forward pass shows no effect of any bit width;
+here it shows the effect. Queries of a prompt therefore see the whole blocks of that prompt as they
+will be stored, their own block included, which is what later tokens see of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import BaseQuantizedLayer
+
+from hf_adaptive_sparse.kvcache.codec import codec_for
+from hf_adaptive_sparse.kvcache.store import TokenStore
+
+
+class AdaptiveQuantizedLayer(BaseQuantizedLayer):
+    """Cache layer for full attention that quantises every token once.
+
+    After any ``update`` the newest 0 to ``residual_length - 1`` tokens are unquantised. A block of
+    ``residual_length`` tokens is quantised when its last token arrives, several at once where a
+    prompt brings them: of a prompt of 200 tokens with ``residual_length=64``, 192 are quantised.
+    ``crop`` removes tokens from either part and quantises nothing anew.
+
+    16 bits keep the model's dtype bit for bit; such keys or values have no blocks and no tail. No
+    gradient flows through the cache. Tensors returned by ``update`` may be views of the cache; they
+    hold until the next ``crop``.
+
+    kvpress and its like read ``layer._dequantize(layer._quantized_keys)`` and write
+    ``layer._quantized_keys = layer._quantize(keys, axis=layer.axis_key)`` together with
+    ``cumulative_length``. That works at any time: what is read includes the unquantised tail, and
+    what is written is quantised completely, its tail empty. ``keys`` and ``values`` show the
+    tokens that lie unquantised; they are for reading, and assigning to them changes nothing.
+
+    Args:
+        key_bits: Bits per element of the keys: 2, 3, 4, 6, 8 or 16.
+        value_bits: The same for the values.
+        group_size: Neighbouring elements of one head and token that share a step and a minimum.
+        residual_length: Tokens per block.
+        layer_idx: Number of the decoder layer, for error messages.
+    """
+
+    # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
+    # `_quantize` know keys from values, which may have different bits.
+    axis_key = -1
+    axis_value = 3
+
+    def __init__(
+        self,
+        key_bits: int,
+        value_bits: int,
+        group_size: int = 64,
+        residual_length: int = 64,
+        layer_idx: int = 0,
+    ) -> None:
+        super().__init__()
+        self.key_bits = key_bits
+        self.value_bits = value_bits
+        self.group_size = group_size
+        self.residual_length = residual_length
+        self.layer_idx = layer_idx
+        self._quantized_keys: TokenStore | None = None
+        self._quantized_values: TokenStore | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(key_bits={self.key_bits}, value_bits={self.value_bits}, "
+            f"tokens={self.get_seq_length()})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values: codes, steps, minima, tails, and their slack."""
+        return sum(store.nbytes for store in self._stores())
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Prepare for states of this shape, dtype and device; nothing is stored yet.
+
+        Args:
+            key_states: ``(batch, kv_heads, any, key head_dim)``.
+            value_states: ``(batch, kv_heads, any, value head_dim)``.
+        """
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._quantized_keys = self._empty_store(key_states, self.key_bits)
+        self._quantized_values = self._empty_store(value_states, self.value_bits)
+        self.cumulative_length = 0
+        self.is_initialized = True
+        self._show_unquantized()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens and return all tokens as they are stored.
+
+        Args:
+            key_states: ``(batch, kv_heads, n, key head_dim)``, any floating dtype.
+            value_states: ``(batch, kv_heads, n, value head_dim)``.
+            *args: Ignored, for transformers.
+            **kwargs: Ignored, for transformers.
+
+        Returns:
+            Keys and values ``(batch, kv_heads, stored tokens, head_dim)`` in their dtypes.
+
+        Raises:
+            ValueError: If the states do not fit what is stored already (batch, heads, head size,
+                dtype), or are to be quantised and hold NaN or Inf. Nothing has changed then.
+        """
+        self._check_rank(key_states, "keys")
+        self._check_rank(value_states, "values")
+        if self.get_seq_length() == 0:  # an empty cache takes any shape
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._stores()
+        self._check(keys, key_states, "keys")
+        self._check(values, value_states, "values")
+        if key_states.shape[-2] != value_states.shape[-2]:
+            raise ValueError(
+                f"Layer {self.layer_idx} of the cache takes as many keys as values, got "
+                f"{key_states.shape[-2]} and {value_states.shape[-2]} tokens."
+            )
+        # Both are encoded before either is stored: a refusal leaves the layer as it was.
+        new_keys = keys.prepare(key_states, f"keys of layer {self.layer_idx}")
+        new_values = values.prepare(value_states, f"values of layer {self.layer_idx}")
+        keys.commit(new_keys)
+        values.commit(new_values)
+        self.cumulative_length += key_states.shape[-2]
+        self._show_unquantized()
+        return self.decode()
+
+    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as they are stored, ``(batch, kv_heads, seq, head_dim)`` each."""
+        keys, values = self._stores()
+        return keys.decode(), values.decode()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens.
+
+        Args:
+            tokens_to_remove: Their number as a negative one, as transformers asks; 0 removes none.
+
+        Raises:
+            ValueError: If it is positive.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                "crop takes the number of tokens to remove as a negative number (or 0), got "
+                f"{tokens_to_remove}."
+            )
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        for store in self._stores():
+            store.truncate(self.cumulative_length)
+        self._show_unquantized()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence ``i`` continue sequence ``beam_idx[i]``, int64 ``(batch,)``."""
+        self._transform(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times, repetitions side by side."""
+        self._transform(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences that ``indices`` (whole numbers, or a bool per sequence) choose."""
+        self._transform(lambda states: states[indices, ...])
+
+    def offload(self) -> None:
+        """Move what is stored to CPU memory."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move what is stored back to the device of the model."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> TokenStore:
+        """Return ``tensor`` ``(batch, kv_heads, seq, head_dim)`` as a store without a tail.
+
+        Args:
+            tensor: Keys or values.
+            axis: ``axis_key`` or ``axis_value``: which of the two.
+        """
+        is_key = axis == self.axis_key
+        store = self._empty_store(tensor, self.key_bits if is_key else self.value_bits)
+        what = f"{'keys' if is_key else 'values'} of layer {self.layer_idx}"
+        store.commit(store.prepare(tensor, what, whole=True))
+        return store
+
+    def _dequantize(self, q_tensor: TokenStore) -> torch.Tensor:
+        """Return all tokens of a store, ``(batch, kv_heads, seq, head_dim)``."""
+        return q_tensor.decode()
+
+    def _empty_store(self, template: torch.Tensor, bits: int) -> TokenStore:
+        return TokenStore(codec_for(bits, self.group_size), self.residual_length, template)
+
+    def _stores(self) -> tuple[TokenStore, ...]:
+        """Return the stores of keys and values, or nothing before the first update."""
+        if self._quantized_keys is None or self._quantized_values is None:
+            return ()
+        return self._quantized_keys, self._quantized_values
+
+    def _check_rank(self, states: torch.Tensor, kind: str) -> None:
+        if states.ndim != 4:
+            raise ValueError(
+                f"Layer {self.layer_idx} of the cache takes {kind} of shape (batch, kv_heads, seq, "
+                f"head_dim), got {tuple(states.shape)}."
+            )
+
+    def _check(self, store: TokenStore, states: torch.Tensor, kind: str) -> None:
+        batch, kv_heads, _, head_dim = states.shape
+        held = (store.batch_size, store.kv_heads, store.head_dim, store.dtype)
+        if (batch, kv_heads, head_dim, states.dtype) != held:
+            raise ValueError(
+                f"Layer {self.layer_idx} of the cache holds {kind} of batch size {held[0]}, "
+                f"{held[1]} heads of {held[2]} in {held[3]}; got batch size {batch}, {kv_heads} "
+                f"heads of {head_dim} in {states.dtype}. A cache serves the model and the batch it "
+                "was filled with: call reset() or make a new one (batch_repeat_interleave and "
+                "batch_select_indices change the batch of a filled cache)."
+            )
+
+    def _transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.get_seq_length() == 0:
+            return
+        for store in self._stores():
+            store.transform(function)
+        self._show_unquantized()
+
+    def _move(self, device: torch.device) -> None:
+        for store in self._stores():
+            store.transform(lambda states: states.to(device, non_blocking=True))
+        self._show_unquantized()
+
+    def _show_unquantized(self) -> None:
+        """Point ``keys`` and ``values`` at what lies unquantised, for whoever reads them."""
+        if stores := self._stores():
+            self.keys, self.values = (store.unencoded for store in stores)

@@ -1,0 +1,294 @@
+"""What a compression consists of, as values: sparsity, KV bits, and how to calibrate.
+
+Frozen dataclasses, validated when made, with a versioned JSON form. Nothing here imports torch, so
+profiles can be read, compared and written anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+"""Version of every JSON form in this module and of the checkpoint's config."""
+
+KV_BITS = (2, 3, 4, 6, 8, 16)
+"""Bit widths a key or value may be stored in; 16 keeps the model's own dtype."""
+
+Bits = int | tuple[int, ...]
+
+
+def check_format_version(found: object, what: str) -> None:
+    """Refuse a serialised form that this version cannot read.
+
+    Args:
+        found: The version read from the file.
+        what: Name of the thing that was read, for the message.
+
+    Raises:
+        ValueError: If ``found`` is not a version between 1 and ``FORMAT_VERSION``.
+    """
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ValueError(f"format_version of {what} must be a whole number >= 1, got {found!r}.")
+    if found > FORMAT_VERSION:
+        raise ValueError(
+            f"{what} has format_version {found}; this version of hf_adaptive_sparse reads up to "
+            f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-adaptive-sparse."
+        )
+
+
+def check_ratio(ratio: object, what: str) -> float:
+    """Return ``ratio`` as a float in [0, 1).
+
+    Raises:
+        ValueError: If it is not a real number in [0, 1).
+    """
+    if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0.0 <= float(ratio) < 1.0:
+        raise ValueError(
+            f"{what} must be a number in [0, 1) (the fraction of weights removed), got {ratio!r}."
+        )
+    return float(ratio)
+
+
+def _check_count(value: object, what: str) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ValueError(f"{what} must be a whole number >= 1, got {value!r}.")
+    return int(value)
+
+
+def _check_bits(bits: object, what: str) -> Bits:
+    if isinstance(bits, Sequence) and not isinstance(bits, str):
+        if not bits:
+            raise ValueError(f"{what} must name at least one layer, got an empty list.")
+        return tuple(_check_one_width(b, what) for b in bits)
+    return _check_one_width(bits, what)
+
+
+def _check_one_width(bits: object, what: str) -> int:
+    if not isinstance(bits, Integral) or isinstance(bits, bool) or int(bits) not in KV_BITS:
+        raise ValueError(
+            f"{what} must be one of {', '.join(map(str, KV_BITS))} (or one such number per "
+            f"decoder layer), got {bits!r}."
+        )
+    return int(bits)
+
+
+@dataclass(frozen=True)
+class SparsityProfile:
+    """The ratio of weights removed from each prunable linear.
+
+    Attributes:
+        ratios: Module name -> fraction of its weights removed, in [0, 1).
+    """
+
+    ratios: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        checked = {
+            name: check_ratio(ratio, f"sparsity of {name!r}") for name, ratio in self.ratios.items()
+        }
+        object.__setattr__(self, "ratios", checked)
+
+    def mean(self, numel: Mapping[str, int]) -> float:
+        """Return the parameter-weighted mean ratio.
+
+        Args:
+            numel: Module name -> number of weights. Modules the profile does not name count as
+                dense (ratio 0).
+        """
+        total = sum(numel.values())
+        return sum(self.ratios.get(name, 0.0) * n for name, n in numel.items()) / total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"format_version": FORMAT_VERSION, "ratios": dict(self.ratios)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparsityProfile:
+        """Read the JSON form.
+
+        Raises:
+            ValueError: If the version or a ratio is invalid.
+        """
+        check_format_version(data.get("format_version"), "the sparsity profile")
+        return cls(ratios=data["ratios"])
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """How many bits each decoder layer's keys and values take in the cache: the KV profile.
+
+    Attributes:
+        bits: Bits of keys and values alike: one number for all layers, or one per layer. 16 keeps
+            the model's own dtype.
+        key_bits: Bits of the keys; overrides ``bits``.
+        value_bits: Bits of the values; overrides ``bits``.
+        group_size: Neighbouring elements of one head and token that share a scale and a minimum.
+            Heads smaller than this take one group each.
+        residual_length: Tokens per packed block. The newest 0 to ``residual_length - 1`` tokens
+            stay unquantised until their block is full.
+    """
+
+    bits: Bits = 8
+    key_bits: Bits | None = None
+    value_bits: Bits | None = None
+    group_size: int = 64
+    residual_length: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "key_bits", "value_bits"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _check_bits(value, name))
+        for name in ("group_size", "residual_length"):
+            object.__setattr__(self, name, _check_count(getattr(self, name), name))
+
+    def layer_bits(self, num_layers: int) -> tuple[tuple[int, int], ...]:
+        """Return ``(key bits, value bits)`` of each of ``num_layers`` decoder layers.
+
+        Raises:
+            ValueError: If a list of bits has another length than ``num_layers``.
+        """
+
+        def spread(bits: Bits, name: str) -> tuple[int, ...]:
+            if isinstance(bits, int):
+                return (bits,) * num_layers
+            if len(bits) != num_layers:
+                raise ValueError(
+                    f"{name} must be one number or one per decoder layer: the model has "
+                    f"{num_layers} layers, the list has {len(bits)} entries."
+                )
+            return bits
+
+        keys = (self.bits, "bits") if self.key_bits is None else (self.key_bits, "key_bits")
+        values = (self.bits, "bits") if self.value_bits is None else (self.value_bits, "value_bits")
+        return tuple(zip(spread(*keys), spread(*values), strict=True))
+
+    def mean_bits(self, widths: Sequence[tuple[int, int]]) -> float:
+        """Return the mean bits per cached element, weighted by width.
+
+        Args:
+            widths: Per layer, the elements one token adds to the keys and to the values
+                (``kv_heads * head_dim`` each).
+        """
+        bits = self.layer_bits(len(widths))
+        weighted = sum(k * kw + v * vw for (k, v), (kw, vw) in zip(bits, widths, strict=True))
+        return weighted / sum(kw + vw for kw, vw in widths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form used in checkpoints: plain types, keys and values apart."""
+
+        def plain(bits: Bits) -> int | list[int]:
+            return bits if isinstance(bits, int) else list(bits)
+
+        return {
+            "key_bits": plain(self.bits if self.key_bits is None else self.key_bits),
+            "value_bits": plain(self.bits if self.value_bits is None else self.value_bits),
+            "group_size": self.group_size,
+            "residual_length": self.residual_length,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KVCacheConfig:
+        """Read the JSON form.
+
+        Raises:
+            ValueError: If a key is unknown or a value invalid.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ValueError(
+                f"KV cache config knows the keys {', '.join(known)}; got {', '.join(unknown)}."
+            )
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Where calibration data come from and how much of them is used.
+
+    Attributes:
+        dataset: Hub dataset as ``name``, ``name:config`` or ``name:config:split``, or the path of
+            a local parquet, jsonl or text file. ``None``: WikiText-2's training split.
+        num_samples: Windows of text, or questions, that are used at most.
+        sequence_length: Tokens per window of text. ``None``: ``min(2048, the model's context)``.
+        batch_size: Windows or questions per batch.
+        sequential: Each layer is calibrated on the output of the pruned layers before it
+            (``True``) or of the dense ones (``False``, "one-shot").
+        image_weight: Weight of an image token in the activation statistics; text tokens weigh 1.
+        seed: Seed of the choice of samples.
+    """
+
+    dataset: str | None = None
+    num_samples: int = 128
+    sequence_length: int | None = None
+    batch_size: int = 1
+    sequential: bool = True
+    image_weight: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            object.__setattr__(self, name, _check_count(getattr(self, name), name))
+        if self.sequence_length is not None:
+            length = _check_count(self.sequence_length, "sequence_length")
+            object.__setattr__(self, "sequence_length", length)
+        weight = self.image_weight
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not float(weight) >= 0.0:
+            raise ValueError(f"image_weight must be a number >= 0, got {weight!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CompressionProfile:
+    """What a search returns: a sparsity profile and a KV profile, each optional."""
+
+    sparsity: SparsityProfile | None = None
+    kv_cache: KVCacheConfig | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "sparsity": None if self.sparsity is None else dict(self.sparsity.ratios),
+            "kv_cache": None if self.kv_cache is None else self.kv_cache.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompressionProfile:
+        """Read the JSON form.
+
+        Raises:
+            ValueError: If the version or a value is invalid.
+        """
+        check_format_version(data.get("format_version"), "the compression profile")
+        sparsity, kv_cache = data.get("sparsity"), data.get("kv_cache")
+        return cls(
+            sparsity=None if sparsity is None else SparsityProfile(sparsity),
+            kv_cache=None if kv_cache is None else KVCacheConfig.from_dict(kv_cache),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON form to ``path``: under a temporary name first, then renamed."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CompressionProfile:
+        """Read the JSON form from ``path``.
+
+        Raises:
+            ValueError: If the file is not a valid profile.
+        """
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

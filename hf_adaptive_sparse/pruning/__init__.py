@@ -1,0 +1,1 @@
+"""Pruning: metrics that score weights, rankings that turn scores into masks, and their use."""

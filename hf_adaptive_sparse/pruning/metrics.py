@@ -1,0 +1,197 @@
+"""What a weight is worth: the pruning metrics, one class each, behind one registry.
+
+A new metric is one class with ``@register_metric`` here and one line in the test matrix. Scores are
+computed in float32 and are >= 0; what scores lowest goes first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+
+Grouping = Literal["row", "tensor"]
+
+METRICS: dict[str, type[Metric]] = {}
+"""Registered metrics by name."""
+
+_CHUNK_ELEMENTS = 1 << 20
+"""Elements that are scored at once, so that temporaries stay at a few megabytes."""
+
+
+class Metric(ABC):
+    """How the weights of one linear are scored, and among which of them scores are compared.
+
+    Attributes:
+        name: Name in configs and on the command line.
+        needs_calibration: Whether `score` needs the norms of the inputs.
+        grouping: Scores compare within each output ``"row"`` or over the whole ``"tensor"``.
+        updates_weights: Whether the kept weights change too. Such a metric needs the Hessian of
+            the inputs and has no scores apart from its solver.
+    """
+
+    name: ClassVar[str]
+    needs_calibration: ClassVar[bool] = True
+    grouping: ClassVar[Grouping] = "row"
+    updates_weights: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
+        """Score every weight of a linear.
+
+        Args:
+            weight: ``(out, in)``, any floating dtype, finite. Not modified.
+            input_norm: ``(in,)``, float32: the 2-norm of each input feature over all calibration
+                tokens. ``None`` only where ``needs_calibration`` is false.
+
+        Returns:
+            ``(out, in)``, float32, >= 0, no NaN.
+
+        Raises:
+            ValueError: If the metric needs ``input_norm`` and it is missing or has another size.
+        """
+
+
+MetricClass = TypeVar("MetricClass", bound=type[Metric])
+
+
+def register_metric(metric: MetricClass) -> MetricClass:
+    """Class decorator that adds a metric under its ``name``.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if metric.name in METRICS:
+        raise ValueError(
+            f"A metric named {metric.name!r} is already registered "
+            f"({METRICS[metric.name].__name__}); choose another name."
+        )
+    METRICS[metric.name] = metric
+    return metric
+
+
+def get_metric(name: str) -> Metric:
+    """Return the metric registered under ``name``.
+
+    Raises:
+        ValueError: If there is none; the known names are listed.
+    """
+    if name not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(sorted(METRICS))}; got {name!r}.")
+    return METRICS[name]()
+
+
+def _required(input_norm: torch.Tensor | None, weight: torch.Tensor, name: str) -> torch.Tensor:
+    if input_norm is None:
+        raise ValueError(f"Metric {name!r} needs the norms of the inputs, so calibration data.")
+    if input_norm.shape != weight.shape[1:]:
+        raise ValueError(
+            f"input_norm must have one entry per input feature, shape {tuple(weight.shape[1:])}; "
+            f"got {tuple(input_norm.shape)}."
+        )
+    return input_norm.to(device=weight.device, dtype=torch.float32)
+
+
+def _magnitudes(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().to(torch.float32, copy=True).abs_()
+
+
+def _never_zero(divisor: torch.Tensor) -> torch.Tensor:
+    # A zero norm means that every numerator is zero as well: 0 / inf = 0 instead of NaN.
+    return divisor.masked_fill(divisor == 0, torch.inf)
+
+
+def _by_row_chunks_(
+    values: torch.Tensor, formula: Callable[[torch.Tensor, slice], torch.Tensor]
+) -> torch.Tensor:
+    rows = max(1, _CHUNK_ELEMENTS // max(1, values.shape[1]))
+    for start in range(0, values.shape[0], rows):
+        part = slice(start, start + rows)
+        values[part] = formula(values[part], part)
+    return values
+
+
+@register_metric
+class LogNorm(Metric):
+    """``S_ij = log(1 + |W_ij|/‖W_i,:‖₂ + |W_ij|/‖W_:,j‖₂) · ‖X_j‖₂^{1/2}``.
+
+    The metric of arXiv:2507.20613 (section "metric"), evaluated in the order in which it is
+    written, in float32. A zero row or column contributes 0.
+    """
+
+    name = "lognorm"
+
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
+        """See `Metric.score`."""
+        scale = _required(input_norm, weight, self.name).sqrt()
+        values = _magnitudes(weight)
+        row = _never_zero(torch.linalg.vector_norm(values, dim=1, keepdim=True))
+        column = _never_zero(torch.linalg.vector_norm(values, dim=0, keepdim=True))
+        return _by_row_chunks_(
+            values, lambda w, part: torch.log(1 + w / row[part] + w / column) * scale
+        )
+
+
+@register_metric
+class Wanda(Metric):
+    """``S_ij = |W_ij| · ‖X_j‖₂`` (arXiv:2306.11695, equation 1)."""
+
+    name = "wanda"
+
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
+        """See `Metric.score`."""
+        return _magnitudes(weight).mul_(_required(input_norm, weight, self.name))
+
+
+@register_metric
+class RIA(Metric):
+    """``S_ij = (|W_ij|/Σ|W_i,:| + |W_ij|/Σ|W_:,j|) · ‖X_j‖₂^{1/2}``.
+
+    Relative importance and activations (ICLR 2024, "Plug-and-Play", equation 4, with a = 1/2). A
+    zero row or column contributes 0.
+    """
+
+    name = "ria"
+
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
+        """See `Metric.score`."""
+        scale = _required(input_norm, weight, self.name).sqrt()
+        values = _magnitudes(weight)
+        row = _never_zero(values.sum(dim=1, keepdim=True))
+        column = _never_zero(values.sum(dim=0, keepdim=True))
+        return _by_row_chunks_(values, lambda w, part: (w / row[part] + w / column) * scale)
+
+
+@register_metric
+class Magnitude(Metric):
+    """``S_ij = |W_ij|``, compared over the whole tensor; needs no data."""
+
+    name = "magnitude"
+    needs_calibration = False
+    grouping: ClassVar[Grouping] = "tensor"
+
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
+        """See `Metric.score`."""
+        return _magnitudes(weight)
+
+
+@register_metric
+class SparseGPT(Metric):
+    """Optimal brain surgeon with weight update (arXiv:2301.00774); see `pruning.sparsegpt`."""
+
+    name = "sparsegpt"
+    updates_weights = True
+
+    def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
+        """Not defined: which weights go depends on the updates made for those gone before.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Metric 'sparsegpt' has no scores apart from its weight update: it prunes once, and "
+            "cannot rank weights for a search. Rank with "
+            f"{', '.join(sorted(n for n, m in METRICS.items() if not m.updates_weights))}."
+        )

@@ -1,0 +1,56 @@
+"""From a target, names and globs to one ratio per prunable linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from hf_adaptive_sparse.architecture import match_names, prunable_linears
+from hf_adaptive_sparse.profiles import check_ratio
+from hf_adaptive_sparse.pruning.patterns import Pattern, parse_pattern
+
+
+def resolve_ratios(
+    model: nn.Module,
+    target_sparsity: float,
+    sparsity: Mapping[str, float] | None = None,
+    modules_to_not_convert: Iterable[str] | None = None,
+    pattern: str | Pattern = "unstructured",
+) -> dict[str, float]:
+    """Return the ratio of every prunable linear.
+
+    Without ``sparsity`` every linear takes ``target_sparsity``. With it, ``sparsity`` alone
+    decides: an exact module name wins over a glob or the name of a containing module, among those
+    a later entry over an earlier one, and a linear that nothing names stays dense (ratio 0). The
+    mean that results is whatever the entries give; it is not stretched to ``target_sparsity``.
+
+    Args:
+        model: The model.
+        target_sparsity: Uniform ratio, used where ``sparsity`` is ``None``.
+        sparsity: Module name, name of a containing module, or glob -> ratio.
+        modules_to_not_convert: Names or globs left out altogether: neither pruned nor counted.
+        pattern: ``"unstructured"``, or ``"n:m"``, which admits only the ratio ``1 - n/m`` and 0.
+
+    Returns:
+        Runtime module name -> ratio, in layer order, for every prunable linear not left out.
+
+    Raises:
+        ValueError: If a ratio is invalid or against the pattern, or a name or glob matches nothing.
+    """
+    parsed = parse_pattern(pattern)
+    linears = prunable_linears(model, modules_to_not_convert)
+    if sparsity is None:
+        ratio = parsed.check(target_sparsity, "target_sparsity")
+        return dict.fromkeys(linears, ratio)
+    check_ratio(target_sparsity, "target_sparsity")
+    ratios = dict.fromkeys(linears, 0.0)
+    exact: dict[str, float] = {}
+    for key, value in sparsity.items():
+        ratio = parsed.check(value, f"sparsity of {key!r}")
+        if key in linears:
+            exact[key] = ratio
+        else:
+            for name in match_names(key, linears, "sparsity"):
+                ratios[name] = ratio
+    return ratios | exact

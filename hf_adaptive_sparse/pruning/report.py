@@ -1,0 +1,84 @@
+"""What a prune did: per linear, how many weights went."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One linear.
+
+    Attributes:
+        name: Runtime module name.
+        numel: Its weights.
+        removed: Weights set to zero.
+        target: The ratio that was asked for.
+    """
+
+    name: str
+    numel: int
+    removed: int
+    target: float
+
+    @property
+    def ratio(self) -> float:
+        """Fraction removed."""
+        return self.removed / self.numel if self.numel else 0.0
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """All linears that were given a ratio, 0 included: they are the denominator.
+
+    Attributes:
+        modules: One report per linear, in layer order.
+        metric: Name of the metric.
+        pattern: ``"unstructured"`` or ``"n:m"``.
+        seconds: Wall-clock time.
+    """
+
+    modules: tuple[ModuleReport, ...]
+    metric: str
+    pattern: str
+    seconds: float
+
+    @property
+    def numel(self) -> int:
+        """Weights of all linears."""
+        return sum(module.numel for module in self.modules)
+
+    @property
+    def removed(self) -> int:
+        """Weights removed from all linears."""
+        return sum(module.removed for module in self.modules)
+
+    @property
+    def mean_sparsity(self) -> float:
+        """Parameter-weighted mean ratio over the reported linears."""
+        return self.removed / self.numel if self.numel else 0.0
+
+    @property
+    def target_sparsity(self) -> float:
+        """Parameter-weighted mean of the ratios that were asked for."""
+        asked = sum(module.target * module.numel for module in self.modules)
+        return asked / self.numel if self.numel else 0.0
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Module name -> the ratio that was asked for."""
+        return {module.name: module.target for module in self.modules}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "metric": self.metric,
+            "pattern": self.pattern,
+            "seconds": self.seconds,
+            "numel": self.numel,
+            "removed": self.removed,
+            "mean_sparsity": self.mean_sparsity,
+            "target_sparsity": self.target_sparsity,
+            "modules": [asdict(module) | {"ratio": module.ratio} for module in self.modules],
+        }

@@ -1,0 +1,270 @@
+"""The model card: a README.md with the Hub's metadata, how to use the model, and what was measured.
+
+Everything that comes from elsewhere (names of models, of data, versions) is escaped before it is
+written, and a local path is never published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.report.files import replacing
+from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
+
+TAGS = ("adaptive-sparse", "sparsity", "pruning", "kv-cache")
+
+PAPER = "https://arxiv.org/abs/2507.20613"
+
+_TEXT_SNIPPET = """\
+import hf_adaptive_sparse  # first: it teaches transformers to read this checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repo = {repo}
+tokenizer = AutoTokenizer.from_pretrained(repo)
+model = AutoModelForCausalLM.from_pretrained(repo, dtype="auto")
+
+inputs = tokenizer({prompt}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+_IMAGE_SNIPPET = """\
+import hf_adaptive_sparse as has  # first: it teaches transformers to read this checkpoint
+from PIL import Image
+from transformers import AutoProcessor
+
+repo = {repo}
+processor = AutoProcessor.from_pretrained(repo)
+model = has.AutoModelForVision2Seq.from_pretrained(repo, dtype="auto")
+
+image = Image.open("picture.png").convert("RGB")
+inputs = processor(images=image, text={prompt}, return_tensors="pt").to(dtype=model.dtype)
+output = model.generate(**inputs, max_new_tokens=32)
+print(processor.batch_decode(output, skip_special_tokens=True)[0])
+"""
+
+_WHY_IMPORT = """\
+The import comes first because transformers does not look for plugins by itself: without it the
+checkpoint still loads, with a warning, but its pruned weights are **initialised at random**."""
+
+_DENSE_FORMAT = """\
+This checkpoint stores the removed weights as zeros, so it also loads without the plugin; the
+import is what switches the quantised KV cache on."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says.
+
+    Attributes:
+        base_model: Hub id of the dense model, or the path it was read from (not published).
+        accepts_images: Whether the model takes images besides text.
+        repo_id: Where the model is going to be; None: the snippet has a placeholder.
+        license: License identifier of the base model where it has one.
+        prompt: Prompt of the usage snippet.
+        checkpoint_format: "bitmask" or "dense".
+        target_sparsity: Mean ratio that was asked for, over the prunable weights.
+        achieved_sparsity: Mean ratio that was reached, over the same weights.
+        metric: Pruning metric.
+        pattern: "unstructured" or "n:m".
+        kv_cache: KV profile, if there is one.
+        kv_mean_bits: Its mean bits per element, weighted by width.
+        calibration: Calibration data, in words.
+        evaluation: Evaluation data, in words.
+        seed: Seed of the run.
+        trials: Trials of the search; None: no search.
+        versions: Library -> version.
+        command: Command line that made the model.
+        measurements: Rows of the measured table: column -> value.
+        formats: Column -> format specification of its numbers.
+        plots: Title -> file name inside the folder.
+        limits: Known limits besides the general ones.
+    """
+
+    base_model: str | None = None
+    accepts_images: bool = False
+    repo_id: str | None = None
+    license: str | None = None
+    prompt: str | None = None
+    checkpoint_format: str = "bitmask"
+    target_sparsity: float | None = None
+    achieved_sparsity: float | None = None
+    metric: str | None = None
+    pattern: str = "unstructured"
+    kv_cache: KVCacheConfig | None = None
+    kv_mean_bits: float | None = None
+    calibration: str | None = None
+    evaluation: str | None = None
+    seed: int | None = None
+    trials: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str | None = None
+    measurements: Sequence[Row] = ()
+    formats: Mapping[str, str] = field(default_factory=dict)
+    plots: Mapping[str, str] = field(default_factory=dict)
+    limits: Sequence[str] = ()
+
+
+def write_model_card(folder: str | os.PathLike[str], *, facts: CardFacts) -> Path:
+    """Write ``README.md`` into a compressed model's folder, under a temporary name first.
+
+    Args:
+        folder: The model's folder. The plots that ``facts`` names must be in it.
+        facts: What the card says.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: If a plot is not in the folder.
+    """
+    folder = Path(folder)
+    for name in facts.plots.values():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file():
+            raise ValueError(f"The model card names a plot {name!r} that is not in {folder}.")
+    with replacing(folder / "README.md") as partial:
+        partial.write_text(model_card(facts), encoding="utf-8")
+    return folder / "README.md"
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the card's text: metadata block and Markdown."""
+    base = _base_name(facts.base_model)
+    title = f"{base.rsplit('/', 1)[-1]}, compressed" if base else "Compressed model"
+    if facts.repo_id:
+        title = facts.repo_id.rsplit("/", 1)[-1]
+    sections = [
+        f"---\n{_metadata(facts)}\n---",
+        f"# {escape_markdown(title)}",
+        _summary(facts),
+        f"## Use\n\n```python\n{_snippet(facts)}```\n\n{_why_import(facts)}",
+    ]
+    if facts.measurements:
+        table = markdown_table(facts.measurements, formats=facts.formats)
+        data = f"Measured on {escape_markdown(facts.evaluation)}.\n\n" if facts.evaluation else ""
+        sections.append(f"## Measured\n\n{data}{table}")
+    sections.append(f"## How it was made\n\n{_recipe(facts)}")
+    sections.extend(
+        f"![{escape_markdown(plot)}]({_link(file)})" for plot, file in facts.plots.items()
+    )
+    sections.append(f"## Limits\n\n{_limits(facts)}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(facts: CardFacts) -> str:
+    base = facts.base_model if _is_repo_id(facts.base_model) else None
+    return str(
+        ModelCardData(
+            base_model=base,
+            library_name="transformers",
+            license=facts.license,
+            pipeline_tag="image-text-to-text" if facts.accepts_images else "text-generation",
+            tags=list(TAGS),
+        ).to_yaml()
+    )
+
+
+def _is_repo_id(name: str | None) -> bool:
+    """Whether a base model is a Hub repo and not a local folder."""
+    if name is None or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _base_name(base_model: str | None) -> str | None:
+    """Return the base model's name without the path of a local folder."""
+    if base_model is None or _is_repo_id(base_model):
+        return base_model
+    return Path(base_model).resolve().name
+
+
+def _summary(facts: CardFacts) -> str:
+    base = _base_name(facts.base_model)
+    linked = "a dense model" if base is None else escape_markdown(base)
+    if base is not None and _is_repo_id(facts.base_model):
+        linked = f"[{linked}](https://huggingface.co/{base})"
+    parts = []
+    if facts.achieved_sparsity is not None:
+        parts.append(f"{100 * facts.achieved_sparsity:.2f} % of its prunable weights removed")
+    if facts.kv_cache is not None:
+        bits = f" at {facts.kv_mean_bits:.4g} bits on average" if facts.kv_mean_bits else ""
+        parts.append(f"its KV cache quantised layer by layer{bits}")
+    what = f", with {' and '.join(parts)}" if parts else ""
+    return f"This is {linked}{what}. Made with hf_adaptive_sparse, after [the paper]({PAPER})."
+
+
+def _snippet(facts: CardFacts) -> str:
+    template = _IMAGE_SNIPPET if facts.accepts_images else _TEXT_SNIPPET
+    default = "<image>\nWhat is in the picture?" if facts.accepts_images else "Once upon a time"
+    return template.format(
+        repo=json.dumps(facts.repo_id or "path/to/this/folder"),
+        prompt=json.dumps(facts.prompt or default),
+    )
+
+
+def _why_import(facts: CardFacts) -> str:
+    return _DENSE_FORMAT if facts.checkpoint_format == "dense" else _WHY_IMPORT
+
+
+def _recipe(facts: CardFacts) -> str:
+    entries: list[tuple[str, object]] = [
+        ("Base model", _base_name(facts.base_model)),
+        ("Metric", facts.metric),
+        ("Pattern", facts.pattern),
+        ("Target sparsity", facts.target_sparsity),
+        ("Achieved sparsity", facts.achieved_sparsity),
+        ("Search", f"{facts.trials} trials" if facts.trials else "none"),
+        ("Calibration", facts.calibration),
+        ("Evaluation", facts.evaluation),
+        ("Seed", facts.seed),
+    ]
+    if facts.kv_cache is not None:
+        cache = facts.kv_cache.to_dict()
+        for key, label in (("key_bits", "Key bits"), ("value_bits", "Value bits")):
+            value = cache[key]
+            text = ", ".join(map(str, value)) if isinstance(value, list) else f"{value}, all layers"
+            entries.append((f"{label}, by layer", text))
+        entries.append(("KV group size", cache["group_size"]))
+    if facts.versions:
+        versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        entries.append(("Versions", versions))
+    lines = [
+        f"- {label}: {escape_markdown(f'{value:.6g}' if isinstance(value, float) else str(value))}"
+        for label, value in entries
+        if value is not None
+    ]
+    if facts.command:
+        # Indented code ends at the next line, so the command must be one line.
+        lines += ["", f"    {' '.join(facts.command.split())}"]
+    return "\n".join(lines)
+
+
+def _limits(facts: CardFacts) -> str:
+    general = [
+        "Sparsity counts the weights of the language model's decoder layers; vision tower, "
+        "projector, embeddings and output head are as dense as they were.",
+        "The figures above are of the data named with them; other tasks may lose more.",
+        "The base model's intended uses, biases and license apply unchanged.",
+    ]
+    if facts.checkpoint_format != "dense":
+        general.insert(
+            1, "The removed weights are gone from the files and are zeros in memory after loading."
+        )
+    return "\n".join(f"- {line}" for line in [*map(escape_markdown, facts.limits), *general])
+
+
+def _link(file: str) -> str:
+    return f"<{file}>" if not any(mark in file for mark in "<>\n") else ""

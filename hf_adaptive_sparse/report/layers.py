@@ -1,0 +1,47 @@
+"""From module names to layers: which stack and which position in it a module belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return ``(stack, position)`` of a module, as in ``("model.layers", 3)``.
+
+    The first numeric part of the name is the position: experts inside a layer count as the layer.
+    None for a module outside any stack.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
+def mean_by_layer(
+    ratios: Mapping[str, float], numel: Mapping[str, int] | None = None
+) -> dict[str, dict[int, float]]:
+    """Return the mean ratio of each layer: stack -> position -> ratio, positions ascending.
+
+    Args:
+        ratios: Module name -> fraction removed.
+        numel: Module name -> weights, to weight the mean; None: modules weigh alike.
+    """
+    sums: dict[str, dict[int, tuple[float, float]]] = {}
+    for name, ratio in ratios.items():
+        place = layer_of(name)
+        if place is None:
+            continue
+        weight = 1.0 if numel is None else float(numel[name])
+        stack = sums.setdefault(place[0], {})
+        total, weights = stack.get(place[1], (0.0, 0.0))
+        stack[place[1]] = (total + ratio * weight, weights + weight)
+    return {
+        stack: {position: total / weights for position, (total, weights) in sorted(layers.items())}
+        for stack, layers in sums.items()
+    }
+
+
+def largest_stack(stacks: Iterable[str], ratios: Mapping[str, float]) -> str:
+    """Return the stack with the most modules: the language model's, in practice."""
+    return max(stacks, key=lambda stack: sum(name.startswith(f"{stack}.") for name in ratios))

@@ -1,0 +1,200 @@
+"""Two plots of a compression: the search's history, and the profile over the layers.
+
+Drawn with matplotlib's object interface on the Agg canvas: no display, no global figure state, and
+nothing of matplotlib is imported before the first plot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_adaptive_sparse.profiles import CompressionProfile
+from hf_adaptive_sparse.report.files import replacing
+from hf_adaptive_sparse.report.layers import largest_stack, mean_by_layer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any common colour blindness, and in grey.
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+ORANGE = "#E69F00"
+
+_DPI = 120
+
+
+def plot_search_history(
+    history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    measure: str = "perplexity",
+    dense: float | None = None,
+) -> None:
+    """Plot the value of each trial and the best so far, as a PNG.
+
+    Args:
+        history: Trials in order, as a search records them; of each, ``number``, ``value`` and, if
+            there, ``uniform`` are read. A value of None is a trial that failed.
+        path: Where the PNG goes; written under a temporary name, then renamed.
+        measure: What the values are, for the axis; lower is better.
+        dense: Value of the dense model, drawn as a line.
+
+    Raises:
+        ValueError: If no trial has a value.
+    """
+    points = [(int(t["number"]), float(t["value"])) for t in history if t["value"] is not None]
+    if not points:
+        raise ValueError("A search history needs at least one trial with a value; got none.")
+    numbers, values = [n for n, _ in points], [v for _, v in points]
+    best = [min(values[: place + 1]) for place in range(len(values))]
+    winner = values.index(min(values))
+    uniform = next(
+        (
+            (int(t["number"]), float(t["value"]))
+            for t in history
+            if t.get("uniform") and t["value"] is not None
+        ),
+        None,
+    )
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(numbers, values, "o", color=GREY, alpha=0.55, ms=5, mew=0, label="trial")
+        axes.step(numbers, best, where="post", color=BLUE, lw=2, label="best so far")
+        if uniform is not None:
+            label = f"uniform: {uniform[1]:.4g}"
+            axes.plot(*uniform, "s", color=VERMILION, ms=8, label=label)
+        label = f"best: {values[winner]:.4g} (trial {numbers[winner]})"
+        axes.plot(numbers[winner], values[winner], "*", color=BLUE, ms=15, label=label)
+        if dense is not None:
+            axes.axhline(dense, color=GREEN, ls="--", lw=1.5, label=f"dense: {dense:.4g}")
+        axes.set_title("Search history")
+        axes.set_xlabel("trial")
+        axes.set_ylabel(f"{measure} (lower is better)")
+        axes.locator_params(axis="x", integer=True)
+        _tidy(axes)
+        # Outside, as trials lie anywhere.
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+
+    _save(draw, path, (7.6, 3.8))
+
+
+def plot_profile(
+    profile: CompressionProfile,
+    path: str | os.PathLike[str],
+    *,
+    numel: Mapping[str, int] | None = None,
+    target_sparsity: float | None = None,
+    num_layers: int | None = None,
+) -> None:
+    """Plot what each decoder layer gets: the ratio removed and the bits of keys and values.
+
+    Args:
+        profile: What to plot; a part that is absent is left out.
+        path: Where the PNG goes; written under a temporary name, then renamed.
+        numel: Module name -> weights, for a layer's mean ratio; None: its modules weigh alike.
+        target_sparsity: Drawn as a line.
+        num_layers: Decoder layers, needed only where the KV profile is one number for all layers
+            and there is no sparsity profile.
+
+    Raises:
+        ValueError: If the profile is empty, or the number of layers cannot be known.
+    """
+    layers: dict[int, float] = {}
+    if profile.sparsity is not None and profile.sparsity.ratios:
+        ratios = profile.sparsity.ratios
+        by_stack = mean_by_layer(ratios, numel)
+        if by_stack:
+            layers = by_stack[largest_stack(by_stack, ratios)]
+    kv: tuple[tuple[int, int], ...] = ()
+    if profile.kv_cache is not None:
+        kv = profile.kv_cache.layer_bits(_layer_count(profile, num_layers, layers))
+    panels: list[Callable[[Axes], None]] = []
+    if layers:
+        panels.append(lambda axes: _draw_ratios(axes, layers, target_sparsity))
+    if kv:
+        panels.append(lambda axes: _draw_bits(axes, kv))
+    if not panels:
+        raise ValueError("A profile to plot must have ratios of layers or a KV cache; it is empty.")
+
+    def draw(figure: Figure) -> None:
+        stacked = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, axes in zip(panels, stacked, strict=True):
+            panel(axes)
+            _tidy(axes)
+        stacked[-1].set_xlabel("decoder layer")
+        stacked[-1].locator_params(axis="x", integer=True)
+        figure.suptitle("Compression profile")
+
+    _save(draw, path, (6.4, 1.2 + 2.4 * len(panels)))
+
+
+def _layer_count(
+    profile: CompressionProfile, num_layers: int | None, layers: Mapping[int, float]
+) -> int:
+    if num_layers is not None:
+        return num_layers
+    cache = profile.kv_cache
+    assert cache is not None  # callers plot a KV profile
+    lists = [bits for bits in (cache.key_bits, cache.value_bits, cache.bits) if bits is not None]
+    lengths = [len(bits) for bits in lists if not isinstance(bits, int)]
+    if lengths:
+        return lengths[0]
+    if layers:
+        return max(layers) + 1
+    raise ValueError(
+        "A KV profile of one number for all layers needs num_layers= to be plotted by layer."
+    )
+
+
+def _draw_ratios(axes: Axes, layers: Mapping[int, float], target: float | None) -> None:
+    percent = [100 * ratio for ratio in layers.values()]
+    axes.bar(list(layers), percent, width=0.8, color=BLUE)
+    if target is not None:
+        label = f"target {100 * target:.4g} %"
+        axes.axhline(100 * target, color=VERMILION, ls="--", lw=1.5, label=label)
+        axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=1)
+    axes.set_ylabel("weights removed (%)")
+    axes.set_title("Sparsity", loc="left", fontsize=10)
+    # From zero, as bars are read by their length, with room above the longest.
+    axes.set_ylim(0, min(100, max([*percent, 100 * (target or 0)]) * 1.15 + 1))
+
+
+def _draw_bits(axes: Axes, bits: Sequence[tuple[int, int]]) -> None:
+    layers = range(len(bits))
+    for place, (name, color) in enumerate((("keys", BLUE), ("values", ORANGE))):
+        axes.bar(
+            [layer + (place - 0.5) * 0.4 for layer in layers],
+            [pair[place] for pair in bits],
+            width=0.38,
+            color=color,
+            label=name,
+        )
+    top = max(max(pair) for pair in bits)
+    axes.set_yticks(sorted({0, *(width for pair in bits for width in pair)}))
+    axes.set_ylim(0, top * 1.1)
+    axes.set_ylabel("bits per element")
+    axes.set_title("KV cache", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def _save(
+    draw: Callable[[Figure], None], path: str | os.PathLike[str], inches: tuple[float, float]
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    with replacing(path) as partial:
+        # Without the version of matplotlib in it, the same input gives the same bytes.
+        figure.savefig(partial, format="png", metadata={"Software": None})

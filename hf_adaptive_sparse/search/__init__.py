@@ -1,0 +1,1 @@
+"""The search for the best compression profile under an exact budget."""

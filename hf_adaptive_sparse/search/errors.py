@@ -1,0 +1,25 @@
+"""Errors of a search that the caller can do something about."""
+
+from __future__ import annotations
+
+
+class SearchError(ValueError):
+    """A search that cannot give a result: nothing to choose, or nearly every trial failed."""
+
+
+class StorageError(OSError):
+    """The storage of a study cannot be opened, read or written."""
+
+
+class TrialFailure(Exception):
+    """One trial failed for a reason that lets the search go on.
+
+    Attributes:
+        reason: What happened, stored with the trial.
+        repeatable: Whether the same profile would fail again, so that it need not be tried again.
+    """
+
+    def __init__(self, reason: str, *, repeatable: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.repeatable = repeatable

@@ -1,0 +1,113 @@
+"""What a study was made for, so that it is never resumed with something else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_adaptive_sparse.search.errors import SearchError
+
+STUDY_FORMAT = 1
+"""Version of what a search stores in a study."""
+
+SAMPLED_PER_TENSOR = 64
+"""Elements of each tensor that enter the digest of a model's weights."""
+
+_PACKAGES = ("torch", "transformers", "optuna")
+
+
+def fingerprint(
+    model: nn.Module,
+    *,
+    space: Mapping[str, Any],
+    metric: str,
+    image_weight: float,
+    excluded: Sequence[str],
+    calibration: Sequence[Mapping[str, torch.Tensor]] | None,
+    evaluation: Sequence[Mapping[str, torch.Tensor]],
+) -> dict[str, Any]:
+    """Return what decides the values of a study's trials, as plain JSON types.
+
+    The seed and the versions of the libraries are left out on purpose: with another one the
+    trials still compare.
+    """
+    return {
+        "study_format": STUDY_FORMAT,
+        "model": type(model).__name__,
+        "weights": weights_digest(model),
+        "space": dict(space),
+        "metric": metric,
+        "image_weight": image_weight,
+        "modules_to_not_convert": list(excluded),
+        "calibration": None if calibration is None else batches_digest(calibration),
+        "evaluation": batches_digest(evaluation),
+    }
+
+
+def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any], study: str) -> None:
+    """Refuse to resume a study that was made for something else.
+
+    Raises:
+        SearchError: If anything differs; it is named, with both values where they are short.
+    """
+    differences = []
+    for key in sorted(set(stored) | set(current)):
+        old, new = stored.get(key), current.get(key)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            parts = [k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k)]
+            differences += [f"{key}.{k} ({old.get(k)!r}, now {new.get(k)!r})" for k in parts]
+        else:
+            differences.append(f"{key} ({_short(old)}, now {_short(new)})")
+    if differences:
+        raise SearchError(
+            f"The study {study!r} was made for something else and cannot be resumed with this: "
+            f"{'; '.join(differences)} differ. Give another study_name or storage to start a new "
+            "search, or the former arguments to resume."
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 32 else text[:16] + "…"
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that the values depend on."""
+    found = {}
+    for name in ("hf-adaptive-sparse", *_PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree
+            continue
+    return found
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of name, shape, dtype and some elements of every parameter."""
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.detach().reshape(-1)
+            step = max(1, flat.numel() // SAMPLED_PER_TENSOR)
+            sample = flat[::step].to("cpu", torch.float32).contiguous()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def batches_digest(batches: Iterable[Mapping[str, torch.Tensor]]) -> str:
+    """Return a digest of every tensor of every batch."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key in sorted(batch):
+            tensor = batch[key].detach().cpu().contiguous()
+            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,191 @@
+"""What a search found: the best profile, everything that was tried, and how to use it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
+from hf_adaptive_sparse.pruning.apply import PruningReport
+from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, library_versions
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.trials import history, tally
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+PROFILE_FILE = "profile.json"
+HISTORY_FILE = "search.json"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a search.
+
+    The values are perplexities of *one-shot* masks: all weights are ranked once, on the activations
+    of the dense model, which is what makes a trial cheap. `apply` prunes anew, layer by layer, each
+    layer calibrated on the output of the pruned ones before it, so the final masks and perplexity
+    differ a little from those of the trial.
+
+    Attributes:
+        study: The Optuna study, with every trial.
+        space: The space that was searched.
+        metric: Metric that ranked the weights.
+        seed: Seed of the search.
+        blocks: First and last decoder layer of each block.
+        modules_to_not_convert: Names or globs of linears that stay dense.
+        calibration_config: How the calibration data were made, where they were named.
+        calibration: The calibration batches, kept for `apply`.
+        fingerprint: What the study was made for.
+    """
+
+    study: Study
+    space: SearchSpace
+    metric: str
+    seed: int
+    blocks: tuple[tuple[int, int], ...]
+    modules_to_not_convert: tuple[str, ...]
+    calibration_config: CalibrationConfig | None
+    calibration: Sequence[Mapping[str, torch.Tensor]] | None = field(repr=False)
+    fingerprint: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def best_trial(self) -> FrozenTrial:
+        """The trial of lowest perplexity; the earliest of equals, so uniform wins a tie."""
+        best = tally(self.study).best
+        if best is None:
+            raise ValueError("The study holds no completed trial; run search() again to resume it.")
+        return best
+
+    @property
+    def best_value(self) -> float:
+        """Lowest perplexity, with one-shot masks."""
+        return float(self.best_trial.values[0])
+
+    @property
+    def baseline(self) -> float | None:
+        """Perplexity of the uniform profile, ``None`` if its trial failed."""
+        trial = tally(self.study).baseline
+        return None if trial is None else float(trial.values[0])
+
+    @property
+    def best_profile(self) -> CompressionProfile:
+        """The best profile."""
+        return CompressionProfile.from_dict(self.best_trial.user_attrs["profile"])
+
+    @property
+    def best_config(self) -> SparsityConfig:
+        """The best profile as the config that prunes a model with it."""
+        profile = self.best_profile
+        ratios = None if profile.sparsity is None else dict(profile.sparsity.ratios)
+        return SparsityConfig(
+            target_sparsity=self.space.target,
+            metric=self.metric,
+            sparsity=ratios,
+            kv_cache=profile.kv_cache,
+            calibration=self.calibration_config,
+            modules_to_not_convert=list(self.modules_to_not_convert),
+            provenance=self._provenance(),
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        return {
+            "search": {
+                "trials": tally(self.study).attempts,
+                "seed": self.seed,
+                "best_trial": self.best_trial.number,
+                "one_shot_perplexity": self.best_value,
+                "one_shot_perplexity_uniform": self.baseline,
+            },
+        }
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One dict per trial, in order; keys as in `trials.history`."""
+        return history(self.study)
+
+    def apply(
+        self,
+        model: PreTrainedModel,
+        calibration: Any = None,
+        processor: Any = None,
+        *,
+        progress: bool = True,
+    ) -> PruningReport:
+        """Prune ``model`` in place with the best profile, by sequential calibration.
+
+        Args:
+            model: The model that was searched, or a fresh copy of it.
+            calibration: Batches, dataset name, path or `CalibrationConfig`; ``None`` takes the
+                batches of the search.
+            processor: Needed where ``calibration`` is a name or a path.
+            progress: Show a progress bar.
+
+        Returns:
+            What was removed from each linear.
+
+        Raises:
+            ValueError: If the profile names linears that the model does not have.
+        """
+        data = self.calibration if calibration is None else calibration
+        return apply_config(model, self.best_config, data, processor, progress=progress)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form written to ``search.json``."""
+        return {
+            "format_version": STUDY_FORMAT,
+            "study_name": self.study.study_name,
+            "space": self.space.to_dict(),
+            "metric": self.metric,
+            "seed": self.seed,
+            "blocks": [list(span) for span in self.blocks],
+            "fingerprint": dict(self.fingerprint),
+            "versions": library_versions(),
+            "uniform_perplexity": self.baseline,
+            "best_perplexity": self.best_value,
+            "best_trial": self.best_trial.number,
+            "history": self.history,
+        }
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``profile.json`` and ``search.json``, each whole or not at all.
+
+        Args:
+            directory: Folder; made if it does not exist.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        self.best_profile.save(folder / PROFILE_FILE)
+        partial = folder / (HISTORY_FILE + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / HISTORY_FILE)
+
+    @staticmethod
+    def load_profile(directory: str | os.PathLike[str]) -> CompressionProfile:
+        """Read the best profile from a folder written by `save`."""
+        return CompressionProfile.load(Path(directory) / PROFILE_FILE)
+
+    @staticmethod
+    def load_history(directory: str | os.PathLike[str]) -> dict[str, Any]:
+        """Read ``search.json`` from a folder written by `save`.
+
+        Raises:
+            ValueError: If it was written by a later version.
+        """
+        data = json.loads((Path(directory) / HISTORY_FILE).read_text(encoding="utf-8"))
+        check_format_version(data.get("format_version"), HISTORY_FILE)
+        return dict(data)

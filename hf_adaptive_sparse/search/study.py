@@ -1,0 +1,258 @@
+"""`search`: find the best profile under an exact budget with Optuna, resumably.
+
+Every trial is stored as it ends. The draw of a trial depends on the seed and on how many trials
+were carried through before it, so a search that was killed and resumed tries what an uninterrupted
+one would have tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.profiles import CalibrationConfig
+from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.search.candidate import uniform_params
+from hf_adaptive_sparse.search.data import (
+    EVALUATION_SAMPLES,
+    Data,
+    as_config,
+    resolve,
+    warn_of_weak_evaluation,
+)
+from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.fingerprint import check_fingerprint, fingerprint, library_versions
+from hf_adaptive_sparse.search.objective import perplexity_objective
+from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.runner import TrialRunner, goes_on
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import (
+    fail_abandoned_trials,
+    open_storage,
+    storage_errors,
+)
+from hf_adaptive_sparse.search.trials import Tally, tally
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+
+    from hf_adaptive_sparse.search.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+STUDY_NAME = "hf-adaptive-sparse"
+FINGERPRINT = "fingerprint"
+
+
+def search(
+    model: PreTrainedModel,
+    calibration: Data = None,
+    evaluation: Data = None,
+    space: SearchSpace | None = None,
+    *,
+    metric: str = "lognorm",
+    n_trials: int = 50,
+    storage: Storage = None,
+    study_name: str | None = None,
+    seed: int = 0,
+    processor: Any = None,
+    sampler: BaseSampler | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Search the sparsity and KV profile of lowest perplexity under an exact budget.
+
+    The first trial is the uniform profile. Each further one is sampled (TPE), projected onto the
+    budget, and evaluated on masks from a ranking made once; a profile that was evaluated before
+    takes its stored value and does not count. The model is unchanged afterwards, also if the
+    search is interrupted; the same call then resumes it.
+
+    Args:
+        model: The dense model.
+        calibration: Data that the weights are ranked on: batches, a dataset name, a path, a
+            `CalibrationConfig`; ``None`` is WikiText-2's training split. Unused for metrics that
+            need none and for a search of KV bits alone.
+        evaluation: Data whose perplexity is minimised; ``None`` is WikiText-2's validation split.
+        space: What may be chosen, and the budget; ``None`` is the paper's ``SearchSpace()``.
+        metric: Pruning metric that ranks the weights.
+        n_trials: Distinct profiles tried in all, those of former runs of the study and failed ones
+            included.
+        storage: Where trials are kept: ``None`` (in memory), an Optuna URL, a journal file
+            (``.log``, ``.journal``), an SQLite file (``.db``, ``.sqlite``), or an Optuna storage.
+        study_name: Name of the study in the storage; ``None`` is ``"hf-adaptive-sparse"``.
+        seed: Seed of the sampler.
+        processor: The model's processor or tokenizer; needed where data are named.
+        sampler: An Optuna sampler instead of TPE; it keeps its own seed.
+        modules_to_not_convert: Names or globs of linears that stay dense and do not count.
+        progress: Show progress bars, with the best value so far.
+
+    Returns:
+        The best profile, its config and the history.
+
+    Raises:
+        ValueError: If an argument is invalid or does not fit the model.
+        SearchError: If nothing can be chosen, nearly all trials fail, or the study was made for
+            another model, space or data.
+        StorageError: If the storage cannot be used.
+    """
+    space = SearchSpace() if space is None else space
+    _check_arguments(n_trials, seed, metric, space)
+    shape = ModelShape.of(model, space, modules_to_not_convert)
+    if n_trials > 1 and not uniform_params(space, shape):
+        raise SearchError(
+            "The space leaves nothing to choose on this model: every trial would be the uniform "
+            f"profile ({len(shape.blocks)} blocks, sparsity_range={space.sparsity_range}, "
+            f"kv_bits={space.kv_bits}). Use more blocks, a wider range or two KV widths, or "
+            "has.prune, which needs no search."
+        )
+    calibration_config = None
+    calibration_batches = None
+    if space.prunes and get_metric(metric).needs_calibration:
+        calibration_config = as_config(calibration, CalibrationConfig())
+        calibration_batches = resolve(
+            calibration, calibration_config, model, processor, what="calibration", split="train"
+        )
+    image_weight = 1.0 if calibration_config is None else calibration_config.image_weight
+    evaluation_batches = resolve(
+        evaluation,
+        as_config(evaluation, CalibrationConfig(num_samples=EVALUATION_SAMPLES)),
+        model,
+        processor,
+        what="evaluation",
+        split="validation",
+    )
+    warn_of_weak_evaluation(evaluation_batches, calibration_batches, space)
+    excluded = tuple(modules_to_not_convert or ())
+    made_for = fingerprint(
+        model,
+        space=space.to_dict(),
+        metric=metric,
+        image_weight=image_weight,
+        excluded=excluded,
+        calibration=calibration_batches,
+        evaluation=evaluation_batches,
+    )
+    with _quiet_optuna(), storage_errors(_storage_name(storage)):
+        study = _open_study(storage, study_name or STUDY_NAME, made_for, seed)
+        if goes_on(tally(study), n_trials):
+            with perplexity_objective(
+                model,
+                space,
+                shape,
+                calibration=calibration_batches,
+                evaluation=evaluation_batches,
+                metric=metric,
+                modules_to_not_convert=excluded,
+                image_weight=image_weight,
+                progress=progress,
+            ) as objective:
+                runner = TrialRunner(study, space, shape, objective, seed, sampler)
+                runner.run(n_trials, progress=progress)
+        _check_outcome(tally(study), n_trials)
+    return SearchResult(
+        study=study,
+        space=space,
+        metric=metric,
+        seed=seed,
+        blocks=shape.block_layers,
+        modules_to_not_convert=excluded,
+        calibration_config=calibration_config,
+        calibration=calibration_batches,
+        fingerprint=made_for,
+    )
+
+
+def _check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -> None:
+    for name, value, lowest in (("n_trials", n_trials, 1), ("seed", seed, 0)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
+            raise ValueError(f"{name} must be a whole number >= {lowest}, got {value!r}.")
+    if not isinstance(space, SearchSpace):
+        raise TypeError(f"space must be a SearchSpace, got {type(space).__name__}.")
+    if get_metric(metric).updates_weights and space.prunes:
+        raise ValueError(
+            f"{metric!r} updates the weights that stay, so it cannot rank weights once for all "
+            "trials. Search with 'lognorm' or 'wanda'; the profile found can be pruned with "
+            f"{metric!r}."
+        )
+
+
+def _storage_name(storage: Storage) -> str:
+    if isinstance(storage, str | os.PathLike):
+        return os.fspath(storage)
+    return type(storage).__name__
+
+
+@contextlib.contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Silence Optuna's line per trial; the progress bar and the stored attributes replace it."""
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _open_study(storage: Storage, name: str, made_for: dict[str, Any], seed: int) -> Study:
+    import optuna
+
+    study = optuna.create_study(
+        storage=open_storage(storage), study_name=name, direction="minimize", load_if_exists=True
+    )
+    stored = study.user_attrs.get(FINGERPRINT)
+    if stored is not None:
+        check_fingerprint(stored, made_for, name)
+        versions, current = study.user_attrs.get("versions"), library_versions()
+        if versions != current:
+            logger.warning(
+                "The study was begun with %s, now %s: values may differ.", versions, current
+            )
+    elif study.get_trials(deepcopy=False):
+        raise SearchError(
+            f"The study {name!r} was not made by hf_adaptive_sparse: it holds trials but no "
+            "fingerprint. Give another study_name or storage."
+        )
+    else:
+        study.set_user_attr("seed", seed)
+        study.set_user_attr("versions", library_versions())
+        study.set_user_attr(FINGERPRINT, made_for)
+    fail_abandoned_trials(study)
+    return study
+
+
+def _check_outcome(count: Tally, n_trials: int) -> None:
+    if not count.completed:
+        raise SearchError(f"No trial succeeded. Most often: {count.reasons()}")
+    if count.attempts < n_trials:
+        if len(count.known) == 1:
+            raise SearchError(
+                "All profiles come out alike after projection onto the budget: there is nothing to "
+                "choose. Use more blocks, a wider range or two KV widths."
+            )
+        logger.warning(
+            "The search stopped at %d of %d trials: %d further draws in a row repeated known "
+            "profiles, so the space seems exhausted.",
+            count.attempts,
+            n_trials,
+            count.repeats,
+        )
+    values = {trial.value for trial in count.completed}
+    if len(count.completed) > 1 and len(values) == 1:
+        logger.warning(
+            "All %d profiles have the perplexity %r: the evaluation data cannot tell them apart.",
+            len(count.completed),
+            values.pop(),
+        )
+
+
+__all__ = ["SearchError", "SearchResult", "SearchSpace", "StorageError", "search"]

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_adaptive_sparse.calibration.questions import (
+    encode_questions,
+    format_question,
+    load_processor,
+    most_frequent,
+    padding,
+    question_batch,
+)
+from hf_adaptive_sparse.calibration.records import DataError
+from tests.processors import CHAT_TEMPLATE, make_llava_processor, make_tokenizer
+
+
+def rows(*answers: str) -> list[dict[str, object]]:
+    image = Image.new("RGB", (20, 30), "red")
+    return [
+        {"image": image, "question": f"what{' now' * i}?", "answers": (answer,)}
+        for i, answer in enumerate(answers)
+    ]
+
+
+def test_plain_prompt() -> None:
+    assert format_question(make_llava_processor(), "red?") == "<s><image>\nQ: red? A:"
+    # The tokenizer puts bos itself.
+    assert format_question(make_llava_processor(adds_bos=True), "red?") == "<image>\nQ: red? A:"
+
+
+def test_chat_template() -> None:
+    processor = make_llava_processor(chat_template=CHAT_TEMPLATE)
+    assert format_question(processor, "red?") == "USER: <image>\nred? ASSISTANT:"
+    short = format_question(processor, "red?", "{question} In one word.")
+    assert short == "USER: <image>\nred? In one word. ASSISTANT:"
+
+
+def test_prompt_around_the_question() -> None:
+    processor = make_llava_processor()
+    assert format_question(processor, "{a}?", " {question}:") == "<s><image> {a}?:"
+    with pytest.raises(ValueError, match=r"must contain \{question\}, got 'Q:'"):
+        format_question(processor, "red?", "Q:")
+
+
+def test_a_question_cannot_ask_for_a_second_image() -> None:
+    assert format_question(make_llava_processor(), "<image>red?").count("<image>") == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"adds_bos": True}, {"chat_template": CHAT_TEMPLATE}, {"pad": False}]
+)
+def test_labels_are_the_answers(options: dict) -> None:
+    processor = make_llava_processor(**options)
+    answers = ("no", "a red square")
+    batch = question_batch(processor, rows(*answers))
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "labels"}
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    assert ((batch["input_ids"] == 4).sum(1) == 4).all()
+    bos = 0 if options.get("chat_template") else 1
+    assert ((batch["input_ids"] == 1).sum(1) == bos).all()
+    for ids, labels, mask, answer in zip(
+        batch["input_ids"], batch["labels"], batch["attention_mask"], answers, strict=True
+    ):
+        scored = labels != -100
+        assert processor.tokenizer.decode(ids[scored]) == f" {answer}"
+        assert torch.equal(ids[scored], labels[scored])
+        length = int(mask.sum())
+        assert mask[:length].all()  # padded on the right
+        assert ids[length - 1] == 2  # which ends in eos
+        assert labels[length - 1] == -100
+
+
+def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:
+    processor = make_llava_processor()
+    batch = question_batch(processor, rows("no"), "\n{question}\n")
+    assert processor.tokenizer.decode(batch["input_ids"][0]).endswith("what?\nno</s>")
+
+
+def test_left_padding_and_restored_tokenizer() -> None:
+    processor = make_llava_processor(pad=False)
+    before = processor.tokenizer.padding_side
+    prompts = [format_question(processor, r["question"]) for r in rows("a", "b")]
+    batch = encode_questions(processor, prompts, [r["image"] for r in rows("a", "b")], "left")
+    assert batch["attention_mask"][0, 0] == 0
+    assert batch["attention_mask"][:, -1].all()
+    assert processor.tokenizer.padding_side == before
+    assert processor.tokenizer.pad_token is None
+
+
+def test_padding_is_restored_after_an_error() -> None:
+    tokenizer = make_tokenizer(pad=False)
+    with pytest.raises(RuntimeError), padding(tokenizer, "left"):
+        assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "</s>")
+        raise RuntimeError
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("right", None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither"), padding(tokenizer, "left"):
+        pass
+
+
+def test_empty_answer() -> None:
+    processor = make_llava_processor()
+    with pytest.raises(DataError, match=r"answer to 'what\?' has no tokens"):
+        question_batch(processor, rows(""), "{question} ")
+
+
+def test_most_frequent_answer() -> None:
+    assert most_frequent(["a", "b", "b", "c"]) == "b"
+    assert most_frequent(["b", "a"]) == "b"
+
+
+def test_load_processor(tmp_path) -> None:
+    make_llava_processor().save_pretrained(tmp_path / "vision")
+    make_tokenizer().save_pretrained(tmp_path / "text")
+    assert load_processor(tmp_path / "vision").image_processor is not None
+    assert load_processor(str(tmp_path / "text"))("a")["input_ids"] == [7]
+    with pytest.raises((OSError, ValueError)):
+        load_processor(str(tmp_path / "missing"))

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hf_adaptive_sparse.calibration.hub_datasets import hub_table
+from hf_adaptive_sparse.calibration.records import DataError, _select, load_image, read_records
+
+TEXTS = ["first line", "second line", ""]
+
+
+def png(color: str = "red", size: tuple[int, int] = (20, 30), mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, color).save(out, "PNG")
+    return out.getvalue()
+
+
+def write_text(path: Path) -> Path:
+    rows = [{"text": text, "other": 1} for text in TEXTS]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("\n".join(TEXTS[:2]) + "\n\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "txt"])
+def test_text_of_every_format(tmp_path: Path, suffix: str) -> None:
+    records = read_records(write_text(tmp_path / f"data.{suffix}"))
+    assert records.kind == "text"
+    for _ in range(2):  # records can be read again
+        assert [row["text"].rstrip("\n") for row in records] == TEXTS
+
+
+def test_json_forms(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": [{"text": "x"}]}))
+    assert [row["text"] for row in read_records(path)] == ["x"]
+    path.write_text('{"text": "x"}\n{"text": "y"}\n')
+    assert [row["text"] for row in read_records(path)] == ["x", "y"]
+
+
+def test_folder_prefers_files_of_the_split(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "validation-0"):
+        table = pa.table({"text": [name]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert [r["text"] for r in read_records(tmp_path, "train")] == ["train-0", "train-1"]
+    assert [r["text"] for r in read_records(str(tmp_path), "validation")] == ["validation-0"]
+    assert len(list(read_records(tmp_path, "test"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"answer": "yes"}, ("yes",)),
+        ({"answer": ["yes", "no"]}, ("yes", "no")),
+        ({"answers": ["a"] * 10, "multiple_choice_answer": "b"}, ("a",) * 10),
+        ({"answers": [{"answer": "a", "answer_id": 1}, {"answer": "b"}]}, ("a", "b")),
+        ({"answers": {"answer": ["a", "b"]}}, ("a", "b")),
+        ({"multiple_choice_answer": "b"}, ("b",)),
+        ({"answer": 3}, ("3",)),
+    ],
+)
+def test_answer_columns(answer: dict, expected: tuple[str, ...]) -> None:
+    records = read_records([{"image": png(), "question": "what?", **answer}])
+    assert records.kind == "visual_question"
+    assert next(iter(records))["answers"] == expected
+
+
+def test_images_win_where_the_model_takes_them() -> None:
+    rows = [{"image": png(), "question": "q?", "answer": "a", "text": "words"}]
+    assert read_records(rows, images=True).kind == "visual_question"
+    assert read_records(rows, images=False).kind == "text"
+
+
+def test_images_for_a_model_that_takes_none() -> None:
+    rows = [{"image": png(), "question": "q?", "answer": "a"}]
+    with pytest.raises(DataError, match="takes no images"):
+        read_records(rows, images=False)
+
+
+def test_image_forms(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/a.png").write_bytes(png())
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"image": "pictures/a.png", "question": "q?", "answer": "a"}\n')
+    opened = [load_image(next(iter(read_records(path)))["image"])]
+    table = pa.Table.from_pylist(
+        [
+            {"image": {"bytes": png(), "path": None}, "question": "q", "answer": "a"},
+            {"image": {"bytes": None, "path": "pictures/a.png"}, "question": "q", "answer": "a"},
+        ]
+    )
+    pq.write_table(table, tmp_path / "data.parquet")
+    opened += [load_image(row["image"]) for row in read_records(tmp_path / "data.parquet")]
+    opened += [load_image(Image.new("L", (20, 30))), load_image(png(mode="RGBA"))]
+    assert [(image.size, image.mode) for image in opened] == [((20, 30), "RGB")] * 5
+
+
+@pytest.mark.parametrize("image", [b"not an image", "missing.png", {"bytes": None, "path": None}])
+def test_bad_images(image: object) -> None:
+    with pytest.raises(DataError, match=r"image"):
+        load_image(image)
+
+
+def test_errors_of_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_records(tmp_path / "missing.parquet")
+    with pytest.raises(DataError, match="does not exist"):
+        read_records("missing.jsonl")
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    with pytest.raises(DataError, match=r"must be \.parquet"):
+        read_records(tmp_path / "a.csv")
+    (tmp_path / "a.parquet").write_bytes(b"broken")
+    with pytest.raises(DataError, match="not a readable parquet"):
+        read_records(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{oops\n')
+    with pytest.raises(DataError, match=r"Line 2 of .* is not JSON"):
+        list(read_records(tmp_path / "a.jsonl"))
+    (tmp_path / "b.jsonl").write_text("[1]\n")
+    with pytest.raises(DataError, match="must be a JSON object; row 1"):
+        read_records(tmp_path / "b.jsonl")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="UTF-8"):
+        list(read_records(tmp_path / "a.txt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds none"):
+        read_records(tmp_path / "empty")
+    (tmp_path / "a.json").write_text("3")
+    with pytest.raises(DataError, match="list of objects"):
+        read_records(tmp_path / "a.json")
+
+
+def test_unusable_columns_are_listed() -> None:
+    with pytest.raises(DataError, match=r"'text', or .*'answer'.* has the columns title, body"):
+        read_records([{"title": "x", "body": "y"}])
+    with pytest.raises(DataError, match=r"\(none\)"):
+        read_records([])
+    with pytest.raises(DataError, match="must hold dicts"):
+        read_records(["text"])  # type: ignore[list-item]
+
+
+def test_bad_rows_are_named() -> None:
+    with pytest.raises(DataError, match=r"row 1 of .* holds int"):
+        list(read_records([{"text": "a"}, {"text": 3}]))
+    rows = [{"image": png(), "question": "q", "answer": a} for a in ("yes", None)]
+    with pytest.raises(DataError, match=r"row 1 of .* lacks one"):
+        list(read_records(rows))
+
+
+def test_null_text_is_skipped() -> None:
+    assert [r["text"] for r in read_records([{"text": None}, {"text": "a"}])] == ["a"]
+
+
+class TestHub:
+    def test_unreachable_hub_is_one_clear_error(self) -> None:
+        with pytest.raises(DataError, match=r"'nobody/nothing' cannot be read .* local file"):
+            read_records("nobody/nothing")
+
+    def test_default_is_wikitext(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def refuse(*args: object) -> None:
+            asked.append(args)
+            raise ConnectionError("no route\nto host")
+
+        monkeypatch.setattr("hf_adaptive_sparse.calibration.hub_datasets._open_hub_dataset", refuse)
+        with pytest.raises(DataError, match=r"ConnectionError: no route\)"):
+            read_records(None, "validation")
+        assert asked[0][:3] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")
+
+    def test_bad_name(self) -> None:
+        with pytest.raises(DataError, match="name:config:split"):
+            read_records("a:b:c:d")
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_rows_of_a_dataset(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+    ) -> None:
+        """The real `datasets` library, reading a dataset folder instead of the Hub."""
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        if not streaming:
+            monkeypatch.setattr(
+                "hf_adaptive_sparse.calibration.hub_datasets._is_large", lambda _: False
+            )
+        data = tmp_path / "things" / "data"
+        data.mkdir(parents=True)
+        pq.write_table(pa.table({"text": TEXTS, "n": [1, 2, 3]}), data / "train-0.parquet")
+        monkeypatch.chdir(tmp_path)
+        table = hub_table("things", "train", None, None)
+        assert [r["text"] for r in _select(table, images=True)] == TEXTS
+        assert next(iter(table.scan(["text"]))).keys() == {"text"}
+        with pytest.raises(DataError, match=r"split 'validation'|cannot be read"):
+            hub_table("things", "validation", None, None)

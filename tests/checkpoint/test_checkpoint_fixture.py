@@ -1,0 +1,62 @@
+"""A checkpoint written by the first version of the format, which every later one must read.
+
+``fixtures/v1`` was made once, by ``write_fixture`` below under version 0.1.0, and is never
+rewritten: when the format changes, a ``fixtures/v2`` joins it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.checkpoint.loading import apply_config
+from tests.conftest import llama_config
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def write_fixture(folder: Path) -> None:
+    """Two layers in bf16, columns that are no multiple of eight, and bits that == would lose."""
+    torch.manual_seed(0)
+    config = llama_config(hidden_size=44, intermediate_size=77, num_hidden_layers=2)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    profile = {"*layers.0.*": 0.4, "*layers.1.*": 0.6, "model.layers.1.mlp.up_proj": 0.0}
+    kv_cache = has.KVCacheConfig(key_bits=(8, 6), value_bits=(6, 8))
+    settings = has.SparsityConfig(metric="magnitude", sparsity=profile, kv_cache=kv_cache)
+    apply_config(model, settings, progress=False)
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.down_proj.weight
+        weight.view(torch.int16)[0, :4] = torch.tensor([-32768, 0x7FC1, 1, 0], dtype=torch.int16)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "weights.sha256").write_text(digest(model) + "\n")
+
+
+def digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the bytes of all tensors, by name."""
+    made = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        made.update(name.encode())
+        made.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
+
+
+@pytest.mark.parametrize("version", ["v1"])
+def test_old_checkpoints_load_bit_exactly(version: str) -> None:
+    folder = FIXTURES / version
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert digest(model) == (folder / "weights.sha256").read_text().strip()
+    config = model.config.quantization_config
+    assert config.format_version == 1
+    assert config.kv_cache.layer_bits(2) == ((8, 6), (6, 8))
+    assert config.sparsity["model.layers.0.mlp.up_proj"] == 0.4
+    tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    assert tokens.shape[0] == 1
+
+
+def test_the_fixture_is_small() -> None:
+    assert sum(file.stat().st_size for file in (FIXTURES / "v1").iterdir()) < 300_000

@@ -1,0 +1,234 @@
+"""Truncated and tampered checkpoints: one clear error, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.quantizer import DecompressWeight
+
+Tensors = dict[str, torch.Tensor]
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def folder(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+    apply_config(tiny_llama, has.SparsityConfig(metric="magnitude"), progress=False)
+    tiny_llama.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def flip_a_bit(tensors: Tensors) -> None:
+    tensors[f"{UP}.weight_bitmask"][0, 0] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip_a_bit, rf"model.safetensors: tensor '{UP}.weight_bitmask' keeps \d+ weights, but "),
+        (
+            lambda t: t.update({f"{UP}.weight_values": t[f"{UP}.weight_values"][:-1]}),
+            rf"keeps \d+ weights, but '{UP}.weight_values' in .*model.safetensors holds \d+",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_bitmask": t[f"{UP}.weight_bitmask"][:, 1:].clone()}),
+            rf"'{UP}.weight_bitmask' must be U8 \[160, 8\] for a weight \[160, 64\], got U8 \[160",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_bitmask": t[f"{UP}.weight_bitmask"].int()}),
+            rf"'{UP}.weight_bitmask' must be U8",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_values": t[f"{UP}.weight_values"].long()}),
+            rf"'{UP}.weight_values' must be floating point",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_values": torch.zeros(160 * 64 + 1)}),
+            rf"'{UP}.weight_values' must be floating point \[n\] with n <= 10240",
+        ),
+        (lambda t: t.pop(f"{UP}.weight_values"), rf"'{UP}.weight' .*weight_values is needed"),
+        (lambda t: t.pop(f"{UP}.weight_bitmask"), r"weight_bitmask is needed, but .*not hold it"),
+        (
+            lambda t: t.update({f"{UP}.weight": torch.zeros(160, 64)}),
+            rf"'{UP}.weight' is stored both dense and compressed",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight_bitmask": torch.zeros(1, 1).byte()}),
+            r"'model.norm.weight_bitmask' is compressed, but the config's sparsity does not",
+        ),
+        (lambda t: t.pop("model.norm.weight"), r"lacks 1 of the model's tensors: model.norm.weig"),
+        (lambda t: t.update({"extra": torch.zeros(2)}), r"belong to no part of Llama.*: extra"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(63)}),
+            r"'model.norm.weight' has the shape \[63\], .* is \[64\]",
+        ),
+    ],
+)
+def test_tampered_tensors(folder: Path, change: Callable[[Tensors], object], message: str) -> None:
+    edit_tensors(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_a_bit_after_the_last_column(tmp_path: Path) -> None:
+    from tests.conftest import llama_config
+
+    odd = LlamaForCausalLM(llama_config(intermediate_size=13))
+    apply_config(odd, has.SparsityConfig(metric="magnitude"), progress=False)
+    odd.save_pretrained(tmp_path)
+
+    def move(tensors: Tensors) -> None:
+        mask = tensors["model.layers.0.mlp.down_proj.weight_bitmask"]
+        row = int((mask[:, 0] & 1).nonzero()[0])
+        mask[row, 0] ^= 1
+        mask[row, 1] |= 0b100000
+
+    edit_tensors(tmp_path, move)
+    message = r"model.safetensors: tensor '.*down_proj.weight_bitmask': .*after the last of its 13"
+    with pytest.raises(CheckpointError, match=message):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 500, -1000, -1])
+@pytest.mark.parametrize("checkpoint_format", ["bitmask", "dense"])
+def test_truncated_files(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, kept: int, checkpoint_format: str
+) -> None:
+    config = has.SparsityConfig(metric="magnitude", checkpoint_format=checkpoint_format)
+    apply_config(tiny_llama, config, progress=False)
+    tiny_llama.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: .*truncated"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_truncated_shard_is_named(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    apply_config(tiny_llama, has.SparsityConfig(metric="magnitude"), progress=False)
+    tiny_llama.save_pretrained(tmp_path, max_shard_size="50KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: .*truncated"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(format_version=2), r"format_version 2.*Upgrade"),
+        (lambda q: q.update(weight_bits=4), r"knows the keys .*; got weight_bits"),
+        (lambda q: q.update(metric="mine"), r"mine"),
+        (lambda q: q.update(sparsity=None), r"must name the pruned modules"),
+        (lambda q: q["sparsity"].update({UP: 1.5}), rf"sparsity of '{UP}' must be"),
+        (lambda q: q["sparsity"].update({"model.layers.7.mlp.up_proj": 0.5}), r"no linear of Lla"),
+        (lambda q: q["sparsity"].update({"lm_head": 0.5}), r"'lm_head', which is no linear"),
+        (lambda q: q["sparsity"].pop(UP), rf"'{UP}.weight_(values|bitmask)' is compressed, but"),
+        (lambda q: q["sparsity"].update({UP: 0.0}), r"the config's sparsity does not name"),
+        (lambda q: q.update(checkpoint_format="dense"), r"lacks 28 of the model's tensors"),
+        (lambda q: q.update(kv_cache={"key_bits": [8]}), r"4 layers, the list has 1"),
+        (lambda q: q.update(kv_cache={"key_bits": 5}), r"got 5"),
+    ],
+)
+def test_tampered_configs(
+    folder: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit_config(folder, lambda config: change(config["quantization_config"]))
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_a_config_cannot_ask_for_more_than_the_files_hold(folder: Path) -> None:
+    def inflate(config: dict[str, Any]) -> None:
+        config["intermediate_size"] = 1 << 24
+        config["vocab_size"] = 1 << 24
+
+    edit_config(folder, inflate)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"has the shape|must be U8"):
+        LlamaForCausalLM.from_pretrained(folder)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In KiB. A single one of those weights would take 4 GiB.
+    assert after - before < 256 << 10
+
+
+def test_a_config_cannot_add_layers_that_are_not_stored(folder: Path) -> None:
+    edit_config(folder, lambda c: c.update(num_hidden_layers=5))
+    with pytest.raises(CheckpointError, match=r"lacks 9 of the model's tensors: model.layers.4"):
+        LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_another_head_is_new_but_only_within_what_is_stored(folder: Path) -> None:
+    classifier = LlamaForSequenceClassification.from_pretrained(folder)
+    assert classifier.score.weight.shape == (2, 64)
+    edit_config(folder, lambda c: c.update(id2label={str(i): str(i) for i in range(40_000)}))
+    with pytest.raises(CheckpointError, match=r"more than all it stores: score.weight"):
+        LlamaForSequenceClassification.from_pretrained(folder)
+
+
+def test_weights_of_a_part_saved_on_its_own_are_told_from_its_config(
+    tiny_llama: LlamaForCausalLM, folder: Path
+) -> None:
+    tiny_llama.model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"stores it dense|no linear"):
+        type(tiny_llama.model).from_pretrained(folder)
+
+
+def test_code_in_the_repo_is_not_run(folder: Path) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('code was run')")
+    edit_config(folder, lambda c: c.update(auto_map={"AutoModelForCausalLM": "evil.Model"}))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is LlamaForCausalLM
+
+
+def test_a_state_dict_in_memory_is_checked_as_well(
+    tiny_llama: LlamaForCausalLM, folder: Path
+) -> None:
+    op = DecompressWeight(tiny_llama.hf_quantizer)
+    tensors = load_file(folder / "model.safetensors")
+    name = f"{UP}.weight"
+
+    def run(**tensors: torch.Tensor) -> Tensors:
+        given = {key: [tensor] for key, tensor in tensors.items()}
+        return op.convert(given, [], [], full_layer_name=name, model=tiny_llama)
+
+    values, mask = tensors[f"{name}_values"], tensors[f"{name}_bitmask"]
+    whole = run(weight_values=values, weight_bitmask=mask)[name]
+    assert torch.equal(whole, tiny_llama.get_parameter(name))
+    with pytest.raises(CheckpointError, match=rf"{name}: .*must be \[160, 8\], got \[159, 8\]"):
+        run(weight_values=values, weight_bitmask=mask[:-1])
+    with pytest.raises(CheckpointError, match=rf"{name}: .*the two must agree"):
+        run(weight_values=values[:-1], weight_bitmask=mask)
+    with pytest.raises(CheckpointError, match=rf"{name}: 'weight_bitmask' is missing"):
+        run(weight_values=values)
+    config = tiny_llama.config
+    loaded = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=dict(tensors))
+    assert torch.equal(loaded.get_parameter(name), whole)

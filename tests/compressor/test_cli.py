@@ -1,0 +1,158 @@
+"""The command line: exit codes, one clear line per error, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_adaptive_sparse.cli import main
+from hf_adaptive_sparse.cli.arguments import kv_bits
+from hf_adaptive_sparse.version import __version__
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def small(text: Path) -> list[object]:
+    return ["--calibration", text, "--sequence-length", 32, "--calibration-samples", 8]
+
+
+def test_compress_inspect_evaluate(
+    capsys, llava_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluation = ["--evaluation", text_file, "--evaluation-samples", 4, "--no-progress", "--json"]
+    code, stdout, _ = run(
+        capsys, "compress", llava_folder, "--output", out, "--trials", 2, *small(text_file),
+        *evaluation,
+    )  # fmt: skip
+    assert code == 0
+    result = json.loads(stdout)
+    assert result["mean_sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert [row["name"] for row in result["measurements"]] == ["dense", "compressed"]
+
+    code, stdout, _ = run(capsys, "inspect", out, "--json")
+    assert code == 0
+    assert json.loads(stdout)["target_sparsity"] == 0.5
+    code, stdout, _ = run(capsys, "inspect", out)
+    assert "KV cache" in stdout
+
+    code, stdout, _ = run(capsys, "evaluate", out, "--sequence-length", 32, *evaluation)
+    own = json.loads(stdout)
+    assert own["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    code, stdout, _ = run(
+        capsys, "evaluate", out, "--sequence-length", 32, "--kv-bits", "none", *evaluation
+    )
+    assert json.loads(stdout)["kv_bytes_per_token"] > own["kv_bytes_per_token"]
+
+
+def test_search_then_prune_by_its_profile(
+    capsys, llava_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    code, stdout, _ = run(
+        capsys, "search", llava_folder, "--output", tmp_path / "found", "--trials", 3,
+        "--evaluation", text_file, "--no-progress", *small(text_file),
+    )  # fmt: skip
+    assert code == 0
+    assert "in 3 trials" in stdout
+    profile = tmp_path / "found/profile.json"
+    code, stdout, _ = run(
+        capsys, "prune", llava_folder, "--output", tmp_path / "pruned", "--profile", profile,
+        "--metric", "ria", "--no-progress", *small(text_file),
+    )  # fmt: skip
+    assert code == 0
+    assert "Removed 50.0" in stdout
+    config = json.loads((tmp_path / "pruned/config.json").read_text())["quantization_config"]
+    assert config["sparsity"] == json.loads(profile.read_text())["sparsity"]
+    assert config["metric"] == "ria"
+
+
+def test_prune_by_globs_without_data(capsys, llava_folder: Path, tmp_path: Path) -> None:
+    code, stdout, _ = run(
+        capsys, "prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude",
+        "--sparsity", "*.mlp.*=0.6", "--no-progress", "--json",
+    )  # fmt: skip
+    assert code == 0
+    modules = {module["name"]: module["ratio"] for module in json.loads(stdout)["modules"]}
+    assert all(
+        ratio == pytest.approx(0.6 if ".mlp." in name else 0.0, abs=1e-3)
+        for name, ratio in modules.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metric", "psychic"], "lognorm"),
+        (["--target-sparsity", "1.5"], r"must be a number in \[0, 1\)"),
+        (["--pattern", "five"], "pattern"),
+        (["--sparsity", "*.mlp.*"], "GLOB=RATIO"),
+        (["--sparsity", "nothing.*=0.5", "--metric", "magnitude"], "nothing"),
+        (["--calibration", "missing.txt"], "missing.txt"),
+        (["--checkpoint-format", "zip"], "bitmask"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    capsys, llava_folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, stdout, stderr = run(
+        capsys, "prune", llava_folder, "--output", tmp_path / "out", "--no-progress", *arguments
+    )
+    assert code == 2
+    assert stdout == ""
+    lines = [line for line in stderr.splitlines() if line.startswith("hf-adaptive-sparse prune:")]
+    assert len(lines) == 1
+    assert message.replace("\\", "") in lines[0]
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_model_that_does_not_exist(capsys, tmp_path: Path) -> None:
+    code, _, stderr = run(capsys, "evaluate", tmp_path / "nothing")
+    assert code == 2
+    assert "nothing" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_traceback_on_request(llava_folder: Path, tmp_path: Path) -> None:
+    arguments = ["prune", str(llava_folder), "--output", str(tmp_path / "o"), "--metric", "psychic"]
+    with pytest.raises(ValueError, match="psychic"):
+        main([*arguments, "--traceback"])
+
+
+def test_env_says_which_path_is_in_use(capsys) -> None:
+    code, stdout, _ = run(capsys, "env", "--json")
+    assert code == 0
+    found = json.loads(stdout)
+    assert found["versions"]["hf_adaptive_sparse"] == __version__
+    assert found["kernels"]["KV cache"] == "torch reference"
+    assert "optuna" in run(capsys, "env")[1]
+
+
+def test_kv_bits_of_the_command_line() -> None:
+    assert kv_bits("6,8") == (6, 8)
+    assert kv_bits("None") is None
+
+
+def test_usage_error_is_exit_code_2(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["compress", "model", "--output", "x", "--kv-bits", "six"])
+    assert stop.value.code == 2
+    assert "joined by commas" in capsys.readouterr().err
+
+
+def test_module_is_runnable() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_adaptive_sparse", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == __version__

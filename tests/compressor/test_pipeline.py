@@ -1,0 +1,198 @@
+"""The main job, whole: a folder goes in, a complete compressed repo comes out, or nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoProcessor
+
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.calibration.records import DataError
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor import DataSource, compress, pipeline
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.staging import OutputError
+
+
+@pytest.fixture
+def data(text_file: Path) -> DataSource:
+    return DataSource(text_file, num_samples=8, sequence_length=32, batch_size=4)
+
+
+def test_leaves_a_complete_repo_that_loads_and_generates(
+    llava_folder: Path, data: DataSource, question_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    result = compress(
+        llava_folder,
+        output,
+        trials=4,
+        calibration=data,
+        evaluation=data,
+        questions=replace(data, source=question_file),
+        progress=False,
+    )
+    names = {path.name for path in output.iterdir()}
+    assert names >= {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "profile.json",
+        "profile.png",
+        "search.json",
+        "search.png",
+        "tokenizer.json",
+    }
+    assert not list(tmp_path.glob("*.partial"))
+    dense, compressed = result.measurements
+    assert dense.sparsity == 0.0
+    assert compressed.sparsity == pytest.approx(0.5, abs=1e-4)
+    assert compressed.weight_bytes < dense.weight_bytes
+    assert compressed.accuracy is not None
+    assert len(json.loads((output / "search.json").read_text())["history"]) >= 4
+
+    model = has.AutoModelForVision2Seq.from_pretrained(output)
+    assert has.sparsity_report(model).mean_sparsity == pytest.approx(0.5, abs=1e-4)
+    bits = model.config.quantization_config.kv_cache.layer_bits(4)
+    assert sum(k + v for k, v in bits) == 7 * 2 * 4
+    processor = AutoProcessor.from_pretrained(output)
+    inputs = processor(text="line", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+    # What compress measured is what the folder gives back.
+    held_out = replace(data, num_samples=16).batches(processor, model.config, "validation")
+    again = has.perplexity(model, held_out[len(held_out) // 2 :])
+    assert again == pytest.approx(compressed.perplexity, rel=1e-6)
+
+
+def test_the_result_can_be_read_after_the_journal_has_moved(
+    llava_folder: Path, data: DataSource, tmp_path: Path
+) -> None:
+    result = compress(
+        llava_folder, tmp_path / "out", trials=3, calibration=data, evaluation=data, progress=False
+    )
+    assert json.loads(json.dumps(result.to_dict()))["uniform_value"] == result.search.baseline
+
+
+def test_a_failure_after_the_search_resumes_it_and_leaves_no_half_output(
+    llava_folder: Path, data: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("killed here")
+
+    arguments = {"trials": 3, "calibration": data, "evaluation": data, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_model", fail)
+        with pytest.raises(RuntimeError, match="killed here"):
+            compress(llava_folder, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+    left = tmp_path / "out.partial"
+    assert [path.name for path in left.iterdir()] == [pipeline.JOURNAL]
+
+    before = (left / pipeline.JOURNAL).read_text()
+    result = compress(llava_folder, tmp_path / "out", **arguments)
+    assert len(result.search.history) == 3
+    # No trial was run again: the journal holds what it held, but for the study being opened.
+    after = (tmp_path / "out" / pipeline.JOURNAL).read_text()
+    assert after.startswith(before)
+    assert after.count('"op_code":4') == before.count('"op_code":4') == 3
+
+
+def test_a_pattern_fixes_the_ratios_and_leaves_the_cache_to_search(
+    llava_folder: Path, data: DataSource, tmp_path: Path
+) -> None:
+    config = SparsityConfig(pattern="2:4", metric="wanda")
+    result = compress(
+        llava_folder,
+        tmp_path / "out",
+        config=config,
+        trials=3,
+        calibration=data,
+        evaluation=data,
+        progress=False,
+    )
+    assert result.config.pattern == "2:4"
+    assert result.report.mean_sparsity == 0.5
+    assert result.config.kv_cache.mean_bits([(32, 32)] * 4) == 7.0
+
+
+def test_nothing_to_search_prunes_uniformly(
+    llava_folder: Path, data: DataSource, tmp_path: Path
+) -> None:
+    space = SearchSpace(sparsity_range=0.0, kv_bits=(8,))
+    result = compress(
+        llava_folder,
+        tmp_path / "out",
+        space=space,
+        calibration=data,
+        evaluation=data,
+        progress=False,
+    )
+    assert result.search is None
+    assert result.config.kv_cache.layer_bits(4) == ((8, 8),) * 4
+    assert set(result.report.ratios.values()) == {0.5}
+
+
+def test_sparsegpt_prunes_what_another_metric_searched(
+    llava_folder: Path, data: DataSource, tmp_path: Path
+) -> None:
+    result = compress(
+        llava_folder,
+        tmp_path / "out",
+        config=SparsityConfig(metric="sparsegpt"),
+        trials=2,
+        calibration=data,
+        evaluation=data,
+        progress=False,
+    )
+    assert result.search.metric == "lognorm"
+    assert result.config.metric == "sparsegpt"
+    assert result.report.mean_sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+class TestRefusals:
+    def test_output_that_is_not_empty(self, llava_folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="must be empty"):
+            compress(llava_folder, llava_folder)
+
+    def test_a_model_that_is_compressed_already(
+        self, llava_folder: Path, data: DataSource, tmp_path: Path
+    ) -> None:
+        space = SearchSpace(sparsity_range=0.0, kv_bits=None)
+        arguments = {"space": space, "calibration": data, "evaluation": data, "progress": False}
+        compress(llava_folder, tmp_path / "once", **arguments)
+        with pytest.raises(ValueError, match="A dense model is needed"):
+            compress(tmp_path / "once", tmp_path / "twice", **arguments)
+
+    def test_targets_that_disagree(self, llava_folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"one target_sparsity, got 0\.5 and 0\.4"):
+            compress(llava_folder, tmp_path / "out", space=SearchSpace(target_sparsity=0.4))
+
+    def test_data_that_are_too_short(
+        self, llava_folder: Path, tmp_path: Path, data: DataSource
+    ) -> None:
+        (tmp_path / "short.txt").write_text("too short")
+        short = replace(data, source=tmp_path / "short.txt")
+        with pytest.raises(DataError, match="32"):
+            compress(llava_folder, tmp_path / "out", calibration=short, evaluation=data)
+        assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_dense_model_is_not_touched_by_a_failed_search(
+    llava_folder: Path, data: DataSource, tmp_path: Path
+) -> None:
+    before = (llava_folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="n_trials"):
+        compress(
+            llava_folder,
+            tmp_path / "out",
+            trials=0,
+            calibration=data,
+            evaluation=data,
+            progress=False,
+        )
+    assert (llava_folder / "model.safetensors").read_bytes() == before

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hf_adaptive_sparse.evaluation import perplexity as module
+from hf_adaptive_sparse.evaluation.forward import NonFiniteError, evaluating
+from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
+from hf_adaptive_sparse.profiles import KVCacheConfig
+
+
+def by_hand(model, rows: list[list[int]]) -> float:
+    """Perplexity of unpadded rows, each in its own forward."""
+    losses: list[float] = []
+    for row in rows:
+        with torch.no_grad():
+            log_probs = model(torch.tensor([row])).logits[0].double().log_softmax(-1)
+        losses += [-float(log_probs[i, row[i + 1]]) for i in range(len(row) - 1)]
+    return math.exp(sum(losses) / len(losses))
+
+
+def random_rows(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(5, 128, (n,), generator=generator).tolist() for n in lengths]
+
+
+def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, place], mask[index, place] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def single(row: list[int]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([row])}
+
+
+def test_uniform_model(tiny_llama) -> None:
+    """Zero logits: every token has probability 1/vocabulary."""
+    torch.nn.init.zeros_(tiny_llama.model.norm.weight)
+    assert perplexity(tiny_llama, [single([5, 6, 7])]) == pytest.approx(128.0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_batch_size_change_nothing(tiny_llama, side: str) -> None:
+    rows = random_rows(20, 7, 13, 2)
+    expected = by_hand(tiny_llama, rows)
+    assert perplexity(tiny_llama, [padded(rows, side)]) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(tiny_llama, [single(row) for row in rows]) == pytest.approx(expected, 1e-5)
+    pairs = [padded(rows[:2], side), padded(rows[2:], side)]
+    assert perplexity(tiny_llama, pairs) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weighted_by_tokens_not_by_batches(tiny_llama) -> None:
+    rows = random_rows(3, 30)
+    (a, n), (b, m) = (negative_log_likelihood(tiny_llama, single(row)) for row in rows)
+    assert (n, m) == (2, 29)
+    expected = math.exp((a + b) / 31)
+    assert perplexity(tiny_llama, [single(row) for row in rows]) == pytest.approx(expected)
+
+
+def test_labels_say_what_is_scored(tiny_llama) -> None:
+    (row,) = random_rows(12)
+    labels = torch.full((1, 12), -100)
+    labels[0, 8:10] = torch.tensor(row[8:10])
+    with torch.no_grad():
+        log_probs = tiny_llama(torch.tensor([row])).logits[0].log_softmax(-1)
+    expected = -float(log_probs[7, row[8]] + log_probs[8, row[9]])
+    total, count = negative_log_likelihood(tiny_llama, single(row) | {"labels": labels})
+    assert count == 2
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_image_tokens_are_never_scored(tiny_llava, image_batches) -> None:
+    batch = image_batches[0]
+    total, count = negative_log_likelihood(tiny_llava, batch)
+    assert count == 2 * (16 - 1 - 4)
+    with torch.no_grad():
+        logits = tiny_llava(**batch).logits[:, :-1]
+    targets = batch["input_ids"][:, 1:].clone()
+    targets[targets == 4] = -100
+    expected = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
+    assert total == pytest.approx(float(expected), rel=1e-5)
+    # Not even where labels name them.
+    assert negative_log_likelihood(tiny_llava, batch | {"labels": batch["input_ids"]})[1] == count
+
+
+@pytest.mark.parametrize("budget", [1, 128 * 5, 128 * 7 + 3])
+def test_chunks_change_nothing(tiny_llama, text_batches, monkeypatch, budget: int) -> None:
+    whole = negative_log_likelihood(tiny_llama, text_batches[0])
+    monkeypatch.setattr(module, "CHUNK_LOGITS", budget)
+    chunked = negative_log_likelihood(tiny_llama, text_batches[0])
+    assert chunked[1] == whole[1]
+    assert chunked[0] == pytest.approx(whole[0], rel=1e-6)
+
+
+def test_losses_are_computed_in_float32(tiny_llama, text_batches) -> None:
+    exact = perplexity(tiny_llama, text_batches)
+    assert perplexity(tiny_llama.bfloat16(), text_batches) == pytest.approx(exact, rel=2e-3)
+
+
+def test_pixels_get_the_models_dtype(tiny_llava, image_batches) -> None:
+    assert math.isfinite(perplexity(tiny_llava.bfloat16(), image_batches))
+
+
+class TestCache:
+    @pytest.fixture
+    def batches(self) -> list[dict[str, torch.Tensor]]:
+        return [single(row) for row in random_rows(96, 130)]
+
+    @pytest.fixture
+    def model(self, tiny_llama):
+        """The random model, sharpened so that attention matters."""
+        for layer in tiny_llama.model.layers:
+            layer.self_attn.q_proj.weight.data *= 10
+            layer.self_attn.k_proj.weight.data *= 10
+            layer.self_attn.v_proj.weight.data *= 20
+        return tiny_llama
+
+    def test_16_bits_are_the_dense_figure(self, model, batches) -> None:
+        dense = perplexity(model, batches)
+        assert perplexity(model, batches, KVCacheConfig(bits=16)) == dense
+
+    def test_few_bits_show(self, model, batches) -> None:
+        dense = perplexity(model, batches)
+
+        def shift(bits: int) -> float:
+            return abs(perplexity(model, batches, KVCacheConfig(bits=bits)) / dense - 1)
+
+        assert shift(2) > 4 * shift(8) > 0
+        assert shift(2) > 1e-3
+
+    def test_models_own_profile(self, model, batches) -> None:
+        dense = perplexity(model, batches)
+        two = perplexity(model, batches, KVCacheConfig(bits=2))
+        model = copy.deepcopy(model)
+        model.config.quantization_config = {
+            "quant_method": "adaptive_sparse",
+            "kv_cache": KVCacheConfig(bits=2).to_dict(),
+        }
+        assert perplexity(model, batches) == two
+        assert perplexity(model, batches, False) == dense
+        eight = KVCacheConfig(bits=8)
+        assert perplexity(model, batches, eight) == pytest.approx(dense, rel=1e-2)
+
+    @pytest.mark.parametrize("choice", [True, 8, {"bits": 8}])
+    def test_other_choices_are_refused(self, model, batches, choice: object) -> None:
+        with pytest.raises(TypeError, match="kv_cache must be None"):
+            perplexity(model, batches, choice)  # type: ignore[arg-type]
+
+
+def test_mode_and_gradients_are_restored(tiny_llama, text_batches) -> None:
+    tiny_llama.train()
+    tiny_llama.model.norm.eval()
+    perplexity(tiny_llama, text_batches[:1])
+    assert tiny_llama.training
+    assert tiny_llama.model.layers[0].training
+    assert not tiny_llama.model.norm.training
+    with pytest.raises(RuntimeError), evaluating(tiny_llama):
+        assert not tiny_llama.training
+        raise RuntimeError
+    assert tiny_llama.training
+    assert torch.is_grad_enabled()
+
+
+def test_batches_may_be_a_generator(tiny_llama, text_batches) -> None:
+    expected = perplexity(tiny_llama, text_batches)
+    assert perplexity(tiny_llama, (b for b in text_batches), progress=True) == expected
+
+
+def test_nan_names_the_batch(tiny_llava, image_batches) -> None:
+    image_batches[1]["pixel_values"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="batch 1 gives nan"):
+        perplexity(tiny_llava, image_batches)
+
+
+def test_nothing_to_score(tiny_llama) -> None:
+    with pytest.raises(ValueError, match="at least one batch"):
+        perplexity(tiny_llama, [])
+    for batch in (single([5]), single([5, 6]) | {"attention_mask": torch.tensor([[1, 0]])}):
+        assert negative_log_likelihood(tiny_llama, batch) == (0.0, 0)
+        with pytest.raises(ValueError, match="at least one scored token"):
+            perplexity(tiny_llama, [batch])
+    with pytest.raises(ValueError, match="input_ids or labels"):
+        perplexity(tiny_llama, [{"inputs_embeds": torch.zeros(1, 2, 64)}])
+
+
+@pytest.mark.parametrize("batches", ["wikitext", single([5, 6])])
+def test_names_and_single_batches_are_refused(tiny_llama, batches: object) -> None:
+    with pytest.raises(TypeError, match="load_batches"):
+        perplexity(tiny_llama, batches)  # type: ignore[arg-type]
+
+
+def test_overflow_is_infinite(tiny_llama, monkeypatch) -> None:
+    monkeypatch.setattr(module, "negative_log_likelihood", lambda *_: (1e6, 1))
+    assert perplexity(tiny_llama, [single([5, 6])]) == math.inf

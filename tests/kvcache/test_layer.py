@@ -1,0 +1,389 @@
+"""One layer, fed with states directly: what it holds after every operation."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
+
+from hf_adaptive_sparse.kvcache.buffer import TokenBuffer
+from hf_adaptive_sparse.kvcache.codec import GroupCodec
+from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
+
+HEADS, WIDTH, BLOCK = 2, 16, 8
+WIDTHS = [(16, 16), (8, 8), (8, 6), (4, 16), (16, 3), (2, 2)]
+
+
+def states(tokens, batch=1, seed=0, dtype=torch.float32, width=WIDTH):
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(batch, HEADS, tokens, width, generator=generator)
+    values = torch.randn(batch, HEADS, tokens, width, generator=generator)
+    return keys.to(dtype), values.to(dtype)
+
+
+def make_layer(key_bits=8, value_bits=8, block=BLOCK, group_size=64):
+    return AdaptiveQuantizedLayer(key_bits, value_bits, group_size, block, layer_idx=5)
+
+
+def fill(layer, tokens, batch=1, seed=0, chunk=None):
+    keys, values = states(tokens, batch, seed)
+    for start in range(0, tokens, chunk or tokens):
+        end = start + (chunk or tokens)
+        layer.update(keys[:, :, start:end], values[:, :, start:end])
+    return keys, values
+
+
+def contents(layer):
+    """Copies of all the layer stores, encoded and not."""
+    stores = (layer._quantized_keys, layer._quantized_values)
+    return [part.clone() for store in stores for part in (*store.parts, store.unencoded)]
+
+
+def assert_same_contents(left, right):
+    for ours, theirs in zip(contents(left), contents(right), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def through_codec(tensor, bits, encoded):
+    """What a layer should return: the first ``encoded`` tokens by way of the codec."""
+    if bits == 16:
+        return tensor
+    codec = GroupCodec(bits, 64)
+    front = codec.decode(codec.encode(tensor[:, :, :encoded], "test"), tensor.shape[-1])
+    return torch.cat([front, tensor[:, :, encoded:]], dim=-2)
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), WIDTHS)
+def test_update_returns_what_is_stored_prompt_included(key_bits, value_bits):
+    layer = make_layer(key_bits, value_bits)
+    keys, values = states(3 * BLOCK + 5, batch=2)
+    got_keys, got_values = layer.update(keys, values)
+    assert torch.equal(got_keys, through_codec(keys, key_bits, 3 * BLOCK))
+    assert torch.equal(got_values, through_codec(values, value_bits, 3 * BLOCK))
+    assert layer.get_seq_length() == 3 * BLOCK + 5
+    assert layer.get_mask_sizes(4) == (3 * BLOCK + 9, 0)
+    assert layer.get_max_length() == -1
+
+
+def test_a_prompt_of_200_packs_192_and_leaves_8():
+    layer = AdaptiveQuantizedLayer(8, 6)
+    layer.update(*states(200, width=64))
+    for store in (layer._quantized_keys, layer._quantized_values):
+        assert (store.encoded_length, store.length) == (192, 200)
+    assert layer.keys.shape == layer.values.shape == (1, HEADS, 8, 64)
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), WIDTHS)
+@pytest.mark.parametrize("chunk", [1, 3, BLOCK, BLOCK + 1, 100])
+def test_contents_do_not_depend_on_how_tokens_arrive(key_bits, value_bits, chunk):
+    whole, pieces = make_layer(key_bits, value_bits), make_layer(key_bits, value_bits)
+    fill(whole, 61)
+    fill(pieces, 61, chunk=chunk)
+    assert_same_contents(whole, pieces)
+
+
+def test_the_unquantised_tail_is_always_shorter_than_a_block():
+    layer = make_layer(8, 4)
+    for step in range(5 * BLOCK):
+        layer.update(*states(1, seed=step))
+        assert layer.keys.shape[-2] == (step + 1) % BLOCK
+        assert layer.get_seq_length() == step + 1
+
+
+def test_nothing_is_quantised_twice():
+    layer = make_layer(6, 3)
+    fill(layer, 5 * BLOCK + 3)
+    before = [
+        [part[:, :, : 5 * BLOCK].clone() for part in store.parts]
+        for store in (layer._quantized_keys, layer._quantized_values)
+    ]
+    encoded_tokens = []
+    for store in (layer._quantized_keys, layer._quantized_values):
+        inner = store._encode
+
+        def counting(tensor, what, inner=inner):
+            encoded_tokens.append(tensor.shape[-2])
+            return inner(tensor, what)
+
+        store._encode = counting
+    for step in range(300):
+        layer.update(*states(1, seed=step))
+    for store, parts in zip((layer._quantized_keys, layer._quantized_values), before, strict=True):
+        for now, then in zip(store.parts, parts, strict=True):
+            assert torch.equal(now[:, :, : 5 * BLOCK], then)
+    whole_blocks = (5 * BLOCK + 3 + 300) // BLOCK * BLOCK
+    assert sum(encoded_tokens) == 2 * (whole_blocks - 5 * BLOCK)
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(16, 16), (8, 6), (16, 4)])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 5])
+def test_crop_to_every_length_and_on(key_bits, value_bits, length):
+    for remove in range(length + 3):
+        layer = make_layer(key_bits, value_bits)
+        fill(layer, length)
+        before = [tensor.clone() for tensor in layer.decode()]
+        encoded = [
+            [part.clone() for part in store.parts]
+            for store in (layer._quantized_keys, layer._quantized_values)
+        ]
+        layer.crop(-remove)
+        left = max(0, length - remove)
+        assert layer.get_seq_length() == left
+        for now, then in zip(layer.decode(), before, strict=True):
+            assert torch.equal(now, then[:, :, :left])
+
+        more_keys, more_values = states(BLOCK + 2, seed=9)
+        keys, values = layer.update(more_keys, more_values)
+        assert keys.shape[-2] == values.shape[-2] == left + BLOCK + 2
+        assert torch.equal(keys[:, :, :left], before[0][:, :, :left]) or key_bits != 16
+        # What was encoded stays as it was, bit for bit, and only the rest is new.
+        stores = (layer._quantized_keys, layer._quantized_values)
+        for store, parts in zip(stores, encoded, strict=True):
+            for now, then in zip(store.parts, parts, strict=True):
+                kept = min(then.shape[-2], left)
+                assert torch.equal(now[:, :, :kept], then[:, :, :kept])
+        total = left + BLOCK + 2
+        assert layer._quantized_keys.length == layer._quantized_values.length == total
+        for bits, store in zip((key_bits, value_bits), stores, strict=True):
+            assert store.encoded_length == (total if bits == 16 else total // BLOCK * BLOCK)
+
+
+def test_crop_takes_a_negative_number():
+    layer = make_layer()
+    layer.crop(-3)  # nothing there: nothing happens
+    fill(layer, 4)
+    layer.crop(0)
+    assert layer.get_seq_length() == 4
+    with pytest.raises(ValueError, match=r"negative number \(or 0\), got 2"):
+        layer.crop(2)
+    assert layer.is_croppable
+
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(0, 20)),
+        st.tuples(st.just("update"), st.just(1)),
+        st.tuples(st.just("crop"), st.integers(0, 25)),
+        st.tuples(st.just("reorder"), st.integers(0, 100)),
+        st.tuples(st.just("repeat"), st.integers(1, 2)),
+        st.tuples(st.just("select"), st.integers(0, 100)),
+        st.tuples(st.just("mask"), st.integers(0, 100)),
+        st.tuples(st.just("copy"), st.just(0)),
+        st.tuples(st.just("offload"), st.just(0)),
+        st.tuples(st.just("reset"), st.just(0)),
+    ),
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(16, 16), (8, 8), (16, 6)])
+@given(operations=operations, prompt=st.integers(1, 30))
+@settings(max_examples=120, deadline=None)
+def test_any_sequence_of_operations_equals_the_stock_layer(
+    key_bits, value_bits, operations, prompt
+):
+    """At 16 bits equal to DynamicLayer, else within a step of it, every shape included."""
+    ours, stock = make_layer(key_bits, value_bits), DynamicLayer()
+    batch = 2
+    for layer in (ours, stock):
+        layer.update(*states(prompt, batch))
+    for number, (name, argument) in enumerate(operations):
+        if batch > 8 and name == "repeat":
+            continue
+        filled = stock.get_seq_length() > 0
+        picked = torch.randint(
+            0, batch, (batch,), generator=torch.Generator().manual_seed(argument)
+        )
+        if name == "update":
+            fresh = states(argument, batch, seed=number)
+            got, expected = ours.update(*fresh), stock.update(*fresh)
+            for mine, theirs, bits in zip(got, expected, (key_bits, value_bits), strict=True):
+                tolerance = 0 if bits == 16 else 8.0 / (2**bits - 1)
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+            continue
+        if name == "copy":
+            ours, stock = copy.deepcopy(ours), pickle.loads(pickle.dumps(stock))
+            ours = pickle.loads(pickle.dumps(ours))
+        for layer in (ours, stock):
+            if name == "crop":
+                layer.crop(-argument)
+            elif name == "reorder":
+                layer.reorder_cache(picked)
+            elif name == "repeat":
+                layer.batch_repeat_interleave(argument)
+            elif name == "select":
+                layer.batch_select_indices(picked[: 1 + argument % batch])
+            elif name == "mask":
+                layer.batch_select_indices(torch.arange(batch) != argument % (batch + 1))
+            elif name == "offload":
+                layer.offload()
+                layer.prefetch()
+            elif name == "reset":
+                layer.reset()
+        if name == "repeat" and filled:
+            batch *= argument
+        elif name == "select" and filled:
+            batch = 1 + argument % batch
+        elif name == "mask" and filled:
+            batch -= argument % (batch + 1) != batch
+        if batch == 0:
+            return
+        if filled and stock.get_seq_length() == 0:
+            return  # the stock layer cannot go on from 0 tokens with another batch size
+        assert ours.get_seq_length() == stock.get_seq_length()
+        assert ours.get_mask_sizes(3) == stock.get_mask_sizes(3)
+
+
+def test_operations_before_the_first_update_do_nothing():
+    layer = make_layer()
+    layer.reorder_cache(torch.tensor([0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([0]))
+    layer.offload()
+    layer.prefetch()
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    assert layer.nbytes == 0
+    fill(layer, 3)
+    assert layer.get_seq_length() == 3
+
+
+def test_reset_takes_another_batch_and_dtype():
+    layer = make_layer()
+    fill(layer, 20)
+    layer.reset()
+    assert (layer.get_seq_length(), layer.nbytes, layer.keys) == (0, 0, None)
+    keys, _ = layer.update(*states(9, batch=3, dtype=torch.bfloat16))
+    assert keys.shape == (3, HEADS, 9, WIDTH)
+    assert keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [3, BLOCK + 1])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda k, v: (k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)), "got batch size 2"),
+        (lambda k, v: (k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)), "got batch size 1, 4 heads"),
+        (lambda k, v: (k[..., :8], v), r"holds keys .* heads of 8"),
+        (lambda k, v: (k, v[..., :8]), r"holds values .* heads of 8"),
+        (lambda k, v: (k.half(), v.half()), "float16"),
+        (lambda k, v: (k[0], v[0]), "shape"),
+        (lambda k, v: (k, v[:, :, 1:]), "as many keys as values"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(change, named, tokens):
+    layer = make_layer(8, 6)
+    keys, values = fill(layer, tokens)
+    before = contents(layer)
+    with pytest.raises(ValueError, match=rf"(?s)Layer 5.*{named}"):
+        layer.update(*change(keys[:, :, :2], values[:, :, :2]))
+    for now, then in zip(contents(layer), before, strict=True):
+        assert torch.equal(now, then)
+    assert layer.get_seq_length() == tokens
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_are_refused_with_the_layers_number(which, bad):
+    layer = make_layer()
+    fill(layer, BLOCK - 2)
+    before = contents(layer)
+    fresh = states(2, seed=1)
+    fresh[which][0, 1, 1, 7] = bad
+    kind = ("keys", "values")[which]
+    with pytest.raises(ValueError, match=f"{kind} of layer 5 must be finite"):
+        layer.update(*fresh)
+    for now, then in zip(contents(layer), before, strict=True):
+        assert torch.equal(now, then)
+    layer.update(*states(2, seed=1))
+    assert layer.get_seq_length() == BLOCK
+
+
+def test_at_16_bits_nan_comes_back_where_it_was():
+    layer = make_layer(16, 16)
+    keys, values = states(2 * BLOCK)
+    keys[0, 0, 3, 2] = float("nan")
+    got, _ = layer.update(keys, values)
+    assert torch.equal(got.isnan(), keys.isnan())
+
+
+def test_the_first_states_must_have_four_dimensions_too():
+    keys, values = states(3)
+    with pytest.raises(ValueError, match=r"values of shape \(batch, kv_heads, seq, head_dim\)"):
+        make_layer().update(keys, values[0])
+
+
+def test_keys_and_values_may_have_different_head_sizes():
+    layer = make_layer(8, 4, group_size=16)
+    keys, values = states(20, width=24)[0], states(20, width=10)[1]
+    got_keys, got_values = layer.update(keys, values)
+    assert (got_keys.shape[-1], got_values.shape[-1]) == (24, 10)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_cache_filled_in_inference_mode_goes_on_outside_and_back(inside):
+    layer = make_layer(8, 16)
+    with torch.inference_mode(inside):
+        fill(layer, BLOCK + 3)
+        layer.reorder_cache(torch.tensor([0]))
+    with torch.inference_mode(not inside):
+        fill(layer, BLOCK, seed=1, chunk=1)
+    fill(layer, BLOCK, seed=2, chunk=3)
+    assert layer.get_seq_length() == 3 * BLOCK + 3
+
+
+def test_states_with_a_gradient_are_stored_without_it():
+    layer = make_layer(8, 16)
+    keys, values = (tensor.requires_grad_() for tensor in states(BLOCK + 3))
+    got = layer.update(keys, values)
+    assert not any(tensor.requires_grad for tensor in got)
+    copy.deepcopy(layer)
+
+
+def test_kvpress_contract_reads_everything_and_writes_everything():
+    """What kvpress does behind a prefill: read, choose tokens per head, write back."""
+    layer = make_layer(8, 6)
+    fill(layer, 3 * BLOCK + 5)
+    keys = layer._dequantize(layer._quantized_keys)
+    values = layer._dequantize(layer._quantized_values)
+    for read, stored in zip((keys, values), layer.decode(), strict=True):
+        assert torch.equal(read, stored)
+    keep = torch.arange(0, 3 * BLOCK + 5, 2)
+    layer._quantized_keys = layer._quantize(keys[:, :, keep], axis=layer.axis_key)
+    layer._quantized_values = layer._quantize(values[:, :, keep], axis=layer.axis_value)
+    layer.keys = torch.zeros(0)
+    layer.values = torch.zeros(0)
+    layer.cumulative_length = len(keep)
+
+    assert layer._quantized_keys.codec.bits == 8
+    assert layer._quantized_values.codec.bits == 6
+    got_keys, got_values = layer.update(*states(1, seed=3))
+    assert got_keys.shape[-2] == got_values.shape[-2] == len(keep) + 1 == layer.get_seq_length()
+    torch.testing.assert_close(got_keys[:, :, :-1], keys[:, :, keep], rtol=0, atol=8 / 255)
+    torch.testing.assert_close(got_values[:, :, :-1], values[:, :, keep], rtol=0, atol=8 / 63)
+    fill(layer, 2 * BLOCK, seed=4, chunk=1)
+    assert layer.keys.shape[-2] < BLOCK
+
+
+def test_growth_is_exact_at_first_and_bounded_by_a_32nd():
+    buffer = TokenBuffer(torch.zeros(1, 1, 0, 4), step=8)
+    assert (buffer.capacity, buffer.nbytes) == (0, 0)
+    buffer.append(torch.ones(1, 1, 777, 4))
+    assert buffer.capacity == 777
+    assert buffer.nbytes == 777 * 4 * 4
+    storages = set()
+    for _ in range(5000):
+        buffer.append(torch.ones(1, 1, 1, 4))
+        storages.add(buffer._storage.data_ptr())
+        assert buffer.capacity <= buffer.length * (1 + 1 / 32) + 8
+    assert len(storages) <= 70  # log(7.4) / log(33/32) = 65 of them, not 5,000
+    assert torch.all(buffer.rows == 1)
+
+
+def test_repr_names_bits_and_tokens():
+    layer = make_layer(8, 6)
+    fill(layer, 3)
+    assert repr(layer) == "AdaptiveQuantizedLayer(key_bits=8, value_bits=6, tokens=3)"

@@ -1,0 +1,329 @@
+"""A search that is stopped, killed or run against another study."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from hf_adaptive_sparse.search import objective as objective_module
+from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import (
+    WORKER_ATTRIBUTE,
+    fail_abandoned_trials,
+    open_storage,
+    worker_name,
+)
+from hf_adaptive_sparse.search.study import STUDY_NAME, search
+
+SPACE = SearchSpace(blocks=4, kv_bits=None)
+
+SETUP = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from hf_adaptive_sparse.search import objective
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.study import search
+
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+    num_attention_heads=2, num_key_value_heads=1,
+)).eval()
+generator = torch.Generator().manual_seed(5)
+batches = [{"input_ids": torch.randint(0, 64, (1, 24), generator=generator)} for _ in range(2)]
+
+def run_search(storage):
+    return search(
+        model, batches[:1], batches[1:], SearchSpace(blocks=4, kv_bits=None),
+        n_trials=14, storage=storage, progress=False,
+    )
+"""
+
+CHILD = (
+    SETUP
+    + """
+import os, signal, sys
+
+original, calls = objective.perplexity, []
+
+def deadly(*arguments):
+    calls.append(1)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+objective.perplexity = deadly
+run_search(sys.argv[1])
+"""
+)
+
+
+def counted(result):
+    kept = [row for row in result.history if row["state"] == "complete"]
+    return [(row["value"], row["block_ratios"]) for row in kept]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["study.db", "study.journal"])
+def test_a_killed_search_resumes_and_loses_no_completed_trial(tmp_path, name):
+    storage = tmp_path / name
+    killed = subprocess.run(
+        [sys.executable, "-c", CHILD, str(storage)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(storage))
+    done = {t.number: t.value for t in before.trials if t.state == TrialState.COMPLETE}
+    assert len(done) == 4
+    assert [t.state for t in before.trials].count(TrialState.RUNNING) == 1
+
+    namespace = {}
+    exec(SETUP, namespace)
+    resumed = namespace["run_search"](storage)
+    assert len(counted(resumed)) == 14
+    assert {number: resumed.history[number]["value"] for number in done} == done
+    assert [row["state"] for row in resumed.history].count("fail") == 1
+    straight = namespace["run_search"](None)
+    assert counted(resumed) == counted(straight)
+
+
+@pytest.fixture
+def run(tiny_llama, text_batches):
+    def call(**changes):
+        arguments = {"space": SPACE, "n_trials": 3, "progress": False} | changes
+        model = arguments.pop("model", tiny_llama)
+        calibration = arguments.pop("calibration", text_batches[:2])
+        evaluation = arguments.pop("evaluation", text_batches[2:])
+        return search(model, calibration, evaluation, **arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["study.db", "study.log"])
+def test_an_interrupted_search_goes_on_where_it_stopped(run, tmp_path, monkeypatch, name):
+    straight = run(n_trials=6)
+    original, calls = objective_module.perplexity, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(objective_module, "perplexity", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(n_trials=6, storage=tmp_path / name)
+    resumed = run(n_trials=6, storage=tmp_path / name)
+    assert len(calls) == 7
+    kept = [row for row in resumed.history if row["state"] == "complete"]
+    assert [(r["value"], r["block_ratios"]) for r in kept] == [
+        (r["value"], r["block_ratios"]) for r in straight.history
+    ]
+    assert [row["state"] for row in resumed.history].count("fail") == 1
+
+
+def test_an_interrupted_baseline_is_tried_again(run, tmp_path, monkeypatch):
+    storage = tmp_path / "study.log"
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(objective_module, "perplexity", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(storage=storage)
+    result = run(storage=storage)
+    assert [row["uniform"] for row in result.history] == [True, True, False, False]
+    assert result.baseline == result.history[1]["value"]
+
+
+def test_a_finished_study_is_returned_without_ranking_or_evaluating(run, tmp_path, monkeypatch):
+    storage = f"sqlite:///{tmp_path}/study.db"
+    first = run(storage=storage)
+    monkeypatch.setattr(objective_module, "rank_model", None)
+    assert run(storage=storage).history == first.history
+
+
+def test_more_trials_extend_a_study(run, tmp_path):
+    run(storage=tmp_path / "study.log", n_trials=2)
+    extended = run(storage=tmp_path / "study.log", n_trials=5)
+    assert [row["state"] for row in extended.history] == ["complete"] * 5
+    assert [row["uniform"] for row in extended.history].count(True) == 1
+
+
+def test_studies_of_one_storage_keep_apart_by_name(run, tmp_path):
+    run(storage=tmp_path / "study.log", study_name="a")
+    other = run(
+        storage=tmp_path / "study.log",
+        study_name="b",
+        space=SearchSpace(blocks=2, kv_bits=None),
+    )
+    assert len(other.history[0]["block_ratios"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"space": SearchSpace(blocks=2, kv_bits=None)}, r"space\.blocks \(4, now 2\)"),
+        (
+            {"space": SearchSpace(blocks=4, target_sparsity=0.6, kv_bits=None)},
+            r"space\.target_sparsity \(0\.5, now 0\.6\)",
+        ),
+        ({"metric": "wanda"}, r"metric \('lognorm', now 'wanda'\)"),
+        ({"modules_to_not_convert": ["*.q_proj"]}, "modules_to_not_convert"),
+        ({"calibration": [{"input_ids": torch.ones(1, 9, dtype=torch.long)}]}, "calibration"),
+        ({"evaluation": [{"input_ids": torch.ones(2, 9, dtype=torch.long)}]}, "evaluation"),
+    ],
+)
+def test_a_study_made_for_something_else_is_refused(run, tmp_path, change, difference):
+    run(storage=tmp_path / "study.log", n_trials=1)
+    with pytest.raises(SearchError, match=rf"made for something else.*{difference}"):
+        run(storage=tmp_path / "study.log", n_trials=1, **change)
+
+
+def test_a_study_made_for_other_weights_is_refused(run, tmp_path, tiny_llama):
+    run(storage=tmp_path / "study.log", n_trials=1)
+    tiny_llama.model.layers[2].mlp.gate_proj.weight.data.mul_(1.01)
+    with pytest.raises(SearchError, match="weights"):
+        run(storage=tmp_path / "study.log", n_trials=1)
+
+
+def test_a_study_of_other_library_versions_resumes_with_a_warning(run, tmp_path, caplog):
+    storage = open_storage(tmp_path / "study.log")
+    result = run(storage=storage, n_trials=1)
+    result.study.set_user_attr("versions", {"torch": "1.0"})
+    with caplog.at_level(logging.WARNING):
+        run(storage=storage, n_trials=2)
+    assert "values may differ" in caplog.text
+
+
+def test_somebody_elses_study_is_left_alone(run, tmp_path):
+    storage = open_storage(tmp_path / "study.log")
+    study = optuna.create_study(study_name=STUDY_NAME, storage=storage)
+    study.add_trial(optuna.create_trial(value=1.0))
+    with pytest.raises(SearchError, match="was not made by hf_adaptive_sparse"):
+        run(storage=storage)
+
+
+def test_a_locked_database_is_one_clear_error(run, tmp_path, monkeypatch):
+    path = tmp_path / "study.db"
+    run(storage=path, n_trials=1)
+    blocker = sqlite3.connect(path)
+    blocker.execute("BEGIN EXCLUSIVE")
+    impatient = optuna.storages.RDBStorage
+    monkeypatch.setattr(
+        optuna.storages,
+        "RDBStorage",
+        lambda url, **k: impatient(url, engine_kwargs={"connect_args": {"timeout": 0.1}}, **k),
+    )
+    try:
+        with pytest.raises(StorageError, match=r"study\.db cannot be used: .*locked"):
+            run(storage=path)
+    finally:
+        blocker.close()
+
+
+def test_a_database_that_becomes_locked_keeps_what_was_completed(run, tmp_path, monkeypatch):
+    path = tmp_path / "study.db"
+    blocker = sqlite3.connect(path, isolation_level=None)
+    impatient = optuna.storages.RDBStorage(
+        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 0.1}}
+    )
+    original, calls = objective_module.perplexity, []
+
+    def locking(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            blocker.execute("BEGIN EXCLUSIVE")
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective_module, "perplexity", locking)
+        with pytest.raises(
+            StorageError, match=r"RDBStorage cannot be used: .*locked.*trials are kept"
+        ):
+            run(storage=impatient)
+    blocker.close()
+    resumed = run(storage=path)
+    assert [row["state"] for row in resumed.history].count("complete") == 3
+
+
+def test_passwords_stay_out_of_messages(run):
+    with pytest.raises(StorageError) as caught:
+        run(storage="nodialect://user:secret@host/db")
+    assert "secret" not in str(caught.value)
+    assert "host/db" in str(caught.value)
+
+
+def test_a_torn_last_line_of_a_journal_is_dropped(run, tmp_path, caplog):
+    path = tmp_path / "study.journal"
+    run(storage=path, n_trials=2)
+    with path.open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"x","study_')
+    result = run(storage=path, n_trials=3)
+    assert "unfinished record" in caplog.text
+    assert [row["state"] for row in result.history] == ["complete"] * 3
+    assert len(run(storage=path, n_trials=3).history) == 3
+
+
+class TestAbandonedTrials:
+    @pytest.fixture
+    def study(self):
+        return optuna.create_study()
+
+    def running(self, study, worker):
+        trial = study.ask()
+        if worker is not None:
+            trial.set_user_attr(WORKER_ATTRIBUTE, worker)
+        return trial.number
+
+    def test_a_trial_of_a_process_that_is_gone_is_failed(self, study):
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        child.wait()
+        host = worker_name().rpartition(":")[0]
+        number = self.running(study, f"{host}:{child.pid}")
+        assert fail_abandoned_trials(study) == [number]
+        assert study.trials[number].state == TrialState.FAIL
+
+    def test_a_trial_of_this_process_from_before_is_failed(self, study):
+        self.running(study, worker_name())
+        assert fail_abandoned_trials(study) == [0]
+
+    def test_a_trial_of_a_living_process_is_left_running(self, study):
+        host = worker_name().rpartition(":")[0]
+        self.running(study, f"{host}:{os.getppid()}")
+        assert fail_abandoned_trials(study) == []
+
+    def test_a_trial_of_another_machine_is_left_running(self, study):
+        self.running(study, "elsewhere.example:1")
+        assert fail_abandoned_trials(study) == []
+
+    def test_a_trial_that_names_no_process_is_failed_once_it_is_old(self, study, monkeypatch):
+        self.running(study, None)
+        assert fail_abandoned_trials(study) == []
+        monkeypatch.setattr("hf_adaptive_sparse.search.storage.UNCLAIMED_SECONDS", 0.01)
+        time.sleep(0.05)
+        assert fail_abandoned_trials(study) == [0]
+
+
+def test_the_package_is_imported_without_optuna():
+    code = (
+        "import sys, hf_adaptive_sparse; from hf_adaptive_sparse.search.study import search; "
+        "sys.exit('optuna' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+
+import optuna
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from hf_adaptive_sparse.architecture import kv_widths, prunable_linears
+from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
+from hf_adaptive_sparse.pruning.apply import prune_model
+from hf_adaptive_sparse.search import objective as objective_module
+from hf_adaptive_sparse.search.errors import SearchError, StorageError, TrialFailure
+from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.study import search
+
+SPACE = SearchSpace(blocks=4, kv_group_size=16, kv_residual_length=8)
+
+
+@pytest.fixture
+def evaluation():
+    generator = torch.Generator().manual_seed(7)
+    return [{"input_ids": torch.randint(5, 128, (2, 32), generator=generator)} for _ in range(2)]
+
+
+@pytest.fixture
+def run(tiny_llama, text_batches, evaluation):
+    def call(**changes) -> SearchResult:
+        arguments = {"space": SPACE, "n_trials": 6, "progress": False} | changes
+        model = arguments.pop("model", tiny_llama)
+        calibration = arguments.pop("calibration", text_batches)
+        scored = arguments.pop("evaluation", evaluation)
+        return search(model, calibration, scored, **arguments)
+
+    return call
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def zeros(model):
+    """Zero weights of each linear as the forward sees them, masks included."""
+    linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    return tuple(int((linear.weight == 0).sum()) for linear in linears)
+
+
+def assert_same(model, before):
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def without_time(history):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+
+def test_the_uniform_profile_comes_first_and_is_the_baseline(run):
+    result = run()
+    first = result.history[0]
+    assert first["uniform"]
+    assert first["block_ratios"] == [0.5] * 4
+    assert first["key_bits"] == first["value_bits"] == [8, 6, 8, 6]
+    assert result.baseline == first["value"]
+    assert not any(row["uniform"] for row in result.history[1:])
+    assert result.best_value == min(row["value"] for row in result.history)
+
+
+def test_every_profile_meets_the_budget_as_counted_on_the_masks(run, tiny_llama, monkeypatch):
+    removed, bits = [], []
+    original = objective_module.perplexity
+
+    def counting(model, batches, kv_cache):
+        removed.append(sum(zeros(model)))
+        bits.append(kv_cache.mean_bits(kv_widths(model.config)))
+        return original(model, batches, kv_cache)
+
+    monkeypatch.setattr(objective_module, "perplexity", counting)
+    run(n_trials=8)
+    total = sum(m.weight.numel() for m in prunable_linears(tiny_llama).values())
+    assert removed == [round(total * 0.5)] * 8
+    assert bits == [7.0] * 8
+
+
+@pytest.mark.parametrize("target", [0.3, 0.37, 0.61])
+def test_any_target_is_met_to_the_weight(run, tiny_llama, target):
+    result = run(space=SearchSpace(target_sparsity=target, blocks=3, kv_bits=None), n_trials=4)
+    numel = {name: m.weight.numel() for name, m in prunable_linears(tiny_llama).items()}
+    for trial in result.study.trials:
+        ratios = trial.user_attrs["profile"]["sparsity"]
+        counts = [round(ratios[name] * n) for name, n in numel.items()]
+        assert sum(counts) == round(target * sum(numel.values()))
+        assert abs(trial.user_attrs["mean_sparsity"] - target) <= 1e-4
+
+
+def test_the_same_seed_gives_the_same_history_and_another_seed_another(run):
+    first, second, other = run(n_trials=14), run(n_trials=14), run(n_trials=14, seed=1)
+    assert without_time(first.history) == without_time(second.history)
+    assert without_time(first.history) != without_time(other.history)
+
+
+def test_the_best_value_follows_from_its_profile_by_hand(run, tiny_llama, text_batches, evaluation):
+    result = run()
+    profile = result.best_profile
+    prune_model(
+        tiny_llama,
+        ratios=profile.sparsity.ratios,
+        batches=text_batches,
+        sequential=False,
+        progress=False,
+    )
+    assert perplexity(tiny_llama, evaluation, profile.kv_cache) == result.best_value
+
+
+def test_the_model_is_bit_identical_afterwards(run, tiny_llama):
+    before = snapshot(tiny_llama)
+    tiny_llama.train()
+    run()
+    assert_same(tiny_llama, before)
+    assert tiny_llama.training
+
+
+def test_the_model_is_bit_identical_after_an_exception(run, tiny_llama, monkeypatch):
+    before = snapshot(tiny_llama)
+    calls = []
+
+    def failing(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return 10.0 + len(calls)
+
+    monkeypatch.setattr(objective_module, "perplexity", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert_same(tiny_llama, before)
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO
+
+
+def test_weights_are_ranked_once(run, monkeypatch):
+    calls = []
+    original = objective_module.rank_model
+    monkeypatch.setattr(
+        objective_module, "rank_model", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    run()
+    assert calls == [1]
+
+
+def test_what_is_held_besides_the_model_is_within_its_bound(tiny_llama, run, monkeypatch):
+    held = []
+    original = objective_module.masked
+
+    class Watched:
+        def __init__(self, *arguments):
+            self.context = original(*arguments)
+
+        def __enter__(self):
+            self.mask = self.context.__enter__()
+            return self.mask
+
+        def __exit__(self, *error):
+            held.append(self.mask.nbytes)
+            return self.context.__exit__(*error)
+
+    monkeypatch.setattr(objective_module, "masked", Watched)
+    run(n_trials=3)
+    numels = [m.weight.numel() for m in prunable_linears(tiny_llama).values()]
+    margin = 2 / min(numels)
+    bound = sum(4 * math.ceil((0.1 + margin) * n) + 2 * math.ceil(n / 8) for n in numels)
+    assert held == [pytest.approx(bound, rel=0.01)]
+    assert held[0] <= bound + 8 * len(numels)
+    assert held[0] < sum(numels) + 2 * 0.1 * sum(numels)
+
+
+def test_a_profile_is_evaluated_once(run, monkeypatch):
+    calls = Counter()
+    original = objective_module.perplexity
+
+    def counting(model, batches, kv_cache):
+        calls[zeros(model)] += 1
+        return original(model, batches, kv_cache)
+
+    monkeypatch.setattr(objective_module, "perplexity", counting)
+    # Two blocks on a grid of three: shifting both alike changes nothing, so draws collide.
+    space = SearchSpace(blocks=2, sparsity_range=0.025, kv_bits=None)
+    result = run(space=space, n_trials=4)
+    assert set(calls.values()) == {1}
+    assert len(calls) == 4
+    duplicates = [row for row in result.history if row["duplicate_of"] is not None]
+    assert duplicates
+    for row in duplicates:
+        assert row["value"] == result.history[row["duplicate_of"]]["value"]
+        assert row["seconds"] is None
+
+
+def test_an_exhausted_space_ends_the_search_and_says_so(run, caplog):
+    space = SearchSpace(blocks=2, sparsity_range=0.025, kv_bits=None)
+    with caplog.at_level(logging.WARNING):
+        result = run(space=space, n_trials=50)
+    distinct = {tuple(row["block_ratios"]) for row in result.history}
+    assert len(distinct) == 5  # differences of -2 ... 2 steps
+    assert "The search stopped at 5 of 50 trials" in caplog.text
+
+
+def test_kv_bits_alone_leave_the_weights_alone(run, monkeypatch):
+    monkeypatch.setattr(objective_module, "rank_model", None)
+    space = SearchSpace(target_sparsity=None, kv_group_size=16, kv_residual_length=8)
+    result = run(space=space, n_trials=4)
+    assert result.best_profile.sparsity is None
+    assert result.best_config.target_sparsity == 0.0
+    assert all(row["mean_kv_bits"] == 7 for row in result.history)
+    assert all(row["mean_sparsity"] is None for row in result.history)
+
+
+def test_sparsity_alone_leaves_the_cache_alone(run):
+    result = run(space=SearchSpace(blocks=4, kv_bits=None), n_trials=3)
+    assert result.best_profile.kv_cache is None
+    assert result.best_config.kv_cache is None
+
+
+def test_one_width_is_fixed_while_ratios_are_searched(run):
+    result = run(space=SearchSpace(blocks=4, kv_bits=8), n_trials=3)
+    assert all(row["key_bits"] == [8] * 4 for row in result.history)
+
+
+def test_fixed_ratios_while_kv_bits_are_searched(run):
+    space = SearchSpace(sparsity_range=0, kv_group_size=16, kv_residual_length=8)
+    result = run(space=space, n_trials=3)
+    assert all(row["block_ratios"] == [0.5] * 4 for row in result.history)
+    assert len({tuple(row["key_bits"]) for row in result.history}) > 1
+
+
+def test_excluded_modules_stay_dense_and_do_not_count(run, tiny_llama):
+    excluded = ["*.mlp.down_proj"]
+    result = run(modules_to_not_convert=excluded)
+    ratios = result.best_profile.sparsity.ratios
+    assert list(ratios) == list(prunable_linears(tiny_llama, excluded))
+    numel = {n: m.weight.numel() for n, m in prunable_linears(tiny_llama, excluded).items()}
+    assert result.best_profile.sparsity.mean(numel) == pytest.approx(0.5, abs=1e-5)
+    assert result.best_config.modules_to_not_convert == excluded
+
+
+def test_a_vision_language_model_is_searched(tiny_llava, image_batches):
+    result = search(tiny_llava, image_batches, image_batches[:2], SPACE, n_trials=3, progress=False)
+    assert all(".language_model." in name for name in result.best_profile.sparsity.ratios)
+
+
+def test_metrics_without_data_need_no_calibration(run):
+    assert run(metric="magnitude", calibration=None, n_trials=2).calibration is None
+
+
+def test_applying_prunes_to_the_profile_and_keeps_the_kv_profile(run, tiny_llama):
+    result = run()
+    report = result.apply(tiny_llama, progress=False)
+    assert report.mean_sparsity == pytest.approx(0.5, abs=1e-5)
+    carried = tiny_llama.config.quantization_config
+    assert dict(carried.sparsity) == dict(result.best_profile.sparsity.ratios)
+    assert carried.kv_cache == result.best_profile.kv_cache
+    found = carried.provenance["search"]
+    assert found["one_shot_perplexity"] == result.best_value
+    assert found["trials"] == 6
+
+
+def test_saving_writes_profile_and_history_and_nothing_else(run, tmp_path):
+    result = run()
+    result.save(tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["profile.json", "search.json"]
+    assert SearchResult.load_profile(tmp_path / "new") == result.best_profile
+    assert CompressionProfile.load(tmp_path / "new/profile.json") == result.best_profile
+    stored = SearchResult.load_history(tmp_path / "new")
+    assert stored["history"] == json.loads(json.dumps(result.history))
+    assert stored["best_perplexity"] == result.best_value
+    assert stored["uniform_perplexity"] == result.baseline
+
+
+def test_a_history_from_the_future_is_refused(run, tmp_path):
+    (tmp_path / "search.json").write_text('{"format_version": 99}')
+    with pytest.raises(ValueError, match="Upgrade"):
+        SearchResult.load_history(tmp_path)
+
+
+def test_a_failed_trial_is_kept_with_its_reason_and_the_search_goes_on(run, monkeypatch, caplog):
+    original = objective_module.perplexity
+    calls = []
+
+    def sometimes(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        if len(calls) == 4:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+        return float("nan") if len(calls) == 3 else original(*arguments)
+
+    monkeypatch.setattr(objective_module, "perplexity", sometimes)
+    result = run(n_trials=7)
+    failed = [row for row in result.history if row["state"] == "fail"]
+    assert [row["failure"].split(":")[0] for row in failed] == [
+        "Out of memory",
+        "The perplexity is nan.",
+        "Out of memory",
+    ]
+    assert len(result.history) == 7
+    assert "Trial 2 failed: The perplexity is nan." in caplog.text
+
+
+def test_another_error_is_not_swallowed(run, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(objective_module, "perplexity", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run()
+
+
+def test_when_nearly_all_trials_fail_the_search_stops_and_says_why(run, monkeypatch):
+    calls = []
+
+    def failing(*_):
+        calls.append(1)
+        raise TrialFailure("the loss is nan", repeatable=False)
+
+    monkeypatch.setattr(objective_module, "perplexity", failing)
+    with pytest.raises(SearchError, match=r"5 of 5 trials failed.*the loss is nan \(5 of 5"):
+        run(n_trials=50)
+    assert len(calls) == 5
+
+
+def test_when_no_trial_succeeds_it_is_an_error(run, monkeypatch):
+    monkeypatch.setattr(objective_module, "perplexity", lambda *_: math.inf)
+    with pytest.raises(SearchError, match=r"No trial succeeded.*perplexity is inf"):
+        run(n_trials=2)
+
+
+def test_equal_values_are_remarked_on(run, monkeypatch, caplog):
+    monkeypatch.setattr(objective_module, "perplexity", lambda *_: 42.0)
+    result = run()
+    assert "All 6 profiles have the perplexity 42.0" in caplog.text
+    assert result.best_trial.number == 0
+
+
+def test_weights_that_are_not_finite_are_named(run, tiny_llama):
+    tiny_llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj"):
+        run()
+
+
+def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
+    tiny = [{"input_ids": torch.randint(5, 128, (1, 6))}]
+    run(n_trials=1, evaluation=tiny)
+    assert "a single window" in caplog.text
+    assert "No evaluation window (longest: 6 tokens)" in caplog.text
+    run(n_trials=1, evaluation=text_batches)
+    assert "Calibration and evaluation data are the same" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"n_trials": 0}, ValueError, "n_trials must be a whole number >= 1, got 0"),
+        ({"n_trials": 2.0}, ValueError, "n_trials must be a whole number >= 1"),
+        ({"seed": -1}, ValueError, "seed must be a whole number >= 0"),
+        ({"metric": "lognrm"}, ValueError, "lognorm"),
+        ({"metric": "sparsegpt"}, ValueError, "cannot rank weights once"),
+        ({"space": 0.5}, TypeError, "space must be a SearchSpace, got float"),
+        ({"space": SearchSpace(blocks=1, kv_bits=None)}, SearchError, "nothing to choose"),
+        ({"space": SearchSpace(sparsity_range=0, kv_bits=8)}, SearchError, "nothing to choose"),
+        ({"storage": "study.txt"}, ValueError, r"\.log, \.journal"),
+        ({"storage": "/no/such/folder/s.log"}, StorageError, "folder of the storage"),
+        ({"storage": "sqlite:////no/such/folder/s.db"}, StorageError, "cannot be used"),
+        ({"storage": "nodialect://host/db"}, StorageError, "cannot be used"),
+        ({"calibration": []}, ValueError, "empty"),
+        ({"evaluation": []}, ValueError, "empty"),
+        ({"evaluation": "wiki.txt"}, ValueError, "evaluation names a dataset.*processor="),
+        ({"calibration": CalibrationConfig()}, ValueError, "calibration names a dataset"),
+        ({"modules_to_not_convert": ["*"]}, ValueError, "No linear is left"),
+        ({"modules_to_not_convert": ["nothing.*"]}, ValueError, "matches none"),
+    ],
+)
+def test_bad_input_is_refused_with_the_way_out(run, changes, error, message):
+    with pytest.raises(error, match=message):
+        run(**changes)
+
+
+def test_a_single_trial_of_a_space_without_choice_is_the_uniform_profile(run):
+    result = run(space=SearchSpace(blocks=1, kv_bits=None), n_trials=1)
+    assert result.baseline == result.best_value
+
+
+def test_a_sampler_of_the_users_own_is_used(run):
+    result = run(sampler=optuna.samplers.RandomSampler(seed=3), n_trials=3)
+    assert isinstance(result.study.sampler, optuna.samplers.RandomSampler)
+
+
+def test_an_odd_number_of_layers_splits_one_layer(run, tiny_llama):
+    config = type(tiny_llama.config)(**(tiny_llama.config.to_dict() | {"num_hidden_layers": 3}))
+    model = LlamaForCausalLM(config).eval()
+    result = run(model=model, n_trials=3)
+    for trial in result.study.trials:
+        kv_cache = KVCacheConfig.from_dict(trial.user_attrs["profile"]["kv_cache"])
+        pairs = list(zip(kv_cache.key_bits, kv_cache.value_bits, strict=True))
+        assert sorted(pairs) == [(6, 6), (8, 6), (8, 8)]

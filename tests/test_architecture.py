@@ -1,0 +1,152 @@
+"""Decoder layers, prunable linears and config facts, over many families on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
+
+from hf_adaptive_sparse.architecture import (
+    UNLIMITED_CONTEXT,
+    accepts_images,
+    context_length,
+    decoder_layers,
+    dense_expert_weights,
+    image_token_id,
+    kv_widths,
+    layer_index,
+    num_decoder_layers,
+    prunable_linears,
+)
+
+# family, class, name of the layers, linears per layer
+FAMILIES = [
+    ("llava", AutoModelForImageTextToText, "model.language_model.layers", 7),
+    ("qwen2_vl", AutoModelForImageTextToText, "model.language_model.layers", 7),
+    ("qwen3_vl", AutoModelForImageTextToText, "model.language_model.layers", 7),
+    ("smolvlm", AutoModelForImageTextToText, "model.text_model.layers", 7),
+    ("idefics3", AutoModelForImageTextToText, "model.text_model.layers", 7),
+    ("gemma3", AutoModelForImageTextToText, "model.language_model.layers", 7),
+    ("paligemma", AutoModelForImageTextToText, "model.language_model.layers", 7),
+    ("internvl", AutoModelForImageTextToText, "model.language_model.layers", 7),
+    ("mllama", AutoModelForImageTextToText, "model.language_model.layers", 7),
+    ("llama", AutoModelForCausalLM, "model.layers", 7),
+    ("qwen3", AutoModelForCausalLM, "model.layers", 7),
+    ("mistral", AutoModelForCausalLM, "model.layers", 7),
+    ("phi3", AutoModelForCausalLM, "model.layers", 4),
+    ("opt", AutoModelForCausalLM, "model.decoder.layers", 6),
+]
+
+
+def on_meta(family: str, auto: type, **changes: object) -> nn.Module:
+    with torch.device("meta"):
+        return auto.from_config(AutoConfig.for_model(family, **changes))
+
+
+@pytest.mark.parametrize(("family", "auto", "name", "per_layer"), FAMILIES)
+def test_finds_the_language_model_and_nothing_else(family, auto, name, per_layer):
+    model = on_meta(family, auto)
+    found, layers = decoder_layers(model)
+    assert found == name
+    assert model.get_submodule(name) is layers
+    assert len(layers) == num_decoder_layers(model) == len(kv_widths(model))
+    linears = prunable_linears(model)
+    assert len(linears) == per_layer * len(layers)
+    for key, module in linears.items():
+        assert model.get_submodule(key) is module
+    indices = [layer_index(key, name) for key in linears]
+    assert indices == sorted(indices)
+    assert set(indices) == set(range(len(layers)))
+    assert accepts_images(model) == (auto is AutoModelForImageTextToText)
+    assert (image_token_id(model) is not None) == (auto is AutoModelForImageTextToText)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {"num_key_value_heads": 2, "num_attention_heads": 4, "head_dim": 16}, (32, 32)),
+        ("falcon", {}, (64, 64)),  # multi-query
+        ("opt", {}, (768, 768)),  # no num_key_value_heads
+    ],
+)
+def test_kv_widths(family, changes, expected):
+    assert set(kv_widths(AutoConfig.for_model(family, **changes))) == {expected}
+
+
+def test_kv_widths_of_layers_without_a_cache_and_of_unequal_layers():
+    assert set(kv_widths(AutoConfig.for_model("qwen3_next"))) == {(0, 0), (512, 512)}
+    keys, values = kv_widths(AutoConfig.for_model("deepseek_v3"))[0]
+    assert keys > values
+
+
+def test_context_length(tiny_llava):
+    assert context_length(tiny_llava) == context_length(tiny_llava.config) == 512
+    assert context_length(AutoConfig.for_model("mamba")) == UNLIMITED_CONTEXT
+
+
+def test_tied_weights_are_left_out(tiny_llama):
+    layers = tiny_llama.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    found = prunable_linears(tiny_llama)
+    assert "model.layers.0.mlp.up_proj" not in found
+    assert "model.layers.1.mlp.up_proj" not in found
+    assert len(found) == 26
+    assert not any("lm_head" in name or "embed" in name for name in found)
+
+
+def test_exclusions_by_name_parent_and_glob(tiny_llama):
+    everything = prunable_linears(tiny_llama)
+    assert len(everything) == 28
+    kept = prunable_linears(
+        tiny_llama, ["model.layers.0", "*.k_proj", "model.layers.3.mlp.up_proj"]
+    )
+    assert len(kept) == 28 - 7 - 3 - 1
+    assert not any(name.startswith("model.layers.0.") for name in kept)
+
+
+def test_an_exclusion_that_matches_nothing_lists_names(tiny_llama):
+    with pytest.raises(ValueError, match=r"'\*\.kproj' matches none.*self_attn\.q_proj"):
+        prunable_linears(tiny_llama, ["*.kproj"])
+
+
+def test_models_without_decoder_layers_are_refused():
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    for model in (vision, nn.Sequential(nn.Linear(4, 4))):
+        with pytest.raises(ValueError, match="must have decoder layers of a language model"):
+            decoder_layers(model)
+
+
+def test_conv1d_models_have_no_prunable_linears():
+    with pytest.raises(ValueError, match="No prunable linears"):
+        prunable_linears(on_meta("gpt2", AutoModelForCausalLM, n_layer=2))
+
+
+def test_expert_weights_are_named_and_left_dense():
+    model = on_meta("mixtral", AutoModelForCausalLM, num_hidden_layers=2)
+    experts = dense_expert_weights(model)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in experts
+    assert len(prunable_linears(model)) == 8
+    # A short convolution is 3-D as well, but no expert.
+    assert dense_expert_weights(on_meta("mamba", AutoModelForCausalLM, num_hidden_layers=2)) == []
+
+
+def test_layer_index_refuses_outsiders():
+    assert layer_index("model.layers.12.mlp.up_proj", "model.layers") == 12
+    with pytest.raises(ValueError, match=r"inside 'model\.layers'"):
+        layer_index("lm_head", "model.layers")
+
+
+def test_config_without_attention_is_refused():
+    with pytest.raises(ValueError, match="no config"):
+        kv_widths(nn.Linear(2, 2))

@@ -1,0 +1,65 @@
+"""What importing the package does, and what it does not."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import hf_adaptive_sparse as has
+
+HEAVY = ("optuna", "matplotlib", "datasets")
+
+
+def run(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_import_is_lean_and_registers() -> None:
+    script = (
+        "import sys, hf_adaptive_sparse, torch\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers\n"
+        "assert 'adaptive_sparse' in quantizers\n"
+        "assert not torch.cuda.is_initialized()\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    assert run(script) == "[]"
+
+
+def test_importing_first_or_after_transformers_is_the_same() -> None:
+    script = (
+        "import transformers\n"
+        "from transformers import LlamaForCausalLM, PreTrainedModel\n"
+        "import hf_adaptive_sparse, importlib\n"
+        "once = PreTrainedModel.__dict__['from_pretrained'].__func__\n"
+        "importlib.reload(hf_adaptive_sparse)\n"
+        "print(PreTrainedModel.__dict__['from_pretrained'].__func__ is once)\n"
+        "print(LlamaForCausalLM.from_pretrained.__func__ is once)\n"
+        "from transformers import AutoModelForVision2Seq\n"
+    )
+    assert run(script) == "True\nTrue"
+
+
+@pytest.mark.parametrize("name", sorted(has.__all__))
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(has, name) is not None
+    assert name in dir(has)
+
+
+def test_search_is_a_function_and_a_package() -> None:
+    from hf_adaptive_sparse.search.study import search
+
+    assert callable(has.search)
+    assert has.search.study.search is search
+    assert inspect.signature(has.search) == inspect.signature(search)
+    with pytest.raises(TypeError):
+        has.search()
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = has.nothing
