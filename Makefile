@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py $(wildcard hf_adaptive_sparse/kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$(TORCH)"
@@ -49,6 +49,7 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/search_cost.py
 	$(BIN)/python benchmarks/prune_memory.py
 	$(BIN)/python benchmarks/kv_bytes.py
+	$(BIN)/python benchmarks/kv_cache.py
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) demo-output build dist *.egg-info hf_adaptive_sparse/kernels/*.so

@@ -1,8 +1,8 @@
 """How many bytes does the adaptive KV cache take, against DynamicCache?
 
 Fills both caches with the same random keys and values, once as one prompt and once token by token,
-and compares the bytes that are allocated: packed codes with the slack of their buffers, steps,
-minima and unquantised tails. Prints a table and writes ``results/kv_bytes.json``.
+and compares the bytes that are allocated: packed codes with the slack of their buffers, metadata
+and unquantised tails. Prints a table and writes ``results/kv_bytes.json``.
 
     python benchmarks/kv_bytes.py [--lengths 512 2048 8192] [--head-dim 64] [--dtype bfloat16]
 
@@ -111,9 +111,11 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.perf_counter()
     rows = measure(arguments)
+    defaults = KVCacheConfig()
     settings = vars(arguments) | {
-        "group_size": KVCacheConfig().group_size,
-        "residual_length": KVCacheConfig().residual_length,
+        "group_size": defaults.group_size,
+        "residual_length": defaults.residual_length,
+        "key_mode": defaults.key_mode,
         "layers": NUM_LAYERS,
     }
     result = {

@@ -20,7 +20,12 @@ FORMAT_VERSION = 1
 KV_BITS = (2, 3, 4, 6, 8, 16)
 """Bit widths a key or value may be stored in; 16 keeps the model's own dtype."""
 
+KV_KEY_MODES = ("channel", "token")
+"""How keys may share scales: per channel over the tokens of a block, or per token in groups."""
+
 Bits = int | tuple[int, ...]
+
+_FIRST_KV_FORM = {"key_bits", "value_bits", "group_size", "residual_length"}
 
 
 def check_format_version(found: object, what: str) -> None:
@@ -55,9 +60,9 @@ def check_ratio(ratio: object, what: str) -> float:
     return float(ratio)
 
 
-def _check_count(value: object, what: str) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
-        raise ValueError(f"{what} must be a whole number >= 1, got {value!r}.")
+def _check_count(value: object, what: str, least: int = 1) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise ValueError(f"{what} must be a whole number >= {least}, got {value!r}.")
     return int(value)
 
 
@@ -128,17 +133,25 @@ class KVCacheConfig:
             the model's own dtype.
         key_bits: Bits of the keys; overrides ``bits``.
         value_bits: Bits of the values; overrides ``bits``.
-        group_size: Neighbouring elements of one head and token that share a scale and a minimum.
-            Heads smaller than this take one group each.
+        group_size: Neighbouring elements of one head and token that share a scale and a minimum:
+            of the values, and of the keys in the mode "token". Heads smaller than this take one
+            group each.
         residual_length: Tokens per packed block. The newest 0 to ``residual_length - 1`` tokens
             stay unquantised until their block is full.
+        key_mode: "channel": a channel's keys share a scale and a minimum over the tokens of a
+            block, which large key biases (Qwen2.5) survive at low bits; "token": ``group_size``
+            channels of one token do.
+        sink_length: First tokens of the sequence that stay unquantised (attention sinks), in
+            full-attention layers.
     """
 
     bits: Bits = 8
     key_bits: Bits | None = None
     value_bits: Bits | None = None
     group_size: int = 64
-    residual_length: int = 64
+    residual_length: int = 128
+    key_mode: str = "channel"
+    sink_length: int = 0
 
     def __post_init__(self) -> None:
         for name in ("bits", "key_bits", "value_bits"):
@@ -147,6 +160,12 @@ class KVCacheConfig:
                 object.__setattr__(self, name, _check_bits(value, name))
         for name in ("group_size", "residual_length"):
             object.__setattr__(self, name, _check_count(getattr(self, name), name))
+        sinks = _check_count(self.sink_length, "sink_length", least=0)
+        object.__setattr__(self, "sink_length", sinks)
+        if self.key_mode not in KV_KEY_MODES:
+            raise ValueError(
+                f"key_mode must be one of {', '.join(KV_KEY_MODES)}, got {self.key_mode!r}."
+            )
 
     def layer_bits(self, num_layers: int) -> tuple[tuple[int, int], ...]:
         """Return ``(key bits, value bits)`` of each of ``num_layers`` decoder layers.
@@ -191,11 +210,17 @@ class KVCacheConfig:
             "value_bits": plain(self.bits if self.value_bits is None else self.value_bits),
             "group_size": self.group_size,
             "residual_length": self.residual_length,
+            "key_mode": self.key_mode,
+            "sink_length": self.sink_length,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KVCacheConfig:
         """Read the JSON form.
+
+        ``to_dict`` of version 0.1 wrote exactly key_bits, value_bits, group_size and
+        residual_length, and keys were quantised per token then: such a form gets
+        ``key_mode="token"``. In any other one a missing key takes its default.
 
         Raises:
             ValueError: If a key is unknown or a value invalid.
@@ -206,7 +231,10 @@ class KVCacheConfig:
             raise ValueError(
                 f"KV cache config knows the keys {', '.join(known)}; got {', '.join(unknown)}."
             )
-        return cls(**data)
+        values = dict(data)
+        if set(values) == _FIRST_KV_FORM:
+            values["key_mode"] = "token"
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,25 @@ class TestKVCacheConfig:
         assert again.layer_bits(len(bits)) == config.layer_bits(len(bits)) == tuple(bits)
         assert again.to_dict() == config.to_dict()
 
+    @pytest.mark.parametrize("value", [-1, 0.5, True, "4"])
+    def test_refuses_other_sink_lengths(self, value: object) -> None:
+        with pytest.raises(ValueError, match="sink_length must be a whole number >= 0"):
+            KVCacheConfig(sink_length=value)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("value", ["row", "", None, 0])
+    def test_refuses_other_key_modes(self, value: object) -> None:
+        with pytest.raises(ValueError, match="key_mode must be one of channel, token, got"):
+            KVCacheConfig(key_mode=value)  # type: ignore[arg-type]
+
+    def test_a_form_of_the_first_version_keeps_its_keys_per_token(self) -> None:
+        first = {"key_bits": [8, 6], "value_bits": 6, "group_size": 64, "residual_length": 64}
+        assert KVCacheConfig.from_dict(first).key_mode == "token"
+        assert KVCacheConfig.from_dict(first).residual_length == 64
+        assert KVCacheConfig.from_dict({"bits": 8}) == KVCacheConfig(bits=8)
+        assert KVCacheConfig().key_mode == "channel"
+        again = KVCacheConfig.from_dict(KVCacheConfig.from_dict(first).to_dict())
+        assert again.key_mode == "token"
+
     def test_unknown_key_lists_the_known(self) -> None:
         with pytest.raises(ValueError, match=r"knows the keys bits, .*got nbits"):
             KVCacheConfig.from_dict({"nbits": 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -75,9 +76,4 @@ def per_layer_kv_cache(model: PreTrainedModel, config: SparsityConfig) -> KVCach
     if not isinstance(kv_cache, KVCacheConfig):
         return None
     keys, values = zip(*kv_cache.layer_bits(num_decoder_layers(model.config)), strict=True)
-    return KVCacheConfig(
-        key_bits=keys,
-        value_bits=values,
-        group_size=kv_cache.group_size,
-        residual_length=kv_cache.residual_length,
-    )
+    return replace(kv_cache, key_bits=keys, value_bits=values)

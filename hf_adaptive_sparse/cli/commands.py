@@ -25,6 +25,8 @@ from hf_adaptive_sparse.compressor.saving import library_versions, table_rows
 from hf_adaptive_sparse.demo.run import run_demo
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.hub import inspect, push_folder
+from hf_adaptive_sparse.kernels import triton_attention
+from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.report import format_bytes, text_table
 
@@ -180,7 +182,9 @@ def run_env(_options: argparse.Namespace) -> Answer:
             versions[name] = "not installed"
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    kernels = {"KV cache": "torch reference", "sparse weights": "dense runtime"}
+    kernels = {"KV cache, CPU": describe_kernels(), "sparse weights": "dense runtime"}
+    if torch.cuda.is_available():
+        kernels["KV cache, GPU"] = "Triton" if triton_attention.is_available() else "torch"
     data = {
         "platform": platform.platform(),
         "versions": versions,

@@ -246,11 +246,7 @@ def final_config(
         kv_cache = profile.kv_cache
         provenance |= result.best_config.provenance
     elif space.kv_bits is not None:
-        kv_cache = KVCacheConfig(
-            bits=space.kv_bits[0],
-            group_size=space.kv_group_size,
-            residual_length=space.kv_residual_length,
-        )
+        kv_cache = space.kv_config(space.kv_bits[0], space.kv_bits[0])
     return SparsityConfig(
         target_sparsity=config.target_sparsity,
         metric=config.metric,

@@ -1,4 +1,4 @@
-"""A tensor that grows along the sequence without copying itself for every token."""
+"""A tensor that grows along one dimension without copying itself for every row."""
 
 from __future__ import annotations
 
@@ -6,36 +6,56 @@ from collections.abc import Callable
 
 import torch
 
-GROWTH = 32
-"""A full buffer grows by 1/32 of itself at least: slack stays near 3 %, appending is O(1)."""
+GROWTH = 64
+"""A full buffer grows by 1/64 of itself at least: slack stays below 2 %, appending is O(1)."""
 
 
-class TokenBuffer:
-    """Rows of tokens ``(batch, kv_heads, seq, width)`` in preallocated storage.
+class RowBuffer:
+    """Rows ``(batch, kv_heads, rows, ...)`` in preallocated storage; a row is a token or a block.
 
     The first append allocates exactly what it needs; a full buffer grows by at least
-    ``max(step, capacity / 32)`` tokens. The contents carry no autograd graph, and are ordinary
-    tensors even when filled under ``torch.inference_mode``, so that a cache filled there can be
-    continued outside.
+    ``max(step, capacity / 64)`` rows, so that n appends copy O(n) rows in all. Rows dropped from
+    the front are reclaimed when the buffer fills up: for a window of constant size it is a ring
+    whose turn is one copy of the window. Growing and reclaiming move the rows to new storage, and
+    what was handed out before keeps the old one, unchanged.
+
+    The contents carry no autograd graph, and are ordinary tensors even when filled under
+    ``torch.inference_mode``, so that a cache filled there can be continued outside.
 
     Args:
-        template: Any tensor ``(batch, kv_heads, any, width)`` with the dtype and device to store.
-        step: Tokens to grow by at least.
+        template: Any tensor ``(batch, kv_heads, any, ...)`` with the dtype and device to store.
+        step: Rows to grow by at least.
     """
 
     def __init__(self, template: torch.Tensor, step: int) -> None:
         self.step = step
-        self.length = 0
+        self._first, self._end = 0, 0
         with torch.inference_mode(False):
-            batch, kv_heads, _, width = template.shape
             self._storage = torch.zeros(
-                (batch, kv_heads, 0, width), dtype=template.dtype, device=template.device
+                (*template.shape[:2], 0, *template.shape[3:]),
+                dtype=template.dtype,
+                device=template.device,
             )
 
     @property
+    def length(self) -> int:
+        """Rows stored."""
+        return self._end - self._first
+
+    @property
     def capacity(self) -> int:
-        """Tokens that fit into what is allocated."""
-        return self._storage.shape[-2]
+        """Rows that fit into what is allocated."""
+        return self._storage.shape[2]
+
+    @property
+    def leading_shape(self) -> tuple[int, int]:
+        """Sequences and heads stored."""
+        return self._storage.shape[0], self._storage.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._storage.device
 
     @property
     def nbytes(self) -> int:
@@ -44,42 +64,54 @@ class TokenBuffer:
 
     @property
     def rows(self) -> torch.Tensor:
-        """The tokens stored, ``(batch, kv_heads, length, width)``: a view, not a copy.
+        """The rows stored, ``(batch, kv_heads, length, ...)``: a view, not a copy.
 
-        Later appends leave it as it is; tokens that ``truncate`` removes may be overwritten.
+        Later appends leave it as it is; rows that ``truncate`` removes may be overwritten.
         """
-        return self._storage[:, :, : self.length]
+        return self._storage[:, :, self._first : self._end]
 
     def append(self, rows: torch.Tensor) -> None:
-        """Add ``rows`` ``(batch, kv_heads, n, width)`` at the end."""
-        end = self.length + rows.shape[-2]
+        """Add ``rows`` ``(batch, kv_heads, n, ...)`` at the end."""
+        end = self._end + rows.shape[2]
         with torch.inference_mode(False), torch.no_grad():
             if end > self.capacity:
-                self._grow(end)
-            self._storage[:, :, self.length : end] = rows
-        self.length = end
+                self._make_room(rows.shape[2])
+                end = self._end + rows.shape[2]
+            self._storage[:, :, self._end : end] = rows
+        self._end = end
 
     def truncate(self, length: int) -> None:
-        """Keep the first ``length`` tokens; what is allocated stays."""
-        self.length = min(self.length, length)
+        """Keep the first ``length`` rows; what is allocated stays."""
+        self._end = min(self._end, self._first + length)
+
+    def drop_front(self, count: int) -> None:
+        """Drop the first ``count`` rows; more than ``step`` unused rows there are given back."""
+        self._first += min(count, self.length)
+        if self._first > self.step:
+            self._move_to(self.length)
 
     def clear(self) -> None:
-        """Drop all tokens and what is allocated for them."""
-        self.length = 0
-        with torch.inference_mode(False):
-            self._storage = self._storage.new_zeros(
-                (*self._storage.shape[:2], 0, self._storage.shape[-1])
-            )
+        """Drop all rows and what is allocated for them."""
+        self._first = self._end = 0
+        self._move_to(0)
 
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the storage by ``function`` of it: a selection along the batch, or a move."""
         with torch.inference_mode(False), torch.no_grad():
             self._storage = function(self._storage)
 
-    def _grow(self, needed: int) -> None:
-        if self.capacity:
+    def _make_room(self, count: int) -> None:
+        needed = self.length + count
+        if self.capacity and needed > self.capacity:
             needed = max(needed, self.capacity + max(self.step, self.capacity // GROWTH))
-        batch, kv_heads, _, width = self._storage.shape
-        larger = self._storage.new_zeros((batch, kv_heads, needed, width))
-        larger[:, :, : self.length] = self.rows
-        self._storage = larger
+        self._move_to(max(needed, self.capacity if self._first else 0))
+
+    def _move_to(self, capacity: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            storage = self._storage.new_empty(
+                (*self._storage.shape[:2], capacity, *self._storage.shape[3:])
+            )
+            storage[:, :, : self.length] = self.rows
+            storage[:, :, self.length :] = 0
+        self._first, self._end = 0, self.length
+        self._storage = storage

@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedCache,
+)
 
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
-from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.kvcache.saving import layer_state, restore_layer
+from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
+from hf_adaptive_sparse.profiles import FORMAT_VERSION, KVCacheConfig, check_format_version
 
 QUANT_METHOD = "adaptive_sparse"
 """``quant_method`` of a ``quantization_config`` that may carry a KV profile."""
@@ -40,7 +48,7 @@ def kv_cache_config(config: PretrainedConfig) -> KVCacheConfig | None:
     return _checked(profile)
 
 
-class AdaptiveQuantizedCache(QuantizedCache):
+class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
     """KV cache with its own number of bits for the keys and the values of every layer.
 
     Works wherever a ``DynamicCache`` does: greedy, sampling, beam search, assisted and
@@ -48,8 +56,8 @@ class AdaptiveQuantizedCache(QuantizedCache):
     ``reorder_cache`` and the ``batch_*`` operations. What is stored, and when, is described at
     ``AdaptiveQuantizedLayer``; the number format in ``hf_adaptive_sparse.kvcache.codec``.
 
-    Only full-attention layers are quantised. Sliding-window, chunked, linear-attention,
-    state-space, hybrid and shared layers are those a ``DynamicCache`` has, unquantised, and ignore
+    Full-attention, sliding-window and chunked layers are quantised. Linear-attention, state-space,
+    indexed, hybrid and shared layers are those a ``DynamicCache`` has, unquantised, and ignore
     their entry of the KV profile, which has one per decoder layer all the same.
 
     Args:
@@ -74,15 +82,14 @@ class AdaptiveQuantizedCache(QuantizedCache):
         if kv_cache is None:
             kv_cache = kv_cache_config(config) or KVCacheConfig()
         _checked(kv_cache)
-        # transformers decides which kind of layer goes where; only its plain ones are replaced.
-        layers = DynamicCache(config=config).layers
-        bits = kv_cache.layer_bits(len(layers))
-        for index, (key_bits, value_bits) in enumerate(bits):
-            if type(layers[index]) is DynamicLayer:
-                layers[index] = AdaptiveQuantizedLayer(
-                    key_bits, value_bits, kv_cache.group_size, kv_cache.residual_length, index
-                )
-        # QuantizedCache's own constructor would give every layer the same arguments.
+        # transformers decides which kind of layer goes where; its plain and sliding ones, which
+        # hold nothing but keys and values, are replaced.
+        layers = [
+            _quantized(layer, kv_cache, bits, index)
+            for index, (layer, bits) in enumerate(_with_bits(config, kv_cache))
+        ]
+        # QuantizedCache's own constructor would give every layer the same arguments. That this is
+        # a DynamicCache, too, is what models and EncoderDecoderCache ask for.
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.kv_cache = kv_cache
 
@@ -95,6 +102,43 @@ class AdaptiveQuantizedCache(QuantizedCache):
         """
         return sum(_layer_nbytes(layer) for layer in self.layers)
 
+    @property
+    def is_compileable(self) -> bool:
+        """False: ``generate()`` compiles models only around caches of fixed size."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the cache holds as tensors and plain types, for ``torch.save``.
+
+        ``torch.load(..., weights_only=True)`` reads it back, for ``load_state_dict``. A cache may
+        also be pickled whole.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
+            "kv_cache": self.kv_cache.to_dict(),
+            "layers": [layer_state(layer) for layer in self.layers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the contents by those of another cache's ``state_dict``.
+
+        The tensors decide on the device: move them first (``map_location`` of ``torch.load``).
+
+        Raises:
+            ValueError: If it was written by a later version, or by a cache with another profile
+                or number of layers.
+        """
+        check_format_version(state["format_version"], "the saved cache")
+        profile = KVCacheConfig.from_dict(state["kv_cache"])
+        if profile.to_dict() != self.kv_cache.to_dict() or len(state["layers"]) != len(self):
+            raise ValueError(
+                "A cache is loaded into one of the same profile and number of layers; the saved "
+                f"one has {len(state['layers'])} layers and {profile.to_dict()}, this one "
+                f"{len(self)} layers and {self.kv_cache.to_dict()}."
+            )
+        for layer, stored in zip(self.layers, state["layers"], strict=True):
+            restore_layer(layer, stored)
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Yield keys, values and sliding window of each layer, as ``DynamicCache`` does.
 
@@ -102,7 +146,7 @@ class AdaptiveQuantizedCache(QuantizedCache):
         first update.
         """
         for layer in self.layers:
-            keys, values = layer.keys, layer.values
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if isinstance(layer, AdaptiveQuantizedLayer) and layer.is_initialized:
                 keys, values = layer.decode()
             yield keys, values, getattr(layer, "_sliding_window_tensor", None)
@@ -116,11 +160,45 @@ class AdaptiveQuantizedCache(QuantizedCache):
             "value_bits": _summary([layer.value_bits for layer in quantized]),
             "group_size": self.kv_cache.group_size,
             "residual_length": self.kv_cache.residual_length,
+            "key_mode": self.kv_cache.key_mode,
             "tokens": tokens,
             "nbytes": f"{self.nbytes:,}",
         }
         described = ", ".join(f"{name}={value}" for name, value in fields.items())
         return f"{type(self).__name__}({described})"
+
+
+def _with_bits(
+    config: PretrainedConfig, kv_cache: KVCacheConfig
+) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """Yield transformers' layers, each with its key bits and value bits."""
+    layers = DynamicCache(config=config).layers
+    yield from zip(layers, kv_cache.layer_bits(len(layers)), strict=True)
+
+
+def _quantized(layer: Any, kv_cache: KVCacheConfig, bits: tuple[int, int], index: int) -> Any:
+    """Return the quantised layer in the place of transformers' ``layer``, or ``layer`` itself."""
+    group_size, block_length = kv_cache.group_size, kv_cache.residual_length
+    if type(layer) is DynamicLayer:
+        return AdaptiveQuantizedLayer(
+            *bits,
+            group_size,
+            block_length,
+            index,
+            key_mode=kv_cache.key_mode,
+            sink_length=kv_cache.sink_length,
+        )
+    # Of a window of 1, transformers' layer keeps everything.
+    if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1:
+        return AdaptiveSlidingWindowLayer(
+            *bits,
+            layer.sliding_window,
+            group_size,
+            block_length,
+            index,
+            key_mode=kv_cache.key_mode,
+        )
+    return layer
 
 
 def _checked(profile: object) -> KVCacheConfig:

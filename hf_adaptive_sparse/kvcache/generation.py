@@ -25,9 +25,6 @@ _CACHE_NAME = "past_key_values"
 class AdaptiveEncoderDecoderCache(EncoderDecoderCache):
     """``EncoderDecoderCache`` whose self-attention is quantised; cross-attention is not."""
 
-    def check_dynamic_cache(self, method: str) -> None:
-        """Allow ``crop`` and the ``batch_*`` operations, which both caches inside support."""
-
 
 def install() -> None:
     """Make ``generate()`` use the adaptive cache for models whose config has a KV profile.

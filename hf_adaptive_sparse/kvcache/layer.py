@@ -1,10 +1,10 @@
 """One decoder layer of the adaptive cache, behind the interface of transformers' layers.
 
-The layer *returns what it stores*: ``update`` gives dequantised blocks followed by the unquantised
-tail, always, prefill included. A stock ``QuantizedLayer`` returns the unquantised states of its
-first update, so that a perplexity computed in one forward pass shows no effect of any bit width;
-here it shows the effect. Queries of a prompt therefore see the whole blocks of that prompt as they
-will be stored, their own block included, which is what later tokens see of them.
+The layer *returns what it stores*: ``update`` gives dequantised blocks and the unquantised tokens,
+always, prefill included. A stock ``QuantizedLayer`` returns the unquantised states of its first
+update, so that a perplexity computed in one forward pass shows no effect of any bit width; here it
+shows the effect. Queries of a prompt therefore see the whole blocks of that prompt as they will be
+stored, their own block included, which is what later tokens see of them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,34 @@ from typing import Any
 import torch
 from transformers.cache_utils import BaseQuantizedLayer
 
-from hf_adaptive_sparse.kvcache.codec import codec_for
+from hf_adaptive_sparse.kvcache.attention import PinnedPair
+from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
+from hf_adaptive_sparse.kvcache.view import lazy_views
 
 
 class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     """Cache layer for full attention that quantises every token once.
 
-    After any ``update`` the newest 0 to ``residual_length - 1`` tokens are unquantised. A block of
-    ``residual_length`` tokens is quantised when its last token arrives, several at once where a
-    prompt brings them: of a prompt of 200 tokens with ``residual_length=64``, 192 are quantised.
-    ``crop`` removes tokens from either part and quantises nothing anew.
+    After any ``update`` the newest 0 to ``residual_length - 1`` tokens are unquantised, and the
+    sinks. A block of ``residual_length`` tokens is quantised when its last token arrives, several
+    at once where a prompt brings them: of a prompt of 200 tokens with ``residual_length=64``, 192
+    are quantised. ``crop`` removes tokens from either part and quantises nothing anew: what is left
+    of a block stays as it is, a shorter block.
 
-    16 bits keep the model's dtype bit for bit; such keys or values have no blocks and no tail. No
-    gradient flows through the cache. Tensors returned by ``update`` may be views of the cache; they
-    hold until the next ``crop``.
+    After ``activate_past_recording`` (assisted decoding calls it) another ``residual_length``
+    tokens stay unquantised, so that rejected candidates are taken back before their block is
+    packed.
+
+    16 bits keep the model's dtype bit for bit; such keys or values have no blocks. No gradient
+    flows through the cache. Tensors returned by ``update`` may be views of the cache; they hold
+    until the next ``crop``.
 
     kvpress and its like read ``layer._dequantize(layer._quantized_keys)`` and write
     ``layer._quantized_keys = layer._quantize(keys, axis=layer.axis_key)`` together with
-    ``cumulative_length``. That works at any time: what is read includes the unquantised tail, and
-    what is written is quantised completely, its tail empty. ``keys`` and ``values`` show the
-    tokens that lie unquantised; they are for reading, and assigning to them changes nothing.
+    ``cumulative_length``. That works at any time: what is read includes the unquantised tokens, and
+    what is written is quantised completely. ``keys`` and ``values`` show the tokens that lie
+    unquantised; they are for reading, and assigning to them changes nothing.
 
     Args:
         key_bits: Bits per element of the keys: 2, 3, 4, 6, 8 or 16.
@@ -43,6 +50,12 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         group_size: Neighbouring elements of one head and token that share a step and a minimum.
         residual_length: Tokens per block.
         layer_idx: Number of the decoder layer, for error messages.
+        key_mode: "channel": keys share a step and a minimum over the tokens of a block; "token":
+            over ``group_size`` channels of a token.
+        sink_length: First tokens that stay unquantised.
+
+    Raises:
+        ValueError: If ``key_mode`` is unknown.
     """
 
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
@@ -55,8 +68,11 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         key_bits: int,
         value_bits: int,
         group_size: int = 64,
-        residual_length: int = 64,
+        residual_length: int = 128,
         layer_idx: int = 0,
+        *,
+        key_mode: str = "channel",
+        sink_length: int = 0,
     ) -> None:
         super().__init__()
         self.key_bits = key_bits
@@ -64,6 +80,11 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         self.group_size = group_size
         self.residual_length = residual_length
         self.layer_idx = layer_idx
+        self.key_mode = key_mode
+        self.sink_length = sink_length
+        self.record_past = False
+        self._key_codec = key_codec(key_bits, key_mode, group_size)
+        self._value_codec = value_codec(value_bits, group_size)
         self._quantized_keys: TokenStore | None = None
         self._quantized_values: TokenStore | None = None
 
@@ -75,8 +96,23 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values: codes, steps, minima, tails, and their slack."""
-        return sum(store.nbytes for store in self._stores())
+        """Bytes allocated for keys and values: codes, metadata, raw tokens, and their slack."""
+        return sum(store.nbytes for store in self.stores())
+
+    def stores(self) -> tuple[TokenStore, ...]:
+        """Return the stores of keys and values, or nothing before the first update."""
+        if self._quantized_keys is None or self._quantized_values is None:
+            return ()
+        return self._quantized_keys, self._quantized_values
+
+    def set_length(self, tokens: int) -> None:
+        """Say how many tokens of the sequence the stores stand for, after they were restored."""
+        self.cumulative_length = tokens
+        self._show_unquantized()
+
+    def activate_past_recording(self) -> None:
+        """Expect tokens to be taken back: keep a further block of them unquantised."""
+        self.record_past = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Prepare for states of this shape, dtype and device; nothing is stored yet.
@@ -86,12 +122,14 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             value_states: ``(batch, kv_heads, any, value head_dim)``.
         """
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._quantized_keys = self._empty_store(key_states, self.key_bits)
-        self._quantized_values = self._empty_store(value_states, self.value_bits)
+        self._quantized_keys = self._empty_store(key_states, is_key=True)
+        self._quantized_values = self._empty_store(value_states, is_key=False)
         self.cumulative_length = 0
         self.is_initialized = True
         self._show_unquantized()
 
+    # Lengths change with every token: compiled, it would be compiled anew for each.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,31 +148,13 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             ValueError: If the states do not fit what is stored already (batch, heads, head size,
                 dtype), or are to be quantised and hold NaN or Inf. Nothing has changed then.
         """
-        self._check_rank(key_states, "keys")
-        self._check_rank(value_states, "values")
-        if self.get_seq_length() == 0:  # an empty cache takes any shape
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self._stores()
-        self._check(keys, key_states, "keys")
-        self._check(values, value_states, "values")
-        if key_states.shape[-2] != value_states.shape[-2]:
-            raise ValueError(
-                f"Layer {self.layer_idx} of the cache takes as many keys as values, got "
-                f"{key_states.shape[-2]} and {value_states.shape[-2]} tokens."
-            )
-        # Both are encoded before either is stored: a refusal leaves the layer as it was.
-        new_keys = keys.prepare(key_states, f"keys of layer {self.layer_idx}")
-        new_values = values.prepare(value_states, f"values of layer {self.layer_idx}")
-        keys.commit(new_keys)
-        values.commit(new_values)
-        self.cumulative_length += key_states.shape[-2]
-        self._show_unquantized()
-        return self.decode()
+        self._store_states(key_states, value_states)
+        return self._view(None)
 
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they are stored, ``(batch, kv_heads, seq, head_dim)`` each."""
-        keys, values = self._stores()
-        return keys.decode(), values.decode()
+        keys, values = self.stores()
+        return keys.pin().decode(), values.pin().decode()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens.
@@ -153,8 +173,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
-        for store in self._stores():
-            store.truncate(self.cumulative_length)
+        for store in self.stores():
+            store.remove_newest(-tokens_to_remove)
         self._show_unquantized()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -167,7 +187,7 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences that ``indices`` (whole numbers, or a bool per sequence) choose."""
-        self._transform(lambda states: states[indices, ...])
+        self._transform(lambda states: states[indices.to(states.device), ...])
 
     def offload(self) -> None:
         """Move what is stored to CPU memory."""
@@ -178,6 +198,40 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         if self.is_initialized:
             self._move(self.device)
 
+    def _view(self, newest: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the newest tokens of keys and values, or all: what ``update`` hands to attention.
+
+        Args:
+            newest: How many tokens; None for all.
+        """
+        keys, values = self.stores()
+        return lazy_views(PinnedPair(keys.pin(newest), values.pin(newest)))
+
+    def _store_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Check and store new tokens; see ``update``."""
+        self._check_rank(key_states, "keys")
+        self._check_rank(value_states, "values")
+        if self.get_seq_length() == 0:  # an empty cache takes any shape
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.stores()
+        self._check(keys, key_states, "keys")
+        self._check(values, value_states, "values")
+        if key_states.shape[-2] != value_states.shape[-2]:
+            raise ValueError(
+                f"Layer {self.layer_idx} of the cache takes as many keys as values, got "
+                f"{key_states.shape[-2]} and {value_states.shape[-2]} tokens."
+            )
+        # Both are encoded before either is stored: a refusal leaves the layer as it was.
+        back = self.residual_length if self.record_past else 0
+        new_keys = keys.prepare(key_states, f"keys of layer {self.layer_idx}", hold_back=back)
+        new_values = values.prepare(
+            value_states, f"values of layer {self.layer_idx}", hold_back=back
+        )
+        keys.commit(new_keys)
+        values.commit(new_values)
+        self.cumulative_length += key_states.shape[-2]
+        self._show_unquantized()
+
     def _quantize(self, tensor: torch.Tensor, axis: int) -> TokenStore:
         """Return ``tensor`` ``(batch, kv_heads, seq, head_dim)`` as a store without a tail.
 
@@ -186,23 +240,18 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             axis: ``axis_key`` or ``axis_value``: which of the two.
         """
         is_key = axis == self.axis_key
-        store = self._empty_store(tensor, self.key_bits if is_key else self.value_bits)
+        store = self._empty_store(tensor, is_key=is_key)
         what = f"{'keys' if is_key else 'values'} of layer {self.layer_idx}"
         store.commit(store.prepare(tensor, what, whole=True))
         return store
 
     def _dequantize(self, q_tensor: TokenStore) -> torch.Tensor:
         """Return all tokens of a store, ``(batch, kv_heads, seq, head_dim)``."""
-        return q_tensor.decode()
+        return q_tensor.pin().decode()
 
-    def _empty_store(self, template: torch.Tensor, bits: int) -> TokenStore:
-        return TokenStore(codec_for(bits, self.group_size), self.residual_length, template)
-
-    def _stores(self) -> tuple[TokenStore, ...]:
-        """Return the stores of keys and values, or nothing before the first update."""
-        if self._quantized_keys is None or self._quantized_values is None:
-            return ()
-        return self._quantized_keys, self._quantized_values
+    def _empty_store(self, template: torch.Tensor, *, is_key: bool) -> TokenStore:
+        codec = self._key_codec if is_key else self._value_codec
+        return TokenStore(codec, self.residual_length, template, self.sink_length)
 
     def _check_rank(self, states: torch.Tensor, kind: str) -> None:
         if states.ndim != 4:
@@ -212,6 +261,12 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             )
 
     def _check(self, store: TokenStore, states: torch.Tensor, kind: str) -> None:
+        if states.device != store.device:
+            raise ValueError(
+                f"Layer {self.layer_idx} of the cache holds {kind} on {store.device}, got "
+                f"states on {states.device}. A layer's cache stays where its first states were; "
+                "after offload() call prefetch(), after moving the model reset()."
+            )
         batch, kv_heads, _, head_dim = states.shape
         held = (store.batch_size, store.kv_heads, store.head_dim, store.dtype)
         if (batch, kv_heads, head_dim, states.dtype) != held:
@@ -226,16 +281,16 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     def _transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.get_seq_length() == 0:
             return
-        for store in self._stores():
+        for store in self.stores():
             store.transform(function)
         self._show_unquantized()
 
     def _move(self, device: torch.device) -> None:
-        for store in self._stores():
+        for store in self.stores():
             store.transform(lambda states: states.to(device, non_blocking=True))
         self._show_unquantized()
 
     def _show_unquantized(self) -> None:
         """Point ``keys`` and ``values`` at what lies unquantised, for whoever reads them."""
-        if stores := self._stores():
-            self.keys, self.values = (store.unencoded for store in stores)
+        if stores := self.stores():
+            self.keys, self.values = (store.raw for store in stores)

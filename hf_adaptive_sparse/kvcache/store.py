@@ -1,143 +1,282 @@
-"""All tokens of one layer's keys, or of its values: an encoded prefix and an unencoded tail."""
+"""All tokens of one layer's keys, or of its values: encoded blocks and unencoded tokens.
+
+In the order of the sequence a store holds
+
+    sink tokens (unencoded) | blocks of ``block_length`` tokens (encoded) | tail (unencoded)
+
+Sinks and tail lie side by side in one tensor, ``raw``. Without a codec (16 bits) all are raw.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.kvcache.buffer import TokenBuffer
+from hf_adaptive_sparse.kvcache.buffer import RowBuffer
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+
+ENCODED_AT_ONCE = 1 << 18
+"""Elements encoded at once, but one block of every head at least: 1 MiB of them in float32."""
 
 
 class Addition(NamedTuple):
     """What ``TokenStore.prepare`` worked out and ``TokenStore.commit`` stores.
 
     Attributes:
-        parts: Newly encoded tokens, or None where no block has filled up.
-        tail: States that join the tail; after an encoding, they are all of it.
+        parts: Newly encoded blocks, or None where none has filled up.
+        lengths: Tokens in each of them.
+        raw: States that join ``raw``; after an encoding they are all of it but the sinks.
+        sinks: How many of these are sinks.
     """
 
     parts: Parts | None
-    tail: torch.Tensor
+    lengths: tuple[int, ...]
+    raw: torch.Tensor
+    sinks: int
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The newest tokens of a store as they were at one moment.
+
+    Later appends, batch operations and dropped blocks leave it as it is; ``crop`` may not.
+
+    Attributes:
+        codec: How ``parts`` are encoded, None if no token is.
+        parts: The encoded blocks, a named tuple of views ``(batch, kv_heads, blocks, ...)``.
+        lengths: Tokens of each block; the rows behind them, in shorter blocks, mean nothing.
+        block_length: Tokens that a whole block has.
+        raw: Unencoded states ``(batch, kv_heads, sinks + tail, head_dim)``.
+        sinks: How many of them lie in front of the blocks.
+        skip: Oldest tokens that are held but not part of this (outside a sliding window).
+    """
+
+    codec: Codec | None
+    parts: Parts
+    lengths: tuple[int, ...]
+    block_length: int
+    raw: torch.Tensor
+    sinks: int
+    skip: int
+
+    @property
+    def length(self) -> int:
+        """Tokens pinned."""
+        return sum(self.lengths) + self.raw.shape[-2] - self.skip
+
+    @property
+    def has_short_blocks(self) -> bool:
+        """Whether a block has fewer than ``block_length`` tokens."""
+        return any(length != self.block_length for length in self.lengths)
+
+    def decode(self) -> torch.Tensor:
+        """Return the tokens ``(batch, kv_heads, length, head_dim)`` in the model's dtype.
+
+        A view where nothing is encoded.
+        """
+        raw = self.raw
+        if self.codec is None or not self.lengths:
+            return raw[:, :, self.skip :]
+        shape = (self.block_length, raw.shape[-1])
+        blocks = self.codec.decode(self.parts, shape, raw.dtype)
+        if self.has_short_blocks:
+            pieces = [blocks[:, :, i, :length] for i, length in enumerate(self.lengths)]
+        else:
+            pieces = [blocks.flatten(2, 3)]
+        if self.sinks:
+            pieces.insert(0, raw[:, :, : self.sinks])
+        if raw.shape[-2] > self.sinks:
+            pieces.append(raw[:, :, self.sinks :])
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
+        return whole[:, :, self.skip :]
 
 
 class TokenStore:
     """Keys or values of one layer, each token encoded at most once.
 
-    Blocks start at multiples of ``block_length``, and a block is encoded when its last token
-    arrives: behind an ``append`` the tail is shorter than a block. Where ``truncate`` cut into
-    encoded tokens, those that remain stay encoded and the rest of their block follows when it is
-    full again.
+    A block is encoded when its last token arrives: behind a ``commit`` the tail is shorter than a
+    block (than ``hold_back`` and a block). Where ``remove_newest`` cuts into a block, the tokens
+    that remain keep their codes: the block stays a shorter one, and new tokens begin the next.
 
     Args:
-        codec: How tokens are encoded.
-        block_length: Tokens that are encoded together. A lossless codec has no use for a tail and
-            encodes every token at once.
+        codec: How blocks are encoded; None keeps every token in the model's dtype.
+        block_length: Tokens that are encoded together.
         template: States ``(batch, kv_heads, any, head_dim)`` whose shape, dtype and device all
             later ones must have.
+        sink_length: First tokens of the sequence that are never encoded.
     """
 
-    def __init__(self, codec: Codec, block_length: int, template: torch.Tensor) -> None:
+    def __init__(
+        self,
+        codec: Codec | None,
+        block_length: int,
+        template: torch.Tensor,
+        sink_length: int = 0,
+    ) -> None:
         self.codec = codec
-        self.block_length = 1 if codec.is_lossless else block_length
+        self.block_length = block_length
+        self.sink_length = 0 if codec is None else sink_length
+        self.sinks = 0
+        self.lengths: tuple[int, ...] = ()
         self.head_dim = template.shape[-1]
         self.dtype = template.dtype
-        # The codec itself says how many parts there are and how wide: encode no tokens at all.
-        step = max(1, block_length // 8) if codec.is_lossless else block_length
+        # Raw tokens are allocated in eighths of a block, so that a nearly empty tail takes little.
         empty = template.detach()[:, :, :0]
-        self._parts = [TokenBuffer(part, step) for part in self._encode(empty, "no states")]
-        # The tail is allocated in eighths of a block, so that a nearly empty one takes little.
-        self._tail = TokenBuffer(empty, step=max(1, block_length // 8))
+        self._raw = RowBuffer(empty, step=max(1, block_length // 8))
+        self._parts: list[RowBuffer] = []
+        self._kind: Callable[..., Parts] = tuple
+
+    @property
+    def parts(self) -> Parts:
+        """The encoded blocks, the codec's named tuple of views ``(batch, kv_heads, blocks, ...)``.
+
+        Empty as long as no block has filled up.
+        """
+        return self._kind(*(part.rows for part in self._parts)) if self._parts else ()
+
+    @property
+    def raw(self) -> torch.Tensor:
+        """The unencoded states, a view ``(batch, kv_heads, sinks + tail, head_dim)``."""
+        return self._raw.rows
 
     @property
     def encoded_length(self) -> int:
         """Tokens encoded."""
-        return self._parts[0].length
+        return sum(self.lengths)
 
     @property
     def length(self) -> int:
-        """Tokens stored, encoded or not."""
-        return self.encoded_length + self._tail.length
+        """Tokens held, encoded or not."""
+        return self.encoded_length + self._raw.length
 
     @property
     def batch_size(self) -> int:
         """Sequences stored."""
-        return self._tail.rows.shape[0]
+        return self._raw.leading_shape[0]
 
     @property
     def kv_heads(self) -> int:
         """Heads stored."""
-        return self._tail.rows.shape[1]
+        return self._raw.leading_shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are."""
+        return self._raw.device
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, slack included."""
-        return self._tail.nbytes + sum(part.nbytes for part in self._parts)
+        return self._raw.nbytes + sum(part.nbytes for part in self._parts)
 
-    @property
-    def parts(self) -> Parts:
-        """The encoded tokens as the codec's parts, views ``(batch, kv_heads, seq, width)``."""
-        return tuple(part.rows for part in self._parts)
+    def pin(self, newest: int | None = None) -> Pinned:
+        """Return the newest tokens, or all of them, as they are now."""
+        skip = 0 if newest is None else max(0, self.length - newest)
+        return Pinned(
+            self.codec, self.parts, self.lengths, self.block_length, self.raw, self.sinks, skip
+        )
 
-    @property
-    def unencoded(self) -> torch.Tensor:
-        """The states that lie in the model's dtype, a view ``(batch, kv_heads, n, head_dim)``.
-
-        These are the newest tokens or, of a lossless codec, all tokens.
-        """
-        return self.decode() if self.codec.is_lossless else self._tail.rows
-
-    def prepare(self, states: torch.Tensor, what: str, whole: bool = False) -> Addition:
+    def prepare(
+        self, states: torch.Tensor, what: str, *, whole: bool = False, hold_back: int = 0
+    ) -> Addition:
         """Encode the blocks that ``states`` fill up, changing nothing yet.
 
         Args:
             states: ``(batch, kv_heads, n, head_dim)`` to be added.
             what: What the states are, for error messages.
-            whole: Encode all tokens, not only full blocks.
+            whole: Encode all tokens, the last ones as a shorter block.
+            hold_back: Newest tokens that are not to be encoded yet.
 
         Raises:
             ValueError: If the codec cannot represent the states.
         """
-        length = self.length + states.shape[-2]
-        end = length if whole else length - length % self.block_length
-        count = end - self.encoded_length
-        if count <= 0:
-            return Addition(None, states)
-        pending = torch.cat([self._tail.rows, states], dim=-2) if self._tail.length else states
-        return Addition(self._encode(pending[:, :, :count], what), pending[:, :, count:])
+        states = states.detach()
+        room = self.sink_length - self.sinks if not self.lengths else 0
+        sinks = min(room, states.shape[-2])
+        tail = self._raw.length - self.sinks
+        pending = tail + states.shape[-2] - sinks
+        count = max(0, pending - hold_back) // self.block_length
+        end = count * self.block_length
+        lengths = (self.block_length,) * count
+        if whole and pending > end:
+            lengths, end = (*lengths, pending - end), pending
+        if self.codec is None or not lengths:
+            return Addition(None, (), states, sinks)
+        waiting = self.raw[:, :, self.sinks :]
+        fresh = torch.cat([waiting, states[:, :, sinks:]], dim=-2) if tail else states[:, :, sinks:]
+        raw = torch.cat([states[:, :, :sinks], fresh[:, :, end:]], dim=-2)
+        return Addition(self._encode(self.codec, fresh[:, :, :end], what), lengths, raw, sinks)
 
     def commit(self, addition: Addition) -> None:
         """Store what ``prepare`` returned; nothing may have changed in between."""
         if addition.parts is not None:
+            if not self._parts:
+                self._kind = type(addition.parts)
+                self._parts = [RowBuffer(part, step=1) for part in addition.parts]
             for buffer, part in zip(self._parts, addition.parts, strict=True):
                 buffer.append(part)
-            self._tail.clear()
-        if addition.tail.shape[-2]:
-            self._tail.append(addition.tail)
+            self.lengths += addition.lengths
+            kept = self.raw[:, :, : self.sinks]
+            self._raw.clear()
+            if kept.shape[-2]:
+                self._raw.append(kept)
+        self.sinks += addition.sinks
+        if addition.raw.shape[-2]:
+            self._raw.append(addition.raw)
 
-    def decode(self) -> torch.Tensor:
-        """Return all tokens ``(batch, kv_heads, length, head_dim)`` in the model's dtype.
-
-        May be a view of the storage, which holds until ``truncate`` is called.
-        """
-        if not self.encoded_length and not self.codec.is_lossless:
-            return self._tail.rows
-        encoded = self.codec.decode(self.parts, self.head_dim)
-        return torch.cat([encoded, self._tail.rows], dim=-2) if self._tail.length else encoded
-
-    def truncate(self, length: int) -> None:
-        """Keep the first ``length`` tokens."""
-        self._tail.truncate(max(0, length - self.encoded_length))
+    def remove_newest(self, count: int) -> None:
+        """Remove the newest tokens, encoded or not."""
+        from_tail = min(count, self._raw.length - self.sinks)
+        self._raw.truncate(self._raw.length - from_tail)
+        count -= from_tail
+        lengths = list(self.lengths)
+        while count and lengths:
+            removed = min(count, lengths[-1])
+            lengths[-1] -= removed
+            count -= removed
+            if not lengths[-1]:
+                lengths.pop()
+        self.lengths = tuple(lengths)
         for part in self._parts:
-            part.truncate(length)
+            part.truncate(len(lengths))
+        if count:
+            self.sinks = max(0, self.sinks - count)
+            self._raw.truncate(self.sinks)
+
+    def drop_oldest(self, keep: int) -> None:
+        """Drop blocks that hold none of the newest ``keep`` tokens; the rest of one may stay."""
+        surplus = self.length - keep
+        if self.codec is None:
+            if surplus >= self.block_length:
+                self._raw.drop_front(surplus)
+            return
+        blocks = 0
+        while blocks < len(self.lengths) and self.lengths[blocks] <= surplus:
+            surplus -= self.lengths[blocks]
+            blocks += 1
+        if blocks:
+            self.lengths = self.lengths[blocks:]
+            for part in self._parts:
+                part.drop_front(blocks)
 
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a selection along the batch (dimension 0), or a move, to all that is stored."""
-        for buffer in (*self._parts, self._tail):
+        for buffer in (*self._parts, self._raw):
             buffer.transform(function)
 
     @torch.no_grad()
-    def _encode(self, states: torch.Tensor, what: str) -> Parts:
-        return self.codec.encode(states.detach(), what)
+    def _encode(self, codec: Codec, states: torch.Tensor, what: str) -> Any:
+        missing = -states.shape[-2] % self.block_length
+        if missing:  # copies of the last token change no step and no minimum
+            filler = states[:, :, -1:].expand(-1, -1, missing, -1)
+            states = torch.cat([states, filler], dim=-2)
+        blocks = states.unflatten(-2, (-1, self.block_length))
+        # A few blocks at a time: what encoding computes with in between stays in the caches.
+        count = max(1, ENCODED_AT_ONCE // max(1, blocks[:, :, :1].numel()))
+        pieces = [codec.encode(some, what) for some in blocks.split(count, dim=2)]
+        if len(pieces) == 1:
+            return pieces[0]
+        return type(pieces[0])(*(torch.cat(part, dim=2) for part in zip(*pieces, strict=True)))

@@ -131,12 +131,7 @@ def build_candidate(
 
 
 def _kv_cache(bits: tuple[LayerBits, ...], space: SearchSpace) -> KVCacheConfig:
-    return KVCacheConfig(
-        key_bits=tuple(keys for keys, _ in bits),
-        value_bits=tuple(values for _, values in bits),
-        group_size=space.kv_group_size,
-        residual_length=space.kv_residual_length,
-    )
+    return space.kv_config(tuple(keys for keys, _ in bits), tuple(values for _, values in bits))
 
 
 def uniform_params(space: SearchSpace, shape: ModelShape) -> dict[str, float]:

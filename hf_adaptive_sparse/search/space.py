@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from hf_adaptive_sparse.profiles import KV_BITS, KVCacheConfig, check_ratio
+from hf_adaptive_sparse.profiles import KV_BITS, Bits, KVCacheConfig, check_ratio
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class SearchSpace:
             16. A single width: every layer takes it. ``None``: the KV cache is left alone.
         kv_group_size: Neighbouring elements of a head that share a scale, see `KVCacheConfig`.
         kv_residual_length: Tokens per packed block, see `KVCacheConfig`.
+        kv_key_mode: How keys share scales, see `KVCacheConfig`.
         kv_tolerance_bits: How far the mean KV bits may lie from the palette's mean where no split
             of the layers reaches it (an odd number of layers whose keys and values differ in
             width). 0: such a model is refused.
@@ -47,7 +48,8 @@ class SearchSpace:
     blocks: int = 8
     kv_bits: tuple[int, ...] | None = (6, 8)
     kv_group_size: int = 64
-    kv_residual_length: int = 64
+    kv_residual_length: int = 128
+    kv_key_mode: str = "channel"
     kv_tolerance_bits: float = 0.0
     pattern: str = "unstructured"
 
@@ -64,8 +66,8 @@ class SearchSpace:
         if not isinstance(blocks, Integral) or isinstance(blocks, bool) or blocks < 1:
             raise ValueError(f"blocks must be a whole number >= 1, got {blocks!r}.")
         object.__setattr__(self, "kv_bits", _check_palette(self.kv_bits))
-        # Checks group size and residual length by the same rules and texts.
-        KVCacheConfig(group_size=self.kv_group_size, residual_length=self.kv_residual_length)
+        # Checks the cache's other settings by the same rules and texts.
+        self.kv_config(8, 8)
         if self.prunes:
             self._check_sparsity()
         elif self.kv_bits is None:
@@ -92,6 +94,16 @@ class SearchSpace:
                 f"target_sparsity + sparsity_range must be below 1, got {self.target} + "
                 f"{self.sparsity_range}. Lower one of them."
             )
+
+    def kv_config(self, key_bits: Bits, value_bits: Bits) -> KVCacheConfig:
+        """Return the KV profile of these bits, with the space's other settings."""
+        return KVCacheConfig(
+            key_bits=key_bits,
+            value_bits=value_bits,
+            group_size=self.kv_group_size,
+            residual_length=self.kv_residual_length,
+            key_mode=self.kv_key_mode,
+        )
 
     @property
     def target(self) -> float:

@@ -100,7 +100,9 @@ def test_the_config_of_a_compressed_model_is_plain_json_with_the_designs_keys() 
         "key_bits": [8, 6],
         "value_bits": [8, 6],
         "group_size": 64,
-        "residual_length": 64,
+        "residual_length": 128,
+        "key_mode": "channel",
+        "sink_length": 0,
     }
 
 

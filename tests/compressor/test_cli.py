@@ -11,6 +11,7 @@ import pytest
 
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import kv_bits
+from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.version import __version__
 
 
@@ -132,7 +133,7 @@ def test_env_says_which_path_is_in_use(capsys) -> None:
     assert code == 0
     found = json.loads(stdout)
     assert found["versions"]["hf_adaptive_sparse"] == __version__
-    assert found["kernels"]["KV cache"] == "torch reference"
+    assert found["kernels"]["KV cache, CPU"] == describe_kernels()
     assert "optuna" in run(capsys, "env")[1]
 
 

@@ -3,24 +3,23 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
     DynamicCache,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     LlamaForCausalLM,
     QuantizedCache,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
-from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 MEAN_7 = KVCacheConfig(key_bits=(8, 6, 8, 6), value_bits=(6, 8, 6, 8))
+MEAN_7_SHORT = replace(MEAN_7, residual_length=64)
 
 
 def random_ids(batch, tokens, seed=0):
@@ -129,7 +128,8 @@ def test_repr_is_readable(tiny_llama):
     tiny_llama(input_ids=random_ids(1, 70), past_key_values=cache)
     assert repr(cache) == (
         "AdaptiveQuantizedCache(layers=4 (4 quantised), key_bits=8, value_bits=[8, 6, 4, 2], "
-        f"group_size=64, residual_length=64, tokens=70, nbytes={cache.nbytes:,})"
+        "group_size=64, residual_length=128, key_mode=channel, tokens=70, "
+        f"nbytes={cache.nbytes:,})"
     )
 
 
@@ -181,7 +181,7 @@ def test_one_forward_pass_sees_the_quantisation(tiny_llama):
 @pytest.mark.parametrize("bits", [16, 8])
 def test_chunks_of_whole_blocks_equal_one_forward_pass(tiny_llama, bits):
     ids = random_ids(2, 200)
-    profile = KVCacheConfig(bits=bits)
+    profile = KVCacheConfig(bits=bits, residual_length=64)
     once = AdaptiveQuantizedCache(tiny_llama.config, profile)
     pieces = AdaptiveQuantizedCache(tiny_llama.config, profile)
     whole = logits_in_chunks(tiny_llama, ids, once, [200])
@@ -193,11 +193,11 @@ def test_chunks_of_whole_blocks_equal_one_forward_pass(tiny_llama, bits):
 def test_left_padding_changes_nothing(tiny_llama):
     ids = random_ids(1, 90)
     alone = logits_in_chunks(
-        tiny_llama, ids, AdaptiveQuantizedCache(tiny_llama.config, MEAN_7), [80, 5, 5]
+        tiny_llama, ids, AdaptiveQuantizedCache(tiny_llama.config, MEAN_7_SHORT), [80, 5, 5]
     )
     padded = torch.cat([torch.zeros(1, 64, dtype=torch.long), ids], dim=1)
     mask = (padded > 0).long()
-    cache = AdaptiveQuantizedCache(tiny_llama.config, MEAN_7)
+    cache = AdaptiveQuantizedCache(tiny_llama.config, MEAN_7_SHORT)
     together = logits_in_chunks(tiny_llama, padded, cache, [144, 5, 5], mask)[:, 64:]
     # Positions differ where none are given, rotary attention does not mind; blocks stay aligned.
     torch.testing.assert_close(together, alone, rtol=0.02, atol=0.02 * float(alone.std()))
@@ -213,11 +213,13 @@ def test_a_long_decode_crosses_many_blocks(tiny_llama):
     assert cache.layers[0]._quantized_keys.encoded_length == 320
 
 
-def test_rollback_and_retry_gives_the_same_logits(tiny_llama):
+@pytest.mark.parametrize(("bits", "bound"), [(16, 0.0), (8, 0.01)])
+def test_rollback_and_retry_gives_the_same_logits(tiny_llama, bits, bound):
     """Taking tokens back and feeding them again must leave no trace, whatever was packed."""
+    profile = KVCacheConfig(bits=bits, residual_length=32)
     ids = random_ids(2, 160)
     for removed in (1, 3, 31, 32, 33, 70, 100):
-        cache = AdaptiveQuantizedCache(tiny_llama.config, KVCacheConfig(bits=16))
+        cache = AdaptiveQuantizedCache(tiny_llama.config, profile)
         logits_in_chunks(tiny_llama, ids[:, :140], cache, [140])
         cache.crop(-removed)
         assert cache.get_seq_length() == 140 - removed
@@ -226,12 +228,14 @@ def test_rollback_and_retry_gives_the_same_logits(tiny_llama):
         logits_in_chunks(tiny_llama, ids[:, :140], stock, [140])
         stock.crop(-removed)
         expected = logits_in_chunks(tiny_llama, ids[:, 140 - removed :], stock, [removed + 20])
-        assert torch.equal(again, expected)
+        assert (again - expected).std() <= bound * expected.std()
 
 
-def test_batch_operations_equal_dynamic_cache(tiny_llama):
+@pytest.mark.parametrize(("bits", "bound"), [(16, 0.0), (8, 0.01)])
+def test_batch_operations_equal_dynamic_cache(tiny_llama, bits, bound):
     ids = random_ids(3, 100)
-    ours = AdaptiveQuantizedCache(tiny_llama.config, KVCacheConfig(bits=16))
+    profile = KVCacheConfig(bits=bits, residual_length=32)
+    ours = AdaptiveQuantizedCache(tiny_llama.config, profile)
     stock = DynamicCache(config=tiny_llama.config)
     results = []
     for cache in (ours, stock):
@@ -240,7 +244,7 @@ def test_batch_operations_equal_dynamic_cache(tiny_llama):
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([5, 0, 1, 3]))
         results.append(logits_in_chunks(tiny_llama, random_ids(4, 70, seed=1), cache, [1, 69]))
-    assert torch.equal(*results)
+    assert (results[0] - results[1]).std() <= bound * results[1].std()
 
 
 def test_iteration_gives_what_dynamic_cache_gives(tiny_llama):
@@ -301,54 +305,10 @@ def test_nan_names_the_layer_that_made_it(tiny_llama):
     tiny_llama.model.layers[2].self_attn.v_proj.weight[0, 0] = float("nan")
     cache = AdaptiveQuantizedCache(tiny_llama.config)
     with pytest.raises(ValueError, match="values of layer 2 must be finite"):
-        tiny_llama(input_ids=random_ids(1, 70), past_key_values=cache)
-
-
-# Other kinds of layers
-
-
-@pytest.fixture
-def tiny_gemma():
-    """Sliding windows of 16 tokens in two of three layers."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=16,
-        max_position_embeddings=512,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    )
-    return Gemma3ForCausalLM(config).eval()
-
-
-def test_sliding_layers_are_passed_through(tiny_gemma):
-    ours = AdaptiveQuantizedCache(tiny_gemma.config, KVCacheConfig(key_bits=(2, 16, 2)))
-    kinds = [type(layer) for layer in ours.layers]
-    assert kinds == [DynamicSlidingWindowLayer, AdaptiveQuantizedLayer, DynamicSlidingWindowLayer]
-    assert ours.is_sliding == [True, False, True]
-    ours = AdaptiveQuantizedCache(tiny_gemma.config, KVCacheConfig(bits=16))
-    stock = DynamicCache(config=tiny_gemma.config)
-    ids, sizes = random_ids(2, 120), [70, 1, 1, 20, 1, 27]
-    expected = logits_in_chunks(tiny_gemma, ids, stock, sizes)
-    assert torch.equal(logits_in_chunks(tiny_gemma, ids, ours, sizes), expected)
-    assert ours.nbytes > ours.layers[1].nbytes > 0
-
-
-def test_a_profile_names_layers_that_are_passed_through_too(tiny_gemma):
-    with pytest.raises(ValueError, match="3 layers, the list has 1 entries"):
-        AdaptiveQuantizedCache(tiny_gemma.config, KVCacheConfig(bits=(8,)))
+        tiny_llama(input_ids=random_ids(1, 130), past_key_values=cache)
 
 
 # Bytes
-
-
-def dynamic_nbytes(cache):
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 @pytest.fixture
@@ -359,41 +319,49 @@ def wide_config(tiny_llama):
     return config
 
 
-@pytest.mark.parametrize("step", [2048, 1], ids=["prompt", "single steps"])
-def test_mean_7_bits_take_at_most_49_percent_of_bf16(wide_config, step):
-    ours, stock = AdaptiveQuantizedCache(wide_config, MEAN_7), DynamicCache(config=wide_config)
-    keys = states(2048, heads=4)
-    for layer in range(4):
-        stock.update(keys, keys, layer)
-    for layer in ours.layers:
-        layer.decode = lambda: (None, None)  # only bytes are wanted, not 2,048 dequantisations
-        for start in range(0, 2048, step):
-            new = keys[:, :, start : start + step]
-            layer.update(new, new)
-    assert ours.get_seq_length() == 2048
-    ratio = ours.nbytes / dynamic_nbytes(stock)
-    assert ratio == pytest.approx((7 + 2 * 16 / 64) / 16)
-    assert ratio <= 0.49
+def feed(cache, states, step):
+    """Feed every layer, without looking at what it returns: only bytes are wanted."""
+    for layer in cache.layers:
+        layer._view = lambda newest: (None, None)
+        for start in range(0, states.shape[-2], step):
+            layer.update(states[:, :, start : start + step], states[:, :, start : start + step])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "step", "bound"),
+    [(2048, 2048, 0.49), (2048, 1, 0.49), (8192, 8192, 0.46), (8192, 16, 0.46)],
+)
+def test_mean_7_bits_take_at_most_46_percent_of_bf16(wide_config, tokens, step, bound):
+    ours = AdaptiveQuantizedCache(wide_config, MEAN_7)
+    feed(ours, states(tokens, heads=4), step)
+    assert ours.get_seq_length() == tokens
+    ratio = ours.nbytes / (4 * 2 * 4 * tokens * 64 * 2)
+    metadata_bits = (32 / 128 + 16 / 64 + 64 / (64 * 128)) / 2
+    assert ratio == pytest.approx((7 + metadata_bits) / 16)
+    assert ratio <= bound
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8, 16])
 def test_bytes_are_those_of_the_formula_plus_bounded_slack(wide_config, bits):
-    cache = AdaptiveQuantizedCache(wide_config, KVCacheConfig(bits=bits))
-    for layer in cache.layers:
-        layer.decode = lambda: (None, None)
+    cache = AdaptiveQuantizedCache(wide_config, KVCacheConfig(bits=bits, residual_length=32))
     keys = states(1, heads=4)
-    token_bytes = 2 * 4 * 4 * 64 * (2 if bits == 16 else bits / 8 + 2 * 2 / 64)
     raw_bytes = 2 * 4 * 4 * 64 * 2
+    blocks_bytes = 0
+    if bits != 16:
+        layer = cache.layers[0]
+        per_head = sum(
+            codec.block_size_bytes(32, 64) for codec in (layer._key_codec, layer._value_codec)
+        )
+        blocks_bytes = 4 * 4 * per_head
     worst = 0.0
     for length in range(1, 1500):
-        for layer in cache.layers:
-            layer.update(keys, keys)
-        tail = 0 if bits == 16 else length % 64
-        exact = (length - tail) * token_bytes + tail * raw_bytes
+        feed(cache, keys, 1)
+        tail = length if bits == 16 else length % 32
+        exact = (length - tail) / 32 * blocks_bytes + tail * raw_bytes
         assert cache.nbytes >= exact
         if length > 1024:
             worst = max(worst, cache.nbytes / exact)
-    assert worst < 1.05
+    assert worst < 1.04
 
 
 def test_bytes_include_everything_allocated(wide_config):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from hf_adaptive_sparse.kvcache.buffer import TokenBuffer
-from hf_adaptive_sparse.kvcache.codec import GroupCodec
+from hf_adaptive_sparse.kvcache.buffer import RowBuffer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
+from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 
 HEADS, WIDTH, BLOCK = 2, 16, 8
 WIDTHS = [(16, 16), (8, 8), (8, 6), (4, 16), (16, 3), (2, 2)]
@@ -24,8 +24,8 @@ def states(tokens, batch=1, seed=0, dtype=torch.float32, width=WIDTH):
     return keys.to(dtype), values.to(dtype)
 
 
-def make_layer(key_bits=8, value_bits=8, block=BLOCK, group_size=64):
-    return AdaptiveQuantizedLayer(key_bits, value_bits, group_size, block, layer_idx=5)
+def make_layer(key_bits=8, value_bits=8, block=BLOCK, group_size=64, **changes):
+    return AdaptiveQuantizedLayer(key_bits, value_bits, group_size, block, layer_idx=5, **changes)
 
 
 def fill(layer, tokens, batch=1, seed=0, chunk=None):
@@ -38,8 +38,7 @@ def fill(layer, tokens, batch=1, seed=0, chunk=None):
 
 def contents(layer):
     """Copies of all the layer stores, encoded and not."""
-    stores = (layer._quantized_keys, layer._quantized_values)
-    return [part.clone() for store in stores for part in (*store.parts, store.unencoded)]
+    return [part.clone() for store in layer.stores() for part in (*store.parts, store.raw)]
 
 
 def assert_same_contents(left, right):
@@ -47,29 +46,34 @@ def assert_same_contents(left, right):
         assert torch.equal(ours, theirs)
 
 
-def through_codec(tensor, bits, encoded):
-    """What a layer should return: the first ``encoded`` tokens by way of the codec."""
-    if bits == 16:
+def through_codec(tensor, codec, encoded, sinks=0):
+    """What a layer should return: ``encoded`` tokens behind the sinks by way of the codec."""
+    if codec is None:
         return tensor
-    codec = GroupCodec(bits, 64)
-    front = codec.decode(codec.encode(tensor[:, :, :encoded], "test"), tensor.shape[-1])
-    return torch.cat([front, tensor[:, :, encoded:]], dim=-2)
+    end = sinks + encoded
+    blocks = tensor[:, :, sinks:end].unflatten(-2, (-1, BLOCK))
+    decoded = codec.decode(codec.encode(blocks, "test"), (BLOCK, tensor.shape[-1]), tensor.dtype)
+    return torch.cat([tensor[:, :, :sinks], decoded.flatten(2, 3), tensor[:, :, end:]], dim=-2)
 
 
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("key_mode", ["channel", "token"])
 @pytest.mark.parametrize(("key_bits", "value_bits"), WIDTHS)
-def test_update_returns_what_is_stored_prompt_included(key_bits, value_bits):
-    layer = make_layer(key_bits, value_bits)
+def test_update_returns_what_is_stored_prompt_included(key_bits, value_bits, key_mode, sinks):
+    layer = make_layer(key_bits, value_bits, key_mode=key_mode, sink_length=sinks)
     keys, values = states(3 * BLOCK + 5, batch=2)
     got_keys, got_values = layer.update(keys, values)
-    assert torch.equal(got_keys, through_codec(keys, key_bits, 3 * BLOCK))
-    assert torch.equal(got_values, through_codec(values, value_bits, 3 * BLOCK))
+    codec = key_codec(key_bits, key_mode, 64)
+    assert torch.equal(got_keys, through_codec(keys, codec, 3 * BLOCK, sinks))
+    codec = value_codec(value_bits, 64)
+    assert torch.equal(got_values, through_codec(values, codec, 3 * BLOCK, sinks))
     assert layer.get_seq_length() == 3 * BLOCK + 5
     assert layer.get_mask_sizes(4) == (3 * BLOCK + 9, 0)
     assert layer.get_max_length() == -1
 
 
 def test_a_prompt_of_200_packs_192_and_leaves_8():
-    layer = AdaptiveQuantizedLayer(8, 6)
+    layer = AdaptiveQuantizedLayer(8, 6, residual_length=64)
     layer.update(*states(200, width=64))
     for store in (layer._quantized_keys, layer._quantized_values):
         assert (store.encoded_length, store.length) == (192, 200)
@@ -96,59 +100,98 @@ def test_the_unquantised_tail_is_always_shorter_than_a_block():
 def test_nothing_is_quantised_twice():
     layer = make_layer(6, 3)
     fill(layer, 5 * BLOCK + 3)
-    before = [
-        [part[:, :, : 5 * BLOCK].clone() for part in store.parts]
-        for store in (layer._quantized_keys, layer._quantized_values)
-    ]
+    before = [[part.clone() for part in store.parts] for store in layer.stores()]
     encoded_tokens = []
-    for store in (layer._quantized_keys, layer._quantized_values):
+    for store in layer.stores():
         inner = store._encode
 
-        def counting(tensor, what, inner=inner):
+        def counting(codec, tensor, what, inner=inner):
             encoded_tokens.append(tensor.shape[-2])
-            return inner(tensor, what)
+            return inner(codec, tensor, what)
 
         store._encode = counting
     for step in range(300):
         layer.update(*states(1, seed=step))
-    for store, parts in zip((layer._quantized_keys, layer._quantized_values), before, strict=True):
+    for store, parts in zip(layer.stores(), before, strict=True):
         for now, then in zip(store.parts, parts, strict=True):
-            assert torch.equal(now[:, :, : 5 * BLOCK], then)
+            assert torch.equal(now[:, :, :5], then)
     whole_blocks = (5 * BLOCK + 3 + 300) // BLOCK * BLOCK
     assert sum(encoded_tokens) == 2 * (whole_blocks - 5 * BLOCK)
 
 
-@pytest.mark.parametrize(("key_bits", "value_bits"), [(16, 16), (8, 6), (16, 4)])
+@pytest.mark.parametrize("sinks", [0, 5])
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "key_mode"),
+    [(16, 16, "channel"), (8, 6, "channel"), (3, 6, "token"), (16, 4, "channel")],
+)
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 5])
-def test_crop_to_every_length_and_on(key_bits, value_bits, length):
+def test_crop_to_every_length_and_on(key_bits, value_bits, key_mode, length, sinks):
     for remove in range(length + 3):
-        layer = make_layer(key_bits, value_bits)
+        layer = make_layer(key_bits, value_bits, key_mode=key_mode, sink_length=sinks)
         fill(layer, length)
         before = [tensor.clone() for tensor in layer.decode()]
-        encoded = [
-            [part.clone() for part in store.parts]
-            for store in (layer._quantized_keys, layer._quantized_values)
-        ]
+        encoded = [[part.clone() for part in store.parts] for store in layer.stores()]
         layer.crop(-remove)
         left = max(0, length - remove)
         assert layer.get_seq_length() == left
         for now, then in zip(layer.decode(), before, strict=True):
             assert torch.equal(now, then[:, :, :left])
+        raw_left = [store.raw.shape[-2] for store in layer.stores()]
+        blocks = [len(store.lengths) for store in layer.stores()]
 
         more_keys, more_values = states(BLOCK + 2, seed=9)
         keys, values = layer.update(more_keys, more_values)
         assert keys.shape[-2] == values.shape[-2] == left + BLOCK + 2
-        assert torch.equal(keys[:, :, :left], before[0][:, :, :left]) or key_bits != 16
-        # What was encoded stays as it was, bit for bit, and only the rest is new.
-        stores = (layer._quantized_keys, layer._quantized_values)
-        for store, parts in zip(stores, encoded, strict=True):
-            for now, then in zip(store.parts, parts, strict=True):
-                kept = min(then.shape[-2], left)
-                assert torch.equal(now[:, :, :kept], then[:, :, :kept])
-        total = left + BLOCK + 2
-        assert layer._quantized_keys.length == layer._quantized_values.length == total
-        for bits, store in zip((key_bits, value_bits), stores, strict=True):
-            assert store.encoded_length == (total if bits == 16 else total // BLOCK * BLOCK)
+        # What was encoded stays as it was, bit for bit, in a shorter block where one was cut.
+        now_decoded = layer.decode()
+        for which, store in enumerate(layer.stores()):
+            end = left - raw_left[which]
+            assert torch.equal(now_decoded[which][:, :, :end], before[which][:, :, :end])
+            for now, then in zip(store.parts, encoded[which], strict=False):
+                assert torch.equal(now[:, :, : blocks[which]], then[:, :, : blocks[which]])
+            assert store.length == left + BLOCK + 2
+            if store.codec is not None:
+                assert store.raw.shape[-2] - store.sinks < BLOCK
+                assert store.sinks == min(sinks, store.length)
+        if left % BLOCK == sinks == 0:
+            assert not any(store.pin().has_short_blocks for store in layer.stores())
+
+
+def test_crop_into_a_block_leaves_a_shorter_one_and_the_next_begins_behind_it():
+    layer = make_layer(8, 4)
+    fill(layer, 3 * BLOCK)
+    layer.crop(-3)
+    fill(layer, 2 * BLOCK + 1, seed=1, chunk=1)
+    for store in layer.stores():
+        assert store.lengths == (BLOCK, BLOCK, BLOCK - 3, BLOCK, BLOCK)
+        assert store.raw.shape[-2] == 1
+    layer.crop(-2 * BLOCK - 1 - 5)
+    assert layer.stores()[0].lengths == (BLOCK, BLOCK)
+    layer.crop(-1000)
+    assert layer.stores()[0].length == layer.get_seq_length() == 0
+
+
+def test_a_recorded_past_is_taken_back_without_cutting_blocks():
+    layer = make_layer(8, 4)
+    fill(layer, 2 * BLOCK)
+    layer.activate_past_recording()
+    for step in range(100):
+        layer.update(*states(BLOCK - 1, seed=step))
+        layer.crop(-(BLOCK - 2))
+        for store in layer.stores():
+            assert not store.pin().has_short_blocks
+            assert store.raw.shape[-2] < 2 * BLOCK
+    assert layer.get_seq_length() == 2 * BLOCK + 100
+
+
+def test_sinks_stay_as_they_are():
+    layer = make_layer(2, 2, sink_length=5)
+    keys, values = fill(layer, 4 * BLOCK, chunk=3)
+    for got, original in zip(layer.decode(), (keys, values), strict=True):
+        assert torch.equal(got[:, :, :5], original[:, :, :5])
+        assert not torch.equal(got[:, :, 5:13], original[:, :, 5:13])
+    assert [store.sinks for store in layer.stores()] == [5, 5]
+    assert [store.lengths for store in layer.stores()] == [(BLOCK,) * 3] * 2
 
 
 def test_crop_takes_a_negative_number():
@@ -172,6 +215,7 @@ operations = st.lists(
         st.tuples(st.just("select"), st.integers(0, 100)),
         st.tuples(st.just("mask"), st.integers(0, 100)),
         st.tuples(st.just("copy"), st.just(0)),
+        st.tuples(st.just("record"), st.just(0)),
         st.tuples(st.just("offload"), st.just(0)),
         st.tuples(st.just("reset"), st.just(0)),
     ),
@@ -179,14 +223,22 @@ operations = st.lists(
 )
 
 
-@pytest.mark.parametrize(("key_bits", "value_bits"), [(16, 16), (8, 8), (16, 6)])
+@pytest.mark.parametrize(
+    ("key_bits", "value_bits", "options"),
+    [
+        (16, 16, {}),
+        (8, 8, {}),
+        (16, 6, {"sink_length": 3}),
+        (8, 6, {"key_mode": "token", "sink_length": 11}),
+    ],
+)
 @given(operations=operations, prompt=st.integers(1, 30))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_sequence_of_operations_equals_the_stock_layer(
-    key_bits, value_bits, operations, prompt
+    key_bits, value_bits, options, operations, prompt
 ):
     """At 16 bits equal to DynamicLayer, else within a step of it, every shape included."""
-    ours, stock = make_layer(key_bits, value_bits), DynamicLayer()
+    ours, stock = make_layer(key_bits, value_bits, **options), DynamicLayer()
     batch = 2
     for layer in (ours, stock):
         layer.update(*states(prompt, batch))
@@ -204,6 +256,8 @@ def test_any_sequence_of_operations_equals_the_stock_layer(
                 tolerance = 0 if bits == 16 else 8.0 / (2**bits - 1)
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
             continue
+        if name == "record":
+            ours.activate_past_recording()
         if name == "copy":
             ours, stock = copy.deepcopy(ours), pickle.loads(pickle.dumps(stock))
             ours = pickle.loads(pickle.dumps(ours))
@@ -270,6 +324,7 @@ def test_reset_takes_another_batch_and_dtype():
         (lambda k, v: (k[..., :8], v), r"holds keys .* heads of 8"),
         (lambda k, v: (k, v[..., :8]), r"holds values .* heads of 8"),
         (lambda k, v: (k.half(), v.half()), "float16"),
+        (lambda k, v: (k.to("meta"), v.to("meta")), "keys on cpu, got states on meta"),
         (lambda k, v: (k[0], v[0]), "shape"),
         (lambda k, v: (k, v[:, :, 1:]), "as many keys as values"),
     ],
@@ -368,8 +423,8 @@ def test_kvpress_contract_reads_everything_and_writes_everything():
     assert layer.keys.shape[-2] < BLOCK
 
 
-def test_growth_is_exact_at_first_and_bounded_by_a_32nd():
-    buffer = TokenBuffer(torch.zeros(1, 1, 0, 4), step=8)
+def test_growth_is_exact_at_first_and_bounded_by_a_64th():
+    buffer = RowBuffer(torch.zeros(1, 1, 0, 4), step=8)
     assert (buffer.capacity, buffer.nbytes) == (0, 0)
     buffer.append(torch.ones(1, 1, 777, 4))
     assert buffer.capacity == 777
@@ -378,9 +433,23 @@ def test_growth_is_exact_at_first_and_bounded_by_a_32nd():
     for _ in range(5000):
         buffer.append(torch.ones(1, 1, 1, 4))
         storages.add(buffer._storage.data_ptr())
-        assert buffer.capacity <= buffer.length * (1 + 1 / 32) + 8
-    assert len(storages) <= 70  # log(7.4) / log(33/32) = 65 of them, not 5,000
+        assert buffer.capacity <= buffer.length * (1 + 1 / 64) + 8
+    assert len(storages) <= 140  # log(7.4) / log(65/64) = 129 of them, not 5,000
     assert torch.all(buffer.rows == 1)
+
+
+def test_rows_dropped_at_the_front_are_used_again():
+    buffer = RowBuffer(torch.zeros(1, 1, 0, 2), step=4)
+    buffer.append(torch.arange(20.0)[:, None].expand(1, 1, 20, 2))
+    held = buffer.rows
+    for number in range(20, 400):
+        buffer.append(torch.full((1, 1, 1, 2), float(number)))
+        buffer.drop_front(1)
+        assert torch.equal(buffer.rows[0, 0, :, 0], torch.arange(number - 19.0, number + 1))
+        assert buffer.capacity <= 20 + 2 * 4
+    assert torch.equal(held[0, 0, :, 0], torch.arange(20.0))
+    buffer.drop_front(100)
+    assert (buffer.length, buffer.capacity) == (0, 0)
 
 
 def test_repr_names_bits_and_tokens():

@@ -1,0 +1,201 @@
+/* Entry points: choice of variant, division into tasks, threads, and joining of partial results. */
+#define _POSIX_C_SOURCE 200809L
+#include "attention.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "numbers.h"
+
+enum { PORTABLE, AVX2, AVX512, NEON, VARIANTS };
+
+HAS_EXPORT int has_abi_version(void) { return HAS_ABI_VERSION; }
+HAS_EXPORT int64_t has_call_size_bytes(void) { return (int64_t)sizeof(has_attention_call); }
+
+/* 1 if this processor runs the variant: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON. */
+HAS_EXPORT int has_supports(int variant) {
+    switch (variant) {
+        case PORTABLE: return 1;
+#if defined(__x86_64__)
+        case AVX2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        case AVX512:
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+                   __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#endif
+#if defined(__aarch64__)
+        case NEON: return 1;
+#endif
+        default: return 0;
+    }
+}
+
+static has_task_function function_of(int variant) {
+    if (!has_supports(variant)) return NULL;
+    switch (variant) {
+#if defined(__x86_64__)
+        case AVX2: return has_task_avx2;
+        case AVX512: return has_task_avx512;
+#endif
+#if defined(__aarch64__)
+        case NEON: return has_task_neon;
+#endif
+        default: return has_task_portable;
+    }
+}
+
+/* GOMP_parallel of the OpenMP runtime that torch itself uses, so that there is no second pool. */
+typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
+static parallel_function torch_parallel;
+static pid_t process_of_pool;
+
+HAS_EXPORT void has_use_threads_of(void *gomp_parallel) {
+    torch_parallel = (parallel_function)gomp_parallel;
+    process_of_pool = getpid();
+}
+
+typedef struct {
+    const has_attention_call *call;
+    has_task_function function;
+    const has_task *tasks;
+    int64_t count;
+    atomic_long next;
+    atomic_int status;
+} work;
+
+static void take_tasks(void *shared) {
+    work *w = shared;
+    for (;;) {
+        int64_t i = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
+        if (i >= w->count) return;
+        int status = w->function(w->call, w->tasks + i);
+        if (status != HAS_OK) atomic_store(&w->status, status);
+    }
+}
+
+static void *take_tasks_thread(void *shared) {
+    take_tasks(shared);
+    return NULL;
+}
+
+/* Threads that live for one call: slower to start, but right after a fork, where an OpenMP pool of
+ * the parent is gone, and where torch has no OpenMP. */
+static void run_on_own_threads(work *w, int64_t threads) {
+    pthread_t *handles = malloc((size_t)threads * sizeof *handles);
+    int64_t started = 0;
+    if (handles != NULL)
+        while (started < threads - 1 &&
+               pthread_create(handles + started, NULL, take_tasks_thread, w) == 0)
+            started++;
+    take_tasks(w);
+    for (int64_t i = 0; i < started; i++) pthread_join(handles[i], NULL);
+    free(handles);
+}
+
+static void run(work *w, int64_t threads) {
+    if (threads > w->count) threads = w->count;
+    if (threads <= 1)
+        take_tasks(w);
+    else if (torch_parallel != NULL && getpid() == process_of_pool)
+        torch_parallel(take_tasks, w, (unsigned)threads, 0);
+    else
+        run_on_own_threads(w, threads);
+}
+
+/* Join the partial results of one KV head, row by row, into the first of them. */
+static void join(const has_attention_call *call, float *partials, int64_t splits, int64_t head) {
+    int64_t rows = call->repeats * call->queries, width = call->value_dim + 2;
+    for (int64_t row = 0; row < rows; row++) {
+        float *first = partials + row * width, maximum = -INFINITY, total = 0.0f;
+        for (int64_t s = 0; s < splits; s++) {
+            float m = first[s * rows * width];
+            maximum = m > maximum ? m : maximum;
+        }
+        for (int64_t s = 0; s < splits; s++) {
+            float *part = first + s * rows * width;
+            /* A split that saw no token has sums of 0. */
+            float factor = part[0] == -INFINITY ? 1.0f : expf(part[0] - maximum);
+            total += part[1] * factor;
+            for (int64_t c = 2; c < width; c++)
+                first[c] = s == 0 ? part[c] * factor : first[c] + part[c] * factor;
+        }
+        float factor = total == 0.0f ? 0.0f : 1.0f / total;
+        int64_t query = row % call->queries;
+        int64_t q_head = head % call->kv_heads * call->repeats + row / call->queries;
+        int64_t at = head / call->kv_heads * call->output_strides[0] +
+                     q_head * call->output_strides[1] + query * call->output_strides[2];
+        for (int64_t c = 0; c < call->value_dim; c++) {
+            float value = first[2 + c] * factor;
+            if (call->dtype == HAS_FLOAT32)
+                ((float *)call->output)[at + c] = value;
+            else
+                ((uint16_t *)call->output)[at + c] = call->dtype == HAS_BFLOAT16
+                                                         ? has_to_bfloat16(value)
+                                                         : has_to_float16(value);
+        }
+    }
+}
+
+/* Splits of the sequence: enough that every thread has something, none below eight blocks. */
+static int64_t count_splits(const has_attention_call *call, int64_t blocks) {
+    int64_t heads = call->batch * call->kv_heads, splits = 1;
+    if (call->threads > 1 && heads % call->threads != 0 && heads < 4 * call->threads)
+        splits = (4 * call->threads + heads - 1) / heads;
+    if (splits > blocks / 8) splits = blocks / 8;
+    return splits < 1 ? 1 : splits;
+}
+
+static int64_t tokens_before(const has_attention_call *call, int64_t block) {
+    int64_t tokens = call->sinks.length;
+    if (call->block_lengths == NULL) return tokens + block * call->block_length;
+    for (int64_t i = 0; i < block; i++) tokens += call->block_lengths[i];
+    return tokens;
+}
+
+HAS_EXPORT int has_attend(int variant, const has_attention_call *call) {
+    work w = {.call = call, .function = function_of(variant), .next = 0, .status = HAS_OK};
+    if (w.function == NULL) return HAS_BAD_VARIANT;
+    if (call->block_length < 1 || call->block_length > HAS_MAX_CODES || call->key_dim < 1 ||
+        call->key_dim > HAS_MAX_CODES || call->value_dim < 1)
+        return HAS_BAD_ARGUMENT;
+    int64_t blocks = call->blocks;
+    int64_t heads = call->batch * call->kv_heads, splits = count_splits(call, blocks);
+    int64_t rows = call->repeats * call->queries, width = call->value_dim + 2;
+    if (heads == 0 || rows == 0) return HAS_OK;
+    w.count = heads * splits;
+    has_task *tasks = malloc((size_t)w.count * sizeof *tasks);
+    float *partials = NULL;
+    if (splits > 1) partials = malloc((size_t)(w.count * rows * width) * sizeof *partials);
+    if (tasks == NULL || (splits > 1 && partials == NULL)) {
+        free(tasks);
+        free(partials);
+        return HAS_NO_MEMORY;
+    }
+    for (int64_t i = 0; i < w.count; i++) {
+        int64_t head = i / splits, split = i % splits;
+        tasks[i] = (has_task){
+            .batch = head / call->kv_heads,
+            .head = head % call->kv_heads,
+            .first_block = blocks * split / splits,
+            .last_block = blocks * (split + 1) / splits,
+            .first_token = tokens_before(call, blocks * split / splits),
+            .has_sinks = split == 0 && call->sinks.length > 0,
+            .has_recent = split == splits - 1 && call->recent.length > 0,
+            .partial = splits > 1 ? partials + i * rows * width : NULL,
+        };
+    }
+    w.tasks = tasks;
+    run(&w, call->threads);
+    int status = atomic_load(&w.status);
+    if (splits > 1 && status == HAS_OK)
+        for (int64_t head = 0; head < heads; head++)
+            join(call, partials + head * splits * rows * width, splits, head);
+    free(tasks);
+    free(partials);
+    return status;
+}

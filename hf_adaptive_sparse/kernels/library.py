@@ -1,0 +1,119 @@
+"""The compiled library: found and loaded once, absent without complaint, and which path it takes.
+
+The library is an optional part of the package: without it, or with a processor it does not know,
+everything works in torch. ``HF_ADAPTIVE_SPARSE_KERNEL`` chooses a path: ``portable``, ``avx2``,
+``avx512``, ``neon``, ``none`` (torch only), or ``auto``, the fastest that this processor has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
+LIBRARY = "_attention.so"
+ABI_VERSION = 1
+
+PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
+"""Names of the paths and their numbers in the library."""
+
+_FASTEST_FIRST = ("avx512", "avx2", "neon", "portable")
+
+
+class KernelError(OSError):
+    """The path that was asked for cannot be had."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the library, or None where it was not built or does not fit this version."""
+    path = Path(__file__).parent / LIBRARY
+    if not path.is_file():
+        return None
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("The kernels at %s cannot be loaded and are not used: %s", path, error)
+        return None
+    if loaded.has_abi_version() != ABI_VERSION:
+        logger.warning(
+            "The kernels at %s are of another version and are not used; build them anew: "
+            "python -m hf_adaptive_sparse.kernels.build",
+            path,
+        )
+        return None
+    loaded.has_use_threads_of.argtypes = [ctypes.c_void_p]
+    loaded.has_use_threads_of.restype = None
+    loaded.has_use_threads_of(_torch_parallel())
+    return loaded
+
+
+def available_paths() -> tuple[str, ...]:
+    """Return the paths that this processor and this installation have, fastest first."""
+    loaded = library()
+    if loaded is None:
+        return ()
+    return tuple(name for name in _FASTEST_FIRST if loaded.has_supports(PATHS[name]))
+
+
+def active_path() -> str | None:
+    """Return the path in use, None for torch.
+
+    Raises:
+        KernelError: If ``HF_ADAPTIVE_SPARSE_KERNEL`` names a path that is unknown or not to be had
+            here.
+    """
+    return _chosen(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+
+
+def describe() -> str:
+    """Return, for people, which path is in use and why."""
+    path = active_path()
+    if path is not None:
+        return f"native, {path} (this machine has: {', '.join(available_paths())})"
+    if library() is not None:
+        return f"torch (chosen by {ENVIRONMENT_VARIABLE})"
+    return (
+        "torch (the native kernels are not built; where there is a C compiler: "
+        "python -m hf_adaptive_sparse.kernels.build)"
+    )
+
+
+@functools.cache
+def _chosen(wish: str) -> str | None:
+    available = available_paths()
+    if wish == "none":
+        return None
+    if wish in ("auto", ""):
+        return available[0] if available else None
+    if wish not in available:
+        known = ", ".join(("auto", "none", *PATHS))
+        here = ", ".join(("none", *available))
+        raise KernelError(
+            f"{ENVIRONMENT_VARIABLE} must be one of {known}, of which this machine has {here}; got "
+            f"{wish!r}."
+        )
+    return wish
+
+
+def _torch_parallel() -> int | None:
+    """Return the address of ``GOMP_parallel`` in the OpenMP runtime that torch computes with.
+
+    Looked up through torch's own library, so that it is that runtime and no other. Runtimes of LLVM
+    and Intel have this entry as well. None where torch does not use OpenMP.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            function = ctypes.CDLL(str(folder / name)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(function, ctypes.c_void_p).value
+    return None

@@ -1,0 +1,166 @@
+"""Attention of a few queries over a packed cache, on a GPU by Triton.
+
+The sequence is split so that a single sequence fills the device; each part is summed up by itself
+and the parts are joined (flash decoding). Keys and values are never decoded in memory. Triton is
+optional and imported at the first use; with ``TRITON_INTERPRET=1`` its interpreter runs the same
+kernels on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import math
+import os
+from types import ModuleType
+
+import torch
+
+from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
+from hf_adaptive_sparse.kernels.packed import PackedCache
+from hf_adaptive_sparse.kernels.triton_plan import Call, channel_groups, interprets, prepare
+
+MAX_QUERIES = 64
+"""Queries per head up to which reading packed codes is meant to beat decoding them.
+
+More than a draft model's few: transformers may hand over all heads of a KV head as queries of one.
+"""
+
+MAX_HEAD_DIM = 256
+MAX_GROUPS = 32
+"""Groups of channels per head: each is a row of the matrix product."""
+
+_SPLITS_AT_ONCE = 16
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 in the matrix units, asynchronous copies
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_available() -> bool:
+    """Return whether Triton is installed, wanted, and has a device, or interprets.
+
+    ``HF_ADAPTIVE_SPARSE_KERNEL=none`` switches it off like the native kernels.
+    """
+    if torch.cuda.is_available():
+        return _serves(torch.device("cuda", torch.cuda.current_device()))
+    return _serves(torch.device("cpu"))
+
+
+def is_supported(query: torch.Tensor, cache: PackedCache, mask: torch.Tensor | None) -> bool:
+    """Return whether ``attend`` can take these; see there."""
+    keys, values, device = cache.keys, cache.values, query.device
+    return (
+        _serves(device)
+        and query.dtype in _DTYPES
+        and cache.raw_keys.dtype == cache.raw_values.dtype == query.dtype
+        and cache.raw_keys.device == cache.raw_values.device == device
+        and keys.codes.device == values.codes.device == device
+        and 1 <= query.shape[-2] <= MAX_QUERIES
+        and max(query.shape[-1], cache.raw_values.shape[-1]) <= MAX_HEAD_DIM
+        and channel_groups(cache) <= MAX_GROUPS
+        and (
+            mask is None
+            or (mask.device == device and (mask.dtype == torch.bool or mask.dtype in _DTYPES))
+        )
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    cache: PackedCache,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Compute ``reference.attention`` of the decoded cache without decoding it.
+
+    Sums are float32. With 16-bit models the matrix units take codes as they are and queries times
+    steps, and probabilities times steps, rounded to float16 (11 bits) on a scale of their own per
+    query and block; with float32 models all is float32 (by three products of TF32). Raw tokens are
+    multiplied in the model's dtype. No gradient.
+
+    Args:
+        query: ``(batch, heads, queries, key head_dim)`` in the cache's dtype: float32, bfloat16 or
+            float16; ``heads`` a multiple of the cache's KV heads, 1 to ``MAX_QUERIES`` queries.
+        cache: Keys and values, head_dim up to ``MAX_HEAD_DIM``, on the query's device. The inner
+            dimensions of its parts should be contiguous: parts that are not are copied.
+        mask: Broadcastable to ``(batch, heads, queries, cache.length)``: bool, True where a query
+            sees a token, or float32, bfloat16, float16, added to the scores.
+        is_causal: Whether query ``i`` sees tokens 0 to ``i`` only, as torch has it.
+        scale: Factor of the scores; None: ``1 / sqrt(key head_dim)``.
+
+    Returns:
+        ``(batch, heads, queries, value head_dim)`` in the query's dtype, contiguous. A query that
+        sees no token gets zeros.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices are not those above, or Triton cannot run.
+    """
+    batch, heads, queries, key_dim = query.shape
+    kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
+    if not is_supported(query, cache, mask):
+        raise ValueError(
+            f"The Triton attention takes 1 to {MAX_QUERIES} queries in float32, bfloat16 or "
+            "float16 on a CUDA device with Triton installed and not switched off by "
+            f"{ENVIRONMENT_VARIABLE}, heads of up to {MAX_HEAD_DIM} channels in up to "
+            f"{MAX_GROUPS} groups, and a mask that is bool or of these dtypes; got "
+            f"{queries} queries in {query.dtype} on {query.device}, heads of {key_dim} and "
+            f"{value_dim} channels, a mask of {None if mask is None else mask.dtype}."
+        )
+    if batch != cache.raw_keys.shape[0] or heads % kv_heads or key_dim != cache.raw_keys.shape[-1]:
+        raise ValueError(
+            "query must be (batch, a multiple of kv_heads, queries, head_dim) of the cache's "
+            f"(batch, kv_heads, tokens, head_dim), got {tuple(query.shape)} and "
+            f"{tuple(cache.raw_keys.shape)}."
+        )
+    output = query.new_empty((batch, heads, queries, value_dim))
+    if output.numel() == 0:
+        return output
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    factor = 1 / math.sqrt(key_dim) if scale is None else scale
+    on_device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
+    with on_device, torch.no_grad():
+        _launch(output, *prepare(query, cache, mask, is_causal, factor))
+    return output
+
+
+def _launch(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
+    kernels = _kernels()
+    kernels.split_kernel[call.grid](*call.arguments, **call.constants, **call.options)
+    rows, value_dim = output.numel() // output.shape[-1], output.shape[-1]
+    kernels.combine_kernel[(rows,)](
+        partial,
+        output,
+        call.grid[1],
+        rows,
+        VALUE_DIM=value_dim,
+        VALUE_PAD=call.constants["VALUE_PAD"],
+        CHUNK=_SPLITS_AT_ONCE,
+        num_warps=4,
+    )
+
+
+def _kernels() -> ModuleType:
+    # Not at the head of this module: Triton is optional and slow to import.
+    return importlib.import_module("hf_adaptive_sparse.kernels.triton_kernels")
+
+
+def _serves(device: torch.device) -> bool:
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "none" or not _is_installed():
+        return False
+    if device.type == "cuda":
+        return _is_recent(device)
+    return device.type == "cpu" and interprets()
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY

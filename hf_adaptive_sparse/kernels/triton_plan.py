@@ -1,0 +1,276 @@
+"""How a call of the Triton attention is cut into programs, and the arguments they get.
+
+Sizes of tiles follow from the sizes of heads and blocks: nothing is tuned at run time. They were
+chosen by what compiles without spilling registers and runs several programs per processor, not by
+timing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
+
+_MATRIX_ROWS = 16  # rows, and summed elements, that a matrix product has at least
+_MOST_ROWS = 32
+_PROGRAMS_PER_PROCESSOR = 4
+_INTERPRETED_PROCESSORS = 2
+_NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is cut into programs.
+
+    Attributes:
+        tile: Tokens of a block that a program takes at once.
+        raw_tile: The same of raw tokens.
+        rows: Queries of one KV head per program, a power of two.
+        groups: Groups of channels, padded to a power of two; ``rows * groups >= 16``.
+        row_tiles: Programs per KV head and split.
+        tiles_per_split: Tiles of blocks per program.
+        block_splits: Splits of the blocks; raw tokens have one of their own.
+        key_word: Bits of the words that keys are read in.
+        value_word: The same for values.
+        warps: Warps per program.
+        stages: Tiles that are loaded ahead, and one.
+        registers: The most registers per thread, None: the device's own limit.
+    """
+
+    tile: int
+    raw_tile: int
+    rows: int
+    groups: int
+    row_tiles: int
+    tiles_per_split: int
+    block_splits: int
+    key_word: int
+    value_word: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
+def plan(query: torch.Tensor, cache: PackedCache, processors: int) -> Plan:
+    """Return the plan of a call for a device of ``processors`` multiprocessors."""
+    batch, heads, queries, key_dim = query.shape
+    kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
+    groups = _power_of_two(channel_groups(cache))
+    row_count = heads // kv_heads * queries
+    half = query.dtype != torch.float32
+    most_rows = max(1, (_MOST_ROWS if half else _MATRIX_ROWS) // groups)
+    rows = max(_MATRIX_ROWS // groups, min(_power_of_two(row_count), most_rows), 1)
+    row_tiles = -(-row_count // rows)
+    widest = max(key_dim, value_dim)
+    # As many codes as registers and shared memory hold as operands of a matrix product.
+    wished = (128 if widest <= 128 else 64) if half else max(16, 4096 // _power_of_two(widest))
+    tile = min(wished, _power_of_two(cache.block_length))
+    value_word = _word(cache.values.bits, tile, cache.values.codes)
+    tile = max(tile, _least_size(cache.values.bits, value_word))
+    key_word = _word(cache.keys.bits, _power_of_two(key_dim), cache.keys.codes)
+    tiles = cache.keys.codes.shape[2] * -(-cache.block_length // tile)
+    wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // (batch * kv_heads * row_tiles))
+    tiles_per_split = max(1, -(-tiles // wanted))
+    return Plan(
+        tile=tile,
+        raw_tile=32 if half else 16,
+        rows=rows,
+        groups=groups,
+        row_tiles=row_tiles,
+        tiles_per_split=tiles_per_split,
+        block_splits=-(-tiles // tiles_per_split),
+        key_word=key_word,
+        value_word=value_word,
+        warps=4 if widest <= 128 else 8,
+        stages=2 if half and widest <= 128 else 1,
+        # Where the common case needs few more anyway, three programs of a processor overlap.
+        registers=168 if half and widest <= 128 and rows * groups == _MATRIX_ROWS else None,
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of ``triton_kernels.split_kernel``.
+
+    Attributes:
+        arguments: In its order: tensors, scale, strides, counts.
+        constants: What the kernel is compiled for.
+        options: Warps, stages and registers.
+        grid: Programs: (batch, KV head, tile of rows) and splits.
+    """
+
+    arguments: tuple[torch.Tensor | float, ...]
+    constants: dict[str, int | bool]
+    options: dict[str, int]
+    grid: tuple[int, int]
+
+
+def interprets() -> bool:
+    """Return whether Triton is asked to interpret, on CPU tensors, instead of to compile."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def channel_groups(cache: PackedCache) -> int:
+    """Return the groups of channels of a head, of keys or values, whichever has more."""
+    key_dim, value_dim = cache.raw_keys.shape[-1], cache.raw_values.shape[-1]
+    key_group = key_dim if cache.keys.group is None else min(cache.keys.group, key_dim)
+    return max(-(-key_dim // key_group), -(-value_dim // min(cache.values.group, value_dim)))
+
+
+def prepare(
+    query: torch.Tensor,
+    cache: PackedCache,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Call, torch.Tensor]:
+    """Return the call of the split kernel and the tensor it writes.
+
+    That tensor is float32: sums of weighted values ``(splits, rows, value head_dim)``, then highest
+    scores and sums of weights, ``(splits, rows)`` each, where rows are ``batch * heads * queries``.
+    """
+    batch, heads, queries, key_dim = query.shape
+    kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
+    keys, values = _with_rows(cache.keys), _with_rows_of_values(cache.values)
+    raw_keys, raw_values = _rows(cache.raw_keys, 2), _rows(cache.raw_values, 2)
+    cut = plan(query, cache, _processors(query.device))
+    raw_length = raw_keys.shape[2]
+    splits = cut.block_splits + (raw_length > 0)
+    starts, encoded = query, keys.codes.shape[2] * cache.block_length
+    if cache.lengths is not None:
+        starts, encoded = _starts(cache.lengths, query.device), sum(cache.lengths)
+    mask_kind, given_mask = _NO_MASK, query
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if mask is not None:
+        given_mask = mask.expand(batch, heads, queries, cache.length)
+        mask_strides = given_mask.stride()
+        mask_kind = _ADDED_MASK
+        if mask.dtype == torch.bool:
+            mask_kind, given_mask = _BOOL_MASK, given_mask.view(torch.uint8)
+    # transformers may hand over the heads of a KV head as queries, with one mask for all of them.
+    mask_rows = (heads > 1 and mask_strides[1] != 0) or (queries > 1 and mask_strides[2] != 0)
+    partial = query.new_empty(
+        splits * batch * heads * queries * (value_dim + 2), dtype=torch.float32
+    )
+    arguments: tuple[torch.Tensor | float, ...] = (
+        query,
+        partial,
+        *(keys.codes, keys.step, keys.minimum),
+        *(values.codes, values.step_codes, values.min_codes, values.scales),
+        *(raw_keys, raw_values, given_mask, starts),
+        scale * math.log2(math.e),
+        *query.stride()[:3],
+        *keys.codes.stride()[:2],
+        *keys.step.stride()[:2],
+        *values.codes.stride()[:2],
+        *values.step_codes.stride()[:2],
+        *values.scales.stride()[:2],
+        *raw_keys.stride()[:2],
+        *raw_values.stride()[:2],
+        *mask_strides,
+        *(heads // kv_heads * queries, kv_heads, heads // kv_heads, queries),
+        *(keys.codes.shape[2], encoded, raw_length, cache.sinks, cache.skip),
+        *(cut.tiles_per_split, cut.block_splits, cut.row_tiles),
+    )
+    constants: dict[str, int | bool] = {
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "KEY_PAD": max(_power_of_two(key_dim), _least_size(keys.bits, cut.key_word)),
+        "VALUE_PAD": max(_MATRIX_ROWS, _power_of_two(value_dim)),
+        "KEY_BITS": keys.bits,
+        "VALUE_BITS": values.bits,
+        "KEY_WORD": cut.key_word,
+        "VALUE_WORD": cut.value_word,
+        "KEY_GROUP": 0 if keys.group is None else min(keys.group, key_dim),
+        "VALUE_GROUP": min(values.group, value_dim),
+        "BLOCK": cache.block_length,
+        "TILE": cut.tile,
+        "RAW_TILE": cut.raw_tile,
+        "ROWS": cut.rows,
+        "GROUPS": cut.groups,
+        "MASK": mask_kind,
+        "MASK_ROWS": mask_rows,
+        "CAUSAL": is_causal,
+        "SHORT": cache.lengths is not None,
+        "ALIGNED": _aligned(keys.codes, values.codes, values.step_codes, raw_keys, raw_values),
+        "HALF": query.dtype != torch.float32,
+        "WIDEN": query.dtype == torch.bfloat16 and interprets(),
+    }
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    if cut.registers and not mask_rows and keys.group is None and torch.version.hip is None:
+        options["maxnreg"] = cut.registers
+    grid = (batch * kv_heads * cut.row_tiles, splits)
+    return Call(arguments, constants, options, grid), partial
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache(maxsize=8)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return the first token of each block and the end, int32: the same for all layers."""
+    with torch.inference_mode(False):
+        ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return ends.to(device)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the lowest power of two that is not below ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _least_size(bits: int, word: int) -> int:
+    """Return the codes that fill the words which repeat the pattern, and a matrix product."""
+    return max(_MATRIX_ROWS, (3 if bits % 3 == 0 else 1) * word // bits)
+
+
+def _word(bits: int, size: int, codes: torch.Tensor) -> int:
+    """Return the widest word that ``size`` codes per row allow, and the rows' addresses."""
+    word = 32
+    places = (codes.data_ptr(), codes.shape[-1], *codes.stride()[:-1])
+    while word > 8 and (_least_size(bits, word) > size or any(p % (word // 8) for p in places)):
+        word //= 2
+    return word
+
+
+def _aligned(*parts: torch.Tensor) -> bool:
+    """Return whether each head of these tensors begins at a multiple of 16 elements."""
+    return all(stride % 16 == 0 for part in parts for stride in part.stride()[:2])
+
+
+def _rows(part: torch.Tensor, inner: int) -> torch.Tensor:
+    """Return ``part`` with its last ``inner`` dimensions contiguous: itself, as a rule."""
+    expected = 1
+    for size, stride in zip(part.shape[: -inner - 1 : -1], part.stride()[::-1], strict=False):
+        if size > 1 and stride != expected:
+            return part.contiguous()
+        expected *= size
+    return part
+
+
+def _with_rows(keys: PackedKeys) -> PackedKeys:
+    codes, step, minimum = (
+        _rows(part, part.dim() - 2) for part in (keys.codes, keys.step, keys.minimum)
+    )
+    if step.stride() != minimum.stride():
+        step, minimum = step.contiguous(), minimum.contiguous()
+    return PackedKeys(keys.bits, codes, step, minimum, keys.group)
+
+
+def _with_rows_of_values(values: PackedValues) -> PackedValues:
+    codes, steps, minima, scales = (
+        _rows(part, part.dim() - 2)
+        for part in (values.codes, values.step_codes, values.min_codes, values.scales)
+    )
+    if steps.stride() != minima.stride():
+        steps, minima = steps.contiguous(), minima.contiguous()
+    return PackedValues(values.bits, codes, steps, minima, scales, values.group)

@@ -1,0 +1,86 @@
+"""Rounding in one direction, and the affine step between elements and codes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in: float32, or the elements' own where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the 16-bit dtype of steps and minima: the model's own, float16 for wider models."""
+    return dtype if dtype.itemsize == 2 else torch.float16
+
+
+def round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the smallest values of the 16-bit ``dtype`` that are not below ``values``."""
+    rounded = values.to(dtype)
+    below = (rounded.to(values.dtype) < values).to(torch.int16)
+    # One bit pattern further is the next float away from zero, and towards it for negative ones.
+    towards = torch.where(rounded < 0, -below, below)
+    return (rounded.view(torch.int16) + towards).view(dtype)
+
+
+def round_down(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the largest values of the 16-bit ``dtype`` that are not above ``values``."""
+    return -round_up(-values, dtype)
+
+
+def check_finite(extent: torch.Tensor, states: torch.Tensor, what: str) -> None:
+    """Refuse states that cannot be quantised.
+
+    NaN or Inf anywhere makes an extent NaN or Inf: no pass over the elements is needed.
+
+    Args:
+        extent: Maximum minus minimum of the groups, or their steps, as they are to be stored.
+        states: The states themselves.
+        what: Their name, for the error message.
+
+    Raises:
+        ValueError: Naming the states, and what is wrong with them.
+    """
+    if bool(torch.isfinite(extent).all()):
+        return
+    if bool(torch.isfinite(states).all()):
+        kind = str(metadata_dtype(states.dtype)).removeprefix("torch.")
+        raise ValueError(
+            f"The {what} span more than {kind} can hold, which steps and minima of "
+            f"{str(states.dtype).removeprefix('torch.')} states are stored in (largest value "
+            f"{torch.finfo(metadata_dtype(states.dtype)).max:.6g}, largest element "
+            f"{float(states.abs().max()):.6g}): keep them at 16 bits, or use bfloat16."
+        )
+    raise ValueError(
+        f"The {what} must be finite to be quantised, got NaN or Inf. The model produced them "
+        f"(float16 overflow is a common cause: try bfloat16); at 16 bits they are kept as is."
+    )
+
+
+def to_codes(
+    elements: torch.Tensor, step: torch.Tensor, minimum: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """Return ``round((x - min) / step)`` as uint8; a step of 0 gives code 0.
+
+    Args:
+        elements: Floating, any shape, in the dtype to compute in.
+        step: Broadcasts against ``elements``, any floating dtype.
+        minimum: The same.
+        bits: Bits per code.
+    """
+    step, minimum = step.to(elements.dtype), minimum.to(elements.dtype)
+    inverse = torch.where(step > 0, step, torch.ones_like(step)).reciprocal_()
+    return (elements - minimum).mul_(inverse).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def from_codes(
+    codes: torch.Tensor, step: torch.Tensor, minimum: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return ``min + step * q`` as ``dtype``; ``step`` and ``minimum`` broadcast against codes."""
+    compute = compute_dtype(dtype)
+    elements = codes.to(compute).mul_(step.to(compute)).add_(minimum.to(compute))
+    # A step that was rounded up may carry the highest code past the dtype's largest value.
+    if dtype == torch.float16:
+        elements.clamp_(max=torch.finfo(dtype).max)
+    return elements.to(dtype)

@@ -1,0 +1,102 @@
+"""What a cache holds as plain tensors and numbers, and back: for files, not for copies.
+
+A cache may be pickled and deep-copied like any object. The form made here holds nothing but
+tensors, numbers, text, None and lists and dicts of them, so that ``torch.load`` reads it with
+``weights_only=True``; packed blocks are written packed, without the slack of their buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
+from hf_adaptive_sparse.kvcache.store import Addition, TokenStore
+
+_PLAIN = (torch.Tensor, int, float, bool, str, torch.dtype, type(None))
+
+
+def layer_state(layer: Any) -> dict[str, Any]:
+    """Return what a layer holds.
+
+    Args:
+        layer: One of ours, or one of transformers' dynamic layers.
+
+    Raises:
+        TypeError: If a layer of transformers holds something that is not plain.
+    """
+    if not isinstance(layer, AdaptiveQuantizedLayer):
+        return {name: _plain(value, name) for name, value in vars(layer).items()}
+    return {
+        "cumulative_length": layer.cumulative_length,
+        "record_past": layer.record_past,
+        "stores": [_store_state(store) for store in layer.stores()],
+    }
+
+
+def restore_layer(layer: Any, state: Mapping[str, Any]) -> None:
+    """Make ``layer``, which is empty, hold what ``layer_state`` returned.
+
+    Raises:
+        KeyError: If a part of it is missing.
+        ValueError: If it does not fit the layer.
+    """
+    if not isinstance(layer, AdaptiveQuantizedLayer):
+        for name, value in state.items():
+            if name == "device" and value is not None:
+                value = torch.device(value)
+            setattr(layer, name, value)
+        return
+    layer.reset()
+    layer.record_past = bool(state["record_past"])
+    if state["stores"]:
+        keys, values = state["stores"]
+        layer.lazy_initialization(keys["raw"], values["raw"])
+        for store, stored in zip(layer.stores(), (keys, values), strict=True):
+            _restore_store(store, stored, layer.layer_idx)
+        layer.set_length(int(state["cumulative_length"]))
+
+
+def _store_state(store: TokenStore) -> dict[str, Any]:
+    return {
+        "raw": store.raw.clone(),
+        "sinks": store.sinks,
+        "lengths": list(store.lengths),
+        "parts": [part.clone() for part in store.parts],
+    }
+
+
+def _restore_store(store: TokenStore, state: Mapping[str, Any], layer_idx: int) -> None:
+    lengths, raw = tuple(state["lengths"]), state["raw"]
+    parts = None
+    if lengths:
+        if store.codec is None:
+            raise ValueError(f"Layer {layer_idx} keeps 16 bits, the saved one has packed blocks.")
+        # The codec says which parts there are: those of one empty token, for their shapes.
+        probe = raw.new_zeros((*raw.shape[:2], 1, store.block_length, raw.shape[-1]))
+        expected = store.codec.encode(probe, "no states")
+        found = [(tuple(part.shape[:2]), part.dtype, part.shape[3:]) for part in state["parts"]]
+        wanted = [(tuple(part.shape[:2]), part.dtype, part.shape[3:]) for part in expected]
+        if found != wanted:
+            raise ValueError(
+                f"The saved blocks of layer {layer_idx} do not fit its codec: expected "
+                f"{wanted}, got {found}. A cache is loaded into one of the same profile."
+            )
+        parts = type(expected)(*state["parts"])
+    store.commit(Addition(parts, lengths, raw, int(state["sinks"])))
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, torch.device):
+        return str(value)
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(entry, name) for entry in value]
+    if isinstance(value, dict):
+        return {key: _plain(entry, name) for key, entry in value.items()}
+    raise TypeError(f"A layer's {name} of type {type(value).__name__} cannot be saved as plain.")

@@ -1,0 +1,138 @@
+"""The Triton kernels compile for NVIDIA's GPUs; that needs none.
+
+Triton's interpreter, which the contract test uses, accepts what the compiler refuses, and does not
+know of registers and shared memory.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own: that of the tests may hold kernels made for the interpreter.
+PROGRAM = """
+import json
+import sys
+import traceback
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from hf_adaptive_sparse.kernels import triton_kernels, triton_plan
+from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
+from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
+
+NAMES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.uint8: "*u8", torch.int32: "*i32",
+}
+
+def compile_for(capability, function, arguments, constants, options):
+    signature, fixed, attributes = {}, {}, {}
+    for place, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            fixed[(place,)] = constants[name]
+        elif isinstance(arguments[place], torch.Tensor):
+            signature[name] = NAMES[arguments[place].dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(arguments[place], float) else "i32"
+    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
+    kernel = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert kernel.asm["cubin"]
+    return kernel.metadata.shared
+
+def shared_bytes(case):
+    dtype, width = getattr(torch, case["dtype"]), case["head_dim"]
+    states = torch.randn(1, 1, 2, 128, width).to(dtype)
+    mode, group, bits = case.get("key_mode", "channel"), case.get("group", 64), case["bits"]
+    keys = PackedKeys(
+        bits, *key_codec(bits, mode, group).encode(states, "keys"),
+        group=None if mode == "channel" else group,
+    )
+    values = PackedValues(bits, *value_codec(bits, group).encode(states, "values"), group=group)
+    raw = torch.randn(1, 1, 3, width).to(dtype)
+    cache = PackedCache(keys, values, raw, raw, 128, lengths=case.get("lengths"))
+    query = torch.randn(1, case.get("heads", 4), case.get("queries", 1), width).to(dtype)
+    mask = None
+    if "mask" in case:
+        mask = torch.ones(1, 1, query.shape[2], cache.length).to(getattr(torch, case["mask"]))
+    call, partial = triton_plan.prepare(query, cache, mask, case.get("is_causal", False), 0.125)
+    capability = case["capability"]
+    constants = {"VALUE_DIM": width, "VALUE_PAD": call.constants["VALUE_PAD"], "CHUNK": 16}
+    compile_for(
+        capability, triton_kernels.combine_kernel, (partial, query, 3, 4), constants,
+        {"num_warps": 4},
+    )
+    return compile_for(
+        capability, triton_kernels.split_kernel, call.arguments, call.constants, call.options
+    )
+
+for line in sys.stdin:
+    case = json.loads(line)
+    if "lengths" in case:
+        case["lengths"] = tuple(case["lengths"])
+    try:
+        print(json.dumps(shared_bytes(case)), flush=True)
+    except Exception:
+        print(json.dumps(traceback.format_exc()[-3000:]), flush=True)
+"""
+
+SHARED_BYTES = 99 * 1024
+"""Shared memory of a program on the smallest supported GPUs, of compute capability 8.6 and 8.9."""
+
+CASES = [
+    {"capability": 80, "dtype": "bfloat16", "head_dim": 64, "bits": 6, "mask": "bool"},
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6},
+    {
+        "capability": 80,
+        "dtype": "float16",
+        "head_dim": 72,
+        "bits": 3,
+        "heads": 20,
+        "mask": "float16",
+        "queries": 2,
+    },
+    {
+        "capability": 90,
+        "dtype": "bfloat16",
+        "head_dim": 128,
+        "bits": 4,
+        "key_mode": "token",
+        "group": 32,
+        "is_causal": True,
+    },
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 2, "heads": 40},
+    {"capability": 80, "dtype": "bfloat16", "head_dim": 256, "bits": 8, "lengths": [128, 7]},
+    {"capability": 90, "dtype": "float32", "head_dim": 64, "bits": 6},
+    {"capability": 80, "dtype": "float32", "head_dim": 256, "bits": 3, "key_mode": "token"},
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM.strip()],
+        input="\n".join(map(json.dumps, CASES)),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is optional")
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: CASES[index]["dtype"])
+def test_kernels_compile_and_fit(outcomes, index):
+    outcome = outcomes[index]
+    if isinstance(outcome, str) and "ptxas" in outcome and "No such file" in outcome:
+        pytest.skip("this Triton has no assembler for NVIDIA's GPUs")
+    assert isinstance(outcome, int), outcome
+    assert outcome <= SHARED_BYTES, CASES[index]

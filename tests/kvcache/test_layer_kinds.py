@@ -1,0 +1,246 @@
+"""Every kind of layer that DynamicCache makes, in tiny models: the same tokens at 16 bits."""
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
+from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
+from hf_adaptive_sparse.profiles import KVCacheConfig
+
+BASE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
+MODELS = {
+    "gemma3": ("Gemma3Text", {"sliding_window": 16, "layer_types": [SLIDING, FULL] * 2}),
+    "gemma2": ("Gemma2", {"sliding_window": 12, "layer_types": [SLIDING, FULL] * 2}),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "mistral, no window": ("Mistral", {"sliding_window": None}),
+    "llama4": (
+        "Llama4Text",
+        {
+            "attention_chunk_size": 16,
+            "layer_types": [CHUNKED, FULL] * 2,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 2,
+            "no_rope_layers": [1, 0, 1, 0],
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {"sliding_window": 16, "layer_types": [SLIDING, FULL] * 2, "num_local_experts": 4},
+    ),
+    "qwen3-next": (
+        "Qwen3Next",
+        {
+            "layer_types": ["linear_attention", FULL] * 2,
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "jamba": (
+        "Jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", FULL] * 2}),
+    "falcon-h1": (
+        "FalconH1",
+        {
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 2,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "deepseek v3.2": (
+        "DeepseekV32",
+        {
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 64,
+        },
+    ),
+    "gemma3n": (
+        "Gemma3nText",
+        {
+            "sliding_window": 16,
+            "layer_types": [SLIDING, FULL, SLIDING, FULL],
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": 128,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+            "intermediate_size": [64] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
+}
+CLASSES = {"Gemma3Text": "Gemma3", "Llama4Text": "Llama4", "Gemma3nText": "Gemma3n"}
+
+
+def make_model(name):
+    kind, changes = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**(BASE | changes))
+    torch.manual_seed(0)
+    return getattr(transformers, f"{CLASSES.get(kind, kind)}ForCausalLM")(config).eval()
+
+
+def prompts(batch, tokens, seed=0):
+    return torch.randint(5, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, cache, ids, **settings):
+    defaults = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # left padding
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **(defaults | settings),
+    )
+    return out.sequences, torch.stack(out.logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_tokens_at_16_bits(name):
+    model = make_model(name)
+    ids = prompts(2, 30)
+    expected = generate(model, DynamicCache(config=model.config), ids)
+    cache = AdaptiveQuantizedCache(model.config, KVCacheConfig(bits=16))
+    got = generate(model, cache, ids)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bounded_difference_at_8_bits(name):
+    model = make_model(name)
+    ids = prompts(2, 60)
+    profile = KVCacheConfig(bits=8, residual_length=16)
+    sequences, _ = generate(model, DynamicCache(config=model.config), ids)
+    with torch.no_grad():
+        stock, ours = (
+            DynamicCache(config=model.config),
+            AdaptiveQuantizedCache(model.config, profile),
+        )
+        logits = []
+        for cache in (stock, ours):
+            parts = [model(input_ids=sequences[:, :60], past_key_values=cache).logits]
+            parts += [
+                model(input_ids=sequences[:, step : step + 1], past_key_values=cache).logits
+                for step in range(60, 100)
+            ]
+            logits.append(torch.cat(parts, dim=1))
+    difference = (logits[1] - logits[0]).std() / logits[0].std()
+    assert (0 < difference < 0.02) if quantised(cache) else (difference == 0)
+
+
+def quantised(cache):
+    return [layer for layer in cache.layers if isinstance(layer, AdaptiveQuantizedLayer)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_and_sliding_layers_are_quantised_and_others_are_those_of_transformers(name):
+    config = make_model(name).config
+    stock = DynamicCache(config=config)
+    ours = AdaptiveQuantizedCache(config)
+    assert ours.is_sliding == stock.is_sliding
+    assert ours.is_linear == stock.is_linear
+    assert ours.is_dummy == stock.is_dummy
+    for mine, theirs in zip(ours.layers, stock.layers, strict=True):
+        replaced = {
+            DynamicLayer: AdaptiveQuantizedLayer,
+            DynamicSlidingWindowLayer: AdaptiveSlidingWindowLayer,
+        }
+        assert type(mine) is replaced.get(type(theirs), type(theirs))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "llama4"])
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 4}])
+def test_beams_and_rollbacks_in_windows(name, settings):
+    """Beam search reorders the ring; prompt lookup takes rejected tokens back out of it."""
+    model = make_model(name)
+    ids = prompts(1, 10).repeat(1, 4)
+    expected = generate(model, DynamicCache(config=model.config), ids, **settings)[0]
+    cache = AdaptiveQuantizedCache(model.config, KVCacheConfig(bits=16, residual_length=8))
+    assert torch.equal(generate(model, cache, ids, **settings)[0], expected)
+    cache = AdaptiveQuantizedCache(model.config, KVCacheConfig(bits=8, residual_length=8))
+    assert generate(model, cache, ids, **settings)[0].shape == expected.shape
+
+
+def test_a_model_of_states_alone_takes_the_cache_too():
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=128, hidden_size=32, state_size=8, num_hidden_layers=2, pad_token_id=0
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    tokens = [
+        model.generate(prompts(2, 9), cache_params=cache, max_new_tokens=20, eos_token_id=None)
+        for cache in (DynamicCache(config=config), AdaptiveQuantizedCache(config))
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_a_window_of_one_is_left_to_transformers():
+    config = make_model("mistral").config
+    config.sliding_window = 1
+    cache = AdaptiveQuantizedCache(config)
+    assert {type(layer) for layer in cache.layers} == {DynamicSlidingWindowLayer}
+    assert cache.nbytes == 0
+    cache.update(torch.ones(1, 1, 3, 16), torch.ones(1, 1, 3, 16), 0)
+    assert cache.nbytes == 2 * 3 * 16 * 4
+
+
+def test_bytes_of_a_window_stay_below_those_of_transformers():
+    config = make_model("mistral").config
+    config.sliding_window, config.head_dim = 512, 64
+    profile = KVCacheConfig(key_bits=(8, 6) * 2, value_bits=(6, 8) * 2)
+    ours, stock = AdaptiveQuantizedCache(config, profile), DynamicCache(config=config)
+    for length in (3000, 1, 1, 130, 50):
+        states = torch.randn(1, 1, length, 64).bfloat16()
+        for layer in range(4):
+            ours.update(states, states, layer)
+            stock.update(states, states, layer)
+    stock_bytes = sum(2 * layer.keys.numel() * 2 for layer in stock.layers)
+    assert ours.nbytes < 0.8 * stock_bytes

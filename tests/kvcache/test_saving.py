@@ -1,0 +1,135 @@
+"""A cache as plain tensors, through a file and back."""
+
+import copy
+import io
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
+
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.kvcache.saving import layer_state
+from hf_adaptive_sparse.profiles import KVCacheConfig
+
+PROFILES = [
+    KVCacheConfig(bits=16),
+    KVCacheConfig(bits=8, residual_length=16),
+    KVCacheConfig(bits=(3, 16, 4, 2), value_bits=(16, 6, 2, 8), residual_length=16, sink_length=3),
+    KVCacheConfig(bits=6, residual_length=16, key_mode="token"),
+]
+
+
+def random_ids(batch, tokens, seed=0):
+    return torch.randint(5, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def through_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@torch.no_grad()
+def feed(model, cache, *pieces):
+    return torch.cat([model(input_ids=ids, past_key_values=cache).logits for ids in pieces], dim=1)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("tokens", [5, 32, 61])
+@pytest.mark.parametrize("crop", [0, 4])
+def test_a_loaded_cache_goes_on_like_the_saved_one(tiny_llama, profile, tokens, crop):
+    cache = AdaptiveQuantizedCache(tiny_llama.config, profile)
+    feed(tiny_llama, cache, random_ids(2, tokens))
+    cache.crop(-crop)
+    loaded = AdaptiveQuantizedCache(tiny_llama.config, profile)
+    loaded.load_state_dict(through_file(cache.state_dict()))
+    assert loaded.get_seq_length() == cache.get_seq_length() == tokens - crop
+    assert loaded.nbytes <= cache.nbytes
+    new = random_ids(2, 30, seed=1).split([1, 20, 9], dim=1)
+    assert torch.equal(feed(tiny_llama, loaded, *new), feed(tiny_llama, cache, *new))
+
+
+def test_an_empty_cache_and_one_that_held_something_else(tiny_llama):
+    cache = AdaptiveQuantizedCache(tiny_llama.config)
+    loaded = AdaptiveQuantizedCache(tiny_llama.config)
+    feed(tiny_llama, loaded, random_ids(3, 140))
+    loaded.load_state_dict(through_file(cache.state_dict()))
+    assert loaded.get_seq_length() == loaded.nbytes == 0
+    assert feed(tiny_llama, loaded, random_ids(1, 5)).shape[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Lfm2"])
+def test_windows_and_layers_of_transformers_are_saved_too(kind):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        **(
+            {"layer_types": ["conv", "full_attention"]} if kind == "Lfm2" else {"sliding_window": 9}
+        ),
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    profile = KVCacheConfig(bits=8, residual_length=8)
+    cache = AdaptiveQuantizedCache(config, profile)
+    feed(model, cache, random_ids(2, 50))
+    loaded = AdaptiveQuantizedCache(config, profile)
+    loaded.load_state_dict(through_file(cache.state_dict()))
+    new = random_ids(2, 3, seed=1).split(1, dim=1)
+    assert torch.equal(feed(model, loaded, *new), feed(model, cache, *new))
+    assert loaded.get_mask_sizes(1, 1) == cache.get_mask_sizes(1, 1)
+
+
+def test_what_does_not_fit_is_refused(tiny_llama):
+    cache = AdaptiveQuantizedCache(tiny_llama.config, KVCacheConfig(bits=8, residual_length=16))
+    feed(tiny_llama, cache, random_ids(1, 40))
+    state = cache.state_dict()
+    for other in (KVCacheConfig(bits=6, residual_length=16), KVCacheConfig(bits=8)):
+        with pytest.raises(ValueError, match="same profile and number of layers"):
+            AdaptiveQuantizedCache(tiny_llama.config, other).load_state_dict(state)
+    config = copy.deepcopy(tiny_llama.config)
+    config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match=r"4 layers.*this one 2 layers"):
+        AdaptiveQuantizedCache(config, cache.kv_cache).load_state_dict(state)
+    with pytest.raises(ValueError, match="format_version 99"):
+        cache.load_state_dict(state | {"format_version": 99})
+    broken = copy.deepcopy(state)
+    parts = broken["layers"][1]["stores"][0]["parts"]
+    parts[0] = parts[0][..., :-1]
+    with pytest.raises(ValueError, match="saved blocks of layer 1 do not fit its codec"):
+        cache.load_state_dict(broken)
+    lossless = AdaptiveQuantizedCache(tiny_llama.config, KVCacheConfig(bits=16))
+    with pytest.raises(ValueError, match="Layer 0 keeps 16 bits"):
+        lossless.load_state_dict(state | {"kv_cache": lossless.kv_cache.to_dict()})
+
+
+def test_what_is_not_plain_is_refused_by_name():
+    layer = DynamicLayer()
+    layer.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+    assert set(layer_state(layer)) >= {"keys", "values", "is_initialized"}
+    layer.note = {"made": (1, 2)}
+    assert layer_state(layer)["note"] == {"made": [1, 2]}
+    layer.note = {"made": object()}
+    with pytest.raises(TypeError, match="note of type object cannot be saved"):
+        layer_state(layer)
+
+
+def test_it_is_a_dynamic_cache_to_whom_asks(tiny_llama):
+    cache = AdaptiveQuantizedCache(tiny_llama.config)
+    assert isinstance(cache, DynamicCache)
+    assert not cache.is_compileable
+    both = transformers.EncoderDecoderCache(cache, DynamicCache())
+    feed(LlamaForCausalLM(tiny_llama.config), cache, random_ids(2, 150))
+    both.crop(-3)
+    both.batch_repeat_interleave(2)
+    both.batch_select_indices(torch.tensor([0, 3]))
+    both.reorder_cache(torch.tensor([1, 0]))
+    assert both.get_seq_length() == 147
