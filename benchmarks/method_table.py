@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -80,7 +80,7 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
 
 
 def run_search(
-    inputs: Inputs, space: SearchSpace, options: argparse.Namespace
+    inputs: Inputs, space: SearchSpace, trials: int, seed: int
 ) -> tuple[SearchResult, float]:
     started = perf_counter()
     result = search(
@@ -88,8 +88,8 @@ def run_search(
         inputs.data.calibration,
         inputs.searched,
         space,
-        n_trials=options.trials,
-        seed=options.seed,
+        n_trials=trials,
+        seed=seed,
     )
     return result, perf_counter() - started
 
@@ -116,6 +116,8 @@ def main() -> None:
     parser.add_argument("--visual", help="likewise, with visual questions")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--sweep-trials", type=int, default=30)
+    parser.add_argument("--sweep-questions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--calibration-windows", type=int, default=64)
@@ -128,26 +130,30 @@ def main() -> None:
     options = parser.parse_args()
     inputs = read_inputs(options)
 
-    result, seconds = run_search(inputs, SearchSpace(), options)
+    result, seconds = run_search(inputs, SearchSpace(), options.trials, options.seed)
     first = method_table(
         inputs.source, inputs.data, result.best_profile, search_seconds=seconds, progress=True
     )
     joint = found(result, seconds)
 
     sweep: list[tuple[float, list[Measurement], dict[str, Any]]] = []
+    swept = replace(inputs.data, num_questions=options.sweep_questions)
+    dense = None
     for ratio in options.ratios:
         space = SearchSpace(target_sparsity=ratio, kv_bits=None)
-        result, seconds = run_search(inputs, space, options)
+        result, seconds = run_search(inputs, space, options.sweep_trials, options.seed)
         rows = method_table(
             inputs.source,
-            inputs.data,
+            swept,
             result.best_profile,
             target_sparsity=ratio,
             search_seconds=seconds,
             metrics=("wanda", "sparsegpt", "lognorm"),
             kv_caches=False,
+            dense=dense,
             progress=True,
         )
+        dense = rows[0]
         sweep.append((ratio, rows, found(result, seconds)))
 
     write_result(
@@ -181,6 +187,9 @@ def tables(
         "Written by `benchmarks/method_table.py`; machine, versions and seed are in the JSON "
         "beside this file. Perplexity and accuracy are measured on data that neither calibration "
         "nor search saw; seconds are of one run on a shared machine.",
+        "",
+        f"The search of the first table had {joint['trials']} trials, those of the second "
+        f"{sweep[0][2]['trials'] if sweep else 0} each.",
         "",
         "## One sparsity",
         "",

@@ -7,6 +7,11 @@ model and the calibration tokens are in memory and one forward has warmed up the
 kernels. The forward itself (activations and masks of one window) is measured apart and reported:
 it belongs to no metric.
 
+glibc keeps freed blocks below its moving mmap threshold (up to 32 MiB) for later, and they count as
+resident. The largest Hessian of this small model falls just below it (30 MiB), so the runs fix the
+threshold (``MALLOC_MMAP_THRESHOLD_``; each row records what it ran with): what is measured is what
+the program holds. With the default, sparsegpt's high water is 137 MiB here, 1.15 of the bound.
+
     python benchmarks/prune_memory.py
 """
 
@@ -118,6 +123,7 @@ def measure(metric: str) -> dict[str, float]:
         "extra_bytes": extra,
         "bound_extra_bytes": bound,
         "within_bound": extra <= bound,
+        "mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_", "default"),
         "seconds": seconds,
     }
 
@@ -153,6 +159,7 @@ def main() -> int:
         print(json.dumps(measure(arguments.metric)))
         return 0
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     rows = []
     print("| metric | extra MiB | bound MiB | of bound | one forward MiB | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -19,13 +19,14 @@ from hf_adaptive_sparse.checkpoint.loading import register
 from hf_adaptive_sparse.version import __version__
 
 if TYPE_CHECKING:
+    from hf_adaptive_sparse.calibration.data import load_batches
     from hf_adaptive_sparse.checkpoint.config import SparsityConfig
     from hf_adaptive_sparse.checkpoint.loading import AutoModelForVision2Seq
     from hf_adaptive_sparse.compressor import compress, prune
     from hf_adaptive_sparse.evaluation.perplexity import perplexity
     from hf_adaptive_sparse.evaluation.resources import sparsity_report
     from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
-    from hf_adaptive_sparse.hub import inspect, push
+    from hf_adaptive_sparse.hub import inspect, push_folder
     from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
     from hf_adaptive_sparse.profiles import (
         CalibrationConfig,
@@ -49,9 +50,10 @@ _HOMES = {
     "SparsityProfile": "profiles",
     "compress": "compressor",
     "inspect": "hub",
+    "load_batches": "calibration.data",
     "perplexity": "evaluation.perplexity",
     "prune": "compressor",
-    "push": "hub",
+    "push_folder": "hub",
     "sparsity_report": "evaluation.resources",
     "vqa_accuracy": "evaluation.vqa",
 }
@@ -70,9 +72,10 @@ __all__ = [
     "__version__",
     "compress",
     "inspect",
+    "load_batches",
     "perplexity",
     "prune",
-    "push",
+    "push_folder",
     "register",
     "search",
     "sparsity_report",

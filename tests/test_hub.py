@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.hub import HubError, inspect, push_folder
+from hf_adaptive_sparse.hub.push import folder_files
 from hf_adaptive_sparse.packing.bitmask import compress
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from tests.conftest import llama_config
@@ -683,3 +684,9 @@ print(same, again.config.quantization_config.kv_cache.bits)
     found = inspect(REPO, token=READER, endpoint=hub.endpoint)
     assert found.sparsity == (0.5, 0.5)
     assert found.checkpoint_format == "bitmask"
+
+
+def test_a_searchs_storage_stays_at_home(tmp_path: Path) -> None:
+    for name in ("config.json", "search.json", "search.journal", "study.db-wal", ".hidden"):
+        (tmp_path / name).write_text("{}")
+    assert list(folder_files(tmp_path)) == ["config.json", "search.json"]

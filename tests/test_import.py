@@ -46,7 +46,8 @@ def test_importing_first_or_after_transformers_is_the_same() -> None:
 
 @pytest.mark.parametrize("name", sorted(has.__all__))
 def test_every_public_name_is_there(name: str) -> None:
-    assert getattr(has, name) is not None
+    value = getattr(has, name)
+    assert callable(value) or name == "__version__"
     assert name in dir(has)
 
 

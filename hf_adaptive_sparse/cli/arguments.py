@@ -139,6 +139,10 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_PRUNED = (_add_model, _add_output, _add_pruning, _add_calibration, _add_batches)
+_SEARCHED = (*_PRUNED, _add_evaluation, _add_search)
+
+
 def kv_bits(text: str) -> tuple[int, ...] | None:
     """Parse the value of ``--kv-bits``.
 
@@ -172,17 +176,7 @@ def _compress(commands: Any) -> None:
     parser = _command(
         commands, "compress", run.run_compress, "Search, prune and save: the whole method"
     )
-    for add in (
-        _add_model,
-        _add_output,
-        _add_pruning,
-        _add_final_prune,
-        _add_calibration,
-        _add_evaluation,
-        _add_questions,
-        _add_batches,
-        _add_search,
-    ):
+    for add in (*_SEARCHED, _add_final_prune, _add_questions):
         add(parser)
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to this Hub repo")
     parser.add_argument("--private", action="store_true", help="make the pushed repo private")
@@ -192,14 +186,7 @@ def _prune(commands: Any) -> None:
     parser = _command(
         commands, "prune", run.run_prune, "Prune at uniform ratios, or by a profile, and save"
     )
-    for add in (
-        _add_model,
-        _add_output,
-        _add_pruning,
-        _add_final_prune,
-        _add_calibration,
-        _add_batches,
-    ):
+    for add in (*_PRUNED, _add_final_prune):
         add(parser)
     parser.add_argument(
         "--profile", metavar="FILE", help="profile.json of a search, instead of uniform ratios"
@@ -217,15 +204,7 @@ def _search(commands: Any) -> None:
     parser = _command(
         commands, "search", run.run_search, "Search a profile without pruning; write it to a folder"
     )
-    for add in (
-        _add_model,
-        _add_output,
-        _add_pruning,
-        _add_calibration,
-        _add_evaluation,
-        _add_batches,
-        _add_search,
-    ):
+    for add in _SEARCHED:
         add(parser)
 
 

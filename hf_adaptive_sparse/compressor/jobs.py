@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
-from hf_adaptive_sparse.compressor.pipeline import JOURNAL, in_memory, ranking_metric
+from hf_adaptive_sparse.compressor.pipeline import JOURNAL, ranking_metric
 from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
@@ -137,7 +137,7 @@ def search_to_folder(
         plot_search_history(result.history, folder / "search.png")
         plot_profile(result.best_profile, folder / "profile.png", target_sparsity=space.target)
         # The journal moves with the folder; the result must not read it from its old place.
-        result = replace(result, study=in_memory(result.study))
+        result = result.detached()
     return result
 
 

@@ -8,9 +8,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-import optuna
-from optuna.study import Study
-
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
@@ -198,22 +195,11 @@ def compress(
             result=result,
         )
         # The journal moves with the folder; the result must not read it from its old place.
-        result = None if result is None else replace(result, study=in_memory(result.study))
+        result = None if result is None else result.detached()
     commit_url = None
     if push_to_hub is not None:
         commit_url = push_folder(target, push_to_hub, private=private)
     return CompressionResult(target, config, report, tuple(rows), result, commit_url)
-
-
-def in_memory(study: Study) -> Study:
-    """Return a copy of ``study`` that no longer depends on its storage."""
-    storage = optuna.storages.InMemoryStorage()
-    study_id = storage.create_new_study([study.direction], study.study_name)
-    copy = Study(storage.get_study_name_from_id(study_id), storage)
-    for key, value in study.user_attrs.items():
-        copy.set_user_attr(key, value)
-    copy.add_trials(study.get_trials(deepcopy=False))
-    return copy
 
 
 def search_space(config: SparsityConfig, kv_bits: tuple[int, ...] | None = (6, 8)) -> SearchSpace:

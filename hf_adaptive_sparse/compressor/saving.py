@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import accepts_images, kv_widths, prunable_linears
@@ -21,6 +22,7 @@ from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
 from hf_adaptive_sparse.report.tables import format_bytes
 from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
+from hf_adaptive_sparse.staging import OutputError
 from hf_adaptive_sparse.version import __version__
 
 
@@ -73,8 +75,18 @@ def table_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
 
 
 def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    """Write weights, config, generation config and processor into ``folder``."""
-    model.save_pretrained(folder)
+    """Write weights, config, generation config and processor into ``folder``.
+
+    Raises:
+        OutputError: If the weights cannot be written, for example because the disk is full.
+    """
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OutputError(
+            f"The weights cannot be written to {folder}: {error}. Free space there, or choose "
+            "another output folder."
+        ) from error
     if processor is not None:
         processor.save_pretrained(folder)
 

@@ -57,6 +57,7 @@ def method_table(
     search_seconds: float = 0.0,
     metrics: Sequence[str] = METRICS,
     kv_caches: bool = True,
+    dense: Measurement | None = None,
     progress: bool = False,
 ) -> list[Measurement]:
     """Measure the rows dense, each metric, searched sparsity, and KV 8, 6 and searched.
@@ -69,10 +70,13 @@ def method_table(
         search_seconds: Time of the search, counted in the searched rows.
         metrics: Metrics of the uniform rows.
         kv_caches: Also measure the searched model with KV caches of 8, 6 and searched bits.
+        dense: The dense row, where it was measured on ``data`` already.
         progress: Show progress bars on stderr.
     """
-    model = source.load_dense()
-    rows = [_row("dense", model, data, sparsity=0.0, size=_saved_bytes(model))]
+    if dense is None:
+        model = source.load_dense()
+        dense = _row("dense", model, data, sparsity=0.0, size=_saved_bytes(model))
+    rows = [dense]
     data = replace(data, match=rows[0].match)
     for metric in metrics:
         config = SparsityConfig(target_sparsity=target_sparsity, metric=metric)

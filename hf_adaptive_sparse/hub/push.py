@@ -28,7 +28,8 @@ WEIGHT_PATTERNS = (
 )
 """Files at the root of a repo that transformers loads weights from."""
 
-_SKIPPED_ENDINGS = (".partial", ".lock", ".tmp", "-journal", "-wal", "-shm")
+_SKIPPED_ENDINGS = (".partial", ".lock", ".tmp", "-journal", "-wal", "-shm", ".journal")
+"""Unfinished files, and storages of a search: those name the machine they were made on."""
 
 
 def push_folder(

@@ -44,7 +44,8 @@ def inverse_factor(
     # Such a feature is tied to no other: any positive value keeps it apart from the rest.
     hessian.diagonal()[dead] = 1.0
     lower = _damped_cholesky(hessian, damping, upper=False)
-    inverse: torch.Tensor = torch.cholesky_inverse(lower, out=hessian)
+    # Transposed, because LAPACK writes columns: into rows it would work on a copy.
+    inverse: torch.Tensor = torch.cholesky_inverse(lower, out=hessian.mT)
     del lower
     return _damped_cholesky(inverse, 0.0, upper=True), dead
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, c
 from hf_adaptive_sparse.pruning.apply import PruningReport
 from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, library_versions
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import detached_study
 from hf_adaptive_sparse.search.trials import history, tally
 
 if TYPE_CHECKING:
@@ -113,6 +114,10 @@ class SearchResult:
     def history(self) -> list[dict[str, Any]]:
         """One dict per trial, in order; keys as in `trials.history`."""
         return history(self.study)
+
+    def detached(self) -> SearchResult:
+        """Return the same result with its study copied into memory, free of its storage."""
+        return replace(self, study=detached_study(self.study))
 
     def apply(
         self,

@@ -40,6 +40,34 @@ UNCLAIMED_SECONDS = 60
 """A running trial that names no process after this long was killed before it could."""
 
 
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Silence Optuna's line per trial; the progress bar and the stored attributes replace it."""
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def detached_study(study: Study) -> Study:
+    """Return a copy of ``study`` that lives in memory and no longer depends on its storage."""
+    from optuna.storages import InMemoryStorage
+    from optuna.study import Study
+
+    with quiet_optuna():
+        storage = InMemoryStorage()
+        storage.create_new_study([study.direction], study.study_name)
+        copy = Study(study.study_name, storage)
+        for key, value in study.user_attrs.items():
+            copy.set_user_attr(key, value)
+        copy.add_trials(study.get_trials(deepcopy=False))
+    return copy
+
+
 def open_storage(storage: Storage) -> BaseStorage:
     """Open a storage.
 

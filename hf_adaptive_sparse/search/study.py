@@ -7,10 +7,9 @@ one would have tried.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import (
     fail_abandoned_trials,
     open_storage,
+    quiet_optuna,
     storage_errors,
 )
 from hf_adaptive_sparse.search.trials import Tally, tally
@@ -140,7 +140,7 @@ def search(
         calibration=calibration_batches,
         evaluation=evaluation_batches,
     )
-    with _quiet_optuna(), storage_errors(_storage_name(storage)):
+    with quiet_optuna(), storage_errors(_storage_name(storage)):
         study = _open_study(storage, study_name or STUDY_NAME, made_for, seed)
         if goes_on(tally(study), n_trials):
             with perplexity_objective(
@@ -188,19 +188,6 @@ def _storage_name(storage: Storage) -> str:
     if isinstance(storage, str | os.PathLike):
         return os.fspath(storage)
     return type(storage).__name__
-
-
-@contextlib.contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    """Silence Optuna's line per trial; the progress bar and the stored attributes replace it."""
-    import optuna
-
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
 
 
 def _open_study(storage: Storage, name: str, made_for: dict[str, Any], seed: int) -> Study:

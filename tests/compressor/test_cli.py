@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,23 @@ def test_a_model_that_does_not_exist(capsys, tmp_path: Path) -> None:
     assert code == 2
     assert "nothing" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(llava_folder: Path, tmp_path: Path) -> None:
+    arguments = ["prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_adaptive_sparse", *map(str, arguments), "--no-progress"],
+        capture_output=True,
+        text=True,
+        # Files may not grow beyond 64 KiB: what the write meets is the same as on a full disk.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "The weights cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_traceback_on_request(llava_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""compress --push-to-hub, inspect and evaluate by repo id, through the real client over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import WRITER, running_hub
+
+REPO = "user/tiny-half"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_compress_push_inspect_evaluate(
+    llava_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with running_hub() as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": WRITER,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+
+        def run(*arguments: object) -> dict[str, object]:
+            done = subprocess.run(
+                [sys.executable, "-m", "hf_adaptive_sparse", *map(str, arguments), "--json"],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            return dict(json.loads(done.stdout))
+
+        data = ["--evaluation", text_file, "--evaluation-samples", 4, "--sequence-length", 32]
+        made = run(
+            "compress", llava_folder, "--output", tmp_path / "out", "--trials", 2, "--no-progress",
+            "--calibration", text_file, "--calibration-samples", 8, "--push-to-hub", REPO, *data,
+        )  # fmt: skip
+        assert REPO in str(made["commit_url"])
+        seen = run("inspect", REPO)
+        assert seen["kv_cache"] is not None
+        assert seen["target_sparsity"] == 0.5
+        row = run("evaluate", REPO, "--no-progress", *data)
+        assert row["sparsity"] == pytest.approx(0.5, abs=1e-4)
