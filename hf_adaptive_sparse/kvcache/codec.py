@@ -3,7 +3,7 @@
 A codec encodes blocks ``(batch, kv_heads, blocks, tokens, head_dim)``, each by itself and once,
 into *parts*: a named tuple of tensors ``(batch, kv_heads, blocks, ...)``, which may be cut, joined
 and indexed along batch and blocks like the states themselves. The number of tokens per block is
-fixed per store. A further codec is one more module and one more case in ``codec_for``:
+fixed per store. A further codec is one more module and one more case in ``selection``:
 
 - ``channel.ChannelCodec``: keys, a step and a minimum per channel over the tokens of the block;
 - ``grouped.GroupCodec``: keys, a step and a minimum per token and group of channels;
