@@ -1,4 +1,4 @@
-"""Write the measured table into the README, from ``results/method_table.json``.
+"""Write the measured tables into the README, from ``method_table.json`` and ``kv_codecs.json``.
 
 The README's figures are never typed: they stand between two marks and a test checks that they are
 what this script writes.
@@ -15,23 +15,46 @@ from hf_adaptive_sparse.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-RESULT = ROOT / "benchmarks/results/method_table.json"
+RESULTS = ROOT / "benchmarks/results"
+METHOD, CODECS = RESULTS / "method_table.json", RESULTS / "kv_codecs.json"
+DEFAULTS = "defaults, "
+"""How rows of ``kv_codecs.json`` start that use the cache's default settings."""
+
 START, END = "<!-- table: method -->\n", "<!-- end -->"
 
 
 def readme_table() -> str:
     """Return what stands between the marks."""
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    result = json.loads(METHOD.read_text(encoding="utf-8"))
     measured = [Measurement(**row) for row in result["table"]]
+    weights = [row for row in table_rows(measured) if "KV" not in str(row["model"])]
+    for row in weights:
+        del row["KV bytes per token"]
     machine = result["environment"]
     return (
-        f"{markdown_table(table_rows(measured))}\n\n"
+        f"{markdown_table(weights)}\n\n"
+        f"{markdown_table(cache_rows())}\n\n"
         f"<sub>A LLaVA-architecture model of 13 M parameters, WikiText-2 and easy-VQA test data "
         f"that neither calibration nor search saw; {machine['processor']}, {machine['threads']} "
         f"thread, seed {result['seed']}; seconds include the search. From "
-        f"[benchmarks/results/method_table.md](benchmarks/results/method_table.md), which also has "
-        f"30 to 70 %.</sub>\n"
+        f"[method_table.md](benchmarks/results/method_table.md), which also has 30 to 70 %, and "
+        f"[kv_codecs.md](benchmarks/results/kv_codecs.md) (the dense model, float32).</sub>\n"
     )
+
+
+def cache_rows() -> list[dict[str, object]]:
+    """Return what each width of the KV cache costs with the default settings."""
+    rows = json.loads(CODECS.read_text(encoding="utf-8"))["rows"]
+    most = max(row["windows"] for row in rows)
+    return [
+        {
+            "KV cache": f"{row['name'].removeprefix(DEFAULTS)} bits",
+            "bits per element, metadata included": f"{row['bits_per_element']:.2f}",
+            "perplexity against 16 bits": f"{row['increase_percent']:+.3f} %",
+        }
+        for row in rows
+        if row["name"].startswith(DEFAULTS) and row["windows"] == most
+    ]
 
 
 def updated(text: str) -> str:

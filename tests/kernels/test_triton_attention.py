@@ -43,33 +43,41 @@ def interpreted():
     Triton decides when functions are decorated, its own at its import, and other libraries import
     it early.
     """
-    before = {name: module for name, module in sys.modules.items() if is_triton(name)}
     own = [f"hf_adaptive_sparse.kernels.triton_{name}" for name in ("kernels", "rows")]
+    before = {
+        name: module for name, module in sys.modules.items() if is_triton(name) or name in own
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        for name in own:
-            patch.delitem(sys.modules, name, raising=False)
         for name in before:
             if not name.startswith("triton._C"):  # native code is loaded once
                 patch.delitem(sys.modules, name)
         importlib.import_module("triton.language")
         imported = importlib.import_module(own[0])
         modules = {name: module for name, module in sys.modules.items() if is_triton(name)}
-        for name in (*own, *(modules.keys() - before.keys())):
-            patch.delitem(sys.modules, name)
+        # By hand, since the patch would put back what it takes out: a submodule of the
+        # interpreter's Triton would then answer for the process's own.
+        for name in {*own, *modules}:
+            del sys.modules[name]
+    sys.modules.update(before)
     return imported, modules
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     if request.param == "cuda":
-        return torch.device("cuda")
+        yield torch.device("cuda")
+        return
     kernels, modules = request.getfixturevalue("interpreted")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton_attention, "_kernels", lambda: kernels)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    return torch.device("cpu")
+    known = set(sys.modules)
+    yield torch.device("cpu")
+    for name in set(sys.modules) - known:
+        if is_triton(name):  # imported on the way, as the interpreter's
+            del sys.modules[name]
 
 
 def make_cache(
