@@ -130,12 +130,7 @@ def attend(
             f"path: {active_path()}); got {query.dtype} on {query.device}, blocks of "
             f"{cache.block_length}, keys of {key_dim} channels."
         )
-    if batch != cache.raw_keys.shape[0] or heads % kv_heads or key_dim != cache.raw_keys.shape[-1]:
-        raise ValueError(
-            "query must be (batch, a multiple of kv_heads, queries, head_dim) of the cache's "
-            f"(batch, kv_heads, tokens, head_dim), got {tuple(query.shape)} and "
-            f"{tuple(cache.raw_keys.shape)}."
-        )
+    cache.check_query(query)
     value_dim = cache.raw_values.shape[-1]
     if query.stride(-1) != 1:
         query = query.contiguous()

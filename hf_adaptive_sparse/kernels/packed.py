@@ -90,3 +90,21 @@ class PackedCache:
         blocks = self.keys.codes.shape[2]
         packed = blocks * self.block_length if self.lengths is None else sum(self.lengths)
         return packed + self.raw_keys.shape[-2] - self.skip
+
+    def check_query(self, query: torch.Tensor) -> None:
+        """Refuse queries of another model or batch.
+
+        Args:
+            query: ``(batch, heads, queries, head_dim)``.
+
+        Raises:
+            ValueError: If batch, heads or head_dim do not fit the cache.
+        """
+        batch, heads, _, head_dim = query.shape
+        keys = self.raw_keys
+        if batch != keys.shape[0] or heads % keys.shape[1] or head_dim != keys.shape[-1]:
+            raise ValueError(
+                "query must be (batch, a multiple of kv_heads, queries, head_dim) of the cache's "
+                f"(batch, kv_heads, tokens, head_dim), got {tuple(query.shape)} and "
+                f"{tuple(keys.shape)}."
+            )

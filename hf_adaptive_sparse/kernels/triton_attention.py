@@ -99,7 +99,7 @@ def attend(
         ValueError: If shapes, dtypes or devices are not those above, or Triton cannot run.
     """
     batch, heads, queries, key_dim = query.shape
-    kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
+    value_dim = cache.raw_values.shape[-1]
     if not is_supported(query, cache, mask):
         raise ValueError(
             f"The Triton attention takes 1 to {MAX_QUERIES} queries in float32, bfloat16 or "
@@ -109,12 +109,7 @@ def attend(
             f"{queries} queries in {query.dtype} on {query.device}, heads of {key_dim} and "
             f"{value_dim} channels, a mask of {None if mask is None else mask.dtype}."
         )
-    if batch != cache.raw_keys.shape[0] or heads % kv_heads or key_dim != cache.raw_keys.shape[-1]:
-        raise ValueError(
-            "query must be (batch, a multiple of kv_heads, queries, head_dim) of the cache's "
-            f"(batch, kv_heads, tokens, head_dim), got {tuple(query.shape)} and "
-            f"{tuple(cache.raw_keys.shape)}."
-        )
+    cache.check_query(query)
     output = query.new_empty((batch, heads, queries, value_dim))
     if output.numel() == 0:
         return output

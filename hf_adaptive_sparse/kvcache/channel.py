@@ -18,12 +18,9 @@ import torch
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import KEY_FITS, scale_ends
 from hf_adaptive_sparse.kvcache.rounding import (
-    check_finite,
     compute_dtype,
     from_codes,
-    metadata_dtype,
-    round_down,
-    round_up,
+    stored_scale,
     to_codes,
 )
 from hf_adaptive_sparse.packing.bits import pack, packed_size_bytes, unpack
@@ -58,10 +55,7 @@ class ChannelCodec(Codec):
         exact = blocks.to(compute_dtype(blocks.dtype))
         steps = KEY_FITS.get(self.bits, 0)
         lowest, highest = scale_ends(exact, self.bits, steps, dim=-2)
-        minimum = round_down(lowest, metadata_dtype(blocks.dtype))
-        wanted = (highest - minimum.to(exact.dtype)) / (2**self.bits - 1)
-        step = round_up(wanted, minimum.dtype)
-        check_finite(step, blocks, what)
+        step, minimum = stored_scale(lowest, highest, self.bits, blocks, what)
         codes = to_codes(exact, step.unsqueeze(-2), minimum.unsqueeze(-2), self.bits)
         return ChannelParts(pack(codes, self.bits), step, minimum)
 

@@ -14,12 +14,9 @@ import torch
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import scale_ends
 from hf_adaptive_sparse.kvcache.rounding import (
-    check_finite,
     compute_dtype,
     from_codes,
-    metadata_dtype,
-    round_down,
-    round_up,
+    stored_scale,
     to_codes,
 )
 from hf_adaptive_sparse.packing.bits import pack, packed_size_bytes, unpack
@@ -57,10 +54,7 @@ class GroupCodec(Codec):
         """Quantise and pack ``blocks``; see ``Codec.encode``."""
         exact = blocks.to(compute_dtype(blocks.dtype))
         lowest, highest = group_ends(exact, self.group_size, self.bits, 0)
-        minimum = round_down(lowest, metadata_dtype(blocks.dtype))
-        wanted = (highest - minimum.to(exact.dtype)) / (2**self.bits - 1)
-        step = round_up(wanted, minimum.dtype)
-        check_finite(step, blocks, what)
+        step, minimum = stored_scale(lowest, highest, self.bits, blocks, what)
         width = blocks.shape[-1]
         codes = to_codes(exact, self._spread(step, width), self._spread(minimum, width), self.bits)
         return GroupParts(pack(codes, self.bits), step, minimum)

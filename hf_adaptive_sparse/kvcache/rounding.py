@@ -84,3 +84,25 @@ def from_codes(
     if dtype == torch.float16:
         elements.clamp_(max=torch.finfo(dtype).max)
     return elements.to(dtype)
+
+
+def stored_scale(
+    lowest: torch.Tensor, highest: torch.Tensor, bits: int, states: torch.Tensor, what: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return step and minimum as they are stored: rounded so that the scale covers its ends.
+
+    Args:
+        lowest: Lower ends of the scales, in the dtype that is computed in.
+        highest: Their upper ends.
+        bits: Bits per code.
+        states: The states they belong to.
+        what: Their name, for the error message.
+
+    Raises:
+        ValueError: As ``check_finite``.
+    """
+    minimum = round_down(lowest, metadata_dtype(states.dtype))
+    wanted = (highest - minimum.to(lowest.dtype)) / (2**bits - 1)
+    step = round_up(wanted, minimum.dtype)
+    check_finite(step, states, what)
+    return step, minimum
