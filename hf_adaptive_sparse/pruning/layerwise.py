@@ -1,0 +1,64 @@
+"""Calibration of one decoder layer after the other, while the layers before it are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.calibration.activations import (
+    InputStatistics,
+    collect_inputs,
+    token_weights,
+)
+from hf_adaptive_sparse.calibration.replay import DecoderReplay
+from hf_adaptive_sparse.pruning.metrics import Metric
+from hf_adaptive_sparse.pruning.preparation import Batches
+
+
+def layer_statistics(
+    model: PreTrainedModel,
+    by_layer: Mapping[int, Mapping[str, nn.Linear]],
+    metric: Metric,
+    batches: Batches | None,
+    *,
+    sequential: bool,
+    image_weight: float,
+    hidden_states_device: str | torch.device,
+    bar: Any,
+) -> Iterator[tuple[int, InputStatistics | None]]:
+    """Yield each layer that has something to prune, with its statistics; prune it meanwhile."""
+    if not by_layer:
+        return
+    if not metric.needs_calibration or batches is None:
+        for index in sorted(by_layer):
+            yield index, None
+        return
+    weights = [token_weights(batch, model.config, image_weight) for batch in batches]
+    if not any(bool((w > 0).any()) for w in weights):
+        raise ValueError(
+            "Calibration needs at least one token that is not padding and has a weight above 0; "
+            f"the {len(batches)} batches hold none."
+        )
+    bar.set_postfix_str("dense forward")
+    replay = DecoderReplay(model, batches, hidden_states_device)
+    last = max(by_layer)
+    for index in range(last + 1):
+        linears = by_layer.get(index)
+        if linears is None:
+            replay.run_layer(index, advance=True)
+            continue
+        with collect_inputs(linears, hessian=metric.updates_weights) as statistics:
+
+            def weigh(batch: int, statistics: InputStatistics = statistics) -> None:
+                statistics.forget_inputs()
+                statistics.token_weights = weights[batch]
+
+            # One-shot: what the dense layer puts out is what the next layer is given.
+            replay.run_layer(index, advance=not sequential, on_batch=weigh)
+        yield index, statistics
+        if sequential and index < last:
+            replay.run_layer(index, advance=True)

@@ -1,0 +1,73 @@
+"""What pruning and ranking check before they start, and the progress bar they show."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from hf_adaptive_sparse.architecture import dense_expert_weights, prunable_linears
+from hf_adaptive_sparse.pruning.metrics import Metric
+
+logger = logging.getLogger(__name__)
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+
+
+def named_linears(model: nn.Module, ratios: Mapping[str, float]) -> dict[str, nn.Linear]:
+    """Return the prunable linears that ``ratios`` names, in layer order.
+
+    Raises:
+        ValueError: If it names anything else.
+    """
+    linears = prunable_linears(model)
+    unknown = [name for name in ratios if name not in linears]
+    if unknown:
+        raise ValueError(
+            f"ratios must name prunable linears of the model; {unknown[0]!r} is none. Names look "
+            f"like: {', '.join(list(linears)[:4])}. Globs are resolved by resolve_ratios()."
+        )
+    return {name: module for name, module in linears.items() if name in ratios}
+
+
+def check_batches(metric: Metric, batches: Batches | None) -> None:
+    """Refuse missing or empty calibration data where the metric needs some.
+
+    Raises:
+        ValueError: If they are needed and there are none.
+    """
+    if not metric.needs_calibration:
+        return
+    if batches is None:
+        raise ValueError(
+            f"Metric {metric.name!r} needs calibration data, got none. Pass calibration batches, a "
+            "dataset name or a path, or use metric='magnitude', which needs no data."
+        )
+    if not len(batches):
+        raise ValueError(
+            f"Metric {metric.name!r} needs at least one calibration batch, got an empty list."
+        )
+
+
+def warn_of_experts(model: nn.Module) -> None:
+    """Say once that expert weights stay dense, where the model has any."""
+    experts = dense_expert_weights(model)
+    if experts:
+        logger.warning(
+            "%d expert weights (such as %s) are 3-D parameters, not linears: they stay dense and "
+            "are not counted.",
+            len(experts),
+            experts[0],
+        )
+
+
+@contextmanager
+def progress_bar(total: int, description: str, progress: bool) -> Iterator[Any]:
+    """Show a bar of ``total`` steps while the context is open."""
+    with tqdm(total=total, desc=description, disable=not progress, leave=True) as bar:
+        yield bar
