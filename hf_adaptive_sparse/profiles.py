@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
-"""Version of every JSON form in this module and of the checkpoint's config."""
+"""Version of the JSON forms in this module and of the checkpoint's config, where none is named."""
+
+WEIGHT_BITS_VERSION = 2
+"""Version of a compression profile, and of a checkpoint, that quantises values of weights.
+
+What does not quantise them keeps version 1, so that earlier releases go on reading it.
+"""
+
+WEIGHT_BITS = (4, 8, 16)
+"""Bit widths the kept values of a weight may be stored in; 16 keeps the model's own dtype."""
 
 KV_BITS = (2, 3, 4, 6, 8, 16)
 """Bit widths a key or value may be stored in; 16 keeps the model's own dtype."""
@@ -28,22 +37,23 @@ Bits = int | tuple[int, ...]
 _FIRST_KV_FORM = {"key_bits", "value_bits", "group_size", "residual_length"}
 
 
-def check_format_version(found: object, what: str) -> None:
+def check_format_version(found: object, what: str, newest: int = FORMAT_VERSION) -> None:
     """Refuse a serialised form that this version cannot read.
 
     Args:
         found: The version read from the file.
         what: Name of the thing that was read, for the message.
+        newest: The newest version of that thing.
 
     Raises:
-        ValueError: If ``found`` is not a version between 1 and ``FORMAT_VERSION``.
+        ValueError: If ``found`` is not a version between 1 and ``newest``.
     """
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise ValueError(f"format_version of {what} must be a whole number >= 1, got {found!r}.")
-    if found > FORMAT_VERSION:
+    if found > newest:
         raise ValueError(
             f"{what} has format_version {found}; this version of hf_adaptive_sparse reads up to "
-            f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade hf-adaptive-sparse."
+            f"{newest}. Upgrade it: pip install --upgrade hf-adaptive-sparse."
         )
 
 
@@ -58,6 +68,20 @@ def check_ratio(ratio: object, what: str) -> float:
             f"{what} must be a number in [0, 1) (the fraction of weights removed), got {ratio!r}."
         )
     return float(ratio)
+
+
+def check_weight_bits(bits: object, what: str) -> int:
+    """Return ``bits`` as one of ``WEIGHT_BITS``.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if not isinstance(bits, Integral) or isinstance(bits, bool) or int(bits) not in WEIGHT_BITS:
+        raise ValueError(
+            f"{what} must be one of {', '.join(map(str, WEIGHT_BITS))} (bits per kept weight), "
+            f"got {bits!r}."
+        )
+    return int(bits)
 
 
 def _check_count(value: object, what: str, least: int = 1) -> int:
@@ -278,18 +302,39 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class CompressionProfile:
-    """What a search returns: a sparsity profile and a KV profile, each optional."""
+    """What a search returns: a sparsity profile, a KV profile and weight bits, each optional.
+
+    Attributes:
+        sparsity: Ratio per prunable linear.
+        kv_cache: Bits per layer of the KV cache.
+        weight_bits: Module name -> bits of its kept values, one of ``WEIGHT_BITS``. A module that
+            is not named keeps 16.
+    """
 
     sparsity: SparsityProfile | None = None
     kv_cache: KVCacheConfig | None = None
+    weight_bits: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_bits is None:
+            return
+        checked = {
+            name: check_weight_bits(bits, f"weight_bits of {name!r}")
+            for name, bits in self.weight_bits.items()
+        }
+        object.__setattr__(self, "weight_bits", checked)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
+        """Return the JSON form: of version 1 where it names no weight bits."""
+        data: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "sparsity": None if self.sparsity is None else dict(self.sparsity.ratios),
             "kv_cache": None if self.kv_cache is None else self.kv_cache.to_dict(),
         }
+        if self.weight_bits is not None:
+            data["format_version"] = WEIGHT_BITS_VERSION
+            data["weight_bits"] = dict(self.weight_bits)
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionProfile:
@@ -298,11 +343,13 @@ class CompressionProfile:
         Raises:
             ValueError: If the version or a value is invalid.
         """
-        check_format_version(data.get("format_version"), "the compression profile")
+        version = data.get("format_version")
+        check_format_version(version, "the compression profile", WEIGHT_BITS_VERSION)
         sparsity, kv_cache = data.get("sparsity"), data.get("kv_cache")
         return cls(
             sparsity=None if sparsity is None else SparsityProfile(sparsity),
             kv_cache=None if kv_cache is None else KVCacheConfig.from_dict(kv_cache),
+            weight_bits=data.get("weight_bits"),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

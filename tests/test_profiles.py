@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hf_adaptive_sparse.profiles import (
     FORMAT_VERSION,
     KV_BITS,
+    WEIGHT_BITS_VERSION,
     CalibrationConfig,
     CompressionProfile,
     KVCacheConfig,
@@ -135,6 +136,22 @@ class TestCompressionProfile:
             check_format_version(version, "x")
 
     def test_refuses_a_version_from_the_future(self) -> None:
-        message = f"the compression profile has format_version {FORMAT_VERSION + 1}"
+        message = f"the compression profile has format_version {WEIGHT_BITS_VERSION + 1}"
         with pytest.raises(ValueError, match=re.escape(message)):
-            CompressionProfile.from_dict({"format_version": FORMAT_VERSION + 1})
+            CompressionProfile.from_dict({"format_version": WEIGHT_BITS_VERSION + 1})
+        with pytest.raises(ValueError, match=f"reads up to {FORMAT_VERSION}"):
+            check_format_version(FORMAT_VERSION + 1, "x")
+
+    def test_weight_bits_are_version_two_and_nothing_else_is(self, tmp_path) -> None:
+        plain = CompressionProfile(SparsityProfile({"a": 0.5}))
+        assert plain.to_dict().keys() == {"format_version", "sparsity", "kv_cache"}
+        assert plain.to_dict()["format_version"] == 1
+        quantised = CompressionProfile(plain.sparsity, weight_bits={"a": 8, "b": 4})
+        assert quantised.to_dict()["format_version"] == 2
+        quantised.save(tmp_path / "profile.json")
+        assert CompressionProfile.load(tmp_path / "profile.json") == quantised
+
+    @pytest.mark.parametrize("bits", [2, 32, "8", True, None])
+    def test_refuses_other_weight_bits(self, bits: object) -> None:
+        with pytest.raises(ValueError, match=r"weight_bits of 'a' must be one of 4, 8, 16"):
+            CompressionProfile(weight_bits={"a": bits})  # type: ignore[dict-item]

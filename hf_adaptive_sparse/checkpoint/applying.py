@@ -16,7 +16,7 @@ from hf_adaptive_sparse.architecture import prunable_linears
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.profile import per_layer_kv_cache
+from hf_adaptive_sparse.checkpoint.profile import per_layer_kv_cache, resolve_weight_bits
 from hf_adaptive_sparse.profiles import CalibrationConfig, SparsityProfile
 from hf_adaptive_sparse.pruning.apply import (
     ModuleReport,
@@ -49,6 +49,7 @@ def check_before_loading(model: PreTrainedModel, config: SparsityConfig) -> dict
     """
     ratios = _ratios(model, config)
     per_layer_kv_cache(model, config)
+    resolve_weight_bits(config, ratios)
     if any(ratios.values()):
         _check_calibration(config.metric, config.calibration)
     return ratios
@@ -83,6 +84,12 @@ def prune_and_resolve(
     """
     ratios = _ratios(model, config)
     kv_cache = per_layer_kv_cache(model, config)
+    weight_bits = resolve_weight_bits(config, ratios)
+    if weight_bits:
+        raise ValueError(
+            "weight_bits below 16 are read and written as part of a profile, but this version does "
+            "not quantise weights yet."
+        )
     source = config.calibration if calibration is None else calibration
     settings = _settings(source, config.calibration)
     batches = None
@@ -123,12 +130,13 @@ def prune_and_resolve(
         modules_to_not_convert=config.modules_to_not_convert,
         checkpoint_format=config.checkpoint_format,
         provenance=_provenance(model, config, source, settings, batches, hub_arguments or {}),
+        **_weight_fields(config, weight_bits),
     )
     return report, resolved
 
 
 def _ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
-    if config.target_sparsity == 0.0 and not config.sparsity:
+    if config.target_sparsity == 0.0 and not config.sparsity and not config.quantises_weights:
         return {}
     return resolve_ratios(
         model,
@@ -137,6 +145,13 @@ def _ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
         config.modules_to_not_convert,
         config.pattern,
     )
+
+
+def _weight_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> dict[str, Any]:
+    """Return the fields of a config that only a model with quantised weights carries."""
+    if not weight_bits:
+        return {}
+    return {"weight_bits": weight_bits, "weight_group_size": config.weight_group_size}
 
 
 def _nothing_removed(

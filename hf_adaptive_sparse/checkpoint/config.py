@@ -15,6 +15,7 @@ from typing import Any, Concatenate, ParamSpec, cast
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_adaptive_sparse.checkpoint.fields import (
+    FOUR_BIT_GROUP_SIZE,
     calibration_config,
     choice,
     kv_cache_config,
@@ -22,8 +23,11 @@ from hf_adaptive_sparse.checkpoint.fields import (
     plain_json,
     ratios,
 )
+from hf_adaptive_sparse.checkpoint.fields import weight_bits as _weight_bits
+from hf_adaptive_sparse.checkpoint.fields import weight_group_size as _weight_group_size
 from hf_adaptive_sparse.profiles import (
     FORMAT_VERSION,
+    WEIGHT_BITS_VERSION,
     CalibrationConfig,
     KVCacheConfig,
     check_format_version,
@@ -47,6 +51,9 @@ CHECKPOINT_FIELDS = (
 )
 """The fields a checkpoint's ``config.json`` holds, besides versions and provenance."""
 
+WEIGHT_FIELDS = ("weight_bits", "weight_group_size")
+"""Fields that ``config.json`` holds only where they say something, which makes it version 2."""
+
 LOADING_FIELDS = ("calibration", "runtime")
 """The fields that say how a model is made or loaded; a checkpoint does not hold them."""
 
@@ -63,7 +70,7 @@ def _remembers_passed(
     def recording(self: SparsityConfig, *args: _P.args, **kwargs: _P.kwargs) -> None:
         bound = signature.bind(self, *args, **kwargs)
         init(self, *args, **kwargs)
-        given = set(bound.arguments) & {*CHECKPOINT_FIELDS, *LOADING_FIELDS}
+        given = set(bound.arguments) & {*CHECKPOINT_FIELDS, *WEIGHT_FIELDS, *LOADING_FIELDS}
         self._passed = frozenset(given - set(bound.arguments.get("defaulted") or ()))
         self._settle_target()
 
@@ -85,9 +92,14 @@ class SparsityConfig(QuantizationConfigMixin):
             its own (on a compressed checkpoint: the checkpoint's). ``False``: none at all.
         modules_to_not_convert: Names or globs of modules that stay dense.
         checkpoint_format: ``"bitmask"``, or ``"dense"``: zeros stored, loads without the plugin.
-        runtime: ``"dense"`` or ``"auto"``: weights are plain after loading. This version has no
-            other runtime.
-        format_version: Version of the checkpoint's form.
+        runtime: ``"dense"``: weights are plain after loading. ``"sparse"``: pruned weights stay
+            compressed in memory. ``"auto"``: whichever is faster on the device at hand.
+        weight_bits: Bits of the kept values: 16 (the model's own dtype), 8 or 4, one number for
+            all pruned linears or module name or glob -> bits. A linear that no name matches keeps
+            16.
+        weight_group_size: Columns that share a scale at 8 and 4 bits, a multiple of 32. ``None``:
+            at 8 bits one scale per row, at 4 bits one per 64 columns.
+        format_version: Version of the checkpoint's form; ``None``: the one that it takes.
         provenance: Where a compressed model came from: plain JSON types.
         quant_method: Always ``"adaptive_sparse"``; present in ``config.json``.
         defaulted: Names of fields whose values below were not chosen by anyone; written by
@@ -112,20 +124,22 @@ class SparsityConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         checkpoint_format: str = "bitmask",
         runtime: str = "auto",
+        weight_bits: int | Mapping[str, int] = 16,
+        weight_group_size: int | None = None,
         *,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         provenance: Mapping[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         defaulted: Sequence[str] = (),
     ) -> None:
-        check_format_version(format_version, "the sparsity config")
+        if format_version is not None:
+            check_format_version(format_version, "the sparsity config", WEIGHT_BITS_VERSION)
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}.")
         if not set(defaulted) <= {*CHECKPOINT_FIELDS, *LOADING_FIELDS}:
             raise ValueError(f"defaulted must name fields of the config, got {list(defaulted)}.")
         self._passed: frozenset[str] = frozenset()
         self.quant_method = QUANT_METHOD
-        self.format_version = int(format_version)
         self.target_sparsity = check_ratio(target_sparsity, "target_sparsity")
         get_metric(metric)
         self.metric = metric
@@ -143,6 +157,18 @@ class SparsityConfig(QuantizationConfigMixin):
         self.calibration = calibration_config(calibration)
         self.kv_cache = kv_cache_config(kv_cache)
         self.provenance = plain_json(provenance)
+        self.weight_bits = _weight_bits(weight_bits)
+        self.weight_group_size = _weight_group_size(weight_group_size)
+        if self.quantises_weights and self.checkpoint_format == "dense":
+            raise ValueError(
+                "weight_bits below 16 need checkpoint_format='bitmask': the format 'dense' stores "
+                "whole weights, which quantising them would not make smaller."
+            )
+        if format_version is not None and format_version < self.format_version:
+            raise ValueError(
+                f"weight_bits below 16 need format_version {self.format_version}, got "
+                f"{format_version}."
+            )
 
     def _settle_target(self) -> None:
         """Take the ratio that a pattern n:m fixes, or refuse a target that differs from it."""
@@ -158,11 +184,45 @@ class SparsityConfig(QuantizationConfigMixin):
         return self._passed
 
     @property
+    def quantises_weights(self) -> bool:
+        """Whether any weight is stored in fewer than 16 bits."""
+        bits = self.weight_bits
+        return any(b < 16 for b in ([bits] if isinstance(bits, int) else bits.values()))
+
+    @property
+    def format_version(self) -> int:
+        """Version of the JSON form and of the checkpoint: 2 with quantised weights, else 1."""
+        return WEIGHT_BITS_VERSION if self.quantises_weights else FORMAT_VERSION
+
+    @property
     def compressed_modules(self) -> list[str]:
-        """Modules whose weights the bitmask format stores compressed: those with a ratio > 0."""
+        """Modules whose weights the bitmask format stores compressed.
+
+        Those with a ratio above 0, and those whose values are quantised.
+        """
         if self.checkpoint_format != "bitmask":
             return []
-        return [name for name, ratio in (self.sparsity or {}).items() if ratio > 0]
+        return [
+            name
+            for name, ratio in (self.sparsity or {}).items()
+            if ratio > 0 or self.value_bits(name) < 16
+        ]
+
+    def value_bits(self, name: str) -> int:
+        """Return the bits of a module's values, of a config that names each module by itself."""
+        return (
+            self.weight_bits
+            if isinstance(self.weight_bits, int)
+            else (self.weight_bits.get(name, 16))
+        )
+
+    def group_size(self, name: str) -> int | None:
+        """Return the columns that share a scale in a module; ``None``: one per row, or no scale."""
+        bits = self.value_bits(name)
+        if bits == 16:
+            return None
+        default = FOUR_BIT_GROUP_SIZE if bits == 4 else None
+        return self.weight_group_size or default
 
     @classmethod
     def from_dict(
@@ -181,7 +241,8 @@ class SparsityConfig(QuantizationConfigMixin):
         Raises:
             ValueError: If the version is from the future, a key unknown or a value invalid.
         """
-        check_format_version(config_dict.get("format_version", FORMAT_VERSION), "the checkpoint")
+        version = config_dict.get("format_version", FORMAT_VERSION)
+        check_format_version(version, "the checkpoint", WEIGHT_BITS_VERSION)
         known = list(inspect.signature(cls).parameters)
         unknown = sorted(set(config_dict) - set(known))
         if unknown:
@@ -196,8 +257,9 @@ class SparsityConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form: plain types only, from which `from_dict` makes an equal config.
 
-        ``calibration`` and ``runtime`` appear where they were passed, ``defaulted`` where some
-        field was not; the config of a compressed model has neither.
+        ``weight_bits``, ``weight_group_size``, ``calibration`` and ``runtime`` appear where they
+        were passed, ``defaulted`` where some field of every checkpoint was not; the config of a
+        compressed model has the first two only where its weights are quantised, and no other.
         """
         kv = self.kv_cache
         data: dict[str, Any] = {
@@ -212,6 +274,11 @@ class SparsityConfig(QuantizationConfigMixin):
             "kv_cache": kv.to_dict() if isinstance(kv, KVCacheConfig) else kv,
             "provenance": plain_json(self.provenance),
         }
+        if "weight_bits" in self._passed:
+            bits = self.weight_bits
+            data["weight_bits"] = bits if isinstance(bits, int) else dict(bits)
+        if "weight_group_size" in self._passed:
+            data["weight_group_size"] = self.weight_group_size
         if "calibration" in self._passed:
             data["calibration"] = None if self.calibration is None else self.calibration.to_dict()
         if "runtime" in self._passed:

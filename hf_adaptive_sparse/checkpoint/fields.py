@@ -8,7 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from hf_adaptive_sparse.profiles import CalibrationConfig, KVCacheConfig, check_ratio
+from hf_adaptive_sparse.profiles import (
+    CalibrationConfig,
+    KVCacheConfig,
+    check_ratio,
+    check_weight_bits,
+)
+
+GROUP_MULTIPLE = 32
+"""Groups of columns are whole multiples of this, so that no step of a kernel straddles two."""
+
+FOUR_BIT_GROUP_SIZE = 64
+"""Columns that share a scale at 4 bits, where nothing else was asked for. At 8 bits a row does."""
 
 
 def choice(value: object, valid: tuple[str, ...], what: str) -> str:
@@ -36,6 +47,36 @@ def ratios(sparsity: object) -> dict[str, float] | None:
             f"glob to ratio, got {sparsity!r}. A single ratio is target_sparsity."
         )
     return {name: check_ratio(ratio, f"sparsity of {name!r}") for name, ratio in sparsity.items()}
+
+
+def weight_bits(bits: object) -> int | dict[str, int]:
+    """Return weight bits, one number or one by module name or glob, checked.
+
+    Raises:
+        ValueError: If they are not valid.
+    """
+    if not isinstance(bits, Mapping):
+        return check_weight_bits(bits, "weight_bits (a number, or a dict from module name or glob)")
+    if not all(isinstance(name, str) for name in bits):
+        raise ValueError(f"weight_bits must map module names or globs to bits, got {bits!r}.")
+    return {name: check_weight_bits(b, f"weight_bits of {name!r}") for name, b in bits.items()}
+
+
+def weight_group_size(size: object) -> int | None:
+    """Return the columns that share a scale, or ``None``.
+
+    Raises:
+        ValueError: If it is neither ``None`` nor a multiple of ``GROUP_MULTIPLE`` above 0.
+    """
+    if size is None:
+        return None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % GROUP_MULTIPLE:
+        raise ValueError(
+            "weight_group_size must be None (8 bits: one scale per row; 4 bits: one per "
+            f"{FOUR_BIT_GROUP_SIZE} columns) or a multiple of {GROUP_MULTIPLE} above 0, got "
+            f"{size!r}."
+        )
+    return size
 
 
 def module_names(names: object) -> list[str]:

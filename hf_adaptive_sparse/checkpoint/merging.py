@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_adaptive_sparse.architecture import match_names
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.profile import resolve_weight_bits
 
 _RATIO_TOLERANCE = 1e-4
 
@@ -34,6 +35,7 @@ def merge_configs(checkpoint: SparsityConfig, passed: SparsityConfig) -> Sparsit
         _compare(name, getattr(checkpoint, name), getattr(passed, name), passed)
     mine, theirs = (sorted(c.modules_to_not_convert) for c in (checkpoint, passed))
     _compare("modules_to_not_convert", mine, theirs, passed)
+    _compare_weights(checkpoint, passed)
     if "sparsity" in passed.passed and passed.sparsity is not None:
         _compare_ratios(checkpoint.sparsity or {}, passed.sparsity)
     recorded = checkpoint.provenance.get("calibration")
@@ -60,6 +62,23 @@ def _compare(name: str, checkpoint: Any, value: Any, passed: SparsityConfig) -> 
         agree = checkpoint == value
     if not agree:
         raise _disagreement(name, checkpoint, value)
+
+
+def _compare_weights(checkpoint: SparsityConfig, passed: SparsityConfig) -> None:
+    """Compare weight bits and their groups, as they come to stand for each module."""
+    modules = checkpoint.sparsity or {}
+    mine = resolve_weight_bits(checkpoint, modules)
+    if "weight_bits" in passed.passed:
+        try:
+            theirs = resolve_weight_bits(passed, modules)
+        except ValueError as error:
+            raise _disagreement("weight_bits", mine or 16, passed.weight_bits) from error
+        if mine != theirs:
+            raise _disagreement("weight_bits", mine or 16, passed.weight_bits)
+    if mine and "weight_group_size" in passed.passed:
+        _compare(
+            "weight_group_size", checkpoint.weight_group_size, passed.weight_group_size, passed
+        )
 
 
 def _compare_ratios(profile: dict[str, float], wanted: dict[str, float]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import num_decoder_layers
+from hf_adaptive_sparse.architecture import match_names, num_decoder_layers
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -27,11 +28,15 @@ def storable_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def profile_for_model(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
-    """Return a checkpoint's sparsity profile under the names of the class it is loaded into.
+def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Give a checkpoint's config the module names of the class it is loaded into.
 
     The names in a checkpoint are those of the class that was saved. A bare decoder, or a causal
     language model made of a vision-language checkpoint, has the same modules under shorter names.
+
+    Args:
+        model: The model, possibly on the meta device.
+        config: The checkpoint's config; its ``sparsity`` and ``weight_bits`` are renamed.
 
     Raises:
         CheckpointError: If there is no profile, or a module of it is not in the model.
@@ -42,16 +47,53 @@ def profile_for_model(model: PreTrainedModel, config: SparsityConfig) -> dict[st
             "in 'sparsity'; it does not. Save the model again with save_pretrained."
         )
     linears = storable_linears(model)
-    profile = {}
-    for name, ratio in config.sparsity.items():
+    names: dict[str, str] = {}
+    for name in config.sparsity:
         local = _local_name(name, linears, model.base_model_prefix)
-        if local is None or local in profile:
+        if local is None or local in names.values():
             raise CheckpointError(
                 f"The checkpoint's sparsity names {name!r}, which is no linear of "
                 f"{type(model).__name__}. Names look like: {', '.join(list(linears)[:3])}."
             )
-        profile[local] = ratio
-    return profile
+        names[name] = local
+    if not isinstance(config.weight_bits, int):
+        for name in config.weight_bits:
+            if name not in names:
+                raise CheckpointError(
+                    f"The checkpoint's weight_bits name {name!r}, which its sparsity does not."
+                )
+        config.weight_bits = {names[name]: bits for name, bits in config.weight_bits.items()}
+    config.sparsity = {names[name]: ratio for name, ratio in config.sparsity.items()}
+
+
+def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[str, int]:
+    """Return the bits of every module whose values are quantised.
+
+    An exact module name wins over a glob or the name of a containing module, and a later entry
+    over an earlier one.
+
+    Args:
+        config: The config.
+        modules: The prunable linears it applies to.
+
+    Returns:
+        Module name -> 8 or 4, in the order of ``modules``; a module that is not in it keeps 16.
+
+    Raises:
+        ValueError: If a name or glob matches no module.
+    """
+    names = list(modules)
+    if isinstance(config.weight_bits, int):
+        bits = dict.fromkeys(names, config.weight_bits)
+    else:
+        bits, exact = dict.fromkeys(names, 16), {}
+        for key, width in config.weight_bits.items():
+            if key in bits:
+                exact[key] = width
+            else:
+                bits.update(dict.fromkeys(match_names(key, names, "weight_bits"), width))
+        bits |= exact
+    return {name: width for name, width in bits.items() if width < 16}
 
 
 def _local_name(name: str, linears: dict[str, nn.Linear], prefix: str) -> str | None:

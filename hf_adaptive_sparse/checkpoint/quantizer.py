@@ -24,7 +24,7 @@ from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.profile import (
     per_layer_kv_cache,
-    profile_for_model,
+    rename_for_model,
     storable_linears,
 )
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
@@ -92,7 +92,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         config = self.quantization_config = copy.deepcopy(self.quantization_config)
         self.checkpoint_files = checkpoint_files or ()
         if self.pre_quantized:
-            config.sparsity = profile_for_model(model, config)
+            rename_for_model(model, config)
             config.kv_cache = per_layer_kv_cache(model, config)
         else:
             check_before_loading(model, config)

@@ -144,8 +144,9 @@ def test_a_truncated_shard_is_named(tiny_llama: LlamaForCausalLM, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), r"format_version 2.*Upgrade"),
-        (lambda q: q.update(weight_bits=4), r"knows the keys .*; got weight_bits"),
+        (lambda q: q.update(format_version=3), r"format_version 3.*Upgrade"),
+        (lambda q: q.update(weight_bits=4), r"below 16 need format_version 2, got 1"),
+        (lambda q: q.update(colour=4), r"knows the keys .*; got colour"),
         (lambda q: q.update(metric="mine"), r"mine"),
         (lambda q: q.update(sparsity=None), r"must name the pruned modules"),
         (lambda q: q["sparsity"].update({UP: 1.5}), rf"sparsity of '{UP}' must be"),

@@ -71,6 +71,8 @@ def test_defaults_are_those_of_the_design() -> None:
             provenance={"note": [1, None]},
         ),
         checkpoint(),
+        SparsityConfig(weight_bits=16),
+        checkpoint(weight_bits={"model.layers.0.mlp": 8}, weight_group_size=64),
     ],
 )
 def test_what_was_passed_survives_every_copy(config: SparsityConfig, how: str) -> None:
@@ -104,6 +106,29 @@ def test_the_config_of_a_compressed_model_is_plain_json_with_the_designs_keys() 
         "key_mode": "channel",
         "sink_length": 0,
     }
+
+
+def test_weight_bits_are_version_two_and_nothing_else_is() -> None:
+    bits = {"model.layers.0.mlp": 8, "model.layers.1.mlp": 4}
+    quantised = checkpoint(weight_bits=bits)
+    data = quantised.to_dict()
+    assert data["format_version"] == 2
+    assert data["weight_bits"] == bits
+    assert quantised.group_size("model.layers.0.mlp") is None
+    assert quantised.group_size("model.layers.1.mlp") == 64
+    assert quantised.group_size("elsewhere") is None
+    assert checkpoint(weight_bits=4, weight_group_size=32).group_size("any") == 32
+    whole = checkpoint(weight_bits={"model.layers.0.mlp": 16})
+    assert whole.to_dict()["format_version"] == 1
+    assert not whole.quantises_weights
+    # What an earlier release would not know stays out of what it can read.
+    assert checkpoint().to_dict().keys().isdisjoint({"weight_bits", "weight_group_size"})
+    assert "weight_bits" not in SparsityConfig().to_dict()["defaulted"]
+
+
+def test_a_quantised_module_is_stored_compressed_even_where_nothing_was_removed() -> None:
+    config = checkpoint(sparsity={"a": 0.5, "b": 0.0, "c": 0.0}, weight_bits={"b": 8})
+    assert config.compressed_modules == ["a", "b"]
 
 
 def test_a_change_to_the_dict_does_not_reach_the_config() -> None:
@@ -187,7 +212,15 @@ def test_a_pattern_fixes_the_target(pattern: str, ratio: float) -> None:
         ({"provenance": {"x": {1, 2}}}, r"plain JSON types"),
         ({"provenance": 3}, r"must be a mapping, got int"),
         ({"quant_method": "gptq"}, r"'adaptive_sparse', got 'gptq'"),
-        ({"format_version": 2}, r"format_version 2.*Upgrade"),
+        ({"format_version": 3}, r"format_version 3.*Upgrade"),
+        ({"format_version": 1, "weight_bits": 8}, r"below 16 need format_version 2, got 1"),
+        ({"weight_bits": 2}, r"weight_bits .*must be one of 4, 8, 16 .*got 2"),
+        ({"weight_bits": "8"}, r"got '8'"),
+        ({"weight_bits": {"a": True}}, r"weight_bits of 'a' must be one of 4, 8, 16 .*got True"),
+        ({"weight_bits": {1: 8}}, r"map module names or globs to bits"),
+        ({"weight_bits": {"a": 8}, "checkpoint_format": "dense"}, r"checkpoint_format='bitmask'"),
+        ({"weight_group_size": 48}, r"multiple of 32 above 0, got 48"),
+        ({"weight_group_size": True}, r"multiple of 32 above 0, got True"),
         ({"format_version": "1"}, r"must be a whole number"),
         ({"defaulted": ["colour"]}, r"got \['colour'\]"),
     ],
@@ -198,10 +231,10 @@ def test_invalid_values_are_refused(arguments: dict[str, object], message: str) 
 
 
 def test_a_future_version_is_told_before_its_unknown_keys() -> None:
-    data = checkpoint().to_dict() | {"format_version": 9, "weight_bits": 4}
+    data = checkpoint().to_dict() | {"format_version": 9, "colour": 4}
     with pytest.raises(ValueError, match="format_version 9"):
         SparsityConfig.from_dict(data)
-    with pytest.raises(ValueError, match=r"knows the keys .*target_sparsity.*; got weight_bits"):
+    with pytest.raises(ValueError, match=r"knows the keys .*target_sparsity.*; got colour"):
         SparsityConfig.from_dict(data | {"format_version": 1})
 
 
@@ -258,6 +291,31 @@ def test_the_kv_profile_may_be_replaced_or_switched_off() -> None:
 def test_what_disagrees_is_named_with_both_values(passed: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge_configs(checkpoint(), SparsityConfig(**passed))  # type: ignore[arg-type]
+
+
+QUANTISED = {"weight_bits": {"model.layers.0.mlp": 8, "model.layers.1.mlp": 4}}
+
+
+def test_weight_bits_are_compared_as_they_come_to_stand() -> None:
+    made = checkpoint(**QUANTISED)
+    for fields in (
+        {"weight_bits": {"*": 4, "model.layers.0.mlp": 8}},
+        {"weight_group_size": None},
+        QUANTISED,
+        {},
+    ):
+        assert merge_configs(made, SparsityConfig(**fields)).to_dict() == made.to_dict()  # type: ignore[arg-type]
+    for fields, message in (
+        ({"weight_bits": 8}, r"weight_bits .*'model.layers.1.mlp': 4.*says 8"),
+        ({"weight_bits": 16}, r"weight_bits .*says 16"),
+        ({"weight_bits": {"lm_head": 8}}, r"weight_bits"),
+        ({"weight_group_size": 64}, r"weight_group_size .*says None, .*says 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_configs(made, SparsityConfig(**fields))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight_bits .*says 16, .*says 4"):
+        merge_configs(checkpoint(), SparsityConfig(weight_bits=4))
+    assert merge_configs(checkpoint(), SparsityConfig(weight_bits=16)) == checkpoint()
 
 
 def test_recorded_calibration_is_compared() -> None:
