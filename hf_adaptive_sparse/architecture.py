@@ -8,6 +8,7 @@ says something in words of its own.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -279,6 +280,15 @@ def image_token_id(model_or_config: nn.Module | PretrainedConfig) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the name under which the model's forward takes its cache.
+
+    That is ``"past_key_values"``, and from transformers 5.24 on ``"cache"``.
+    """
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def accepts_images(model_or_config: nn.Module | PretrainedConfig) -> bool:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import image_token_id
+from hf_adaptive_sparse.architecture import cache_argument, image_token_id
 from hf_adaptive_sparse.evaluation.forward import (
     KVCacheChoice,
     NonFiniteError,
@@ -112,7 +112,8 @@ def negative_log_likelihood(
         return 0.0, 0
     with evaluating(model):
         cache = new_cache(model, kv_cache)
-        logits = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
+        inputs[cache_argument(model)] = cache
+        logits = model(**inputs, use_cache=cache is not None).logits
         # Each position predicts the next token: the last one predicts nothing that is known.
         return _sum_nll(logits[:, :-1], targets.to(logits.device))
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from hf_adaptive_sparse.architecture import accepts_images
+from hf_adaptive_sparse.architecture import accepts_images, cache_argument
 from hf_adaptive_sparse.calibration.questions import (
     answer_ids,
     encode_questions,
@@ -230,7 +230,8 @@ def generate_answers(
         if cache is None and kv_cache_config(model.config) is not None:
             # Without a cache of ours, generate() would make one from the config's profile.
             cache = DynamicCache(config=model.config)
-        output = model.generate(**inputs, past_key_values=cache, generation_config=settings)
+        inputs[cache_argument(model)] = cache
+        output = model.generate(**inputs, generation_config=settings)
     ends = settings.eos_token_id
     stops = set(ends) if isinstance(ends, Sequence) else {ends}
     answers = []

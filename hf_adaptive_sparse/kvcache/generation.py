@@ -19,7 +19,8 @@ from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_co
 __all__ = ["AdaptiveEncoderDecoderCache", "install", "kv_cache_config"]
 
 _MARK = "_hf_adaptive_sparse_wrapper"
-_CACHE_NAME = "past_key_values"
+_CACHE_NAMES = ("cache", "past_key_values")
+"""Under which of them ``generate()`` keeps its cache depends on the version of transformers."""
 
 
 class AdaptiveEncoderDecoderCache(EncoderDecoderCache):
@@ -30,7 +31,7 @@ def install() -> None:
     """Make ``generate()`` use the adaptive cache for models whose config has a KV profile.
 
     Calling it again changes nothing. Everything a caller says has precedence:
-    ``past_key_values=``, any ``cache_implementation`` (argument or generation config), and
+    ``cache=`` or ``past_key_values=``, any ``cache_implementation`` (argument or generation config), and
     ``use_cache=False`` are honoured, and a plain ``model(...)`` is not affected. Assistants of
     assisted decoding get the cache that their own config asks for.
     """
@@ -48,25 +49,24 @@ def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        callers_own = model_kwargs.get(_CACHE_NAME)
+        callers_own = any(model_kwargs.get(name) is not None for name in _CACHE_NAMES)
         stock(self, generation_config, model_kwargs, *args, **kwargs)
-        made: Any = model_kwargs.get(_CACHE_NAME)
-        if callers_own is not None or generation_config.cache_implementation is not None:
+        name = next((n for n in _CACHE_NAMES if model_kwargs.get(n) is not None), None)
+        if name is None or callers_own or generation_config.cache_implementation is not None:
             return
+        made: Any = model_kwargs[name]
         profile = kv_cache_config(self.config)
         if profile is None:
             return
         if type(made) is EncoderDecoderCache:
             cache = AdaptiveQuantizedCache(self.config, profile)
-            model_kwargs[_CACHE_NAME] = AdaptiveEncoderDecoderCache(
-                cache, made.cross_attention_cache
-            )
+            model_kwargs[name] = AdaptiveEncoderDecoderCache(cache, made.cross_attention_cache)
         elif type(made) is DynamicCache:
-            model_kwargs[_CACHE_NAME] = AdaptiveQuantizedCache(self.config, profile)
+            model_kwargs[name] = AdaptiveQuantizedCache(self.config, profile)
         else:
             return
         if generation_config.is_assistant:  # its rejected tokens will be taken back
-            model_kwargs[_CACHE_NAME].activate_past_recording()
+            model_kwargs[name].activate_past_recording()
 
     setattr(prepare, _MARK, True)
     return prepare

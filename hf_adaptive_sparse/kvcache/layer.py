@@ -63,6 +63,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     axis_key = -1
     axis_value = 3
 
+    is_croppable = True
+
     def __init__(
         self,
         key_bits: int,

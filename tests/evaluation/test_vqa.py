@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from hf_adaptive_sparse.architecture import cache_argument
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.evaluation import vqa
@@ -140,7 +141,7 @@ class TestCache:
         caches = []
 
         def note(module, args, kwargs) -> None:
-            caches.append(kwargs.get("past_key_values"))
+            caches.append(kwargs.get(cache_argument(module)))
 
         with model.register_forward_pre_hook(note, with_kwargs=True):
             generate_answers(model, make_llava_processor(), rows(1), kv_cache=kv_cache)
