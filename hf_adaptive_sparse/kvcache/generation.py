@@ -31,9 +31,9 @@ def install() -> None:
     """Make ``generate()`` use the adaptive cache for models whose config has a KV profile.
 
     Calling it again changes nothing. Everything a caller says has precedence:
-    ``cache=`` or ``past_key_values=``, any ``cache_implementation`` (argument or generation config), and
-    ``use_cache=False`` are honoured, and a plain ``model(...)`` is not affected. Assistants of
-    assisted decoding get the cache that their own config asks for.
+    ``cache=`` or ``past_key_values=``, any ``cache_implementation`` (argument or generation
+    config), and ``use_cache=False`` are honoured, and a plain ``model(...)`` is not affected.
+    Assistants of assisted decoding get the cache that their own config asks for.
     """
     stock = GenerationMixin._prepare_cache_for_generation
     if not hasattr(stock, _MARK):
