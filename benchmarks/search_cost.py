@@ -17,14 +17,13 @@ from time import perf_counter
 import torch
 from environment import shared, write_result
 from optuna.storages import InMemoryStorage
-from optuna.trial import FixedTrial
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.candidate import suggest, uniform_params
-from hf_adaptive_sparse.search.objective import perplexity_objective
+from hf_adaptive_sparse.search.candidate import uniform_candidate
+from hf_adaptive_sparse.search.evaluator import open_evaluator
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
@@ -45,20 +44,21 @@ def held_tensor_bytes() -> int:
 
 def measure_memory(model, calibration, evaluation, space: SearchSpace, metric: str) -> dict:
     shape = ModelShape.of(model, space)
-    candidate = suggest(FixedTrial(uniform_params(space, shape)), space, shape)
+    candidate = uniform_candidate(space, shape)
     before = held_tensor_bytes()
     start = perf_counter()
-    with perplexity_objective(
+    with open_evaluator(
         model,
         space,
         shape,
+        candidate,
         calibration=calibration,
         evaluation=evaluation[:1],
         metric=metric,
         progress=False,
-    ) as objective:
+    ) as evaluator:
         ranking_seconds = perf_counter() - start
-        objective(candidate)
+        evaluator(candidate)
         held = held_tensor_bytes() - before
     total = sum(shape.numel.values())
     ranked = sum(round(space.high * n) - round(space.low * n) for n in shape.numel.values())
@@ -88,6 +88,7 @@ def measure_time(model, calibration, evaluation, space: SearchSpace, options) ->
             n_trials=repeat + 1,
             storage=storage,
             seed=options.seed,
+            early_stopping=False,
             progress=False,
         )
         first = CompressionProfile.from_dict(result.study.trials[0].user_attrs["profile"])

@@ -145,6 +145,13 @@ def uniform_params(space: SearchSpace, shape: ModelShape) -> dict[str, float]:
     return params
 
 
+def uniform_candidate(space: SearchSpace, shape: ModelShape) -> Candidate:
+    """Return the baseline as a profile."""
+    from optuna.trial import FixedTrial
+
+    return suggest(FixedTrial(uniform_params(space, shape)), space, shape)
+
+
 def _free_layers(shape: ModelShape) -> list[int]:
     if shape.kv_split is None:
         return []

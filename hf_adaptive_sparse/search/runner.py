@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_adaptive_sparse.search.candidate import suggest, uniform_params
+from hf_adaptive_sparse.search.candidate import (
+    Candidate,
+    suggest,
+    uniform_candidate,
+    uniform_params,
+)
 from hf_adaptive_sparse.search.errors import SearchError, TrialFailure
-from hf_adaptive_sparse.search.objective import Objective
+from hf_adaptive_sparse.search.evaluator import Evaluation, Reporter
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import WORKER_ATTRIBUTE, worker_name
@@ -25,9 +32,11 @@ from hf_adaptive_sparse.search.trials import (
 )
 
 if TYPE_CHECKING:
+    from optuna.exceptions import TrialPruned
+    from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.study import Study
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +48,16 @@ REPEATS_UNTIL_EXHAUSTED = 100
 
 FEWEST_TO_GIVE_UP = 5
 HIGHEST_FAILED_SHARE = 0.8
+
+STOPPING_P = 0.1
+"""A trial is stopped once a one-sided Wilcoxon test of its batches against the best trial's says
+that it is worse, at this level."""
+
+FEWEST_BATCHES = 4
+"""Batches that every trial is evaluated on before it may be stopped."""
+
+Objective = Callable[[Candidate, Reporter], Evaluation]
+"""Evaluates a profile; reports each batch, and stops when the reporter says so."""
 
 
 def goes_on(count: Tally, n_trials: int) -> bool:
@@ -56,6 +75,7 @@ class TrialRunner:
         objective: Evaluates a profile.
         seed: Seed of the draws.
         sampler: Used instead of a seeded TPE sampler.
+        early_stopping: Stop trials that are worse than the best one on the batches seen so far.
     """
 
     def __init__(
@@ -66,13 +86,14 @@ class TrialRunner:
         objective: Objective,
         seed: int,
         sampler: BaseSampler | None,
+        *,
+        early_stopping: bool = True,
     ) -> None:
-        from optuna.trial import FixedTrial
-
         self.study, self.space, self.shape = study, space, shape
         self.objective, self.seed, self.sampler = objective, seed, sampler
+        study.pruner = _pruner(early_stopping)
         self.known = tally(study).known
-        self.uniform = suggest(FixedTrial(uniform_params(space, shape)), space, shape).digest
+        self.uniform = uniform_candidate(space, shape).digest
 
     def run(self, n_trials: int, *, progress: bool) -> None:
         """Run trials until ``n_trials`` profiles were tried, former runs of the study included.
@@ -124,24 +145,56 @@ class TrialRunner:
         trial.set_user_attr(UNIFORM, candidate.digest == self.uniform)
         former = self.known.get(candidate.digest)
         if former is not None:
-            trial.set_user_attr(DUPLICATE_OF, former.number)
-            if former.value is None:
-                raise self._failed(trial, former.user_attrs[FAILURE], repeatable=True)
-            return former.value
+            return self._repeat(trial, former)
         start = time.perf_counter()
         try:
-            return self.objective(candidate)
+            evaluation = self.objective(candidate, trial)
         except TrialFailure as failure:
             logger.warning("Trial %d failed: %s", trial.number, failure.reason)
             raise self._failed(trial, failure.reason, repeatable=failure.repeatable) from failure
         finally:
             trial.set_user_attr("seconds", time.perf_counter() - start)
+        for key, value in evaluation.to_attributes().items():
+            trial.set_user_attr(key, value)
+        if evaluation.stopped:
+            raise self._stopped(trial, evaluation.value, evaluation.of_batches)
+        return evaluation.value
+
+    def _repeat(self, trial: Trial, former: FrozenTrial) -> float:
+        """Give ``trial`` the outcome of a former one of the same profile."""
+        from optuna.trial import TrialState
+
+        trial.set_user_attr(DUPLICATE_OF, former.number)
+        if former.value is None:
+            raise self._failed(trial, former.user_attrs[FAILURE], repeatable=True)
+        if former.state == TrialState.PRUNED:
+            raise self._stopped(trial, former.value, former.last_step or 0)
+        return former.value
+
+    @staticmethod
+    def _stopped(trial: Trial, estimate: float, step: int) -> TrialPruned:
+        from optuna.exceptions import TrialPruned
+
+        # Optuna takes the last step's value for the trial's: samplers then sort stopped trials,
+        # always behind complete ones, by the estimates of their values.
+        trial.report(estimate, step)
+        return TrialPruned()
 
     @staticmethod
     def _failed(trial: Trial, reason: str, *, repeatable: bool) -> TrialFailure:
         trial.set_user_attr(REPEATABLE, repeatable)
         trial.set_user_attr(FAILURE, reason)
         return TrialFailure(reason, repeatable=repeatable)
+
+
+def _pruner(early_stopping: bool) -> BasePruner:
+    import optuna
+
+    if not early_stopping:
+        return optuna.pruners.NopPruner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.pruners.WilcoxonPruner(p_threshold=STOPPING_P, n_startup_steps=FEWEST_BATCHES)
 
 
 def _give_up_if_hopeless(count: Tally) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.pruning.metrics import get_metric
-from hf_adaptive_sparse.search.candidate import uniform_params
+from hf_adaptive_sparse.search.candidate import uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.data import (
     EVALUATION_SAMPLES,
     Data,
@@ -26,8 +26,8 @@ from hf_adaptive_sparse.search.data import (
     warn_of_weak_evaluation,
 )
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.evaluator import open_evaluator
 from hf_adaptive_sparse.search.fingerprint import check_fingerprint, fingerprint, library_versions
-from hf_adaptive_sparse.search.objective import perplexity_objective
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.runner import TrialRunner, goes_on
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -66,6 +66,7 @@ def search(
     processor: Any = None,
     sampler: BaseSampler | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
+    early_stopping: bool = True,
     progress: bool = True,
 ) -> SearchResult:
     """Search the sparsity and KV profile of lowest perplexity under an exact budget.
@@ -92,6 +93,9 @@ def search(
         processor: The model's processor or tokenizer; needed where data are named.
         sampler: An Optuna sampler instead of TPE; it keeps its own seed.
         modules_to_not_convert: Names or globs of linears that stay dense and do not count.
+        early_stopping: Give a trial up as soon as a paired test on the batches seen so far says
+            that it is worse than the best one. Its profile is stored with an estimate, and counts
+            as tried.
         progress: Show progress bars, with the best value so far.
 
     Returns:
@@ -143,18 +147,21 @@ def search(
     with quiet_optuna(), storage_errors(_storage_name(storage)):
         study = _open_study(storage, study_name or STUDY_NAME, made_for, seed)
         if goes_on(tally(study), n_trials):
-            with perplexity_objective(
+            with open_evaluator(
                 model,
                 space,
                 shape,
+                uniform_candidate(space, shape),
                 calibration=calibration_batches,
                 evaluation=evaluation_batches,
                 metric=metric,
                 modules_to_not_convert=excluded,
                 image_weight=image_weight,
                 progress=progress,
-            ) as objective:
-                runner = TrialRunner(study, space, shape, objective, seed, sampler)
+            ) as evaluator:
+                runner = TrialRunner(
+                    study, space, shape, evaluator, seed, sampler, early_stopping=early_stopping
+                )
                 runner.run(n_trials, progress=progress)
         _check_outcome(tally(study), n_trials)
     return SearchResult(

@@ -30,6 +30,7 @@ class Tally:
 
     Attributes:
         completed: Evaluated trials, one per distinct profile, by number.
+        stopped: Trials that were given up early, being worse than the best one, by number.
         failed: Trials that failed for a reason of their own.
         known: Digest of a projected profile -> the trial that settled its value.
         finished: Trials that were carried through, duplicates included, interrupted ones not.
@@ -37,6 +38,7 @@ class Tally:
     """
 
     completed: tuple[FrozenTrial, ...]
+    stopped: tuple[FrozenTrial, ...]
     failed: tuple[FrozenTrial, ...]
     known: Mapping[str, FrozenTrial] = field(repr=False)
     finished: int
@@ -45,7 +47,7 @@ class Tally:
     @property
     def attempts(self) -> int:
         """Distinct profiles tried, which is what ``n_trials`` limits."""
-        return len(self.completed) + len(self.failed)
+        return len(self.completed) + len(self.stopped) + len(self.failed)
 
     @property
     def best(self) -> FrozenTrial | None:
@@ -68,23 +70,26 @@ def tally(study: Study) -> Tally:
     from optuna.trial import TrialState
 
     completed: list[FrozenTrial] = []
+    stopped: list[FrozenTrial] = []
     failed: list[FrozenTrial] = []
     known: dict[str, FrozenTrial] = {}
     finished, repeats = 0, 0
     for trial in study.get_trials(deepcopy=False):
         attributes = trial.user_attrs
-        done = trial.state == TrialState.COMPLETE
-        if not done and not (trial.state == TrialState.FAIL and FAILURE in attributes):
-            continue
+        kind = {TrialState.COMPLETE: completed, TrialState.PRUNED: stopped}.get(trial.state)
+        if kind is None:
+            if trial.state != TrialState.FAIL or FAILURE not in attributes:
+                continue
+            kind = failed
         finished += 1
         if DUPLICATE_OF in attributes:
             repeats += 1
             continue
         repeats = 0
-        (completed if done else failed).append(trial)
-        if done or attributes.get(REPEATABLE):
+        kind.append(trial)
+        if kind is not failed or attributes.get(REPEATABLE):
             known[attributes["profile_digest"]] = trial
-    return Tally(tuple(completed), tuple(failed), known, finished, repeats)
+    return Tally(tuple(completed), tuple(stopped), tuple(failed), known, finished, repeats)
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -94,10 +99,13 @@ def _value(trial: FrozenTrial) -> float:
 def history(study: Study) -> list[dict[str, Any]]:
     """Return one plain dict per trial, in order, as written to ``search.json``.
 
-    Keys: ``number``, ``state``, ``value`` (perplexity or ``None``), ``uniform``, ``duplicate_of``,
-    ``failure``, ``seconds``, ``block_ratios`` (one per block), ``key_bits`` and ``value_bits``
-    (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``.
+    Keys: ``number``, ``state`` (``"pruned"`` where it was stopped early), ``value`` (``None`` where
+    it is not known exactly), ``estimate`` (of a trial that was stopped), ``batches`` (evaluated),
+    ``uniform``, ``duplicate_of``, ``failure``, ``seconds``, ``block_ratios`` (one per block),
+    ``key_bits`` and ``value_bits`` (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``.
     """
+    from optuna.trial import TrialState
+
     rows = []
     for trial in study.get_trials(deepcopy=False):
         attributes = trial.user_attrs
@@ -106,7 +114,9 @@ def history(study: Study) -> list[dict[str, Any]]:
             {
                 "number": trial.number,
                 "state": trial.state.name.lower(),
-                "value": trial.value,
+                "value": trial.value if trial.state == TrialState.COMPLETE else None,
+                "estimate": trial.value if trial.state == TrialState.PRUNED else None,
+                "batches": attributes.get("batches"),
                 "uniform": bool(attributes.get(UNIFORM)),
                 "duplicate_of": attributes.get(DUPLICATE_OF),
                 "failure": attributes.get(FAILURE),

@@ -16,8 +16,9 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from hf_adaptive_sparse.search import objective as objective_module
+from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import (
     WORKER_ATTRIBUTE,
@@ -32,7 +33,7 @@ SPACE = SearchSpace(blocks=4, kv_bits=None)
 SETUP = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from hf_adaptive_sparse.search import objective
+from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 
@@ -56,7 +57,7 @@ CHILD = (
     + """
 import os, signal, sys
 
-original, calls = objective.perplexity, []
+original, calls = Evaluator.measure, []
 
 def deadly(*arguments):
     calls.append(1)
@@ -64,7 +65,7 @@ def deadly(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 
-objective.perplexity = deadly
+Evaluator.measure = deadly
 run_search(sys.argv[1])
 """
 )
@@ -117,7 +118,7 @@ def run(tiny_llama, text_batches):
 @pytest.mark.parametrize("name", ["study.db", "study.log"])
 def test_an_interrupted_search_goes_on_where_it_stopped(run, tmp_path, monkeypatch, name):
     straight = run(n_trials=6)
-    original, calls = objective_module.perplexity, []
+    original, calls = Evaluator.measure, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -125,7 +126,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(run, tmp_path, monkeypat
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(objective_module, "perplexity", interrupted)
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(n_trials=6, storage=tmp_path / name)
     resumed = run(n_trials=6, storage=tmp_path / name)
@@ -144,7 +145,7 @@ def test_an_interrupted_baseline_is_tried_again(run, tmp_path, monkeypatch):
         def interrupted(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(objective_module, "perplexity", interrupted)
+        patch.setattr(Evaluator, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(storage=storage)
     result = run(storage=storage)
@@ -155,7 +156,7 @@ def test_an_interrupted_baseline_is_tried_again(run, tmp_path, monkeypatch):
 def test_a_finished_study_is_returned_without_ranking_or_evaluating(run, tmp_path, monkeypatch):
     storage = f"sqlite:///{tmp_path}/study.db"
     first = run(storage=storage)
-    monkeypatch.setattr(objective_module, "rank_model", None)
+    monkeypatch.setattr(evaluator_module, "rank_model", None)
     assert run(storage=storage).history == first.history
 
 
@@ -244,7 +245,7 @@ def test_a_database_that_becomes_locked_keeps_what_was_completed(run, tmp_path, 
     impatient = optuna.storages.RDBStorage(
         f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 0.1}}
     )
-    original, calls = objective_module.perplexity, []
+    original, calls = Evaluator.measure, []
 
     def locking(*arguments):
         calls.append(1)
@@ -253,7 +254,7 @@ def test_a_database_that_becomes_locked_keeps_what_was_completed(run, tmp_path, 
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(objective_module, "perplexity", locking)
+        patch.setattr(Evaluator, "measure", locking)
         with pytest.raises(
             StorageError, match=r"RDBStorage cannot be used: .*locked.*trials are kept"
         ):

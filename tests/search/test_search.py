@@ -14,8 +14,9 @@ from hf_adaptive_sparse.architecture import kv_widths, prunable_linears
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.pruning.apply import prune_model
-from hf_adaptive_sparse.search import objective as objective_module
+from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search.errors import SearchError, StorageError, TrialFailure
+from hf_adaptive_sparse.search.evaluator import Evaluation, Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
@@ -43,6 +44,10 @@ def run(tiny_llama, text_batches, evaluation):
 
 def snapshot(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def valued(value):
+    return Evaluation(value, batches=2, of_batches=2)
 
 
 def zeros(model):
@@ -75,18 +80,19 @@ def test_the_uniform_profile_comes_first_and_is_the_baseline(run):
 
 def test_every_profile_meets_the_budget_as_counted_on_the_masks(run, tiny_llama, monkeypatch):
     removed, bits = [], []
-    original = objective_module.perplexity
+    original = evaluator_module.negative_log_likelihood
 
-    def counting(model, batches, kv_cache):
+    def counting(model, batch, kv_cache):
         removed.append(sum(zeros(model)))
         bits.append(kv_cache.mean_bits(kv_widths(model.config)))
-        return original(model, batches, kv_cache)
+        return original(model, batch, kv_cache)
 
-    monkeypatch.setattr(objective_module, "perplexity", counting)
+    monkeypatch.setattr(evaluator_module, "negative_log_likelihood", counting)
     run(n_trials=8)
     total = sum(m.weight.numel() for m in prunable_linears(tiny_llama).values())
-    assert removed == [round(total * 0.5)] * 8
-    assert bits == [7.0] * 8
+    assert len(removed) == 8 * 2  # batches
+    assert set(removed) == {round(total * 0.5)}
+    assert set(bits) == {7.0}
 
 
 @pytest.mark.parametrize("target", [0.3, 0.37, 0.61])
@@ -135,9 +141,9 @@ def test_the_model_is_bit_identical_after_an_exception(run, tiny_llama, monkeypa
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return 10.0 + len(calls)
+        return valued(10.0 + len(calls))
 
-    monkeypatch.setattr(objective_module, "perplexity", failing)
+    monkeypatch.setattr(Evaluator, "measure", failing)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert_same(tiny_llama, before)
@@ -146,9 +152,9 @@ def test_the_model_is_bit_identical_after_an_exception(run, tiny_llama, monkeypa
 
 def test_weights_are_ranked_once(run, monkeypatch):
     calls = []
-    original = objective_module.rank_model
+    original = evaluator_module.rank_model
     monkeypatch.setattr(
-        objective_module, "rank_model", lambda *a, **k: calls.append(1) or original(*a, **k)
+        evaluator_module, "rank_model", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     run()
     assert calls == [1]
@@ -156,7 +162,7 @@ def test_weights_are_ranked_once(run, monkeypatch):
 
 def test_what_is_held_besides_the_model_is_within_its_bound(tiny_llama, run, monkeypatch):
     held = []
-    original = objective_module.masked
+    original = evaluator_module.masked
 
     class Watched:
         def __init__(self, *arguments):
@@ -170,7 +176,7 @@ def test_what_is_held_besides_the_model_is_within_its_bound(tiny_llama, run, mon
             held.append(self.mask.nbytes)
             return self.context.__exit__(*error)
 
-    monkeypatch.setattr(objective_module, "masked", Watched)
+    monkeypatch.setattr(evaluator_module, "masked", Watched)
     run(n_trials=3)
     numels = [m.weight.numel() for m in prunable_linears(tiny_llama).values()]
     margin = 2 / min(numels)
@@ -182,13 +188,14 @@ def test_what_is_held_besides_the_model_is_within_its_bound(tiny_llama, run, mon
 
 def test_a_profile_is_evaluated_once(run, monkeypatch):
     calls = Counter()
-    original = objective_module.perplexity
+    original = Evaluator.measure
 
-    def counting(model, batches, kv_cache):
-        calls[zeros(model)] += 1
-        return original(model, batches, kv_cache)
+    def counting(self, candidate, reporter):
+        evaluation = original(self, candidate, reporter)
+        calls[zeros(self.model)] += 1
+        return evaluation
 
-    monkeypatch.setattr(objective_module, "perplexity", counting)
+    monkeypatch.setattr(Evaluator, "measure", counting)
     # Two blocks on a grid of three: shifting both alike changes nothing, so draws collide.
     space = SearchSpace(blocks=2, sparsity_range=0.025, kv_bits=None)
     result = run(space=space, n_trials=4)
@@ -211,7 +218,7 @@ def test_an_exhausted_space_ends_the_search_and_says_so(run, caplog):
 
 
 def test_kv_bits_alone_leave_the_weights_alone(run, monkeypatch):
-    monkeypatch.setattr(objective_module, "rank_model", None)
+    monkeypatch.setattr(evaluator_module, "rank_model", None)
     space = SearchSpace(target_sparsity=None, kv_group_size=16, kv_residual_length=8)
     result = run(space=space, n_trials=4)
     assert result.best_profile.sparsity is None
@@ -288,7 +295,7 @@ def test_a_history_from_the_future_is_refused(run, tmp_path):
 
 
 def test_a_failed_trial_is_kept_with_its_reason_and_the_search_goes_on(run, monkeypatch, caplog):
-    original = objective_module.perplexity
+    original = Evaluator.measure
     calls = []
 
     def sometimes(*arguments):
@@ -297,9 +304,9 @@ def test_a_failed_trial_is_kept_with_its_reason_and_the_search_goes_on(run, monk
             raise MemoryError("no room")
         if len(calls) == 4:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
-        return float("nan") if len(calls) == 3 else original(*arguments)
+        return valued(float("nan")) if len(calls) == 3 else original(*arguments)
 
-    monkeypatch.setattr(objective_module, "perplexity", sometimes)
+    monkeypatch.setattr(Evaluator, "measure", sometimes)
     result = run(n_trials=7)
     failed = [row for row in result.history if row["state"] == "fail"]
     assert [row["failure"].split(":")[0] for row in failed] == [
@@ -315,7 +322,7 @@ def test_another_error_is_not_swallowed(run, monkeypatch):
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(objective_module, "perplexity", broken)
+    monkeypatch.setattr(Evaluator, "measure", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run()
 
@@ -327,20 +334,20 @@ def test_when_nearly_all_trials_fail_the_search_stops_and_says_why(run, monkeypa
         calls.append(1)
         raise TrialFailure("the loss is nan", repeatable=False)
 
-    monkeypatch.setattr(objective_module, "perplexity", failing)
+    monkeypatch.setattr(Evaluator, "measure", failing)
     with pytest.raises(SearchError, match=r"5 of 5 trials failed.*the loss is nan \(5 of 5"):
         run(n_trials=50)
     assert len(calls) == 5
 
 
 def test_when_no_trial_succeeds_it_is_an_error(run, monkeypatch):
-    monkeypatch.setattr(objective_module, "perplexity", lambda *_: math.inf)
+    monkeypatch.setattr(Evaluator, "measure", lambda *_: valued(math.inf))
     with pytest.raises(SearchError, match=r"No trial succeeded.*perplexity is inf"):
         run(n_trials=2)
 
 
 def test_equal_values_are_remarked_on(run, monkeypatch, caplog):
-    monkeypatch.setattr(objective_module, "perplexity", lambda *_: 42.0)
+    monkeypatch.setattr(Evaluator, "measure", lambda *_: valued(42.0))
     result = run()
     assert "All 6 profiles have the perplexity 42.0" in caplog.text
     assert result.best_trial.number == 0
