@@ -1,0 +1,68 @@
+"""Products with a sparse weight: chooses the kernel. Other packages call nothing but this.
+
+Many tokens go by tiles through torch's matrix product (``sparse_tiles``). Nothing here records a
+gradient; the layer that calls this does, with ``input_gradient``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_adaptive_sparse.kernels import sparse_tiles
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+
+def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x @ W.T + bias``.
+
+    Args:
+        x: ``(..., columns)`` in the weight's dtype, on its device, with any strides.
+        weight: ``(rows, columns)``.
+        bias: ``(rows,)`` in the same dtype and on the same device, or None.
+
+    Returns:
+        ``(..., rows)`` in that dtype, contiguous.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit.
+    """
+    rows, columns = weight.shape
+    _check(x, "x", columns, weight)
+    if bias is not None:
+        _check(bias, "bias", rows, weight)
+    with torch.no_grad():
+        tokens = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
+        return sparse_tiles.linear(tokens, weight, bias).view(*x.shape[:-1], rows)
+
+
+def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+    """Return ``gradient @ W``, the gradient of ``linear`` for ``x``.
+
+    Args:
+        gradient: ``(..., rows)``, that of the output, in the weight's dtype and on its device.
+        weight: ``(rows, columns)``.
+
+    Returns:
+        ``(..., columns)`` in that dtype.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit.
+    """
+    rows, columns = weight.shape
+    _check(gradient, "gradient", rows, weight)
+    with torch.no_grad():
+        flat = gradient.reshape(gradient.shape[:-1].numel(), rows)
+        return sparse_tiles.input_gradient(flat, weight).view(*gradient.shape[:-1], columns)
+
+
+def _check(tensor: torch.Tensor, name: str, size: int, weight: SparseWeight) -> None:
+    if tensor.dim() < 1 or tensor.shape[-1] != size:
+        raise ValueError(
+            f"{name} must end in a dimension of {size} for a weight of shape {weight.shape}, got "
+            f"shape {tuple(tensor.shape)}."
+        )
+    if tensor.dtype != weight.dtype or tensor.device != weight.device:
+        raise ValueError(
+            f"{name} must be {weight.dtype} on {weight.device} as the sparse weight is, got "
+            f"{tensor.dtype} on {tensor.device}."
+        )

@@ -1,0 +1,76 @@
+"""Products of many tokens with a sparse weight: decompressed by tiles, multiplied by torch.
+
+Rows of the weight are decompressed into a buffer of at most ``TILE_BYTES``, tile after tile, and
+each tile goes through the matrix product that torch has for the device. With hundreds of tokens
+that product takes so long that decompressing hardly shows, and no dense copy of the weight exists.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+TILE_BYTES = 16 << 20
+"""Bytes of a tile at most, unless a single row is longer."""
+
+_buffers = threading.local()
+
+
+def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x @ W.T + bias``: ``(tokens, rows)`` of ``x`` ``(tokens, columns)``.
+
+    Args:
+        x: In the weight's dtype and on its device.
+        weight: ``(rows, columns)``; codes times scales are rounded to the weight's dtype.
+        bias: ``(rows,)`` in that dtype, or None.
+    """
+    output = x.new_empty((x.shape[0], weight.shape[0]))
+    for start, stop, tile in _tiles(weight):
+        part = output[:, start:stop]
+        if bias is None:
+            torch.mm(x, tile.T, out=part)
+        else:
+            torch.addmm(bias[start:stop], x, tile.T, out=part)
+    return output
+
+
+def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+    """Return ``gradient @ W``: ``(tokens, columns)`` of ``gradient`` ``(tokens, rows)``.
+
+    Summed up over the tiles in float32.
+    """
+    total = gradient.new_zeros((gradient.shape[0], weight.shape[1]), dtype=torch.float32)
+    for start, stop, tile in _tiles(weight):
+        total += gradient[:, start:stop] @ tile
+    return total.to(gradient.dtype)
+
+
+def _tiles(weight: SparseWeight) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield first row, last row + 1 and the decompressed rows, which the next tile overwrites."""
+    rows, columns = weight.shape
+    row_bytes = max(1, columns * weight.dtype.itemsize)
+    step = min(rows, max(1, TILE_BYTES // row_bytes))
+    buffer = _buffer(step * columns, weight.dtype, weight.device).view(step, columns)
+    for start in range(0, rows, max(1, step)):
+        stop = min(rows, start + step)
+        tile = buffer[: stop - start]
+        tile.copy_(weight.dense_rows(start, stop))
+        yield start, stop, tile
+
+
+def _buffer(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return ``count`` elements of memory: on the CPU one buffer per thread, kept for reuse."""
+    if device.type != "cpu":
+        return torch.empty(count, dtype=dtype, device=device)  # that allocator reuses by itself
+    size_bytes = count * dtype.itemsize
+    kept: torch.Tensor | None = getattr(_buffers, "kept", None)
+    if kept is None or kept.numel() < size_bytes:
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            kept = torch.empty(max(size_bytes, TILE_BYTES), dtype=torch.uint8)
+        _buffers.kept = kept
+    return kept[:size_bytes].view(dtype)

@@ -1,0 +1,297 @@
+"""One sparse weight in memory: what kernels read, with the offsets that let them start at any row.
+
+    bitmask      uint8 (rows, ceil(columns / 8))   which weights are kept, see bitmask.py
+    values       (nnz,)                            the kept weights, row by row:
+                   float32, bfloat16, float16      as they are
+                   int8                            codes of 8 bits, see weight_codes.py
+                   uint8 (ceil(nnz / 2),)          codes of 4 bits, the same
+    scales       (rows, groups)                    with codes only, in the weight's dtype
+    row_offsets  int32 or int64 (rows + 1,)        number of values before each row
+
+    size_bytes = ceil(nnz * bits / 8) + rows * ceil(columns / 8)
+               + rows * groups * scale_bytes + (rows + 1) * offset_bytes
+
+Per weight of a large matrix of which half is kept that is 9 bits with 16-bit values, 5 with codes
+of 8 bits and 3 with codes of 4, plus ``16 / group_size`` for the scales: 0.5625, 0.3125 and 0.1875
+of a 16-bit weight.
+
+The offsets are computed, never stored in a checkpoint: they follow from the bitmask. Values carry
+no padding, so that a tensor that was mapped from a file serves as it is; kernels mind the end.
+
+n:m patterns use the same bitmask. Tighter indices exist and were weighed: 2 of 4 has six cases,
+which is 3 bits for 4 weights instead of 4, and saves 2.8 % of the whole with 16-bit values, 5 %
+with 8 and 8.3 % with 4; 4 of 8 has 70, which is 7 bits instead of 8 and saves half as much. In
+return a kernel looks up every group where it now reads the mask as it lies. NVIDIA's own index of
+2:4 takes 4 bits for 4 weights, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hf_adaptive_sparse.packing import weight_codes
+from hf_adaptive_sparse.packing.bitmask import (
+    BitmaskError,
+    check_bitmask,
+    compress,
+    decompress,
+    row_bytes,
+    row_popcounts,
+    unpack_mask,
+)
+
+VALUE_BITS = {
+    torch.float32: 32,
+    torch.bfloat16: 16,
+    torch.float16: 16,
+    torch.int8: 8,
+    torch.uint8: 4,
+}
+"""Bits per value, by the dtype of the tensor that stores them."""
+
+_CHUNK_ELEMENTS = 1 << 22  # of a weight that is taken apart or put together at a time
+
+
+def offset_dtype(nnz: int) -> torch.dtype:
+    """Return the narrowest dtype for offsets into ``nnz`` values: int32, from 2**31 on int64."""
+    return torch.int32 if nnz <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def size_bytes(
+    rows: int, columns: int, nnz: int, bits: int, groups: int = 0, scale_bytes: int = 2
+) -> int:
+    """Return the bytes of a sparse weight in memory, by the formula at the head of this module.
+
+    Args:
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+        nnz: Weights that are kept.
+        bits: Bits per value: 32, 16, 8 or 4.
+        groups: Scales per row, 0 without codes.
+        scale_bytes: Bytes of a scale.
+    """
+    index = rows * row_bytes(columns) + (rows + 1) * offset_dtype(nnz).itemsize
+    return (nnz * bits + 7) // 8 + rows * groups * scale_bytes + index
+
+
+@dataclass(frozen=True, eq=False)
+class SparseWeight:
+    """One weight, sparse.
+
+    Made by ``from_dense`` or, checked, by ``from_tensors``; the constructor believes its arguments,
+    so that wrapping tensors for one call of a kernel costs nothing.
+
+    Attributes:
+        shape: ``(rows, columns)``, as ``nn.Linear`` has ``(out_features, in_features)``.
+        bitmask: uint8 ``(rows, ceil(columns / 8))``, contiguous like all tensors here.
+        values: The kept weights, or their codes.
+        row_offsets: ``(rows + 1,)``, int32 or int64: values before each row, and all of them.
+        scales: ``(rows, groups)``, None without codes.
+        group_size: Columns per scale; None: one per row.
+    """
+
+    shape: tuple[int, int]
+    bitmask: torch.Tensor
+    values: torch.Tensor
+    row_offsets: torch.Tensor
+    scales: torch.Tensor | None = None
+    group_size: int | None = None
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, bits: int | None = None, group_size: int | None = None
+    ) -> SparseWeight:
+        """Compress a weight; what is not bitwise zero is kept.
+
+        Args:
+            weight: ``(rows, columns)``, float32, bfloat16 or float16.
+            bits: Bits per value: 8 or 4; None, or the weight's own, to keep the values as they are.
+            group_size: With 8 or 4 bits: columns per scale, a multiple of 32; None: one per row.
+
+        Raises:
+            ValueError: If the weight, ``bits`` or ``group_size`` are not as above, or a weight to
+                be quantised is not finite.
+        """
+        if weight.dim() != 2 or weight.dtype not in weight_codes.SCALE_DTYPES:
+            raise BitmaskError(
+                "A sparse weight is made from (rows, columns) in float32, bfloat16 or float16, got "
+                f"{weight.dtype} {tuple(weight.shape)}."
+            )
+        if bits is None or bits == VALUE_BITS[weight.dtype]:
+            if group_size is not None:
+                raise BitmaskError(
+                    f"group_size={group_size} needs values of 8 or 4 bits; values of "
+                    f"{VALUE_BITS[weight.dtype]} bits have no scales."
+                )
+            values, bitmask = compress(weight)
+            return cls((weight.shape[0], weight.shape[1]), bitmask, values, _offsets(bitmask))
+        pieces = [
+            _encode_rows(weight[start:stop], bits, group_size)
+            for start, stop in _chunks(*weight.shape)
+        ]
+        masks, codes, scales = (torch.cat(part) for part in zip(*pieces, strict=True))
+        values = weight_codes.pack_codes(codes, bits)
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(shape, masks, values, _offsets(masks), scales, group_size)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        columns: int,
+        *,
+        bitmask: torch.Tensor,
+        values: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        group_size: int | None = None,
+    ) -> SparseWeight:
+        """Take the tensors of ``tensors()``, checked; the offsets are computed.
+
+        Args:
+            columns: Columns of the weight.
+            bitmask: uint8 ``(rows, ceil(columns / 8))``.
+            values: ``(nnz,)`` in float32, bfloat16 or float16, or int8 codes; or uint8
+                ``(ceil(nnz / 2),)``, codes of 4 bits.
+            scales: With codes: ``(rows, groups)`` in float32, bfloat16 or float16.
+            group_size: With codes: columns per scale; None: one per row.
+
+        Raises:
+            BitmaskError: If shapes, dtypes or devices do not fit, the bitmask sets a bit after the
+                last column or another number of bits than there are values, or a scale is
+                negative, infinite or NaN.
+        """
+        check_bitmask(bitmask, columns)
+        if values.dim() != 1 or values.dtype not in VALUE_BITS:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in VALUE_BITS)
+            raise BitmaskError(
+                f"values must be of shape (n,) in one of {known}, got {values.dtype} "
+                f"{tuple(values.shape)}."
+            )
+        shape = (bitmask.shape[0], columns)
+        offsets = _offsets(bitmask)
+        weight = cls(shape, bitmask.contiguous(), values.contiguous(), offsets, scales, group_size)
+        _check_count(weight)
+        _check_scales(weight)
+        devices = {tensor.device for tensor in weight.tensors().values()}
+        if len(devices) > 1:
+            raise BitmaskError(f"The tensors of one weight must share a device, got {devices}.")
+        return weight
+
+    @property
+    def bits(self) -> int:
+        """Bits per value: 32, 16, 8 or 4."""
+        return VALUE_BITS[self.values.dtype]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weight when it is decompressed."""
+        return self.values.dtype if self.scales is None else self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors."""
+        return self.bitmask.device
+
+    @property
+    def nnz(self) -> int:
+        """Weights that are kept; reads the device."""
+        return int(self.row_offsets[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, the offsets included."""
+        return sum(tensor.nbytes for tensor in (*self.tensors().values(), self.row_offsets))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint stores: ``values``, ``bitmask`` and, with codes, ``scales``."""
+        stored = {"values": self.values, "bitmask": self.bitmask}
+        return stored if self.scales is None else {**stored, "scales": self.scales}
+
+    def to(self, device: torch.device | str) -> SparseWeight:
+        """Return the weight on a device: itself if it is there."""
+        if torch.device(device) == self.device:
+            return self
+        return SparseWeight(
+            self.shape,
+            self.bitmask.to(device),
+            self.values.to(device),
+            self.row_offsets.to(device),
+            None if self.scales is None else self.scales.to(device),
+            self.group_size,
+        )
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Decompress: ``shape`` in ``dtype``, by default the weight's own; zero where pruned."""
+        dense = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        for start, stop in _chunks(*self.shape):
+            dense[start:stop] = self.dense_rows(start, stop)
+        return dense
+
+    def dense_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Decompress rows ``start`` to ``stop - 1``; codes times scales are left in float32."""
+        first, last = int(self.row_offsets[start]), int(self.row_offsets[stop])
+        bitmask, columns = self.bitmask[start:stop], self.shape[1]
+        if self.scales is None:
+            return decompress(self.values[first:last], bitmask, columns)
+        if self.bits == 4:
+            # A row may begin in the upper half of a byte.
+            stored = self.values[first // 2 : (last + 1) // 2]
+            codes = weight_codes.unpack_codes(stored, 4, stored.numel() * 2)
+            codes = codes[first % 2 : first % 2 + last - first]
+        else:
+            codes = self.values[first:last]
+        dense = decompress(codes, bitmask, columns)
+        return weight_codes.decode(dense, self.scales[start:stop], self.group_size)
+
+
+def _offsets(bitmask: torch.Tensor) -> torch.Tensor:
+    counts = row_popcounts(bitmask)
+    ends = counts.cumsum(0)
+    total = int(ends[-1]) if ends.numel() else 0
+    offsets = torch.zeros(len(ends) + 1, dtype=offset_dtype(total), device=bitmask.device)
+    offsets[1:] = ends
+    return offsets
+
+
+def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step) if rows else (0,):
+        yield start, min(rows, start + step)
+
+
+def _encode_rows(
+    weight: torch.Tensor, bits: int, group_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return bitmask, kept codes int8 and scales of some rows."""
+    _, bitmask = compress(weight)
+    codes, scales = weight_codes.encode(weight, bits, group_size)
+    return bitmask, codes[unpack_mask(bitmask, weight.shape[1])], scales
+
+
+def _check_count(weight: SparseWeight) -> None:
+    kept = weight.nnz
+    stored = weight.values.numel()
+    if stored != (kept if weight.bits != 4 else (kept + 1) // 2):
+        unit = "bytes, two values each," if weight.bits == 4 else "values"
+        raise BitmaskError(
+            f"the bitmask keeps {kept} weights but {stored} {unit} are stored; the two must agree."
+        )
+
+
+def _check_scales(weight: SparseWeight) -> None:
+    scales, group_size = weight.scales, weight.group_size
+    if weight.bits > 8:
+        if scales is not None or group_size is not None:
+            raise BitmaskError(f"values of {weight.bits} bits have no scales, but some were given.")
+        return
+    expected = (weight.shape[0], weight_codes.group_count(weight.shape[1], group_size))
+    if scales is None or scales.dtype not in weight_codes.SCALE_DTYPES or scales.shape != expected:
+        got = "none" if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
+        raise BitmaskError(
+            f"codes of {weight.bits} bits need scales {expected} in float32, bfloat16 or float16, "
+            f"got {got}."
+        )
+    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+        raise BitmaskError("scales must be finite and >= 0; the file is damaged.")

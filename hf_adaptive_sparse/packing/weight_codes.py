@@ -1,0 +1,128 @@
+"""Weights as small signed integers: symmetric codes with a scale per row or per group of columns.
+
+A group is ``group_size`` consecutive columns of one row (the last may be shorter), or a whole row.
+With ``limit = 2 ** (bits - 1) - 1`` (127 or 7)
+
+    scale = max |w| / limit of the group, rounded up to the weight's dtype
+    code  = round(w / scale)              -limit <= code <= limit
+    w'    = code * scale                  |w - w'| <= scale / 2
+
+0 is always code 0, so that a pruned weight stays what it is, and a group of zeros has scale 0. The
+bound holds for ``w'`` in float32; rounding ``w'`` to a 16-bit dtype, as a dense copy has to, adds
+half a unit in its last place.
+
+Codes of 8 bits are int8. Codes of 4 bits are two's complement nibbles in one stream, the first in
+the lower half of a byte, as in ``packing/bits.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_adaptive_sparse.packing.bits import pack, unpack
+
+CODE_BITS = (8, 4)
+"""Bits of a code."""
+
+GROUP_MULTIPLE = 32
+"""Groups are whole multiples of this many columns, so that no step of a kernel straddles two."""
+
+SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""The dtype of the scales is that of the weight they belong to."""
+
+
+def code_limit(bits: int) -> int:
+    """Return the largest code: 127 at 8 bits, 7 at 4.
+
+    Raises:
+        ValueError: If ``bits`` is neither.
+    """
+    if bits not in CODE_BITS:
+        raise ValueError(f"Weights are quantised to 8 or 4 bits, got {bits!r}.")
+    return (1 << (bits - 1)) - 1
+
+
+def group_count(columns: int, group_size: int | None) -> int:
+    """Return the scales of a row: ``ceil(columns / group_size)``, 1 without groups.
+
+    Raises:
+        ValueError: If ``group_size`` is not None and not a positive multiple of 32.
+    """
+    if group_size is None:
+        return 1
+    if group_size <= 0 or group_size % GROUP_MULTIPLE:
+        raise ValueError(
+            f"group_size must be a positive multiple of {GROUP_MULTIPLE}, or None for one scale "
+            f"per row, got {group_size!r}."
+        )
+    return max(1, -(-columns // group_size))
+
+
+def encode(
+    weight: torch.Tensor, bits: int, group_size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a weight.
+
+    Args:
+        weight: ``(rows, columns)``, float32, bfloat16 or float16, finite.
+        bits: 8 or 4.
+        group_size: Columns per scale, a multiple of 32; None: one scale per row.
+
+    Returns:
+        ``codes`` int8 ``(rows, columns)`` and ``scales`` ``(rows, groups)`` in the weight's dtype,
+        finite and >= 0.
+
+    Raises:
+        ValueError: If the weight is not finite or of another dtype, or ``bits`` or ``group_size``
+            are not as above.
+    """
+    limit = code_limit(bits)
+    if weight.dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"Weights of float32, bfloat16 and float16 can be quantised, got {weight.dtype}."
+        )
+    rows, columns = weight.shape
+    groups = group_count(columns, group_size)
+    width = columns if group_size is None else group_size
+    exact = weight.detach().float()
+    if not torch.isfinite(exact).all():
+        raise ValueError("Only finite weights can be quantised; this one has NaN or infinity.")
+    padded = torch.nn.functional.pad(exact, (0, groups * width - columns))
+    grouped = padded.view(rows, groups, width)
+    highest = grouped.abs().amax(dim=2) if width else exact.new_zeros((rows, groups))
+    scales = _round_up(highest / limit, weight.dtype)
+    divisors = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(2)
+    codes = (grouped / divisors).round_().clamp_(-limit, limit).to(torch.int8)
+    return codes.view(rows, groups * width)[:, :columns], scales
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, group_size: int | None) -> torch.Tensor:
+    """Return ``codes * scales`` in float32, ``(rows, columns)``, of codes int8 of that shape."""
+    factors = scales.float()
+    if group_size is not None:
+        factors = factors.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
+    return codes.float() * factors
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return int8 codes ``(n,)`` as they are stored: themselves, or uint8 ``(ceil(n / 2),)``."""
+    if bits == 8:
+        return codes
+    return pack(codes.view(torch.uint8) & 0x0F, bits)
+
+
+def unpack_codes(stored: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Undo ``pack_codes``: int8 ``(count,)``."""
+    if bits == 8:
+        return stored
+    # A nibble's upper bit is its sign: flipped, the nibble is its value plus 8.
+    return ((unpack(stored, bits, count) ^ 8).view(torch.int8) - 8).contiguous()
+
+
+def _round_up(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return float32 scales >= 0 in ``dtype``, none below what it was."""
+    rounded = scales.to(dtype)
+    too_small = rounded.float() < scales
+    # Positive floats are ordered like the integers that have their bits.
+    integers = rounded.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    return (integers + too_small).view(dtype)

@@ -1,0 +1,83 @@
+"""The dispatcher of products with sparse weights: shapes, bad input, gradient."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from hf_adaptive_sparse.kernels import sparse_linear, sparse_tiles
+from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+
+def make_sparse(rows, columns, bits=None, dtype=torch.float32, seed=0, ratio=0.5, group_size=None):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[torch.rand(rows, columns, generator=generator) < ratio] = 0
+    return SparseWeight.from_dense(weight.to(dtype), bits, group_size)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (0,), (2, 0, 3), (40,)])
+def test_leading_dimensions(bits, shape):
+    weight = make_sparse(6, 70, bits)
+    x, bias = torch.randn(*shape, 70), torch.randn(6)
+    for given in (None, bias):
+        found = sparse_linear.linear(x, weight, given)
+        assert found.shape == (*shape, 6)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, reference(x, weight, given), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_empty_weights(shape):
+    weight = SparseWeight.from_dense(torch.zeros(shape))
+    for tokens in (0, 2, 40):
+        found = sparse_linear.linear(torch.ones(tokens, shape[1]), weight)
+        assert torch.equal(found, torch.zeros(tokens, shape[0]))
+        back = sparse_linear.input_gradient(torch.ones(tokens, shape[0]), weight)
+        assert torch.equal(back, torch.zeros(tokens, shape[1]))
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("tile_rows", [1, 4, 100])
+def test_tiles(monkeypatch, bits, tile_rows):
+    monkeypatch.setattr(sparse_tiles, "TILE_BYTES", tile_rows * 45 * 4)
+    weight = make_sparse(10, 45, bits)
+    x, gradient, bias = torch.randn(33, 45), torch.randn(33, 10), torch.randn(10)
+    found = sparse_linear.linear(x, weight, bias)
+    torch.testing.assert_close(found, reference(x, weight, bias))
+    back = sparse_linear.input_gradient(gradient, weight)
+    torch.testing.assert_close(back, gradient @ weight.to_dense(torch.float32))
+
+
+def test_the_buffer_serves_inside_and_outside_of_inference_mode():
+    weight, x = make_sparse(10, 45), torch.randn(33, 45)
+    results = []
+    done = threading.Thread(target=lambda: results.extend(in_both_modes(x, weight)))
+    done.start()  # a thread of its own starts without a buffer
+    done.join()
+    assert torch.equal(results[0], results[1])
+
+
+def in_both_modes(x, weight):
+    with torch.inference_mode():
+        inside = sparse_linear.linear(x, weight)
+    return inside.clone(), sparse_linear.linear(x, weight)
+
+
+def test_bad_input_is_refused():
+    weight = make_sparse(6, 70)
+    x = torch.ones(2, 70)
+    for call, message in (
+        (lambda: sparse_linear.linear(x[:, 1:], weight), "dimension of 70"),
+        (lambda: sparse_linear.linear(torch.tensor(1.0), weight), "dimension of 70"),
+        (lambda: sparse_linear.linear(x.half(), weight), "must be torch.float32"),
+        (lambda: sparse_linear.linear(x.to("meta"), weight), "on meta"),
+        (lambda: sparse_linear.linear(x, weight, torch.ones(7)), "bias must end in"),
+        (lambda: sparse_linear.input_gradient(x, weight), "gradient must end in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
