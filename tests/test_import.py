@@ -44,6 +44,21 @@ def test_importing_first_or_after_transformers_is_the_same() -> None:
     assert run(script) == "True\nTrue"
 
 
+@pytest.mark.parametrize(
+    "first", ["processing_utils", "modeling_utils", "models.llama.modeling_llama"]
+)
+def test_the_auto_class_stays_when_transformers_executes_again(first: str) -> None:
+    script = (
+        f"import transformers.{first}\n"
+        "import hf_adaptive_sparse as has\n"
+        "import transformers.processing_utils\n"
+        "from transformers import AutoModelForVision2Seq, LlamaForCausalLM\n"
+        "print(AutoModelForVision2Seq is has.AutoModelForVision2Seq)\n"
+        "print(hasattr(transformers.models.llama, 'AutoModelForVision2Seq'))\n"
+    )
+    assert run(script) == "True\nFalse"
+
+
 @pytest.mark.parametrize("name", sorted(has.__all__))
 def test_every_public_name_is_there(name: str) -> None:
     value = getattr(has, name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -95,7 +96,22 @@ def register() -> None:
     _wrap_classmethod(AutoHfQuantizer, "merge_quantization_configs", _merge_quantization_configs)
     install()
     if not hasattr(transformers, "AutoModelForVision2Seq"):
-        transformers.AutoModelForVision2Seq = AutoModelForVision2Seq
+        type(transformers).AutoModelForVision2Seq = _TopLevelName()
+
+
+class _TopLevelName:
+    """Attribute of transformers' lazy modules that only the top one has.
+
+    It cannot sit on the module itself: transformers executes its ``__init__`` a second time when
+    ``processing_utils`` is first imported, which may be after this plugin, and makes a new one.
+    """
+
+    def __get__(self, module: ModuleType | None, owner: type) -> type[AutoModelForVision2Seq]:
+        if module is not None and module.__name__ != "transformers":
+            raise AttributeError(
+                f"module {module.__name__!r} has no attribute 'AutoModelForVision2Seq'"
+            )
+        return AutoModelForVision2Seq
 
 
 def _wrap_classmethod(owner: type, name: str, around: Callable[..., Any]) -> None:
