@@ -104,6 +104,24 @@ def layer_index(name: str, layers_name: str) -> int:
     return int(index)
 
 
+def linear_role(name: str, layers_name: str) -> str:
+    """Return what a linear does in its layer: its name below the layer, without numbers.
+
+    Linears of one role correspond from layer to layer (``"self_attn.q_proj"``), and so do those of
+    one layer's experts (``"mlp.experts.up_proj"``).
+
+    Args:
+        name: Runtime name of the linear.
+        layers_name: Name of the list of layers, as `decoder_layers` returns it.
+
+    Raises:
+        ValueError: If the linear is not inside the list.
+    """
+    layer_index(name, layers_name)
+    inner = name[len(layers_name) + 1 :].split(".")[1:]
+    return ".".join(part for part in inner if not part.isdigit())
+
+
 def prunable_linears(
     model: nn.Module, modules_to_not_convert: Iterable[str] | None = ()
 ) -> dict[str, nn.Linear]:

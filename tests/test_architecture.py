@@ -22,6 +22,7 @@ from hf_adaptive_sparse.architecture import (
     image_token_id,
     kv_widths,
     layer_index,
+    linear_role,
     num_decoder_layers,
     prunable_linears,
 )
@@ -150,3 +151,10 @@ def test_layer_index_refuses_outsiders():
 def test_config_without_attention_is_refused():
     with pytest.raises(ValueError, match="no config"):
         kv_widths(nn.Linear(2, 2))
+
+
+def test_the_role_of_a_linear_is_its_name_below_the_layer_without_numbers():
+    assert linear_role("model.layers.3.self_attn.q_proj", "model.layers") == "self_attn.q_proj"
+    assert linear_role("m.layers.0.mlp.experts.7.up_proj", "m.layers") == "mlp.experts.up_proj"
+    with pytest.raises(ValueError, match=r"inside 'model\.layers'"):
+        linear_role("lm_head", "model.layers")

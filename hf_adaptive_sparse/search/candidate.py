@@ -1,21 +1,21 @@
 """From a trial's parameters to the profile that is evaluated: sample, then project.
 
 A new kind of choice adds its parameters to `suggest` and to `uniform_params`, and its projection
-between the two; nothing else in the search knows what a parameter means.
+to `project`; nothing else in the search knows what a parameter means.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig, SparsityProfile
 from hf_adaptive_sparse.search.kv_split import LayerBits
 from hf_adaptive_sparse.search.projection import project_ratios, removal_counts
-from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.shape import Group, ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Candidate:
     """A profile on the budget.
 
     Attributes:
-        block_ratios: Ratio of each block; empty if nothing is pruned.
+        block_ratios: Ratio of each group of linears; empty if nothing is pruned.
         removed: Prunable linear -> number of weights it loses. Their sum is exact.
         numel: Prunable linear -> number of its weights.
         kv_cache: The KV profile, ``None`` if the cache is left alone.
@@ -78,6 +78,19 @@ class Candidate:
         }
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What a trial wishes for, before it is projected onto the budget.
+
+    Attributes:
+        ratios: One per group of linears.
+        kv: The parameters of the KV plan.
+    """
+
+    ratios: tuple[float, ...]
+    kv: Mapping[str, float]
+
+
 def suggest(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidate:
     """Draw a profile: sample every free choice, then project onto the budget.
 
@@ -89,38 +102,37 @@ def suggest(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidat
     Returns:
         A candidate that meets the budget.
     """
-    sampled = [space.target] * len(shape.blocks)
-    if space.searches_sparsity and len(shape.blocks) > 1:
+    ratios = [space.target] * len(shape.groups)
+    if _chooses_ratios(space, shape):
         low, high = space.grid
-        sampled = [
-            trial.suggest_float(_ratio_name(block), low, high, step=space.step)
-            for block in range(len(shape.blocks))
+        ratios = [
+            trial.suggest_float(_ratio_name(group), low, high, step=space.step)
+            for group in shape.groups
         ]
-    priorities = [0.0] * shape.num_layers
-    for layer in _free_layers(shape):
-        priorities[layer] = trial.suggest_float(_priority_name(layer), 0.0, 1.0)
-    return build_candidate(sampled, priorities, space, shape)
+    kv = {}
+    if shape.kv is not None:
+        for name, (low, high) in shape.kv.parameters.items():
+            kv[name] = trial.suggest_float(name, low, high)
+    return project(Draw(tuple(ratios), kv), space, shape)
 
 
-def build_candidate(
-    sampled_ratios: list[float], priorities: list[float], space: SearchSpace, shape: ModelShape
-) -> Candidate:
-    """Project sampled ratios (one per block) and KV priorities (one per layer) onto the budget."""
+def project(draw: Draw, space: SearchSpace, shape: ModelShape) -> Candidate:
+    """Return the profile on the budget that is nearest to what a trial wishes for."""
     removed: dict[str, int] = {}
     ratios = []
-    if shape.blocks:
-        weights = [sum(shape.numel[name] for name in names) for names in shape.blocks]
-        ratios = project_ratios(sampled_ratios, weights, space.target, space.low, space.high)
+    if shape.groups:
+        weights = [sum(shape.numel[name] for name in group.names) for group in shape.groups]
+        ratios = project_ratios(draw.ratios, weights, space.target, space.low, space.high)
         per_linear = [
-            ratio for ratio, names in zip(ratios, shape.blocks, strict=True) for _ in names
+            ratio for ratio, group in zip(ratios, shape.groups, strict=True) for _ in group.names
         ]
         counts = removal_counts(per_linear, list(shape.numel.values()))
         removed = dict(zip(shape.numel, counts, strict=True))
     kv_cache, mean_kv_bits = None, None
-    if shape.kv_split is not None:
-        bits = shape.kv_split.assign(priorities)
-        mean_kv_bits = shape.kv_split.mean_bits
-        kv_cache = _kv_cache(bits, space)
+    if shape.kv is not None:
+        keys, values = zip(*shape.kv.assign(draw.kv), strict=True)
+        kv_cache = space.kv_config(keys, values)
+        mean_kv_bits = shape.kv.mean_bits
     return Candidate(
         block_ratios=tuple(float(ratio) for ratio in ratios),
         removed=removed,
@@ -130,18 +142,16 @@ def build_candidate(
     )
 
 
-def _kv_cache(bits: tuple[LayerBits, ...], space: SearchSpace) -> KVCacheConfig:
-    return space.kv_config(tuple(keys for keys, _ in bits), tuple(values for _, values in bits))
-
-
 def uniform_params(space: SearchSpace, shape: ModelShape) -> dict[str, float]:
-    """Return the parameters of the baseline: one ratio everywhere, KV widths taking turns."""
+    """Return the parameters of the baseline: one ratio everywhere, one KV width or two in turns.
+
+    An equal split has no single width: there the widths take turns from layer to layer.
+    """
     params: dict[str, float] = {}
-    if space.searches_sparsity and len(shape.blocks) > 1:
-        params = {_ratio_name(block): space.target for block in range(len(shape.blocks))}
-    if shape.kv_split is not None and space.kv_bits is not None:
-        priorities = shape.kv_split.interleaved_priorities(len(space.kv_bits))
-        params |= {_priority_name(layer): priorities[layer] for layer in _free_layers(shape)}
+    if _chooses_ratios(space, shape):
+        params = {_ratio_name(group): space.target for group in shape.groups}
+    if shape.kv is not None:
+        params |= shape.kv.uniform_parameters()
     return params
 
 
@@ -152,17 +162,37 @@ def uniform_candidate(space: SearchSpace, shape: ModelShape) -> Candidate:
     return suggest(FixedTrial(uniform_params(space, shape)), space, shape)
 
 
-def _free_layers(shape: ModelShape) -> list[int]:
-    if shape.kv_split is None:
-        return []
-    return sorted(
-        layer for layers, bits in shape.kv_split.groups if len(set(bits)) > 1 for layer in layers
-    )
+def params_for(
+    space: SearchSpace,
+    shape: ModelShape,
+    ratios: Sequence[float] | None = None,
+    kv_bits: Sequence[LayerBits] | None = None,
+) -> dict[str, float]:
+    """Return parameters that `suggest` turns into a given profile, if it is on the budget.
+
+    What is not given is the baseline's. This is how a search starts from a profile of its own.
+
+    Args:
+        space: The search space.
+        shape: The space laid over the model.
+        ratios: One per group of linears; they are moved to the grid, then onto the budget.
+        kv_bits: ``(key bits, value bits)`` per decoder layer, from the space's palette.
+    """
+    params = uniform_params(space, shape)
+    if ratios is not None and _chooses_ratios(space, shape):
+        low, high = space.grid
+        for group, ratio in zip(shape.groups, ratios, strict=True):
+            steps = round((min(max(ratio, low), high) - low) / space.step)
+            params[_ratio_name(group)] = round(min(low + steps * space.step, high), 12)
+    if kv_bits is not None and shape.kv is not None:
+        params |= shape.kv.parameters_for(kv_bits)
+    return params
 
 
-def _ratio_name(block: int) -> str:
-    return f"sparsity_block_{block}"
+def _chooses_ratios(space: SearchSpace, shape: ModelShape) -> bool:
+    # A single group under an exact mean has that mean, whatever is sampled.
+    return space.searches_sparsity and len(shape.groups) > 1
 
 
-def _priority_name(layer: int) -> str:
-    return f"kv_priority_layer_{layer}"
+def _ratio_name(group: Group) -> str:
+    return f"sparsity_{group.label}"

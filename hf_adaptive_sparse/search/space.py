@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_adaptive_sparse.profiles import KV_BITS, Bits, KVCacheConfig, check_ratio
+from hf_adaptive_sparse.search.space_rules import (
+    GRANULARITIES,
+    KV_SPLITS,
+    check_choice,
+    check_count,
+    check_kv,
+    check_number,
+    check_palette,
+    check_sparsity,
+)
+
+_FIRST_FIELDS = frozenset(
+    {
+        "target_sparsity",
+        "sparsity_range",
+        "step",
+        "blocks",
+        "kv_bits",
+        "kv_group_size",
+        "kv_residual_length",
+        "kv_key_mode",
+        "kv_tolerance_bits",
+        "pattern",
+    }
+)
+"""Fields that the JSON form always has. Later ones are in it where they differ from their default,
+so that studies made before they existed are resumed."""
 
 
 @dataclass(frozen=True)
@@ -18,28 +43,39 @@ class SearchSpace:
 
     The budget is part of the space: every profile that is evaluated has the mean ratio
     ``target_sparsity`` (weighted by parameters) and the mean KV bits ``mean_kv_bits`` (weighted by
-    cache width). The grid of ``step`` is where profiles are sampled; what is evaluated is their
-    projection onto the budget, which may lie off the grid.
+    cache width), exactly. The grid of ``step`` is where profiles are sampled; what is evaluated is
+    their projection onto the budget, which may lie off the grid.
 
     Attributes:
         target_sparsity: Mean ratio of weights removed. ``None`` or 0: the weights are left alone.
-        sparsity_range: How far a block's ratio may lie from the target, both ways. 0: every block
-            takes the target. Ratios below 0 are cut off.
+        sparsity_range: How far a ratio may lie from the target, both ways. 0: every block takes
+            the target. Ratios below 0 are cut off.
         step: Distance of the sampled ratios.
         blocks: Groups of consecutive decoder layers that share a ratio, as even as possible; a
             model with fewer layers has one block per layer.
-        kv_bits: Widths that the layers' keys and values share out equally, from 2, 3, 4, 6, 8 and
-            16. A single width: every layer takes it. ``None``: the KV cache is left alone.
+        kv_bits: Widths of keys and values, from 2, 3, 4, 6, 8 and 16. A single width: every layer
+            takes it. ``None``: the KV cache is left alone.
         kv_group_size: Neighbouring elements of a head that share a scale, see `KVCacheConfig`.
         kv_residual_length: Tokens per packed block, see `KVCacheConfig`.
         kv_key_mode: How keys share scales, see `KVCacheConfig`.
-        kv_tolerance_bits: How far the mean KV bits may lie from the palette's mean where no split
-            of the layers reaches it (an odd number of layers whose keys and values differ in
+        kv_tolerance_bits: How far the mean KV bits of an equal split may lie from the palette's
+            mean where none reaches it (an odd number of layers whose keys and values differ in
             width). 0: such a model is refused.
         pattern: Only ``"unstructured"``: n:m fixes every ratio, which leaves nothing to search.
+        granularity: What shares a ratio: ``"block"``, ``"layer"``, or the linears of one role (q,
+            k, v, o, gate, up, down, as the model names them) of a block, ``"block-projection"``,
+            or of a layer, ``"layer-projection"``.
+        sparsity_low: Lowest ratio, instead of the target less ``sparsity_range``.
+        sparsity_high: Highest ratio, instead of the target plus ``sparsity_range``.
+        kv_split: ``"equal"``: the widths are shared out equally, whose mean is the palette's.
+            ``"free"``: any width at any layer, with the mean ``kv_mean_bits`` exactly. ``None``:
+            free where there is a ``kv_mean_bits``, else equal.
+        kv_apart: Whether keys and values of a layer may differ in width. Together is the paper's.
+        kv_mean_bits: Mean of a free split, weighted by cache width. ``None``: the palette's mean.
 
     Raises:
-        ValueError: If a value is out of range, or nothing is left to choose or to fix.
+        ValueError: If a value is out of range, values contradict each other, or nothing is left to
+            choose or to fix.
     """
 
     target_sparsity: float | None = 0.5
@@ -52,48 +88,45 @@ class SearchSpace:
     kv_key_mode: str = "channel"
     kv_tolerance_bits: float = 0.0
     pattern: str = "unstructured"
+    granularity: str = "block"
+    sparsity_low: float | None = None
+    sparsity_high: float | None = None
+    kv_split: str | None = None
+    kv_apart: bool = False
+    kv_mean_bits: float | None = None
 
     def __post_init__(self) -> None:
         target = 0.0 if self.target_sparsity is None else self.target_sparsity
-        object.__setattr__(self, "target_sparsity", check_ratio(target, "target_sparsity"))
+        self._set("target_sparsity", check_ratio(target, "target_sparsity"))
         for name in ("sparsity_range", "kv_tolerance_bits"):
-            object.__setattr__(self, name, _check_number(getattr(self, name), name))
-        step = _check_number(self.step, "step")
+            self._set(name, check_number(getattr(self, name), name))
+        for name in ("sparsity_low", "sparsity_high"):
+            if getattr(self, name) is not None:
+                self._set(name, check_ratio(getattr(self, name), name))
+        step = check_number(self.step, "step")
         if step <= 0.0:
             raise ValueError(f"step must be > 0, got {self.step!r}.")
-        object.__setattr__(self, "step", step)
-        blocks = self.blocks
-        if not isinstance(blocks, Integral) or isinstance(blocks, bool) or blocks < 1:
-            raise ValueError(f"blocks must be a whole number >= 1, got {blocks!r}.")
-        object.__setattr__(self, "kv_bits", _check_palette(self.kv_bits))
+        self._set("step", step)
+        self._set("blocks", check_count(self.blocks, "blocks"))
+        check_choice(self.granularity, GRANULARITIES, "granularity")
+        self._set("kv_bits", check_palette(self.kv_bits, KV_BITS, "kv_bits"))
+        if self.kv_mean_bits is not None:
+            self._set("kv_mean_bits", check_number(self.kv_mean_bits, "kv_mean_bits"))
+        if self.kv_split is None:
+            self._set("kv_split", "equal" if self.kv_mean_bits is None else "free")
+        check_choice(self.kv_split, KV_SPLITS, "kv_split")
         # Checks the cache's other settings by the same rules and texts.
         self.kv_config(8, 8)
-        if self.prunes:
-            self._check_sparsity()
-        elif self.kv_bits is None:
+        check_sparsity(self)
+        check_kv(self)
+        if not self.prunes and self.kv_bits is None:
             raise ValueError(
                 "The space is empty: target_sparsity is 0 and kv_bits is None. Set at least one, "
                 "for example target_sparsity=0.5 or kv_bits=(6, 8)."
             )
 
-    def _check_sparsity(self) -> None:
-        if self.pattern != "unstructured":
-            raise ValueError(
-                f"pattern must be 'unstructured' in a sparsity search, got {self.pattern!r}: n:m "
-                "fixes every ratio. Prune with it first (has.prune), then search the KV bits alone "
-                "(target_sparsity=None)."
-            )
-        if 0.0 < self.sparsity_range < self.step:
-            raise ValueError(
-                f"sparsity_range must be 0 or at least step, got sparsity_range="
-                f"{self.sparsity_range} and step={self.step}: no ratio but the target would be "
-                "tried."
-            )
-        if self.high >= 1.0:
-            raise ValueError(
-                f"target_sparsity + sparsity_range must be below 1, got {self.target} + "
-                f"{self.sparsity_range}. Lower one of them."
-            )
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def kv_config(self, key_bits: Bits, value_bits: Bits) -> KVCacheConfig:
         """Return the KV profile of these bits, with the space's other settings."""
@@ -118,7 +151,7 @@ class SearchSpace:
     @property
     def searches_sparsity(self) -> bool:
         """Whether the space leaves ratios to choose."""
-        return self.prunes and self.sparsity_range > 0.0
+        return self.prunes and self.low < self.high
 
     @property
     def searches_kv(self) -> bool:
@@ -128,61 +161,55 @@ class SearchSpace:
     @property
     def low(self) -> float:
         """The lowest ratio a block may take."""
+        if self.sparsity_low is not None:
+            return self.sparsity_low
         return max(0.0, round(self.target - self.sparsity_range, 12))
 
     @property
     def high(self) -> float:
         """The highest ratio a block may take."""
+        if self.sparsity_high is not None:
+            return self.sparsity_high
         return round(self.target + self.sparsity_range, 12)
 
     @property
     def grid(self) -> tuple[float, float]:
         """Lowest and highest ratio that are sampled: the target plus multiples of ``step``."""
         # The allowance keeps 0.05 / 0.025 at two steps whatever the rounding of the quotient.
-        up = math.floor(self.sparsity_range / self.step + 1e-9)
-        down = min(up, math.floor(self.target / self.step + 1e-9))
+        up = math.floor((self.high - self.target) / self.step + 1e-9)
+        down = math.floor((self.target - self.low) / self.step + 1e-9)
         return round(self.target - down * self.step, 12), round(self.target + up * self.step, 12)
 
     @property
     def mean_kv_bits(self) -> float | None:
-        """The mean KV bits that every profile has: the mean of the palette."""
-        return None if self.kv_bits is None else sum(self.kv_bits) / len(self.kv_bits)
+        """The mean KV bits that every profile has; ``None`` if the cache is left alone."""
+        if self.kv_bits is None:
+            return None
+        if self.kv_mean_bits is not None:
+            return self.kv_mean_bits
+        return sum(self.kv_bits) / len(self.kv_bits)
 
     def layer_blocks(self, num_layers: int) -> list[range]:
         """Return the decoder layers of each block: consecutive, sizes differing by at most one.
+
+        With a granularity by layer every layer is a block of its own.
 
         Raises:
             ValueError: If there is no layer.
         """
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1, got {num_layers}.")
-        blocks = min(self.blocks, num_layers)
+        by_layer = self.granularity.startswith("layer")
+        blocks = num_layers if by_layer else min(self.blocks, num_layers)
         edges = [index * num_layers // blocks for index in range(blocks + 1)]
         return [range(start, end) for start, end in itertools.pairwise(edges)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        form = asdict(self)
-        form["kv_bits"] = None if self.kv_bits is None else list(self.kv_bits)
+        """Return the JSON form; what came after the first version and is default is left out."""
+        form: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            default = "equal" if field.name == "kv_split" else field.default
+            if field.name in _FIRST_FIELDS or value != default:
+                form[field.name] = list(value) if isinstance(value, tuple) else value
         return form
-
-
-def _check_number(value: object, what: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= float(value) < 1e6:
-        raise ValueError(f"{what} must be a number >= 0, got {value!r}.")
-    return float(value)
-
-
-def _check_palette(kv_bits: object) -> tuple[int, ...] | None:
-    if kv_bits is None:
-        return None
-    widths = [kv_bits] if isinstance(kv_bits, Integral) else kv_bits
-    known = ", ".join(map(str, KV_BITS))
-    if not isinstance(widths, Sequence) or isinstance(widths, str) or not widths:
-        raise ValueError(f"kv_bits must be None or widths from {known}, got {kv_bits!r}.")
-    for width in widths:
-        if not isinstance(width, Integral) or isinstance(width, bool) or width not in KV_BITS:
-            raise ValueError(f"kv_bits must be None or widths from {known}, got {kv_bits!r}.")
-    if len(set(widths)) != len(widths):
-        raise ValueError(f"kv_bits must name each width once, got {kv_bits!r}.")
-    return tuple(sorted(int(width) for width in widths))

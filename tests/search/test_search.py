@@ -245,6 +245,56 @@ def test_fixed_ratios_while_kv_bits_are_searched(run):
     assert len({tuple(row["key_bits"]) for row in result.history}) > 1
 
 
+@pytest.mark.parametrize(
+    ("granularity", "groups", "varied"),
+    [
+        ("layer", 4, "layers"),
+        ("block-projection", 14, "roles"),
+        ("layer-projection", 28, "both"),
+    ],
+)
+def test_ratios_are_shared_by_what_the_granularity_says(
+    run, tiny_llama, granularity, groups, varied
+):
+    space = SearchSpace(blocks=2, granularity=granularity, kv_bits=None, sparsity_high=0.6)
+    result = run(space=space, n_trials=3)
+    total = sum(m.weight.numel() for m in prunable_linears(tiny_llama).values())
+    for row, trial in zip(result.history, result.study.trials, strict=True):
+        assert len(row["block_ratios"]) == groups
+        ratios = trial.user_attrs["profile"]["sparsity"]
+        numel = {n: m.weight.numel() for n, m in prunable_linears(tiny_llama).items()}
+        assert sum(round(ratios[n] * numel[n]) for n in numel) == round(total / 2)
+    ratios = result.study.trials[1].user_attrs["profile"]["sparsity"]
+    by_layer = {
+        layer: {round(r, 3) for n, r in ratios.items() if f".{layer}." in n} for layer in range(4)
+    }
+    if varied == "layers":
+        assert all(len(found) == 1 for found in by_layer.values())
+    else:
+        assert all(len(found) > 1 for found in by_layer.values())
+    if varied == "roles":
+        assert by_layer[0] == by_layer[1]
+
+
+def test_a_free_split_finds_any_width_under_an_exact_mean(run, tiny_llama):
+    space = SearchSpace(
+        target_sparsity=None,
+        kv_bits=(2, 3, 4, 6, 8, 16),
+        kv_mean_bits=4,
+        kv_apart=True,
+        kv_group_size=16,
+        kv_residual_length=8,
+    )
+    result = run(space=space, n_trials=6)
+    assert result.history[0]["key_bits"] == result.history[0]["value_bits"] == [4] * 4
+    seen = set()
+    for row, trial in zip(result.history, result.study.trials, strict=True):
+        profile = KVCacheConfig.from_dict(trial.user_attrs["profile"]["kv_cache"])
+        assert profile.mean_bits(kv_widths(tiny_llama)) == row["mean_kv_bits"] == 4
+        seen |= set(row["key_bits"]) | set(row["value_bits"])
+    assert len(seen) > 3
+
+
 def test_excluded_modules_stay_dense_and_do_not_count(run, tiny_llama):
     excluded = ["*.mlp.down_proj"]
     result = run(modules_to_not_convert=excluded)

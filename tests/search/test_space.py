@@ -54,9 +54,46 @@ def test_a_single_width_is_fixed():
 
 
 def test_its_json_form_is_plain():
-    form = SearchSpace().to_dict()
+    form = SearchSpace(kv_mean_bits=7, granularity="layer").to_dict()
     assert json.loads(json.dumps(form)) == form
     assert form["kv_bits"] == [6, 8]
+    assert form["kv_split"] == "free"
+
+
+def test_the_form_of_a_space_of_the_first_version_is_unchanged():
+    """Studies compare it, so that one made before a field existed is resumed."""
+    assert SearchSpace().to_dict() == {
+        "target_sparsity": 0.5,
+        "sparsity_range": 0.05,
+        "step": 0.025,
+        "blocks": 8,
+        "kv_bits": [6, 8],
+        "kv_group_size": 64,
+        "kv_residual_length": 128,
+        "kv_key_mode": "channel",
+        "kv_tolerance_bits": 0.0,
+        "pattern": "unstructured",
+    }
+
+
+def test_an_explicit_range_need_not_be_symmetric():
+    space = SearchSpace(sparsity_low=0.2, sparsity_high=0.6)
+    assert (space.low, space.high) == (0.2, 0.6)
+    assert space.grid == (0.2, 0.6)
+    assert SearchSpace(sparsity_high=0.7).low == 0.45
+    assert SearchSpace(sparsity_low=0.21).grid == (0.225, 0.55)
+
+
+def test_a_granularity_by_layer_makes_every_layer_a_block():
+    assert SearchSpace(granularity="layer").layer_blocks(10) == [range(i, i + 1) for i in range(10)]
+    assert len(SearchSpace(granularity="block-projection").layer_blocks(10)) == 8
+
+
+def test_a_mean_asks_for_the_free_split():
+    assert SearchSpace().kv_split == "equal"
+    space = SearchSpace(kv_bits=(2, 3, 4, 6, 8, 16), kv_mean_bits=4)
+    assert (space.kv_split, space.mean_kv_bits) == ("free", 4)
+    assert SearchSpace(kv_split="free").mean_kv_bits == 7
 
 
 @pytest.mark.parametrize(
@@ -78,6 +115,21 @@ def test_its_json_form_is_plain():
         ({"kv_bits": (8, 8)}, "each width once"),
         ({"kv_group_size": 0}, "group_size must be a whole number >= 1"),
         ({"pattern": "2:4"}, "n:m fixes every ratio"),
+        ({"granularity": "head"}, "granularity must be one of block, layer, block-projection"),
+        (
+            {"sparsity_low": 0.6},
+            r"sparsity_low <= target_sparsity <= sparsity_high, got 0\.6, 0\.5",
+        ),
+        ({"sparsity_high": 0.4}, "sparsity_low <= target_sparsity"),
+        ({"sparsity_high": 1.0}, r"sparsity_high must be a number in \[0, 1\)"),
+        ({"sparsity_low": 0.49, "sparsity_high": 0.51}, "step must fit into the range"),
+        ({"target_sparsity": None, "sparsity_low": 0.1}, "need weights to be pruned"),
+        ({"kv_split": "fair"}, "kv_split must be one of equal, free"),
+        ({"kv_split": "equal", "kv_mean_bits": 7}, r"needs kv_split='free'.*mean, 7"),
+        ({"kv_mean_bits": 9}, r"narrowest and the widest of kv_bits=\(6, 8\), got 9"),
+        ({"kv_mean_bits": "7"}, "kv_mean_bits must be a number"),
+        ({"kv_bits": None, "kv_mean_bits": 7}, "kv_mean_bits needs kv_bits"),
+        ({"kv_bits": None, "kv_apart": True}, "kv_apart needs kv_bits"),
     ],
 )
 def test_bad_settings_are_refused_with_the_way_out(settings, message):

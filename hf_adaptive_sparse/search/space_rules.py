@@ -1,0 +1,130 @@
+"""The rules that a search space is held to: single values first, then what they say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_adaptive_sparse.search.space import SearchSpace
+
+GRANULARITIES = ("block", "layer", "block-projection", "layer-projection")
+"""What shares a ratio: a block or a layer, or the linears of one role in it (q, k, v, up, ...)."""
+
+KV_SPLITS = ("equal", "free")
+"""How KV bits are shared out: every width to as many units, or any width to any unit."""
+
+
+def check_number(value: object, what: str) -> float:
+    """Return a finite number >= 0 as a float.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= float(value) < 1e6:
+        raise ValueError(f"{what} must be a number >= 0, got {value!r}.")
+    return float(value)
+
+
+def check_count(value: object, what: str) -> int:
+    """Return a whole number >= 1.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{what} must be a whole number >= 1, got {value!r}.")
+    return int(value)
+
+
+def check_choice(value: object, choices: Sequence[str], what: str) -> None:
+    """Refuse what is not one of the choices.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_palette(widths: object, known: Sequence[int], what: str) -> tuple[int, ...] | None:
+    """Return distinct widths in ascending order; a single number is a palette of one.
+
+    Raises:
+        ValueError: If there are none, or one is unknown or named twice.
+    """
+    if widths is None:
+        return None
+    rule = f"{what} must be None or widths from {', '.join(map(str, known))}, got {widths!r}."
+    named = [widths] if isinstance(widths, Integral) else widths
+    if not isinstance(named, Sequence) or isinstance(named, str) or not named:
+        raise ValueError(rule)
+    for width in named:
+        if not isinstance(width, Integral) or isinstance(width, bool) or width not in known:
+            raise ValueError(rule)
+    if len(set(named)) != len(named):
+        raise ValueError(f"{what} must name each width once, got {widths!r}.")
+    return tuple(sorted(int(width) for width in named))
+
+
+def check_sparsity(space: SearchSpace) -> None:
+    """Hold the range of ratios against target, step and pattern."""
+    explicit = space.sparsity_low is not None or space.sparsity_high is not None
+    if not space.prunes:
+        if explicit:
+            raise ValueError(
+                "sparsity_low and sparsity_high need weights to be pruned, got target_sparsity="
+                f"{space.target_sparsity!r}. Set the mean ratio."
+            )
+        return
+    if space.pattern != "unstructured":
+        raise ValueError(
+            f"pattern must be 'unstructured' in a sparsity search, got {space.pattern!r}: n:m "
+            "fixes every ratio. Prune with it first (has.prune), then search the KV bits alone "
+            "(target_sparsity=None)."
+        )
+    if not explicit and 0.0 < space.sparsity_range < space.step:
+        raise ValueError(
+            f"sparsity_range must be 0 or at least step, got sparsity_range="
+            f"{space.sparsity_range} and step={space.step}: no ratio but the target would be "
+            "tried."
+        )
+    if space.sparsity_high is None and space.high >= 1.0:
+        raise ValueError(
+            f"target_sparsity + sparsity_range must be below 1, got {space.target} + "
+            f"{space.sparsity_range}. Lower one of them."
+        )
+    if not space.low <= space.target <= space.high:
+        raise ValueError(
+            "The ratios must be ordered as sparsity_low <= target_sparsity <= sparsity_high, got "
+            f"{space.low}, {space.target} and {space.high}: no mean outside the range can be "
+            "reached."
+        )
+    low, high = space.grid
+    if space.low < space.high and low == high:
+        raise ValueError(
+            f"step must fit into the range of ratios, got step={space.step} and ratios from "
+            f"{space.low} to {space.high}: only {low} would be tried."
+        )
+
+
+def check_kv(space: SearchSpace) -> None:
+    """Hold the split of the KV bits against its mean."""
+    if space.kv_bits is None:
+        for name in ("kv_mean_bits", "kv_apart"):
+            if getattr(space, name):
+                raise ValueError(f"{name} needs kv_bits, got kv_bits=None.")
+        return
+    if space.kv_split == "equal" and space.kv_mean_bits is not None:
+        raise ValueError(
+            f"kv_mean_bits={space.kv_mean_bits} needs kv_split='free': an equal split of "
+            f"{space.kv_bits} bits has the palette's mean, "
+            f"{sum(space.kv_bits) / len(space.kv_bits):g}."
+        )
+    mean = space.kv_mean_bits
+    if mean is not None and not space.kv_bits[0] <= mean <= space.kv_bits[-1]:
+        raise ValueError(
+            f"kv_mean_bits must lie between the narrowest and the widest of kv_bits="
+            f"{space.kv_bits}, got {mean}."
+        )
