@@ -131,25 +131,43 @@ class BitAllocation:
         Raises:
             ValueError: If there is not one wish per unit.
         """
-        if len(wishes) != len(self.sizes):
+        return self.cheapest(
+            [[(place - wish) ** 2 for place in range(len(self.palette))] for wish in wishes]
+        )
+
+    def cheapest(self, costs: Sequence[Sequence[float]]) -> tuple[int, ...]:
+        """Return the widths on the budget whose costs have the lowest sum.
+
+        Args:
+            costs: Per unit, the cost of each width of the palette, compared to one part in 2**20 of
+                the largest difference.
+
+        Returns:
+            Bits per unit; of equals, the one with the narrower widths at later units.
+
+        Raises:
+            ValueError: If there are not as many rows as units.
+        """
+        if len(costs) != len(self.sizes):
             raise ValueError(
                 f"One wish per unit is needed: there are {len(self.sizes)} units, got "
-                f"{len(wishes)} wishes."
+                f"{len(costs)} wishes."
             )
         steps = self._steps
         goal = self._goal or 0
-        costs = np.full(goal + 1, _UNREACHED, dtype=np.int64)
-        costs[0] = 0
+        largest = max(max(row) - min(row) for row in costs) or 1.0
+        sums = np.full(goal + 1, _UNREACHED, dtype=np.int64)
+        sums[0] = 0
         chosen = np.zeros((len(steps), goal + 1), dtype=np.int8)
-        for unit, wish in enumerate(wishes):
-            before, costs = costs, np.full(goal + 1, _UNREACHED, dtype=np.int64)
+        for unit, row in enumerate(costs):
+            before, sums = sums, np.full(goal + 1, _UNREACHED, dtype=np.int64)
             for place, step in enumerate(steps[unit]):
                 if step > goal:
                     break
-                extra = round((place - wish) ** 2 * _RESOLUTION)
+                extra = round((row[place] - min(row)) / largest * _RESOLUTION)
                 total = before[: goal + 1 - step] + extra
-                better = total < costs[step:]
-                costs[step:][better] = total[better]
+                better = total < sums[step:]
+                sums[step:][better] = total[better]
                 chosen[unit, step:][better] = place
         widths = [0] * len(steps)
         left = goal
