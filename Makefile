@@ -46,6 +46,7 @@ notebooks: $(INSTALLED) ## Run the notebooks on the bundled model
 
 bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data, see benchmarks/README.md)
 	$(BIN)/python benchmarks/method_table.py
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/update_readme.py
 	$(BIN)/python benchmarks/search_cost.py
 	$(BIN)/python benchmarks/prune_memory.py

@@ -1,4 +1,4 @@
-"""Write the measured tables into the README, from ``method_table.json`` and ``kv_codecs.json``.
+"""Write the measured tables into the README, from the JSON of the benchmarks.
 
 The README's figures are never typed: they stand between two marks and a test checks that they are
 what this script writes.
@@ -21,6 +21,8 @@ DEFAULTS = "defaults, "
 """How rows of ``kv_codecs.json`` start that use the cache's default settings."""
 
 START, END = "<!-- table: method -->\n", "<!-- end -->"
+FAMILIES_START = "<!-- table: families -->\n"
+FAMILIES = RESULTS / "families.json"
 
 
 def readme_table() -> str:
@@ -57,10 +59,26 @@ def cache_rows() -> list[dict[str, object]]:
     ]
 
 
+def families_table() -> str:
+    """Return which families work, which with a limit, and which are refused."""
+    rows = json.loads(FAMILIES.read_text(encoding="utf-8"))["rows"]
+    lines: list[dict[str, object]] = []
+    for status in ("works", "works, with a limit", "refused"):
+        groups: dict[str, list[str]] = {}
+        for row in rows:
+            if row["status"] == status:
+                groups.setdefault(row["remark"], []).append(row["family"])
+        for remark, families in groups.items():
+            lines.append({"status": status, "families": ", ".join(families), "remark": remark})
+    return markdown_table(lines) + "\n"
+
+
 def updated(text: str) -> str:
     """Return the README's text with the table in its place."""
-    before, rest = text.split(START)
-    return before + START + readme_table() + END + rest.split(END, 1)[1]
+    for start, table in ((START, readme_table()), (FAMILIES_START, families_table())):
+        before, rest = text.split(start)
+        text = before + start + table + END + rest.split(END, 1)[1]
+    return text
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 UNLIMITED_CONTEXT = 2**31 - 1
 """What `context_length` returns for a model whose config names no limit."""
@@ -39,16 +39,18 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         ValueError: If the model has no language model with a list of decoder layers.
     """
     decoder = _language_decoder(model)
-    best: tuple[int, str, nn.ModuleList] | None = None
+    expected = getattr(_text_config(_config(model)), "num_hidden_layers", None)
+    best: tuple[tuple[bool, int], nn.ModuleList] | None = None
     for name, module in decoder.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module) or _inside_a_list(name):
             continue
-        size = sum(p.numel() for p in module.parameters())
-        if best is None or size > best[0]:
-            best = size, name, module
+        # The length first: Phi-4-multimodal keeps its encoders inside the decoder.
+        rank = len(module) == expected, sum(p.numel() for p in module.parameters())
+        if best is None or rank > best[0]:
+            best = rank, module
     if best is None:
         raise _no_layers(model, f"{type(decoder).__name__} holds no nn.ModuleList of layers")
-    layers = best[2]
+    layers = best[1]
     names = [name for name, module in model.named_modules() if module is layers]
     if not names:
         raise _no_layers(model, "its decoder is not one of its own modules")
@@ -252,8 +254,26 @@ def kv_widths(model_or_config: nn.Module | PretrainedConfig) -> list[tuple[int, 
     ]
 
 
+def cross_attention_layers(model_or_config: nn.Module | PretrainedConfig) -> frozenset[int]:
+    """Return the decoder layers that attend to images instead of tokens (Mllama).
+
+    Their keys and values are made once per image and read from the cache without an update.
+    """
+    listed = getattr(_text_config(_config(model_or_config)), "cross_attention_layers", None)
+    return frozenset(listed if isinstance(listed, Sequence) else ())
+
+
+def generating_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the models inside ``model`` that it leaves ``generate()`` to (BLIP-2, Kosmos-2)."""
+    return [
+        module
+        for module in model.modules()
+        if module is not model and isinstance(module, PreTrainedModel) and module.can_generate()
+    ]
+
+
 def _layer_kv_width(text: PretrainedConfig, index: int, kind: str) -> tuple[int, int]:
-    if kind in _WITHOUT_KV:
+    if kind in _WITHOUT_KV or index in cross_attention_layers(text):
         return 0, 0
     heads = _per_layer(getattr(text, "num_attention_heads", None), index)
     kv_heads = next(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -16,9 +18,12 @@ from transformers import (
 from hf_adaptive_sparse.architecture import (
     UNLIMITED_CONTEXT,
     accepts_images,
+    cache_argument,
     context_length,
+    cross_attention_layers,
     decoder_layers,
     dense_expert_weights,
+    generating_parts,
     image_token_id,
     kv_widths,
     layer_index,
@@ -26,6 +31,8 @@ from hf_adaptive_sparse.architecture import (
     num_decoder_layers,
     prunable_linears,
 )
+from tests.families.catalogue import PHI
+from tests.families.tiny_models import tiny_config, tiny_model
 
 # family, class, name of the layers, linears per layer
 FAMILIES = [
@@ -140,6 +147,31 @@ def test_expert_weights_are_named_and_left_dense():
     assert len(prunable_linears(model)) == 8
     # A short convolution is 3-D as well, but no expert.
     assert dense_expert_weights(on_meta("mamba", AutoModelForCausalLM, num_hidden_layers=2)) == []
+
+
+def test_encoders_inside_the_decoder_are_not_its_layers():
+    layers = {"audio_config.num_blocks": 1, "audio_config.intermediate_size": 4096}
+    with torch.device("meta"):
+        model = tiny_model("phi4_multimodal", {**PHI, **layers})
+    assert decoder_layers(model)[0] == "model.layers"
+
+
+def test_layers_that_attend_to_images_keep_nothing_per_token():
+    config = tiny_config("mllama", {"text_config.cross_attention_layers": [1]})
+    assert cross_attention_layers(config) == {1}
+    assert kv_widths(config) == [(16, 16), (0, 0)]
+    assert cross_attention_layers(AutoConfig.for_model("llama")) == frozenset()
+
+
+def test_parts_that_generate_for_the_whole():
+    with torch.device("meta"):
+        blip = tiny_model("blip-2", {"num_query_tokens": 4})
+    assert generating_parts(blip) == [blip.language_model]
+    assert generating_parts(on_meta("llama", AutoModelForCausalLM, num_hidden_layers=1)) == []
+
+
+def test_the_cache_goes_by_the_name_that_forward_gives_it(tiny_llama):
+    assert cache_argument(tiny_llama) in inspect.signature(tiny_llama.forward).parameters
 
 
 def test_layer_index_refuses_outsiders():

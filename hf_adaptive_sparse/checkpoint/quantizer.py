@@ -28,6 +28,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     storable_linears,
 )
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
+from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, compress, decompress, row_bytes
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
                 f"{type(model).__name__}. Names look like: {', '.join(list(linears)[:3])}."
             )
     model.config.quantization_config = config
+    share_profile(model)
     model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
     # What marks a model as quantized makes transformers refuse .half(), .float() and training.
     for flag in ("is_quantized", "quantization_method"):

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     QuantizedCache,
 )
 
+from hf_adaptive_sparse.architecture import cross_attention_layers
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.saving import layer_state, restore_layer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
@@ -57,8 +58,9 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
     ``AdaptiveQuantizedLayer``; the number format in ``hf_adaptive_sparse.kvcache.codec``.
 
     Full-attention, sliding-window and chunked layers are quantised. Linear-attention, state-space,
-    indexed, hybrid and shared layers are those a ``DynamicCache`` has, unquantised, and ignore
-    their entry of the KV profile, which has one per decoder layer all the same.
+    indexed, hybrid, shared and cross-attention layers are those a ``DynamicCache`` has, not
+    quantised, and ignore their entry of the KV profile, which has one per decoder layer all the
+    same.
 
     Args:
         config: Config of the model that the cache will be used with.
@@ -84,8 +86,9 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         _checked(kv_cache)
         # transformers decides which kind of layer goes where; its plain and sliding ones, which
         # hold nothing but keys and values, are replaced.
+        read_directly = cross_attention_layers(config)
         layers = [
-            _quantized(layer, kv_cache, bits, index)
+            layer if index in read_directly else _quantized(layer, kv_cache, bits, index)
             for index, (layer, bits) in enumerate(_with_bits(config, kv_cache))
         ]
         # QuantizedCache's own constructor would give every layer the same arguments. That this is

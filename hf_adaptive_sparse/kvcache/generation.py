@@ -11,16 +11,22 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from hf_adaptive_sparse.architecture import generating_parts
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
 
-__all__ = ["AdaptiveEncoderDecoderCache", "install", "kv_cache_config"]
+__all__ = ["AdaptiveEncoderDecoderCache", "install", "kv_cache_config", "share_profile"]
 
 _MARK = "_hf_adaptive_sparse_wrapper"
 _CACHE_NAMES = ("cache", "past_key_values")
 """Under which of them ``generate()`` keeps its cache depends on the version of transformers."""
+
+
+_WHOLE_CONFIG = "_hf_adaptive_sparse_config"
+"""Where a part of a model keeps the config of the whole, which carries the KV profile."""
 
 
 class AdaptiveEncoderDecoderCache(EncoderDecoderCache):
@@ -40,6 +46,12 @@ def install() -> None:
         GenerationMixin._prepare_cache_for_generation = _with_adaptive_cache(stock)
 
 
+def share_profile(model: nn.Module) -> None:
+    """Let the parts of a model that generate in its place use the KV profile of its config."""
+    for part in generating_parts(model):
+        setattr(part, _WHOLE_CONFIG, model.config)
+
+
 def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stock)
     def prepare(
@@ -56,6 +68,8 @@ def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
             return
         made: Any = model_kwargs[name]
         profile = kv_cache_config(self.config)
+        if profile is None and hasattr(self, _WHOLE_CONFIG):
+            profile = kv_cache_config(getattr(self, _WHOLE_CONFIG))
         if profile is None:
             return
         if type(made) is EncoderDecoderCache:
