@@ -4,9 +4,9 @@ transformers has no discovery of quantization plugins: a program that does not i
 `hf_adaptive_sparse` would load a compressed checkpoint with its pruned weights filled at random.
 torch has one: it calls what the entry point ``torch.backends`` names when it is imported
 (``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches that off). `install` is what it calls here. It imports
-nothing: it waits until a program loads ``transformers.modeling_utils``, without which no model can
-be loaded, and imports the plugin right behind it. That is what lets other programs, such as
-lm-evaluation-harness, read compressed checkpoints through their own command lines.
+nothing: it waits until a program loads the part of transformers that loads models, or the one that
+knows quantization plugins, and imports the plugin behind it. That is what lets other programs,
+such as lm-evaluation-harness, read compressed checkpoints through their own command lines.
 
 This module lies beside the package, because importing anything inside the package imports torch.
 """
@@ -23,14 +23,14 @@ from importlib.util import find_spec
 from types import ModuleType
 
 PLUGIN = "hf_adaptive_sparse"
-AWAITED = "transformers.modeling_utils"
+AWAITED = ("transformers.modeling_utils", "transformers.quantizers")
 
 
 def install() -> None:
-    """Import the plugin once transformers can load models; at once if it can already."""
+    """Import the plugin once transformers may look for it; at once if it may already."""
     if PLUGIN in sys.modules or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    if AWAITED in sys.modules:
+    if any(name in sys.modules for name in AWAITED):
         _import_plugin()
     else:
         sys.meta_path.insert(0, _Finder())
@@ -48,7 +48,10 @@ def _import_plugin() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the awaited module as everyone else does, once, and has the plugin follow it."""
+    """Finds the awaited modules as everyone else does, and has the plugin follow them."""
+
+    def __init__(self) -> None:
+        self.executing: list[str] = []
 
     def find_spec(
         self,
@@ -56,34 +59,47 @@ class _Finder(MetaPathFinder):
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        """Return the spec of the awaited module with a loader around its own; else None."""
-        if fullname != AWAITED:
+        """Return the spec of an awaited module with a loader around its own; else None."""
+        if fullname not in AWAITED:
             return None
+        position = sys.meta_path.index(self)
         sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(position, self)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self)
         return spec
+
+    def executed(self, name: str) -> None:
+        """Import the plugin, unless an awaited module that imported this one still executes."""
+        self.executing.remove(name)
+        if not self.executing and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            _import_plugin()
 
 
 class _Loader(Loader):
-    """Loads as the loader it wraps, then imports the plugin."""
+    """Loads as the loader it wraps, and tells the finder."""
 
-    def __init__(self, wrapped: Loader) -> None:
-        self.wrapped = wrapped
-
-    def __getattr__(self, name: str) -> object:
-        # Readers of sources and resources ask a loader for more than Loader names.
-        return getattr(self.wrapped, name)
+    def __init__(self, wrapped: Loader, finder: _Finder) -> None:
+        self.wrapped, self.finder = wrapped, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Create the module as the wrapped loader does."""
         return self.wrapped.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, and then import the plugin."""
+        """Execute the module as the wrapped loader does, which is also the one it keeps."""
+        name = module.__name__
         module.__loader__ = self.wrapped
         if module.__spec__ is not None:
             module.__spec__.loader = self.wrapped
-        self.wrapped.exec_module(module)
-        _import_plugin()
+        self.finder.executing.append(name)
+        try:
+            self.wrapped.exec_module(module)
+        except BaseException:
+            self.finder.executing.remove(name)
+            raise
+        self.finder.executed(name)

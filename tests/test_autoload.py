@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_adaptive_sparse_autoload as autoload
+
 FIXTURE = Path(__file__).parent / "checkpoint/fixtures/v1"
 INSTALL = "import hf_adaptive_sparse_autoload as autoload; autoload.install()\n"
 LOAD = (
@@ -54,6 +56,17 @@ def test_the_hook_itself_imports_nothing_and_leaves_no_trace() -> None:
     expected = "1\n[]\nTrue\n0\nTrue"
     # Any module that is read from a source file has the loader that the awaited one must have.
     assert output("import argparse as os\n" + script) == expected
+
+
+@pytest.mark.parametrize("awaited", autoload.AWAITED)
+def test_whichever_part_of_transformers_comes_first(awaited: str) -> None:
+    script = (
+        INSTALL
+        + f"import {awaited}\n"
+        + "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers\n"
+        + "print('adaptive_sparse' in quantizers)\n"
+    )
+    assert output(script + LOAD) == "True\nAdaptiveSparseQuantizer 0.4"
 
 
 def test_it_follows_transformers_that_is_there_already() -> None:

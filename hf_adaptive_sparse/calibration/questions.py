@@ -61,8 +61,10 @@ def require_image_processor(processor: Any, data: str) -> None:
         )
 
 
-def format_question(processor: Any, question: str, prompt: str | None = None) -> str:
-    """Return the prompt that asks a question about one image.
+def format_question(
+    processor: Any, question: str, prompt: str | None = None, *, image: bool = True
+) -> str:
+    """Return the prompt that asks a question, about one image or none.
 
     Args:
         processor: The model's processor.
@@ -70,6 +72,7 @@ def format_question(processor: Any, question: str, prompt: str | None = None) ->
         prompt: Text around the question, with ``{question}`` where it goes: the user's message
             under a chat template (default ``"{question}"``), else all that follows the image
             token (default `PLAIN_PROMPT`).
+        image: Whether an image comes with the question.
 
     Raises:
         ValueError: If ``prompt`` lacks ``{question}``.
@@ -85,14 +88,16 @@ def format_question(processor: Any, question: str, prompt: str | None = None) ->
     # A question that spells the image token would ask for a second image.
     text = template.replace("{question}", question.replace(image_token, "").strip())
     if chat:
-        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content = [{"type": "image"}] if image else []
+        content.append({"type": "text", "text": text})
         messages = [{"role": "user", "content": content}]
         rendered = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
         )
         return str(rendered)
     bos = tokenizer.bos_token
-    return f"{'' if bos is None or _adds_bos(tokenizer) else bos}{image_token}{text}"
+    start = "" if bos is None or _adds_bos(tokenizer) else bos
+    return f"{start}{image_token if image else ''}{text}"
 
 
 def format_answer(prompt: str, answer: str) -> str:
@@ -101,14 +106,14 @@ def format_answer(prompt: str, answer: str) -> str:
 
 
 def encode_questions(
-    processor: Any, texts: Sequence[str], images: Sequence[Any], padding_side: str
+    processor: Any, texts: Sequence[str], images: Sequence[Any] | None, padding_side: str
 ) -> dict[str, torch.Tensor]:
-    """Run the processor over texts with one image each.
+    """Run the processor over texts, each with one image or all with none.
 
     Args:
         processor: The model's processor.
         texts: Prompts, with or without an answer.
-        images: Images of records, one per text.
+        images: Images of records, one per text; ``None`` if the texts have none.
         padding_side: ``"left"`` to generate, ``"right"`` to score.
 
     Returns:
@@ -116,13 +121,13 @@ def encode_questions(
         int64, ``pixel_values`` and so on.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    opened = [[load_image(image)] for image in images]
+    media = {} if images is None else {"images": [[load_image(image)] for image in images]}
     # A prompt that begins with bos is complete; the tokenizer would put a second one before it.
     complete = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
     with padding(tokenizer, padding_side):
         encoded = processor(
             text=list(texts),
-            images=opened,
+            **media,
             add_special_tokens=not complete,
             padding=True,
             truncation=False,

@@ -21,7 +21,20 @@ from hf_adaptive_sparse.calibration.hub_datasets import hub_table
 from hf_adaptive_sparse.calibration.local_files import FILE_TYPES, local_table
 from hf_adaptive_sparse.calibration.tables import IMAGE, TEXT, DataError, Row, Table
 
-__all__ = ["IMAGE", "QUESTION", "TEXT", "DataError", "Records", "Row", "load_image", "read_records"]
+__all__ = [
+    "IMAGE",
+    "QUESTION",
+    "TEXT",
+    "DataError",
+    "Records",
+    "Row",
+    "Table",
+    "load_image",
+    "open_table",
+    "read_answers",
+    "read_records",
+    "row_image",
+]
 
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
 """What is read when no source is named."""
@@ -77,22 +90,30 @@ def read_records(
     Raises:
         DataError: If the source cannot be read or has no usable columns.
     """
+    return _select(open_table(source, split, revision=revision, token=token), images)
+
+
+def open_table(
+    source: str | os.PathLike[str] | Iterable[Row] | None,
+    split: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Table:
+    """Open a data source as it is, whatever its columns; arguments and errors of `read_records`."""
     if source is None:
-        table = hub_table(f"{DEFAULT_DATASET}:{split}", split, revision, token)
-    elif isinstance(source, str | os.PathLike):
+        return hub_table(f"{DEFAULT_DATASET}:{split}", split, revision, token)
+    if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
         path = Path(text).expanduser()
         if path.exists() or _looks_like_path(text):
-            table = local_table(path, split)
-        else:
-            table = hub_table(text, split, revision, token)
-    else:
-        rows = list(source)
-        if not all(isinstance(row, Mapping) for row in rows):
-            raise DataError("A list of records must hold dicts, one per row.")
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = Table("the list of records", columns, lambda _: rows)
-    return _select(table, images)
+            return local_table(path, split)
+        return hub_table(text, split, revision, token)
+    rows = list(source)
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise DataError("A list of records must hold dicts, one per row.")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return Table("the list of records", columns, lambda _: rows)
 
 
 def _looks_like_path(source: str) -> bool:
@@ -140,28 +161,36 @@ def _texts(table: Table) -> Iterator[Row]:
 
 def _questions(table: Table, answer: str) -> Iterator[Row]:
     for number, row in enumerate(table.scan([IMAGE, QUESTION, answer])):
-        answers = _answers(row.get(answer))
+        answers = read_answers(row.get(answer))
         if row.get(IMAGE) is None or not isinstance(row.get(QUESTION), str) or not answers:
             raise DataError(
                 f"Every row must have an image, a question and an answer; row {number} of "
                 f"{table.name} lacks one."
             )
-        image = row[IMAGE]
-        if table.folder is not None:
-            image = _resolve(image, table.folder)
-        yield {IMAGE: image, QUESTION: row[QUESTION], "answers": answers}
+        yield {IMAGE: row_image(table, row), QUESTION: row[QUESTION], "answers": answers}
 
 
-def _answers(value: Any) -> tuple[str, ...]:
+def row_image(table: Table, row: Row) -> Any:
+    """Return the image of a row for `load_image`, or ``None`` if the row has none.
+
+    Args:
+        table: The table that the row is from; relative paths lie in its folder.
+        row: A row with the column ``image``.
+    """
+    image = row.get(IMAGE)
+    return image if table.folder is None else _resolve(image, table.folder)
+
+
+def read_answers(value: Any) -> tuple[str, ...]:
     """Return the answers of a cell: text, a list of texts, or a list of ``{"answer": text}``."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, bool | int | float):
         return (str(value),)
     if isinstance(value, Mapping):  # `datasets` turns a list of dicts into a dict of lists
-        return _answers(value.get("answer"))
+        return read_answers(value.get("answer"))
     if isinstance(value, Sequence):
-        return tuple(text for item in value for text in _answers(item))
+        return tuple(text for item in value for text in read_answers(item))
     return ()
 
 

@@ -222,6 +222,28 @@ def _evaluate(commands: Any) -> None:
         "(default: the model's own profile)",
     )
     parser.set_defaults(kv_bits=run.OWN_PROFILE)
+    tasks = parser.add_argument_group("benchmarks, with their official scoring")
+    tasks.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="run these instead, joined by commas: wikitext2, vqav2, textvqa, scienceqa",
+    )
+    tasks.add_argument(
+        "--task-data",
+        action="append",
+        default=[],
+        metavar="TASK=DATA",
+        help="dataset or local file with the columns of the task's usual one; may be repeated",
+    )
+    tasks.add_argument("--task-samples", type=int, metavar="N", help="only the first N items")
+    tasks.add_argument(
+        "--task-batch-size", type=int, default=8, metavar="N", help="questions per batch"
+    )
+    tasks.add_argument(
+        "--results",
+        metavar="DIR",
+        help="write outcomes here as they come; a run that was stopped goes on from them",
+    )
 
 
 def _inspect(commands: Any) -> None:

@@ -17,13 +17,16 @@ from hf_adaptive_sparse.compressor import (
     ModelSource,
     compress,
     evaluate,
+    evaluate_tasks,
     prune_to_folder,
     search_space,
     search_to_folder,
 )
 from hf_adaptive_sparse.compressor.saving import library_versions, table_rows
+from hf_adaptive_sparse.compressor.tasks import task_rows
 from hf_adaptive_sparse.demo.run import run_demo
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
+from hf_adaptive_sparse.evaluation.tasks.task import Setting
 from hf_adaptive_sparse.hub import inspect, push_folder
 from hf_adaptive_sparse.kernels import triton_attention
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
@@ -143,7 +146,12 @@ def run_search(options: argparse.Namespace) -> Answer:
 
 
 def run_evaluate(options: argparse.Namespace) -> Answer:
-    """Measure a model."""
+    """Measure a model, by benchmarks if any are named."""
+    if options.tasks is not None:
+        return _run_tasks(options)
+    for option in ("task_data", "task_samples", "results"):
+        if getattr(options, option):
+            raise ValueError(f"--{option.replace('_', '-')} needs --tasks.")
     row = evaluate(
         _model(options),
         evaluation=_evaluation(options),
@@ -152,6 +160,23 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         progress=not options.no_progress,
     )
     return Answer(text_table(table_rows([row])), row.to_dict())
+
+
+def _run_tasks(options: argparse.Namespace) -> Answer:
+    found = evaluate_tasks(
+        _model(options),
+        options.tasks.split(","),
+        data=task_data(options.task_data),
+        setting=Setting(
+            kv_cache=_kv_choice(options.kv_bits), sequence_length=options.sequence_length
+        ),
+        batch_size=options.task_batch_size,
+        num_samples=options.task_samples,
+        results=options.results,
+        progress=not options.no_progress,
+    )
+    data = {"tasks": [result.to_dict() for result in found]}
+    return Answer(text_table(task_rows(found)), data)
 
 
 def run_inspect(options: argparse.Namespace) -> Answer:
@@ -214,6 +239,21 @@ def sparsity_globs(pairs: list[str]) -> dict[str, float] | None:
         if not separator or not glob:
             raise ValueError(f"--sparsity must be GLOB=RATIO, such as '*.mlp.*=0.6', got {pair!r}.")
     return ratios or None
+
+
+def task_data(pairs: list[str]) -> dict[str, str]:
+    """Parse ``TASK=DATA`` pairs.
+
+    Raises:
+        ValueError: If a pair is not of that form.
+    """
+    split = [pair.partition("=") for pair in pairs]
+    for pair, (task, _, source) in zip(pairs, split, strict=True):
+        if not task or not source:
+            raise ValueError(
+                f"--task-data must be TASK=DATA, such as vqav2=questions.parquet, got {pair!r}."
+            )
+    return {task: source for task, _, source in split}
 
 
 def _model(options: argparse.Namespace) -> ModelSource:

@@ -15,6 +15,7 @@ from hf_adaptive_sparse.compressor.jobs import evaluate, prune_to_folder, search
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress, search_space
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
 from hf_adaptive_sparse.pruning.report import PruningReport
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ModelSource",
     "compress",
     "evaluate",
+    "evaluate_tasks",
     "measure",
     "prune",
     "prune_to_folder",

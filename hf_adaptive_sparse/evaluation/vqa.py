@@ -215,14 +215,18 @@ def generate_answers(
     Args:
         model: A vision-language model.
         processor: Its processor.
-        rows: Rows with ``image`` and ``question``.
+        rows: Rows with ``image`` and ``question``; all with an image, or all with ``None``.
         kv_cache: As for `vqa_accuracy`.
         max_new_tokens: Tokens per answer at most.
         prompt: See `format_question`.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    prompts = [format_question(processor, row["question"], prompt) for row in rows]
-    encoded = encode_questions(processor, prompts, [row["image"] for row in rows], "left")
+    images = None if rows[0]["image"] is None else [row["image"] for row in rows]
+    prompts = [
+        format_question(processor, row["question"], prompt, image=images is not None)
+        for row in rows
+    ]
+    encoded = encode_questions(processor, prompts, images, "left")
     inputs = to_model(model, encoded)
     settings = _greedy(model, tokenizer, max_new_tokens)
     with evaluating(model):

@@ -1,0 +1,1 @@
+"""The paper's benchmarks, each with its official scoring, behind one interface."""

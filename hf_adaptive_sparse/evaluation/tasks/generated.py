@@ -1,0 +1,90 @@
+"""What the benchmarks that generate an answer share: how they ask, and how they note answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.calibration.records import IMAGE, QUESTION, DataError, Row, Table
+from hf_adaptive_sparse.evaluation.tasks.task import (
+    Figures,
+    Item,
+    Outcome,
+    Setting,
+    Task,
+    mean_figures,
+)
+from hf_adaptive_sparse.evaluation.vqa import generate_answers
+
+SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
+"""The prompt that LLaVA-1.5 was trained and is evaluated with on short answers."""
+
+
+class GeneratedTask(Task):
+    """A benchmark that asks a question and scores the generated answer.
+
+    Attributes:
+        prompt: Text around ``{question}`` under a chat template; models without one are asked by
+            the plain prompt of `format_question`.
+        max_new_tokens: Tokens per answer at most.
+    """
+
+    metric = "accuracy"
+    prompt: ClassVar[str] = SHORT_ANSWER
+    max_new_tokens: ClassVar[int] = 16
+
+    @abstractmethod
+    def score(self, answer: str, content: Row) -> Outcome:
+        """Score one answer.
+
+        Args:
+            answer: What the model said, cut at its end of sequence and first newline.
+            content: The item's content.
+
+        Returns:
+            An outcome with ``score`` in [0, 1].
+        """
+
+    def evaluate(
+        self, model: PreTrainedModel, processor: Any, items: Sequence[Item], setting: Setting
+    ) -> list[Outcome]:
+        """Generate and score an answer to each item."""
+        prompt = setting.prompt
+        if prompt is None and getattr(processor, "chat_template", None):
+            prompt = self.prompt
+        answers = generate_answers(
+            model,
+            processor,
+            [item.content for item in items],
+            kv_cache=setting.kv_cache,
+            max_new_tokens=setting.max_new_tokens or self.max_new_tokens,
+            prompt=prompt,
+        )
+        return [
+            {"answer": answer.text, "ended": answer.ended, **self.score(answer.text, item.content)}
+            for item, answer in zip(items, answers, strict=True)
+        ]
+
+    def figures(self, outcomes: Sequence[Outcome]) -> Figures:
+        """Return the mean score, and how many answers the model ended itself."""
+        ended = sum(outcome["ended"] for outcome in outcomes) / len(outcomes)
+        return mean_figures([outcome["score"] for outcome in outcomes], {"ended_ratio": ended})
+
+
+def require_question(row: Row, number: int, table: Table, *, image: bool) -> None:
+    """Refuse a row without a question, or without an image where there must be one.
+
+    Raises:
+        DataError: Naming the row.
+    """
+    for column, present in (
+        (QUESTION, isinstance(row.get(QUESTION), str)),
+        (IMAGE, row.get(IMAGE) is not None or not image),
+    ):
+        if not present:
+            raise DataError(
+                f"Every row must have the column {column!r}; row {number} of {table.name} lacks it."
+            )

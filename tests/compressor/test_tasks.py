@@ -1,0 +1,102 @@
+"""Benchmarks from the command line, ours and lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.cli import main
+from tests.processors import make_tokenizer
+
+HARNESS_TASK = """\
+task: local_choices
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def test_tasks_resume_and_write_results(
+    capsys, llava_folder: Path, text_file: Path, question_file: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in question_file.read_text().splitlines()]
+    data = tmp_path / "vqa.jsonl"
+    data.write_text("\n".join(json.dumps({**row, "answers": [row["answer"]]}) for row in rows))
+    arguments = [
+        "evaluate", str(llava_folder), "--tasks", "vqav2,wikitext2", "--task-data", f"vqav2={data}",
+        "--task-data", f"wikitext2={text_file}", "--task-samples", "3", "--sequence-length", "64",
+        "--results", str(tmp_path / "results"), "--no-progress",
+    ]  # fmt: skip
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]
+    assert [(row["task"], row["metric"], row["count"]) for row in found] == [
+        ("vqav2", "accuracy", 3),
+        ("wikitext2", "perplexity", 3),
+    ]
+    assert json.loads((tmp_path / "results/results.json").read_text()) == found
+    before = (tmp_path / "results/vqav2.jsonl").read_text()
+    assert main(arguments) == 0
+    assert "wikitext2" in capsys.readouterr().out
+    assert (tmp_path / "results/vqav2.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--tasks", "gqa"], "one of scienceqa, textvqa, vqav2, wikitext2; got 'gqa'"),
+        (["--tasks", "vqav2", "--task-data", "x"], "must be TASK=DATA"),
+        (["--tasks", "vqav2", "--task-data", "textvqa=x"], "got some for 'textvqa'"),
+        (["--task-samples", "3"], "--task-samples needs --tasks"),
+    ],
+)
+def test_bad_usage(capsys, extra: list[str], message: str) -> None:
+    assert main(["evaluate", "nowhere", *extra]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_lm_evaluation_harness_reads_our_checkpoints(tiny_llama, tmp_path: Path) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm-evaluation-harness (lm_eval) is not installed")
+    folder = tmp_path / "half"
+    apply_config(tiny_llama, SparsityConfig(metric="magnitude", kv_cache=8), progress=False)
+    tiny_llama.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    data = tmp_path / "choices.jsonl"
+    rows = [{"question": f"{i} is", "choices": ["odd", "even"], "answer": i % 2} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "local_choices.yaml").write_text(HARNESS_TASK.format(data=data))
+    # As installed, torch calls the hook; here the package may be on the path only.
+    start = (
+        "import hf_adaptive_sparse_autoload as hook; hook.install()\n"
+        "import runpy, sys; sys.argv[0] = 'lm_eval'; runpy.run_module('lm_eval', None, '__main__')"
+    )
+    command = [
+        sys.executable, "-c", start, "run", "--model", "hf",
+        "--model_args", f"pretrained={folder},dtype=float32", "--tasks", "local_choices",
+        "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "newly initialized" not in done.stderr
+    results = next((tmp_path / "out").rglob("results_*.json"))
+    found = json.loads(results.read_text())["results"]["local_choices"]
+    assert 0.0 <= found["acc,none"] <= 1.0
