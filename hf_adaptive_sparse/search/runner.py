@@ -8,28 +8,29 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from hf_adaptive_sparse.search.candidate import (
     Candidate,
     suggest,
     uniform_candidate,
-    uniform_params,
 )
+from hf_adaptive_sparse.search.claims import claim
 from hf_adaptive_sparse.search.errors import SearchError, TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluation, Reporter
+from hf_adaptive_sparse.search.recovery import recover
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.storage import WORKER_ATTRIBUTE, worker_name
 from hf_adaptive_sparse.search.trials import (
     DUPLICATE_OF,
     FAILURE,
     REPEATABLE,
     UNIFORM,
+    WITHDRAWN,
     Tally,
     tally,
 )
+from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE, Watch, lease, working
 
 if TYPE_CHECKING:
     from optuna.exceptions import TrialPruned
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPEATS_UNTIL_RANDOM = 10
-"""Duplicates in a row after which the next trial is drawn at random, not by TPE."""
+POLL_SECONDS = 0.2
+"""How often a worker without work looks whether there is some."""
 
 REPEATS_UNTIL_EXHAUSTED = 100
 """Duplicates in a row after which the space is taken to hold no further profile."""
@@ -61,8 +62,14 @@ Objective = Callable[[Candidate, Reporter], Evaluation]
 
 
 def goes_on(count: Tally, n_trials: int) -> bool:
-    """Return whether a further trial is to be run."""
+    """Return whether the search is not over yet."""
     return count.attempts < n_trials and count.repeats < REPEATS_UNTIL_EXHAUSTED
+
+
+def has_work(count: Tally, n_trials: int) -> bool:
+    """Return whether a trial may begin: an enqueued one, or one beyond all that is owed."""
+    under_way = count.attempts + len(count.running)
+    return under_way < n_trials and (bool(count.waiting) or under_way + count.owed < n_trials)
 
 
 class TrialRunner:
@@ -90,19 +97,24 @@ class TrialRunner:
         early_stopping: bool = True,
     ) -> None:
         self.study, self.space, self.shape = study, space, shape
-        self.objective, self.seed, self.sampler = objective, seed, sampler
+        self.objective = objective
         study.pruner = _pruner(early_stopping)
-        self.known = tally(study).known
+        study.sampler = sampler or _seeded_sampler(seed)
         self.uniform = uniform_candidate(space, shape).digest
+        self.watch = Watch()
+        self.wanted = 0
 
     def run(self, n_trials: int, *, progress: bool) -> None:
-        """Run trials until ``n_trials`` profiles were tried, former runs of the study included.
+        """Run trials until ``n_trials`` profiles were tried, by this worker and all others.
+
+        A worker that finds enough trials under way waits for them, in case one has to be repeated.
 
         Raises:
             SearchError: If nearly all trials fail.
         """
+        self.wanted = n_trials
+        recover(self.study, self.watch, opening=True)
         count = tally(self.study)
-        self._enqueue_uniform(count)
         bar = tqdm(
             total=n_trials,
             initial=count.attempts,
@@ -110,42 +122,53 @@ class TrialRunner:
             unit="trial",
             disable=not progress,
         )
-        with bar:
+        with bar, working() as self.worker:
             while goes_on(count, n_trials):
-                self.known = count.known
-                self.study.sampler = self.sampler or self._seeded_sampler(count)
-                self.study.optimize(self._run_trial, n_trials=1, catch=(TrialFailure,))
+                if has_work(count, n_trials):
+                    self._run_one()
+                else:
+                    time.sleep(POLL_SECONDS)
+                recover(self.study, self.watch)
                 count = tally(self.study)
                 bar.update(count.attempts - bar.n)
                 if count.best is not None:
                     bar.set_postfix_str(f"best {count.best.value:.4f}")
                 _give_up_if_hopeless(count)
 
-    def _enqueue_uniform(self, count: Tally) -> None:
-        from optuna.trial import TrialState
+    def _run_one(self) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
 
-        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        tried = any(t.user_attrs.get(UNIFORM) for t in (*count.completed, *count.failed))
-        params = uniform_params(self.space, self.shape)
-        if params and not waiting and not tried:
-            self.study.enqueue_trial(params)
-
-    def _seeded_sampler(self, count: Tally) -> BaseSampler:
-        from optuna.samplers import RandomSampler, TPESampler
-
-        seed = int(np.random.SeedSequence([self.seed, count.finished]).generate_state(1)[0])
-        stuck = count.repeats >= REPEATS_UNTIL_RANDOM
-        return RandomSampler(seed=seed) if stuck else TPESampler(seed=seed)
+        self._ended = False
+        try:
+            self.study.optimize(self._run_trial, n_trials=1, catch=(TrialFailure,))
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # Optuna says by a ValueError that a trial which ended meanwhile cannot end again.
+            if not self._ended and not isinstance(error, UpdateFinishedTrialError):
+                raise
+            logger.warning("A trial was silent for so long that another worker repeats it.")
 
     def _run_trial(self, trial: Trial) -> float:
-        trial.set_user_attr(WORKER_ATTRIBUTE, worker_name())
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        trial.set_user_attr(WORKER_ATTRIBUTE, str(self.worker))
+        try:
+            with lease(trial):
+                return self._evaluate(trial)
+        except UpdateFinishedTrialError:
+            self._ended = True
+            raise
+
+    def _evaluate(self, trial: Trial) -> float:
         candidate = suggest(trial, self.space, self.shape)
         for key, value in candidate.to_attributes().items():
             trial.set_user_attr(key, value)
         trial.set_user_attr(UNIFORM, candidate.digest == self.uniform)
-        former = self.known.get(candidate.digest)
-        if former is not None:
-            return self._repeat(trial, former)
+        verdict = claim(self.study, trial, candidate.digest, self.wanted, self.watch)
+        if verdict.holder is not None:
+            return self._repeat(trial, verdict.holder)
+        if verdict.surplus:
+            trial.set_user_attr(WITHDRAWN, True)
+            raise TrialFailure("Enough trials are under way.", repeatable=False)
         start = time.perf_counter()
         try:
             evaluation = self.objective(candidate, trial)
@@ -165,6 +188,8 @@ class TrialRunner:
         from optuna.trial import TrialState
 
         trial.set_user_attr(DUPLICATE_OF, former.number)
+        if not former.state.is_finished():
+            raise TrialFailure("Another worker evaluates this profile.", repeatable=False)
         if former.value is None:
             raise self._failed(trial, former.user_attrs[FAILURE], repeatable=True)
         if former.state == TrialState.PRUNED:
@@ -185,6 +210,14 @@ class TrialRunner:
         trial.set_user_attr(REPEATABLE, repeatable)
         trial.set_user_attr(FAILURE, reason)
         return TrialFailure(reason, repeatable=repeatable)
+
+
+def _seeded_sampler(seed: int) -> BaseSampler:
+    from optuna.samplers import TPESampler
+
+    from hf_adaptive_sparse.search.sampling import PerTrialSampler
+
+    return PerTrialSampler(lambda seed: TPESampler(seed=seed, constant_liar=True), seed)
 
 
 def _pruner(early_stopping: bool) -> BasePruner:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +50,14 @@ class ModelShape:
     numel: dict[str, int]
     kv: KVPlan | None
     num_layers: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a report has to know of the model, in plain JSON types."""
+        return {
+            "blocks": [list(span) for span in self.block_layers],
+            "num_layers": self.num_layers,
+            "numel": dict(self.numel),
+        }
 
     @classmethod
     def of(

@@ -1,9 +1,7 @@
-"""Where a study is kept: any Optuna storage, opened from a name, with what a killed run left.
+"""Where a study is kept: any Optuna storage, opened from a name.
 
-A run that is killed leaves a trial in the state RUNNING. When the study is opened again, such a
-trial is marked as failed if it was run by a process of this machine that no longer exists. Runs on
-other machines are told by their heartbeat, which only database storages have; in a journal file
-their unfinished trials stay listed as running, which costs nothing: only completed trials count.
+Optuna's heartbeats are left off: only databases have them. Which running trials are alive is told
+alike on every storage, see `worker`.
 """
 
 from __future__ import annotations
@@ -11,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-import warnings
+import random
+import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.search.errors import StorageError
 
@@ -30,14 +28,11 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_SUFFIXES = (".log", ".journal")
 DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
-HEARTBEAT_SECONDS = 60
-"""How often a database storage is told that a trial still runs; dead after twice as long."""
+BUSY_SECONDS = 60
+"""How long an SQLite file that another worker is writing to is waited for."""
 
-WORKER_ATTRIBUTE = "worker"
-"""Trial attribute naming the process that runs it: ``host:pid``."""
-
-UNCLAIMED_SECONDS = 60
-"""A running trial that names no process after this long was killed before it could."""
+OPENING_ATTEMPTS = 10
+"""How often a database is opened while other workers make its tables."""
 
 
 @contextlib.contextmanager
@@ -80,7 +75,6 @@ def open_storage(storage: Storage) -> BaseStorage:
         ValueError: If the name says none of these.
         StorageError: If it cannot be opened.
     """
-    import optuna
     from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, journal
 
     if storage is None:
@@ -105,9 +99,42 @@ def open_storage(storage: Storage) -> BaseStorage:
                 )
             _check_parent(path)
             name = f"sqlite:///{name}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.storages.RDBStorage(name, heartbeat_interval=HEARTBEAT_SECONDS)
+        return _open_database(name)
+
+
+def _open_database(url: str) -> BaseStorage:
+    """Open a database, patiently where several workers make its tables at the same time."""
+    import optuna
+
+    options: dict[str, Any] = {}
+    if url.startswith("sqlite:"):
+        options["connect_args"] = {"timeout": BUSY_SECONDS}
+    else:
+        # A connection that the server closed during a long trial is replaced, not used.
+        options["pool_pre_ping"] = True
+    for attempt in range(1, OPENING_ATTEMPTS + 1):
+        try:
+            return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=options)
+        except Exception as error:
+            if attempt == OPENING_ATTEMPTS or not _is_being_made(error):
+                raise
+            time.sleep(random.uniform(0.05, 0.3) * attempt)
+    raise AssertionError("not reached")
+
+
+def _with_driver(url: str) -> str:
+    """Name the driver that the extra ``postgresql`` installs where the URL names none."""
+    for scheme in ("postgres://", "postgresql://"):
+        if url.startswith(scheme) and find_spec("psycopg") is not None:
+            return "postgresql+psycopg://" + url.removeprefix(scheme)
+    return url
+
+
+def _is_being_made(error: BaseException) -> bool:
+    """Whether opening failed because another process is making the same tables."""
+    signs = ("already exists", "duplicate key", "UNIQUE constraint", "pg_type_typname_nsp_index")
+    # Optuna asserts that the version row is there, which it is not between two statements.
+    return isinstance(error, AssertionError) or any(sign in str(error) for sign in signs)
 
 
 def _check_parent(path: Path) -> None:
@@ -185,45 +212,3 @@ def _describe(name: str, error: BaseException) -> str:
 def _without_password(name: str) -> str:
     scheme, separator, rest = name.partition("://")
     return f"{scheme}://…@{rest.rpartition('@')[2]}" if separator and "@" in rest else name
-
-
-def worker_name() -> str:
-    """Return the name of this process as stored with the trials that it runs."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def fail_abandoned_trials(study: Study) -> list[int]:
-    """Mark trials as failed that a process which no longer exists left running.
-
-    Returns:
-        Numbers of these trials.
-    """
-    from optuna.trial import TrialState
-
-    abandoned = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_abandoned(trial.user_attrs.get(WORKER_ATTRIBUTE), trial.datetime_start):
-            study.tell(trial.number, state=TrialState.FAIL)
-            abandoned.append(trial.number)
-    if abandoned:
-        logger.info("Trials %s were left unfinished by a stopped run.", abandoned)
-    return abandoned
-
-
-def _is_abandoned(worker: str | None, started: datetime | None) -> bool:
-    if worker is None:
-        return started is not None and datetime.now() - started > timedelta(
-            seconds=UNCLAIMED_SECONDS
-        )
-    host, _, pid = worker.rpartition(":")
-    if host != socket.gethostname():
-        return False
-    if int(pid) == os.getpid():
-        return True  # this process runs no trial while it opens a study
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

@@ -27,13 +27,13 @@ from hf_adaptive_sparse.search.data import (
 )
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.evaluator import open_evaluator
-from hf_adaptive_sparse.search.fingerprint import check_fingerprint, fingerprint, library_versions
+from hf_adaptive_sparse.search.fingerprint import fingerprint
+from hf_adaptive_sparse.search.opening import open_study
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.runner import TrialRunner, goes_on
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import (
-    fail_abandoned_trials,
     open_storage,
     quiet_optuna,
     storage_errors,
@@ -42,14 +42,12 @@ from hf_adaptive_sparse.search.trials import Tally, tally
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
-    from optuna.study import Study
 
     from hf_adaptive_sparse.search.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 STUDY_NAME = "hf-adaptive-sparse"
-FINGERPRINT = "fingerprint"
 
 
 def search(
@@ -145,7 +143,13 @@ def search(
         evaluation=evaluation_batches,
     )
     with quiet_optuna(), storage_errors(_storage_name(storage)):
-        study = _open_study(storage, study_name or STUDY_NAME, made_for, seed)
+        study = open_study(
+            open_storage(storage),
+            study_name or STUDY_NAME,
+            made_for=made_for,
+            baseline=uniform_params(space, shape),
+            attributes={"seed": seed, "layout": shape.to_dict()},
+        )
         if goes_on(tally(study), n_trials):
             with open_evaluator(
                 model,
@@ -195,33 +199,6 @@ def _storage_name(storage: Storage) -> str:
     if isinstance(storage, str | os.PathLike):
         return os.fspath(storage)
     return type(storage).__name__
-
-
-def _open_study(storage: Storage, name: str, made_for: dict[str, Any], seed: int) -> Study:
-    import optuna
-
-    study = optuna.create_study(
-        storage=open_storage(storage), study_name=name, direction="minimize", load_if_exists=True
-    )
-    stored = study.user_attrs.get(FINGERPRINT)
-    if stored is not None:
-        check_fingerprint(stored, made_for, name)
-        versions, current = study.user_attrs.get("versions"), library_versions()
-        if versions != current:
-            logger.warning(
-                "The study was begun with %s, now %s: values may differ.", versions, current
-            )
-    elif study.get_trials(deepcopy=False):
-        raise SearchError(
-            f"The study {name!r} was not made by hf_adaptive_sparse: it holds trials but no "
-            "fingerprint. Give another study_name or storage."
-        )
-    else:
-        study.set_user_attr("seed", seed)
-        study.set_user_attr("versions", library_versions())
-        study.set_user_attr(FINGERPRINT, made_for)
-    fail_abandoned_trials(study)
-    return study
 
 
 def _check_outcome(count: Tally, n_trials: int) -> None:

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
+
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
 FAILURE = "failure"
 """Trial attribute: why it failed. A failed trial without it was interrupted and does not count."""
+
+DIGEST = "profile_digest"
+"""Trial attribute: key of the projected profile."""
 
 REPEATABLE = "failure_repeatable"
 """Trial attribute: the same profile would fail again."""
@@ -23,10 +28,16 @@ DUPLICATE_OF = "duplicate_of"
 UNIFORM = "uniform"
 """Trial attribute: this is the baseline."""
 
+WITHDRAWN = "withdrawn"
+"""Trial attribute: enough trials were under way when it was drawn, so it was not evaluated."""
+
+RETRY_OF = "retry_of"
+"""Trial attribute: number of the interrupted trial whose parameters it takes."""
+
 
 @dataclass(frozen=True)
 class Tally:
-    """The finished trials of a study, sorted by what they mean for the search.
+    """The trials of a study, sorted by what they mean for the search.
 
     Attributes:
         completed: Evaluated trials, one per distinct profile, by number.
@@ -35,6 +46,9 @@ class Tally:
         known: Digest of a projected profile -> the trial that settled its value.
         finished: Trials that were carried through, duplicates included, interrupted ones not.
         repeats: Duplicates since the last trial that was not one.
+        running: Trials that a worker is at, or was at when it was killed.
+        waiting: Trials that are enqueued.
+        interrupted: Trials that ended without a result and that no other trial repeats yet.
     """
 
     completed: tuple[FrozenTrial, ...]
@@ -43,11 +57,19 @@ class Tally:
     known: Mapping[str, FrozenTrial] = field(repr=False)
     finished: int
     repeats: int
+    running: tuple[FrozenTrial, ...] = ()
+    waiting: tuple[FrozenTrial, ...] = ()
+    interrupted: tuple[FrozenTrial, ...] = ()
 
     @property
     def attempts(self) -> int:
         """Distinct profiles tried, which is what ``n_trials`` limits."""
         return len(self.completed) + len(self.stopped) + len(self.failed)
+
+    @property
+    def owed(self) -> int:
+        """Trials to come that are settled already: enqueued ones, and interrupted ones."""
+        return len(self.waiting) + len(self.interrupted)
 
     @property
     def best(self) -> FrozenTrial | None:
@@ -72,24 +94,46 @@ def tally(study: Study) -> Tally:
     completed: list[FrozenTrial] = []
     stopped: list[FrozenTrial] = []
     failed: list[FrozenTrial] = []
+    interrupted: list[FrozenTrial] = []
     known: dict[str, FrozenTrial] = {}
     finished, repeats = 0, 0
-    for trial in study.get_trials(deepcopy=False):
+    trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+    for trial in trials:
         attributes = trial.user_attrs
-        kind = {TrialState.COMPLETE: completed, TrialState.PRUNED: stopped}.get(trial.state)
-        if kind is None:
-            if trial.state != TrialState.FAIL or FAILURE not in attributes:
-                continue
-            kind = failed
-        finished += 1
+        if WITHDRAWN in attributes or not trial.state.is_finished():
+            continue
         if DUPLICATE_OF in attributes:
+            finished += 1
             repeats += 1
             continue
+        kind = {TrialState.COMPLETE: completed, TrialState.PRUNED: stopped}.get(trial.state, failed)
+        if kind is failed and FAILURE not in attributes:
+            # One that was interrupted before its profile was drawn leaves nothing to repeat.
+            if is_enqueued(trial) or DIGEST in attributes:
+                interrupted.append(trial)
+            continue
+        finished += 1
         repeats = 0
         kind.append(trial)
         if kind is not failed or attributes.get(REPEATABLE):
-            known[attributes["profile_digest"]] = trial
-    return Tally(tuple(completed), tuple(stopped), tuple(failed), known, finished, repeats)
+            known[attributes[DIGEST]] = trial
+    retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+    return Tally(
+        completed=tuple(completed),
+        stopped=tuple(stopped),
+        failed=tuple(failed),
+        known=known,
+        finished=finished,
+        repeats=repeats,
+        running=tuple(t for t in trials if t.state == TrialState.RUNNING),
+        waiting=tuple(t for t in trials if t.state == TrialState.WAITING),
+        interrupted=tuple(t for t in interrupted if t.number not in retried),
+    )
+
+
+def is_enqueued(trial: FrozenTrial) -> bool:
+    """Return whether a trial takes parameters that were set before it began."""
+    return "fixed_params" in trial.system_attrs
 
 
 def _value(trial: FrozenTrial) -> float:
@@ -101,7 +145,8 @@ def history(study: Study) -> list[dict[str, Any]]:
 
     Keys: ``number``, ``state`` (``"pruned"`` where it was stopped early), ``value`` (``None`` where
     it is not known exactly), ``estimate`` (of a trial that was stopped), ``batches`` (evaluated),
-    ``uniform``, ``duplicate_of``, ``failure``, ``seconds``, ``block_ratios`` (one per block),
+    ``uniform``, ``duplicate_of``, ``failure``, ``withdrawn`` (enough trials were under way when it
+    was drawn), ``retry_of``, ``worker``, ``seconds``, ``block_ratios`` (one per block),
     ``key_bits`` and ``value_bits`` (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``.
     """
     from optuna.trial import TrialState
@@ -120,6 +165,9 @@ def history(study: Study) -> list[dict[str, Any]]:
                 "uniform": bool(attributes.get(UNIFORM)),
                 "duplicate_of": attributes.get(DUPLICATE_OF),
                 "failure": attributes.get(FAILURE),
+                "withdrawn": bool(attributes.get(WITHDRAWN)),
+                "retry_of": attributes.get(RETRY_OF),
+                "worker": attributes.get(WORKER_ATTRIBUTE),
                 "seconds": attributes.get("seconds"),
                 "block_ratios": attributes.get("block_ratios"),
                 "key_bits": kv_cache.get("key_bits"),

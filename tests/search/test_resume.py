@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
@@ -20,12 +18,7 @@ from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.storage import (
-    WORKER_ATTRIBUTE,
-    fail_abandoned_trials,
-    open_storage,
-    worker_name,
-)
+from hf_adaptive_sparse.search.storage import open_storage
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
 
 SPACE = SearchSpace(blocks=4, kv_bits=None)
@@ -226,12 +219,7 @@ def test_a_locked_database_is_one_clear_error(run, tmp_path, monkeypatch):
     run(storage=path, n_trials=1)
     blocker = sqlite3.connect(path)
     blocker.execute("BEGIN EXCLUSIVE")
-    impatient = optuna.storages.RDBStorage
-    monkeypatch.setattr(
-        optuna.storages,
-        "RDBStorage",
-        lambda url, **k: impatient(url, engine_kwargs={"connect_args": {"timeout": 0.1}}, **k),
-    )
+    monkeypatch.setattr("hf_adaptive_sparse.search.storage.BUSY_SECONDS", 0.1)
     try:
         with pytest.raises(StorageError, match=r"study\.db cannot be used: .*locked"):
             run(storage=path)
@@ -280,46 +268,6 @@ def test_a_torn_last_line_of_a_journal_is_dropped(run, tmp_path, caplog):
     assert "unfinished record" in caplog.text
     assert [row["state"] for row in result.history] == ["complete"] * 3
     assert len(run(storage=path, n_trials=3).history) == 3
-
-
-class TestAbandonedTrials:
-    @pytest.fixture
-    def study(self):
-        return optuna.create_study()
-
-    def running(self, study, worker):
-        trial = study.ask()
-        if worker is not None:
-            trial.set_user_attr(WORKER_ATTRIBUTE, worker)
-        return trial.number
-
-    def test_a_trial_of_a_process_that_is_gone_is_failed(self, study):
-        child = subprocess.Popen([sys.executable, "-c", ""])
-        child.wait()
-        host = worker_name().rpartition(":")[0]
-        number = self.running(study, f"{host}:{child.pid}")
-        assert fail_abandoned_trials(study) == [number]
-        assert study.trials[number].state == TrialState.FAIL
-
-    def test_a_trial_of_this_process_from_before_is_failed(self, study):
-        self.running(study, worker_name())
-        assert fail_abandoned_trials(study) == [0]
-
-    def test_a_trial_of_a_living_process_is_left_running(self, study):
-        host = worker_name().rpartition(":")[0]
-        self.running(study, f"{host}:{os.getppid()}")
-        assert fail_abandoned_trials(study) == []
-
-    def test_a_trial_of_another_machine_is_left_running(self, study):
-        self.running(study, "elsewhere.example:1")
-        assert fail_abandoned_trials(study) == []
-
-    def test_a_trial_that_names_no_process_is_failed_once_it_is_old(self, study, monkeypatch):
-        self.running(study, None)
-        assert fail_abandoned_trials(study) == []
-        monkeypatch.setattr("hf_adaptive_sparse.search.storage.UNCLAIMED_SECONDS", 0.01)
-        time.sleep(0.05)
-        assert fail_abandoned_trials(study) == [0]
 
 
 def test_the_package_is_imported_without_optuna():

@@ -1,0 +1,83 @@
+"""Trials whose worker is gone: they end, and each is tried again once by another trial.
+
+Ending a trial is what storages do atomically: of several workers that notice, one succeeds, and
+that one enqueues the parameters again. Should it be killed just between the two, the trial counts
+as interrupted, and any worker enqueues it a little later. If two do, the second finds the profile
+claimed (see `claims`), so it is still evaluated once.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from hf_adaptive_sparse.search.trials import FAILURE, REPEATABLE, RETRY_OF, tally
+from hf_adaptive_sparse.search.worker import Watch
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+logger = logging.getLogger(__name__)
+
+KILLS = "kills"
+"""Trial attribute: how many workers were killed while they evaluated these parameters."""
+
+MOST_KILLS = 3
+"""After so many the profile is taken to be what kills them, and its trial counts as failed."""
+
+ORPHAN_SECONDS = 20.0
+"""How long the worker that ended an interrupted trial has to enqueue it again."""
+
+
+def recover(study: Study, watch: Watch, *, opening: bool = False) -> None:
+    """End what killed workers left running, and enqueue again what was interrupted.
+
+    Args:
+        study: The study.
+        watch: Tells which running trials are nobody's any more.
+        opening: Whether a search begins: what an earlier one left is then enqueued at once.
+    """
+    count = tally(study)
+    for trial in count.running:
+        if watch.is_abandoned(trial):
+            _end(study, trial)
+    patience = timedelta(seconds=0 if opening else ORPHAN_SECONDS)
+    for trial in count.interrupted:
+        if trial.datetime_complete is None or datetime.now() - trial.datetime_complete >= patience:
+            _enqueue_again(study, trial, trial.user_attrs.get(KILLS, 0))
+
+
+def _end(study: Study, trial: FrozenTrial) -> None:
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState
+
+    storage = study._storage
+    kills = trial.user_attrs.get(KILLS, 0) + 1
+    hopeless = kills >= MOST_KILLS
+    try:
+        if hopeless:
+            reason = (
+                f"Its worker was killed {kills} times while it evaluated this profile; most often "
+                "that is the system, short of memory."
+            )
+            storage.set_trial_user_attr(trial._trial_id, REPEATABLE, True)
+            storage.set_trial_user_attr(trial._trial_id, FAILURE, reason)
+        if not storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
+            return
+    except UpdateFinishedTrialError:  # another worker was first, or its own came back to life
+        return
+    logger.warning(
+        "Trial %d was left unfinished: its worker has stopped. %s",
+        trial.number,
+        "It counts as failed." if hopeless else "It is tried again.",
+    )
+    if not hopeless:
+        _enqueue_again(study, trial, kills)
+
+
+def _enqueue_again(study: Study, trial: FrozenTrial, kills: int) -> None:
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    if params:
+        study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, KILLS: kills})

@@ -1,0 +1,94 @@
+"""One sampler per trial, seeded by the trial's place among those that count.
+
+A resumed search then draws what an uninterrupted one would have drawn, and workers that draw at the
+same time draw differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.samplers import BaseSampler, RandomSampler
+
+from hf_adaptive_sparse.search.trials import WITHDRAWN, tally
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, TrialState
+
+REPEATS_UNTIL_RANDOM = 10
+"""Duplicates in a row after which a trial is drawn at random."""
+
+
+class PerTrialSampler(BaseSampler):
+    """Makes a fresh sampler for every trial.
+
+    Args:
+        make: Takes a seed, returns a sampler.
+        seed: Seed of the search.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+        self._sampler = make(seed)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Make the trial's own sampler."""
+        place = trial_place(study, trial.number)
+        seed = int(np.random.SeedSequence([self._seed, place]).generate_state(1)[0])
+        stuck = tally(study).repeats >= REPEATS_UNTIL_RANDOM
+        self._sampler = RandomSampler(seed) if stuck else self._make(seed)
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Ask the trial's sampler."""
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Ask the trial's sampler."""
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Ask the trial's sampler."""
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Tell the trial's sampler."""
+        self._sampler.after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        """Do nothing: seeds come from the trials."""
+
+
+def trial_place(study: Study, number: int) -> int:
+    """Return how many trials before this one were carried through or are still under way."""
+    from optuna.trial import TrialState
+
+    count = tally(study)
+    interrupted = {t.number for t in count.interrupted}
+    earlier = [t for t in study.get_trials(deepcopy=False) if t.number < number]
+    retried = {t.user_attrs.get("retry_of") for t in earlier}
+    skipped = interrupted | retried
+    return sum(
+        t.number not in skipped and WITHDRAWN not in t.user_attrs and t.state != TrialState.WAITING
+        for t in earlier
+    )
