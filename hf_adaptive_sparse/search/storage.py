@@ -84,7 +84,9 @@ def open_storage(storage: Storage) -> BaseStorage:
     name = os.fspath(storage)
     with storage_errors(name, opening=True):
         if name.startswith(("redis://", "rediss://", "unix://")):
-            return JournalStorage(journal.JournalRedisBackend(name))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return JournalStorage(journal.JournalRedisBackend(name))
         if "://" not in name:
             path = Path(name)
             if path.suffix in JOURNAL_SUFFIXES:

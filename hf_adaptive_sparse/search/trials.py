@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
-
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
@@ -146,7 +144,7 @@ def history(study: Study) -> list[dict[str, Any]]:
     Keys: ``number``, ``state`` (``"pruned"`` where it was stopped early), ``value`` (``None`` where
     it is not known exactly), ``estimate`` (of a trial that was stopped), ``batches`` (evaluated),
     ``uniform``, ``duplicate_of``, ``failure``, ``withdrawn`` (enough trials were under way when it
-    was drawn), ``retry_of``, ``worker``, ``seconds``, ``block_ratios`` (one per block),
+    was drawn), ``retry_of``, ``seconds``, ``block_ratios`` (one per block),
     ``key_bits`` and ``value_bits`` (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``.
     """
     from optuna.trial import TrialState
@@ -167,7 +165,6 @@ def history(study: Study) -> list[dict[str, Any]]:
                 "failure": attributes.get(FAILURE),
                 "withdrawn": bool(attributes.get(WITHDRAWN)),
                 "retry_of": attributes.get(RETRY_OF),
-                "worker": attributes.get(WORKER_ATTRIBUTE),
                 "seconds": attributes.get("seconds"),
                 "block_ratios": attributes.get("block_ratios"),
                 "key_bits": kv_cache.get("key_bits"),
