@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,13 +69,15 @@ def open_storage(storage: Storage) -> BaseStorage:
 
     Args:
         storage: ``None`` (kept in memory), a URL (``sqlite:///study.db``, ``postgresql://…``,
-            ``redis://…``), the path of a journal file (``.log``, ``.journal``) or of an SQLite
+            ``redis://…``; the extras ``postgresql`` and ``redis`` have their drivers), the path of
+            a journal file (``.log``, ``.journal``) or of an SQLite
             file (``.db``, ``.sqlite``), or an Optuna storage.
 
     Raises:
         ValueError: If the name says none of these.
         StorageError: If it cannot be opened.
     """
+    from optuna.exceptions import ExperimentalWarning
     from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, journal
 
     if storage is None:
@@ -85,7 +88,7 @@ def open_storage(storage: Storage) -> BaseStorage:
     with storage_errors(name, opening=True):
         if name.startswith(("redis://", "rediss://", "unix://")):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                warnings.simplefilter("ignore", ExperimentalWarning)
                 return JournalStorage(journal.JournalRedisBackend(name))
         if "://" not in name:
             path = Path(name)
@@ -204,9 +207,16 @@ def _storage_error_behind(error: BaseException | None) -> BaseException | None:
 
 def _describe(name: str, error: BaseException) -> str:
     detail = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, ImportError):
+        extra = "redis" if name.startswith(("redis", "unix")) else "postgresql"
+        return (
+            f"The storage {_without_password(name)} cannot be used: {detail}. Its driver is not "
+            f"installed: pip install 'hf-adaptive-sparse[{extra}]' (for other databases, the "
+            "driver that SQLAlchemy names)."
+        )
     return (
         f"The storage {_without_password(name)} cannot be used: {detail}. Check that it exists, "
-        "that its driver is installed, and that no other program holds it locked; completed "
+        "that user and password are right, and that no other program holds it locked; completed "
         "trials are kept, so the same call resumes the search."
     )
 

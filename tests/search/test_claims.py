@@ -116,7 +116,6 @@ class TestJudging:
 class TestClaiming:
     def test_tickets_rise(self, study):
         first, second = running(study), running(study)
-        claim(study, second, "b", 10, Watch()) if False else None
         first.set_user_attr(TICKET, 7)
         claim(study, second, "b", 10, Watch())
         assert study.trials[second.number].user_attrs[TICKET] == 8
