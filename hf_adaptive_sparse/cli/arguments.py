@@ -39,12 +39,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub repo or local folder")
     parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--dtype", default="auto", help="dtype to load in (default: as stored)")
-    parser.add_argument("--device-map", help="as in transformers, for example auto")
+    parser.add_argument(
+        "--device-map",
+        help="as in transformers, for example cuda:1 (default: the visible GPUs, if any)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to write")
+def _add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--output", metavar="DIR", required=required, help="folder to write")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what is in DIR when the job is done"
     )
@@ -135,12 +138,18 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         metavar="URL",
-        help="Optuna storage, or path of a journal file (default: a journal beside DIR)",
+        help="Optuna storage such as postgresql://… or redis://…, or path of a journal or SQLite "
+        "file (default: a journal in DIR)",
+    )
+    parser.add_argument(
+        "--study",
+        metavar="NAME",
+        help="name of the study in the storage (default: hf-adaptive-sparse)",
     )
 
 
-_PRUNED = (_add_model, _add_output, _add_pruning, _add_calibration, _add_batches)
-_SEARCHED = (*_PRUNED, _add_evaluation, _add_search)
+_CALIBRATED = (_add_model, _add_pruning, _add_calibration, _add_batches)
+_SEARCHED = (*_CALIBRATED, _add_evaluation, _add_search)
 
 
 def kv_bits(text: str) -> tuple[int, ...] | None:
@@ -176,7 +185,7 @@ def _compress(commands: Any) -> None:
     parser = _command(
         commands, "compress", run.run_compress, "Search, prune and save: the whole method"
     )
-    for add in (*_SEARCHED, _add_final_prune, _add_questions):
+    for add in (_add_output, *_SEARCHED, _add_final_prune, _add_questions):
         add(parser)
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to this Hub repo")
     parser.add_argument("--private", action="store_true", help="make the pushed repo private")
@@ -186,7 +195,7 @@ def _prune(commands: Any) -> None:
     parser = _command(
         commands, "prune", run.run_prune, "Prune at uniform ratios, or by a profile, and save"
     )
-    for add in (*_PRUNED, _add_final_prune):
+    for add in (_add_output, *_CALIBRATED, _add_final_prune):
         add(parser)
     parser.add_argument(
         "--profile", metavar="FILE", help="profile.json of a search, instead of uniform ratios"
@@ -202,10 +211,22 @@ def _prune(commands: Any) -> None:
 
 def _search(commands: Any) -> None:
     parser = _command(
-        commands, "search", run.run_search, "Search a profile without pruning; write it to a folder"
+        commands,
+        "search",
+        run.run_search,
+        "Search a profile without pruning. Started several times with one --storage and --study, "
+        "on one machine or many, all work on one search",
     )
+    _add_output(parser, required=False)
     for add in _SEARCHED:
         add(parser)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes to search with on this machine; a GPU each, as far as there are enough",
+    )
 
 
 def _evaluate(commands: Any) -> None:

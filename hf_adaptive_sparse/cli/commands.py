@@ -20,8 +20,10 @@ from hf_adaptive_sparse.compressor import (
     evaluate_tasks,
     prune_to_folder,
     search_space,
+    search_study,
     search_to_folder,
 )
+from hf_adaptive_sparse.compressor.jobs import SearchSettings
 from hf_adaptive_sparse.compressor.saving import library_versions, table_rows
 from hf_adaptive_sparse.compressor.tasks import task_rows
 from hf_adaptive_sparse.demo.run import run_demo
@@ -72,6 +74,7 @@ def run_compress(options: argparse.Namespace) -> Answer:
         evaluation=_evaluation(options),
         questions=_questions(options),
         storage=options.storage,
+        study_name=options.study,
         seed=options.seed,
         overwrite=options.overwrite,
         push_to_hub=options.push_to_hub,
@@ -123,24 +126,36 @@ def run_search(options: argparse.Namespace) -> Answer:
     """Search a profile and write it."""
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target, metric=options.metric)
-    result = search_to_folder(
-        _model(options),
-        options.output,
-        search_space(config, options.kv_bits),
-        metric=options.metric,
-        trials=options.trials,
-        calibration=_calibration(options),
-        evaluation=_evaluation(options),
-        storage=options.storage,
-        seed=options.seed,
-        overwrite=options.overwrite,
-        progress=not options.no_progress,
-    )
+    space = search_space(config, options.kv_bits)
+    settings: SearchSettings = {
+        "study_name": options.study,
+        "metric": options.metric,
+        "trials": options.trials,
+        "calibration": _calibration(options),
+        "evaluation": _evaluation(options),
+        "seed": options.seed,
+        "workers": options.workers,
+        "progress": not options.no_progress,
+    }
+    if options.output is not None:
+        result = search_to_folder(
+            _model(options),
+            options.output,
+            space,
+            storage=options.storage,
+            overwrite=options.overwrite,
+            **settings,
+        )
+        where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
+    elif options.storage is not None:
+        result = search_study(_model(options), space, storage=options.storage, **settings)
+        where = f"Study {result.study.study_name!r}; --output DIR writes its profile to a folder."
+    else:
+        raise ValueError("Give --output DIR, or --storage for a study, or both; got neither.")
     uniform = "failed" if result.baseline is None else f"{result.baseline:.3f}"
     text = (
         f"Best perplexity {result.best_value:.3f} (one-shot masks; uniform: {uniform}) in "
-        f"{len(result.history)} trials.\nProfile written to "
-        f"{os.path.join(options.output, 'profile.json')}"
+        f"{len(result.history)} trials.\n{where}"
     )
     return Answer(text, result.to_dict())
 

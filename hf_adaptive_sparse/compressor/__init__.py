@@ -11,7 +11,12 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import Calibration, apply_config
-from hf_adaptive_sparse.compressor.jobs import evaluate, prune_to_folder, search_to_folder
+from hf_adaptive_sparse.compressor.jobs import (
+    evaluate,
+    prune_to_folder,
+    search_study,
+    search_to_folder,
+)
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress, search_space
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
@@ -30,6 +35,7 @@ __all__ = [
     "prune",
     "prune_to_folder",
     "search_space",
+    "search_study",
     "search_to_folder",
 ]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.pipeline import JOURNAL, ranking_metric
 from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
@@ -26,6 +28,19 @@ from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 from hf_adaptive_sparse.staging import check_output, staged_folder
+
+
+class SearchSettings(TypedDict, total=False):
+    """What :func:`search_to_folder` passes on to :func:`search_study`."""
+
+    study_name: str | None
+    metric: str
+    trials: int
+    calibration: DataSource | None
+    evaluation: DataSource | None
+    seed: int
+    workers: int
+    progress: bool
 
 
 @dataclass(frozen=True)
@@ -97,42 +112,96 @@ def prune_to_folder(
     return PrunedFolder(target, report, dense_bytes, weight_bytes)
 
 
+def search_study(
+    model: ModelSource,
+    space: SearchSpace,
+    *,
+    storage: str,
+    study_name: str | None = None,
+    metric: str = "lognorm",
+    trials: int = 50,
+    calibration: DataSource | None = None,
+    evaluation: DataSource | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    progress: bool = True,
+) -> SearchResult:
+    """Work on a study, alone or beside other workers, until it has its trials.
+
+    Started several times, on one machine or many, with the same storage and study, it does one
+    search together. The result is that of all workers.
+
+    Args:
+        model: The dense model.
+        space: What to search.
+        storage: Optuna storage URL, or path of a journal or SQLite file.
+        study_name: Name of the study there. ``None``: ``"hf-adaptive-sparse"``.
+        metric: Metric of the final prune; one that updates weights is ranked by ``lognorm``.
+        trials: Trials of all workers together.
+        calibration: Data to rank on. ``None``: WikiText-2, training split.
+        evaluation: Data to evaluate on. ``None``: WikiText-2, validation split.
+        seed: Seed of the search, the same for all workers.
+        workers: Processes to start on this machine, this one included.
+        progress: Show progress bars on stderr.
+
+    Raises:
+        ValueError: If an argument or the data are invalid, or the study is not of this search.
+        OSError: If the model cannot be found, or the storage cannot be used.
+    """
+    shared: dict[str, Any] = {
+        "storage": storage,
+        "study_name": study_name,
+        "metric": metric,
+        "trials": trials,
+        "calibration": calibration,
+        "evaluation": evaluation,
+        "seed": seed,
+    }
+    if workers != 1:
+        job = partial(search_study, space=space, progress=False, **shared)
+        with companions(model, job, workers) as own:
+            return search_study(own, space, progress=progress, **shared)
+    processor = model.load_processor()
+    dense = model.load_dense()
+    batches = (calibration or DataSource()).batches(processor, dense.config, "train")
+    held = (evaluation or DataSource(num_samples=64)).batches(processor, dense.config, "validation")
+    return search(
+        dense,
+        batches,
+        held,
+        space,
+        metric=ranking_metric(metric),
+        n_trials=trials,
+        storage=storage,
+        study_name=study_name,
+        seed=seed,
+        progress=progress,
+    )
+
+
 def search_to_folder(
     model: ModelSource,
     output: str | os.PathLike[str],
     space: SearchSpace,
     *,
-    metric: str = "lognorm",
-    trials: int = 50,
-    calibration: DataSource | None = None,
-    evaluation: DataSource | None = None,
     storage: str | None = None,
-    seed: int = 0,
     overwrite: bool = False,
-    progress: bool = True,
+    **settings: Unpack[SearchSettings],
 ) -> SearchResult:
     """Search a profile without pruning, and write profile, history and plots to ``output``.
 
-    Arguments and errors are those of :func:`prune_to_folder` and of ``has.search``.
+    Args:
+        model: The dense model.
+        output: Folder to write, complete or not at all.
+        space: What to search.
+        storage: As for :func:`search_study`. ``None``: a journal in ``output``.
+        overwrite: Replace what is in ``output`` when the job is done.
+        **settings: As for :func:`search_study`.
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
-    processor = model.load_processor()
-    dense = model.load_dense()
-    batches = (calibration or DataSource()).batches(processor, dense.config, "train")
-    held = (evaluation or DataSource(num_samples=64)).batches(processor, dense.config, "validation")
     with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
-        result = search(
-            dense,
-            batches,
-            held,
-            space,
-            metric=ranking_metric(metric),
-            n_trials=trials,
-            storage=storage or str(folder / JOURNAL),
-            seed=seed,
-            progress=progress,
-        )
+        result = search_study(model, space, storage=storage or str(folder / JOURNAL), **settings)
         result.save(folder)
         plot_search_history(result.history, folder / "search.png")
         plot_profile(result.best_profile, folder / "profile.png", target_sparsity=space.target)

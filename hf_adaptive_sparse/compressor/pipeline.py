@@ -79,6 +79,7 @@ def compress(
     evaluation: DataSource | None = None,
     questions: DataSource | None = None,
     storage: str | None = None,
+    study_name: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
     push_to_hub: str | None = None,
@@ -106,6 +107,7 @@ def compress(
         questions: Visual questions for the final figures. ``None``: those that ``evaluation``
             holds, if it does.
         storage: Optuna storage URL, or path of a journal. ``None``: a journal beside ``output``.
+        study_name: Name of the study there. ``None``: ``"hf-adaptive-sparse"``.
         seed: Seed of the search.
         overwrite: Replace what is in ``output`` when the job is done.
         push_to_hub: Repo id to push to.
@@ -171,6 +173,7 @@ def compress(
                 metric=ranking_metric(config.metric),
                 n_trials=trials,
                 storage=storage or str(folder / JOURNAL),
+                study_name=study_name,
                 seed=seed,
                 modules_to_not_convert=config.modules_to_not_convert,
                 progress=progress,

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -31,7 +32,8 @@ class ModelSource:
         name: Hub repo or local folder.
         revision: Branch, tag or commit on the Hub.
         dtype: Dtype to load in; ``"auto"``: the one it is stored in.
-        device_map: As in transformers.
+        device_map: As in transformers. ``None``: the visible GPUs (``CUDA_VISIBLE_DEVICES``) where
+            there are any, else the processor.
     """
 
     name: str | os.PathLike[str]
@@ -49,8 +51,11 @@ class ModelSource:
         config = AutoConfig.from_pretrained(self.name, revision=self.revision)
         images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         auto_class = AutoModelForImageTextToText if images else AutoModelForCausalLM
+        device_map = self.device_map
+        if device_map is None and torch.cuda.is_available():
+            device_map = "auto"
         model: PreTrainedModel = auto_class.from_pretrained(
-            self.name, revision=self.revision, dtype=self.dtype, device_map=self.device_map
+            self.name, revision=self.revision, dtype=self.dtype, device_map=device_map
         )
         return model.eval()
 

@@ -1,0 +1,98 @@
+"""Further workers of a search in processes of their own, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from hf_adaptive_sparse.compressor.sources import ModelSource
+
+logger = logging.getLogger(__name__)
+
+Job = Callable[[ModelSource], object]
+"""What a worker does with its model; it is pickled."""
+
+
+@contextlib.contextmanager
+def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSource]:
+    """Run ``job`` in ``workers - 1`` further processes for as long as the body runs.
+
+    The processor's threads are divided between the workers. Where ``model`` names no device, each
+    takes a GPU in turn if there are any. A companion that fails does not stop the others: what it
+    was at is tried again by one of them.
+
+    Args:
+        model: The model, which every worker loads.
+        job: What every worker does, this one's share being the body. All of them return when the
+            study is complete.
+        workers: Workers in all, this one included.
+
+    Yields:
+        The model as this worker has to load it.
+
+    Raises:
+        ValueError: If ``workers`` is not at least 1.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be a whole number >= 1, got {workers!r}.")
+    models = share_devices(model, workers, torch.cuda.device_count())
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_work, args=(job, other, share), daemon=True) for other in models[1:]
+    ]
+    finished = False
+    try:
+        with _environment(OMP_NUM_THREADS=str(share)):
+            for process in processes:
+                process.start()
+        if processes:
+            torch.set_num_threads(share)
+        yield models[0]
+        finished = True
+    finally:
+        torch.set_num_threads(threads)
+        for process in processes:
+            if not finished and process.is_alive():
+                process.terminate()
+            process.join()
+    failed = sum(process.exitcode != 0 for process in processes)
+    if failed:
+        logger.warning("%d of %d workers failed; the others did their trials.", failed, workers)
+
+
+def share_devices(model: ModelSource, workers: int, gpus: int) -> list[ModelSource]:
+    """Return the model once per worker, each on a GPU of its own as far as there are enough."""
+    if model.device_map is not None or workers == 1 or gpus == 0:
+        return [model] * workers
+    return [replace(model, device_map=f"cuda:{worker % gpus}") for worker in range(workers)]
+
+
+def _work(job: Job, model: ModelSource, threads: int) -> None:
+    logging.basicConfig(
+        level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
+    torch.set_num_threads(threads)
+    job(model)
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,123 @@
+"""Workers on one machine, and one study for several command lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_adaptive_sparse.cli import main
+from hf_adaptive_sparse.compressor.companions import companions, share_devices
+from hf_adaptive_sparse.compressor.sources import ModelSource
+
+MODEL = ModelSource("model")
+
+
+def leave_a_file(model: ModelSource, folder: Path) -> None:
+    threads = torch.get_num_threads(), int(os.environ["OMP_NUM_THREADS"])
+    (folder / str(os.getpid())).write_text(json.dumps(threads))
+
+
+def fail(model: ModelSource) -> None:
+    raise SystemExit(3)
+
+
+class Job:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, model: ModelSource) -> None:
+        leave_a_file(model, self.folder)
+
+
+def test_companions_do_the_job_with_their_share_of_the_threads(tmp_path: Path) -> None:
+    before, environment = torch.get_num_threads(), dict(os.environ)
+    torch.set_num_threads(4)
+    try:
+        with companions(MODEL, Job(tmp_path), workers=2) as own:
+            assert own == MODEL
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert os.environ == environment
+    (written,) = tmp_path.iterdir()
+    assert written.name != str(os.getpid())
+    assert json.loads(written.read_text()) == [2, 2]
+
+
+def test_a_companion_that_fails_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with companions(MODEL, fail, workers=2):
+        pass
+    assert "1 of 2 workers failed" in caplog.text
+
+
+def test_companions_end_with_a_failed_search(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), companions(MODEL, Job(tmp_path), workers=2):
+        raise KeyboardInterrupt
+
+
+def test_workers_must_be_at_least_one() -> None:
+    with pytest.raises(ValueError, match="workers must be a whole number >= 1, got 0"):
+        companions(MODEL, fail, workers=0).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "device_map", "expected"),
+    [
+        (1, 2, None, [None]),
+        (2, 0, None, [None, None]),
+        (3, 2, None, ["cuda:0", "cuda:1", "cuda:0"]),
+        (2, 2, "balanced", ["balanced", "balanced"]),
+    ],
+)
+def test_each_worker_takes_a_gpu_in_turn(workers, gpus, device_map, expected) -> None:
+    shared = share_devices(ModelSource("model", device_map=device_map), workers, gpus)
+    assert [model.device_map for model in shared] == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "used"), [(None, False, None), (None, True, "auto"), ("cpu", True, "cpu")]
+)
+def test_a_model_goes_to_the_visible_gpus(llava_folder, monkeypatch, asked, cuda, used) -> None:
+    seen = []
+    from transformers import AutoModelForImageTextToText
+
+    original = AutoModelForImageTextToText.from_pretrained
+
+    def recording(*arguments, device_map, **options):
+        seen.append(device_map)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", recording)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    ModelSource(llava_folder, device_map=asked).load()
+    assert seen == [used]
+
+
+def test_command_lines_share_a_study(
+    capsys, llava_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    data = ["--calibration", text_file, "--evaluation", text_file, "--sequence-length", 32]
+    size = ["--calibration-samples", 4, "--evaluation-samples", 4, "--no-progress", "--json"]
+    study = ["--storage", tmp_path / "study.journal", "--study", "mine"]
+
+    def search(*more: object) -> dict:
+        command = ["search", llava_folder, *data, *size, *study, *more]
+        assert main([str(part) for part in command]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    first = search("--trials", 2)
+    second = search("--trials", 4, "--workers", 2, "--output", tmp_path / "found")
+    assert second["study_name"] == "mine"
+    assert second["history"][:2] == first["history"]
+    tried = [row for row in second["history"] if row["state"] in ("complete", "pruned")]
+    assert len(tried) == 4
+    assert (tmp_path / "found/profile.json").is_file()
+
+    code = main([str(part) for part in ["search", llava_folder, *data, "--trials", 2]])
+    assert code == 2
+    assert "Give --output DIR, or --storage" in capsys.readouterr().err
