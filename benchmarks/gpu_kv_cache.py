@@ -41,7 +41,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from hf_adaptive_sparse.kernels import triton_attention
 from hf_adaptive_sparse.kernels.packed import PackedCache
 from hf_adaptive_sparse.kernels.reference import attention as reference
-from hf_adaptive_sparse.kvcache.attention import PinnedPair
+from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
@@ -123,7 +123,7 @@ def packed_cache(
             states = torch.randn((*shape[:2], count, shape[3]), device=device).to(dtype)
             store.commit(store.prepare(states, what))
         stores.append(store)
-    pair = PinnedPair(*(store.pin() for store in stores))
+    pair = pin_pair(*stores)
     if pair.packed is None:
         raise SystemExit(f"{shape[2]} tokens fill no block.")
     return pair.packed, pair
@@ -131,8 +131,9 @@ def packed_cache(
 
 def decoded(pinned: Any) -> torch.Tensor:
     """The states in float32, as the kernels see them."""
-    parts = (pinned.block_length, pinned.raw.shape[-1])
-    blocks = pinned.codec.decode(pinned.parts, parts, torch.float32).flatten(2, 3)
+    encoded = pinned.blocks
+    parts = (encoded.block_length, pinned.raw.shape[-1])
+    blocks = encoded.codec.decode(encoded.parts, parts, torch.float32).flatten(2, 3)
     return torch.cat([blocks, pinned.raw.float()], dim=2)
 
 
@@ -270,7 +271,7 @@ def best_seconds(
 
 def read_bytes(packed: PackedCache) -> int:
     """Bytes of codes, metadata and raw tokens, each of which attention reads once."""
-    keys, values = packed.keys, packed.values
+    keys, values = packed.blocks.keys, packed.blocks.values
     parts = (keys.codes, keys.step, keys.minimum)
     parts += (values.codes, values.step_codes, values.min_codes, values.scales)
     return sum(p.numel() * p.element_size() for p in (*parts, packed.raw_keys, packed.raw_values))

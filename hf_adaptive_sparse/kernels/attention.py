@@ -8,12 +8,13 @@ and minima leave the inner products (``csrc/attention_body.h`` has the formulas)
 from __future__ import annotations
 
 import ctypes
-import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
-from hf_adaptive_sparse.kernels.packed import PackedCache
+from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache
 
 MAX_CODES = 1024
 """Codes in a packed row, that is tokens of a block and channels of a key, which kernels can sum."""
@@ -21,6 +22,7 @@ MAX_CODES = 1024
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASK_DTYPES = {**_DTYPES, torch.bool: 3}
 _NO_MASK = -1
+_KERNEL = "native"
 _STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
 
 _Int = ctypes.c_int64
@@ -54,7 +56,7 @@ class _Call(ctypes.Structure):
         ("sinks", _Segment),
         ("recent", _Segment),
         *((name, _Int) for name in ("skip", "blocks", "block_length")),
-        ("block_lengths", ctypes.POINTER(_Int)),
+        ("block_lengths", _Address),
         *((name, _Int) for name in ("key_bits", "key_mode", "key_group", "key_meta_dtype")),
         ("key_codes", _Address),
         ("key_codes_strides", _Int * 4),
@@ -76,17 +78,16 @@ class _Call(ctypes.Structure):
 
 def is_supported(query: torch.Tensor, cache: PackedCache, mask: torch.Tensor | None) -> bool:
     """Return whether ``attend`` can take these; see there."""
+    dtype = query.dtype
     return (
-        active_path() is not None
-        and query.device.type == "cpu"
-        and cache.raw_keys.device.type == "cpu"
-        and query.dtype in _DTYPES
-        and cache.raw_keys.dtype == cache.raw_values.dtype == query.dtype
-        and cache.keys.step.dtype in _DTYPES
-        and cache.values.scales.dtype in _DTYPES
-        and 1 <= cache.block_length <= MAX_CODES
-        and query.shape[-1] <= MAX_CODES
-        and (mask is None or (mask.dtype in _MASK_DTYPES and mask.device.type == "cpu"))
+        _prepared(cache.blocks) is not None
+        and query.is_cpu
+        and cache.raw_keys.is_cpu
+        and cache.raw_keys.dtype is dtype
+        and cache.raw_values.dtype is dtype
+        and dtype in _DTYPES
+        and query.shape[3] <= MAX_CODES
+        and (mask is None or (mask.dtype in _MASK_DTYPES and mask.is_cpu))
     )
 
 
@@ -121,88 +122,154 @@ def attend(
     Raises:
         ValueError: If shapes, dtypes or devices are not those above, or there is no native library.
     """
-    batch, heads, queries, key_dim = query.shape
-    kv_heads = cache.raw_keys.shape[1]
     if not is_supported(query, cache, mask):
         raise ValueError(
             "The native attention takes float32, bfloat16 or float16 on the CPU, at most "
             f"{MAX_CODES} tokens per block and channels per key, and needs the library (active "
             f"path: {active_path()}); got {query.dtype} on {query.device}, blocks of "
-            f"{cache.block_length}, keys of {key_dim} channels."
+            f"{cache.blocks.block_length}, keys of {query.shape[-1]} channels."
         )
     cache.check_query(query)
-    value_dim = cache.raw_values.shape[-1]
-    if query.stride(-1) != 1:
+    return compute(query, cache, mask, is_causal=is_causal, scale=scale)
+
+
+def compute(
+    query: torch.Tensor,
+    cache: PackedCache,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Do what ``attend`` does for a call that the caller has checked as ``attend`` would.
+
+    Every layer comes here for every token, right after the model's weights went through the
+    processor's caches: each thing touched costs a hundred times what it costs in a loop.
+    """
+    prepared = _prepared(cache.blocks)
+    assert prepared is not None  # `is_supported` has looked
+    batch, heads, queries, key_dim = query.shape
+    strides = query.stride()
+    if strides[3] != 1:
         query = query.contiguous()
-    output = query.new_empty((batch, queries, heads, value_dim)).transpose(1, 2)
-    call = _Call(
-        batch=batch,
-        kv_heads=kv_heads,
-        repeats=heads // kv_heads,
-        queries=queries,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        dtype=_DTYPES[query.dtype],
-        query=query.data_ptr(),
-        query_strides=query.stride()[:3],
-        output=output.data_ptr(),
-        output_strides=output.stride()[:3],
-        mask_dtype=_NO_MASK,
-        causal=is_causal,
-        scale=1 / math.sqrt(key_dim) if scale is None else scale,
-        threads=torch.get_num_threads(),
-    )
+        strides = query.stride()
+    output = query.new_empty((batch, queries, heads, cache.raw_values.shape[3])).transpose(1, 2)
+    call = _Call.from_buffer_copy(prepared.call)
+    call.repeats = heads // prepared.kv_heads
+    call.queries = queries
+    call.key_dim = key_dim
+    call.dtype = _DTYPES[query.dtype]
+    call.query = query.data_ptr()
+    call.query_strides = strides[:3]
+    call.output = output.data_ptr()
+    call.output_strides = output.stride()[:3]
+    call.causal = is_causal
+    call.scale = key_dim**-0.5 if scale is None else scale
+    call.threads = torch.get_num_threads()
     if mask is not None:
         mask = mask.expand(batch, heads, queries, cache.length)
         call.mask = mask.data_ptr()
         call.mask_dtype = _MASK_DTYPES[mask.dtype]
         call.mask_strides = mask.stride()
-    lengths = _describe_cache(call, cache)  # must live as long as the call
-    loaded = library()
-    assert loaded is not None  # `is_supported` has looked
-    path = active_path()
-    assert path is not None
-    status = loaded.has_attend(PATHS[path], ctypes.byref(call))
-    del lengths
+    _describe_raw(call, cache)
+    status = prepared.function(prepared.path, ctypes.byref(call))
     if status:
         raise RuntimeError(f"The attention kernel failed: {_STATUS.get(status, status)}.")
     return output
 
 
-def _describe_cache(call: _Call, cache: PackedCache) -> object:
-    """Fill in the fields of the cache; returns what has to be kept alive for them."""
-    keys, values, raw_keys, raw_values = cache.keys, cache.values, cache.raw_keys, cache.raw_values
-    raw, item_bytes = raw_keys.shape[-2], raw_keys.element_size()
-    for segment, start, stop in ((call.sinks, 0, cache.sinks), (call.recent, cache.sinks, raw)):
-        segment.length = stop - start
-        segment.keys = raw_keys.data_ptr() + start * raw_keys.stride(2) * item_bytes
-        segment.values = raw_values.data_ptr() + start * raw_values.stride(2) * item_bytes
-        segment.key_strides = raw_keys.stride()[:3]
-        segment.value_strides = raw_values.stride()[:3]
-    call.skip = cache.skip
-    call.blocks = keys.codes.shape[2]
-    call.block_length = cache.block_length
-    call.key_bits = keys.bits
-    call.key_mode = 0 if keys.group is None else 1
-    call.key_group = keys.group or 0
-    call.key_meta_dtype = _DTYPES[keys.step.dtype]
-    call.key_codes = keys.codes.data_ptr()
-    call.key_codes_strides = keys.codes.stride()[:4]
-    call.key_steps = keys.step.data_ptr()
-    call.key_minima = keys.minimum.data_ptr()
-    call.key_meta_strides = keys.step.stride()[:4]
-    call.value_bits = values.bits
-    call.value_group = values.group
-    call.value_scale_dtype = _DTYPES[values.scales.dtype]
-    call.value_codes = values.codes.data_ptr()
-    call.value_codes_strides = values.codes.stride()[:4]
-    call.value_step_codes = values.step_codes.data_ptr()
-    call.value_minimum_codes = values.min_codes.data_ptr()
-    call.value_meta_strides = values.step_codes.stride()[:4]
-    call.value_scales = values.scales.data_ptr()
-    call.value_scale_strides = values.scales.stride()[:3]
-    if cache.lengths is None:
+class _Prepared(NamedTuple):
+    """A call whose fields about the blocks are filled in.
+
+    Attributes:
+        call: To be copied for each call; it holds addresses within the blocks' tensors.
+        lengths: Tokens of each block, which it points to.
+        kv_heads: Heads of the blocks.
+        function: The library's ``has_attend``.
+        path: Number of the path to take.
+    """
+
+    call: _Call
+    lengths: ctypes.Array[ctypes.c_int64] | None
+    kv_heads: int
+    function: Callable[..., int]
+    path: int
+
+
+def _prepared(blocks: PackedBlocks) -> _Prepared | None:
+    """Return the call for these blocks, made once; None where the kernels do not serve them.
+
+    Decoding asks once per layer and token, while the blocks change every ``block_length`` tokens.
+    Which path to take is asked when they do.
+    """
+    try:
+        prepared: _Prepared | None = blocks.prepared[_KERNEL]
+    except KeyError:
+        prepared = blocks.prepared[_KERNEL] = _prepare(blocks)
+    return prepared
+
+
+def _prepare(blocks: PackedBlocks) -> _Prepared | None:
+    keys, values = blocks.keys, blocks.values
+    loaded, path = library(), active_path()
+    if (
+        loaded is None
+        or path is None
+        or not keys.codes.is_cpu
+        or keys.step.dtype not in _DTYPES
+        or values.scales.dtype not in _DTYPES
+        or not 1 <= blocks.block_length <= MAX_CODES
+    ):
         return None
-    lengths = (_Int * len(cache.lengths))(*cache.lengths)
-    call.block_lengths = ctypes.cast(lengths, ctypes.POINTER(_Int))
-    return lengths
+    lengths = None
+    if blocks.lengths is not None:
+        lengths = (_Int * len(blocks.lengths))(*blocks.lengths)
+    batch, kv_heads = keys.codes.shape[:2]
+    call = _Call(
+        batch=batch,
+        kv_heads=kv_heads,
+        value_dim=values.codes.shape[3],
+        mask_dtype=_NO_MASK,
+        blocks=keys.codes.shape[2],
+        block_length=blocks.block_length,
+        block_lengths=None if lengths is None else ctypes.addressof(lengths),
+        key_bits=keys.bits,
+        key_mode=0 if keys.group is None else 1,
+        key_group=keys.group or 0,
+        key_meta_dtype=_DTYPES[keys.step.dtype],
+        key_codes=keys.codes.data_ptr(),
+        key_codes_strides=keys.codes.stride()[:4],
+        key_steps=keys.step.data_ptr(),
+        key_minima=keys.minimum.data_ptr(),
+        key_meta_strides=keys.step.stride()[:4],
+        value_bits=values.bits,
+        value_group=values.group,
+        value_scale_dtype=_DTYPES[values.scales.dtype],
+        value_codes=values.codes.data_ptr(),
+        value_codes_strides=values.codes.stride()[:4],
+        value_step_codes=values.step_codes.data_ptr(),
+        value_minimum_codes=values.min_codes.data_ptr(),
+        value_meta_strides=values.step_codes.stride()[:4],
+        value_scales=values.scales.data_ptr(),
+        value_scale_strides=values.scales.stride()[:3],
+    )
+    return _Prepared(call, lengths, kv_heads, loaded.has_attend, PATHS[path])
+
+
+def _describe_raw(call: _Call, cache: PackedCache) -> None:
+    """Fill in where sinks and recent tokens lie."""
+    keys, values, sinks = cache.raw_keys, cache.raw_values, cache.sinks
+    key_strides, value_strides = keys.stride(), values.stride()
+    call.skip = cache.skip
+    recent = call.recent
+    recent.length = keys.shape[2] - sinks
+    recent.keys = keys.data_ptr()
+    recent.values = values.data_ptr()
+    recent.key_strides = key_strides[:3]
+    recent.value_strides = value_strides[:3]
+    if sinks:
+        call.sinks = recent
+        call.sinks.length = sinks
+        item_bytes = keys.element_size()
+        recent.keys += sinks * key_strides[2] * item_bytes
+        recent.values += sinks * value_strides[2] * item_bytes

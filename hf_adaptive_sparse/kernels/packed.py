@@ -8,7 +8,9 @@ behind its length means nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -60,36 +62,54 @@ class PackedValues:
     group: int
 
 
-@dataclass(frozen=True)
-class PackedCache:
-    """Keys and values of one layer: ``sinks | blocks | recent``, without the first ``skip`` tokens.
+@dataclass(frozen=True, eq=False)
+class PackedBlocks:
+    """The packed blocks of one layer. They stay what they are while tokens are decoded.
 
     Attributes:
         keys: The blocks' keys.
         values: The blocks' values.
-        raw_keys: ``(B, H, sinks + recent, key D)`` in the model's dtype.
-        raw_values: ``(B, H, sinks + recent, value D)``.
         block_length: ``T``.
         lengths: Tokens of each block; None: ``T`` each.
-        sinks: How many raw tokens lie in front of the blocks.
-        skip: Oldest tokens that are not seen; masks do not count them.
+        prepared: What kernels worked out about these blocks for their next calls, by kernel.
     """
 
     keys: PackedKeys
     values: PackedValues
-    raw_keys: torch.Tensor
-    raw_values: torch.Tensor
     block_length: int
     lengths: tuple[int, ...] | None = None
+    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens packed."""
+        if self.lengths is None:
+            return self.keys.codes.shape[2] * self.block_length
+        return sum(self.lengths)
+
+
+@dataclass(slots=True)
+class PackedCache:
+    """Keys and values of one layer: ``sinks | blocks | recent``, without the first ``skip`` tokens.
+
+    Attributes:
+        blocks: The packed blocks.
+        raw_keys: ``(B, H, sinks + recent, key D)`` in the model's dtype.
+        raw_values: ``(B, H, sinks + recent, value D)``.
+        sinks: How many raw tokens lie in front of the blocks.
+        skip: Oldest tokens that are not seen; masks do not count them.
+    """
+
+    blocks: PackedBlocks
+    raw_keys: torch.Tensor
+    raw_values: torch.Tensor
     sinks: int = 0
     skip: int = 0
 
     @property
     def length(self) -> int:
         """Tokens seen."""
-        blocks = self.keys.codes.shape[2]
-        packed = blocks * self.block_length if self.lengths is None else sum(self.lengths)
-        return packed + self.raw_keys.shape[-2] - self.skip
+        return self.blocks.length + self.raw_keys.shape[2] - self.skip
 
     def check_query(self, query: torch.Tensor) -> None:
         """Refuse queries of another model or batch.

@@ -49,7 +49,7 @@ def is_available() -> bool:
 
 def is_supported(query: torch.Tensor, cache: PackedCache, mask: torch.Tensor | None) -> bool:
     """Return whether ``attend`` can take these; see there."""
-    keys, values, device = cache.keys, cache.values, query.device
+    keys, values, device = cache.blocks.keys, cache.blocks.values, query.device
     return (
         _serves(device)
         and query.dtype in _DTYPES

@@ -69,11 +69,11 @@ def plan(query: torch.Tensor, cache: PackedCache, processors: int) -> Plan:
     widest = max(key_dim, value_dim)
     # As many codes as registers and shared memory hold as operands of a matrix product.
     wished = (128 if widest <= 128 else 64) if half else max(16, 4096 // _power_of_two(widest))
-    tile = min(wished, _power_of_two(cache.block_length))
-    value_word = _word(cache.values.bits, tile, cache.values.codes)
-    tile = max(tile, _least_size(cache.values.bits, value_word))
-    key_word = _word(cache.keys.bits, _power_of_two(key_dim), cache.keys.codes)
-    tiles = cache.keys.codes.shape[2] * -(-cache.block_length // tile)
+    tile = min(wished, _power_of_two(cache.blocks.block_length))
+    value_word = _word(cache.blocks.values.bits, tile, cache.blocks.values.codes)
+    tile = max(tile, _least_size(cache.blocks.values.bits, value_word))
+    key_word = _word(cache.blocks.keys.bits, _power_of_two(key_dim), cache.blocks.keys.codes)
+    tiles = cache.blocks.keys.codes.shape[2] * -(-cache.blocks.block_length // tile)
     wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // (batch * kv_heads * row_tiles))
     tiles_per_split = max(1, -(-tiles // wanted))
     return Plan(
@@ -118,8 +118,10 @@ def interprets() -> bool:
 def channel_groups(cache: PackedCache) -> int:
     """Return the groups of channels of a head, of keys or values, whichever has more."""
     key_dim, value_dim = cache.raw_keys.shape[-1], cache.raw_values.shape[-1]
-    key_group = key_dim if cache.keys.group is None else min(cache.keys.group, key_dim)
-    return max(-(-key_dim // key_group), -(-value_dim // min(cache.values.group, value_dim)))
+    key_group = (
+        key_dim if cache.blocks.keys.group is None else min(cache.blocks.keys.group, key_dim)
+    )
+    return max(-(-key_dim // key_group), -(-value_dim // min(cache.blocks.values.group, value_dim)))
 
 
 def prepare(
@@ -136,14 +138,14 @@ def prepare(
     """
     batch, heads, queries, key_dim = query.shape
     kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
-    keys, values = _with_rows(cache.keys), _with_rows_of_values(cache.values)
+    keys, values = _with_rows(cache.blocks.keys), _with_rows_of_values(cache.blocks.values)
     raw_keys, raw_values = _rows(cache.raw_keys, 2), _rows(cache.raw_values, 2)
     cut = plan(query, cache, _processors(query.device))
     raw_length = raw_keys.shape[2]
     splits = cut.block_splits + (raw_length > 0)
-    starts, encoded = query, keys.codes.shape[2] * cache.block_length
-    if cache.lengths is not None:
-        starts, encoded = _starts(cache.lengths, query.device), sum(cache.lengths)
+    starts, encoded = query, keys.codes.shape[2] * cache.blocks.block_length
+    if cache.blocks.lengths is not None:
+        starts, encoded = _starts(cache.blocks.lengths, query.device), sum(cache.blocks.lengths)
     mask_kind, given_mask = _NO_MASK, query
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
@@ -188,7 +190,7 @@ def prepare(
         "VALUE_WORD": cut.value_word,
         "KEY_GROUP": 0 if keys.group is None else min(keys.group, key_dim),
         "VALUE_GROUP": min(values.group, value_dim),
-        "BLOCK": cache.block_length,
+        "BLOCK": cache.blocks.block_length,
         "TILE": cut.tile,
         "RAW_TILE": cut.raw_tile,
         "ROWS": cut.rows,
@@ -196,7 +198,7 @@ def prepare(
         "MASK": mask_kind,
         "MASK_ROWS": mask_rows,
         "CAUSAL": is_causal,
-        "SHORT": cache.lengths is not None,
+        "SHORT": cache.blocks.lengths is not None,
         "ALIGNED": _aligned(keys.codes, values.codes, values.step_codes, raw_keys, raw_values),
         "HALF": query.dtype != torch.float32,
         "WIDEN": query.dtype == torch.bfloat16 and interprets(),

@@ -16,10 +16,16 @@ import torch
 from hf_adaptive_sparse.kernels import attention as native
 from hf_adaptive_sparse.kernels import triton_attention
 from hf_adaptive_sparse.kernels.library import active_path
-from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
+from hf_adaptive_sparse.kernels.packed import (
+    PackedBlocks,
+    PackedCache,
+    PackedKeys,
+    PackedValues,
+)
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
 from hf_adaptive_sparse.kvcache.grouped import GroupCodec
-from hf_adaptive_sparse.kvcache.store import Pinned
+from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
+from hf_adaptive_sparse.kvcache.store import TokenStore
 from hf_adaptive_sparse.kvcache.transposed import TransposedCodec
 
 logger = logging.getLogger(__name__)
@@ -28,50 +34,68 @@ MAX_ROWS = 64
 """Queries per KV head up to which the kernels are faster than decoding for torch's attention."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PinnedPair:
     """Keys and values of one layer as they were at one moment.
 
     Attributes:
         keys: The keys.
         values: The values, of the same tokens.
+        blocks: What kernels read of both, see ``packed_blocks``.
     """
 
     keys: Pinned
     values: Pinned
+    blocks: PackedBlocks | None
 
-    @functools.cached_property
+    @property
     def packed(self) -> PackedCache | None:
-        """What kernels read; None where one of the two is not quantised, or no block is full."""
-        keys, values = self.keys, self.values
-        if not keys.lengths or not values.lengths:
+        """All that kernels read, None where they cannot."""
+        if self.blocks is None:
             return None
-        if not isinstance(values.codec, TransposedCodec):
-            return None
-        group = None
-        if isinstance(keys.codec, GroupCodec):
-            group = min(keys.codec.group_size, keys.raw.shape[-1])
-        elif not isinstance(keys.codec, ChannelCodec):
-            return None
-        codes, step, minimum = keys.parts
-        value_codes, step_codes, min_codes, scales = values.parts
-        return PackedCache(
-            keys=PackedKeys(keys.codec.bits, codes, step, minimum, group),
-            values=PackedValues(
-                values.codec.bits,
-                value_codes,
-                step_codes,
-                min_codes,
-                scales,
-                min(values.codec.group_size, values.raw.shape[-1]),
-            ),
-            raw_keys=keys.raw,
-            raw_values=values.raw,
-            block_length=keys.block_length,
-            lengths=keys.lengths if keys.has_short_blocks else None,
-            sinks=keys.sinks,
-            skip=keys.skip,
-        )
+        keys = self.keys
+        return PackedCache(self.blocks, keys.raw, self.values.raw, keys.sinks, keys.skip)
+
+
+def pin_pair(keys: TokenStore, values: TokenStore, newest: int | None = None) -> PinnedPair:
+    """Return the newest tokens of keys and values, or all of them, as they are now."""
+    return PinnedPair(keys.pin(newest), values.pin(newest), packed_blocks(keys, values))
+
+
+def packed_blocks(keys: TokenStore, values: TokenStore) -> PackedBlocks | None:
+    """Return what kernels read; None where one of the two is not quantised, or no block is full.
+
+    It is the same object until blocks are added, removed or moved.
+    """
+    if not keys.lengths or not values.lengths:
+        return None
+    key_blocks, value_blocks = keys.blocks, values.blocks
+    known = key_blocks.packed_with
+    if known is None or known[0] is not value_blocks:
+        packed = _pack(key_blocks, value_blocks, keys.head_dim, values.head_dim)
+        known = key_blocks.packed_with = (value_blocks, packed)
+    return known[1]
+
+
+def _pack(keys: Blocks, values: Blocks, key_dim: int, value_dim: int) -> PackedBlocks | None:
+    if not isinstance(values.codec, TransposedCodec):
+        return None
+    group = None
+    if isinstance(keys.codec, GroupCodec):
+        group = min(keys.codec.group_size, key_dim)
+    elif not isinstance(keys.codec, ChannelCodec):
+        return None
+    value_group = min(values.codec.group_size, value_dim)
+    codes, step, minimum = keys.parts
+    value_codes, step_codes, min_codes, scales = values.parts
+    return PackedBlocks(
+        keys=PackedKeys(keys.codec.bits, codes, step, minimum, group),
+        values=PackedValues(
+            values.codec.bits, value_codes, step_codes, min_codes, scales, value_group
+        ),
+        block_length=keys.block_length,
+        lengths=keys.lengths if keys.has_short_ones else None,
+    )
 
 
 def attend(
@@ -101,8 +125,8 @@ def attend(
     if packed is None or query.ndim != 4:
         return None
     batch, kv_heads, _, key_dim = packed.raw_keys.shape
-    heads, queries = query.shape[1], query.shape[2]
-    if heads % kv_heads or (query.shape[0], query.shape[-1]) != (batch, key_dim):
+    queries_of, heads, queries, query_dim = query.shape
+    if heads % kv_heads or queries_of != batch or query_dim != key_dim:
         return None
     if heads // kv_heads * queries > MAX_ROWS:
         return None
@@ -114,7 +138,7 @@ def attend(
     if mask is not None and not _fits(mask, query, packed.length):
         return None
     if native.is_supported(query, packed, mask):
-        return native.attend(query, packed, mask, is_causal=is_causal, scale=scale)
+        return native.compute(query, packed, mask, is_causal=is_causal, scale=scale)
     if triton_attention.is_supported(query, packed, mask):
         return triton_attention.attend(query, packed, mask, is_causal=is_causal, scale=scale)
     _say_why_not(query.device.type, query.dtype)

@@ -57,6 +57,17 @@ class RowBuffer:
         """Where the rows are."""
         return self._storage.device
 
+    def fits(self, rows: torch.Tensor) -> bool:
+        """Return whether ``rows`` differ from what is stored in their number only."""
+        held = self._storage
+        return (
+            rows.dtype is held.dtype
+            and rows.device == held.device
+            and rows.ndim == held.ndim
+            and rows.shape[:2] == held.shape[:2]
+            and rows.shape[3:] == held.shape[3:]
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
@@ -68,17 +79,16 @@ class RowBuffer:
 
         Later appends leave it as it is; rows that ``truncate`` removes may be overwritten.
         """
-        return self._storage[:, :, self._first : self._end]
+        return self._storage.narrow(2, self._first, self._end - self._first)
 
     def append(self, rows: torch.Tensor) -> None:
-        """Add ``rows`` ``(batch, kv_heads, n, ...)`` at the end."""
-        end = self._end + rows.shape[2]
-        with torch.inference_mode(False), torch.no_grad():
-            if end > self.capacity:
-                self._make_room(rows.shape[2])
-                end = self._end + rows.shape[2]
-            self._storage[:, :, self._end : end] = rows
-        self._end = end
+        """Add ``rows`` ``(batch, kv_heads, n, ...)``, which need no gradient, at the end."""
+        count = rows.shape[2]
+        if self._end + count > self.capacity:
+            self._make_room(count)
+        # Every layer does this for every token: two calls, and no context managers.
+        self._storage.narrow(2, self._end, count).copy_(rows)
+        self._end += count
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows; what is allocated stays."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import BaseQuantizedLayer
 
-from hf_adaptive_sparse.kvcache.attention import PinnedPair
+from hf_adaptive_sparse.kvcache.attention import pin_pair
+from hf_adaptive_sparse.kvcache.checks import check_rank, refuse_misfits
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
 from hf_adaptive_sparse.kvcache.view import lazy_views
@@ -58,6 +59,7 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         ValueError: If ``key_mode`` is unknown.
     """
 
+    is_croppable = True
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
     # `_quantize` know keys from values, which may have different bits.
     axis_key = -1
@@ -76,6 +78,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         key_mode: str = "channel",
         sink_length: int = 0,
     ) -> None:
+        self._quantized_keys: TokenStore | None = None
+        self._quantized_values: TokenStore | None = None
         super().__init__()
         self.key_bits = key_bits
         self.value_bits = value_bits
@@ -87,14 +91,30 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         self.record_past = False
         self._key_codec = key_codec(key_bits, key_mode, group_size)
         self._value_codec = value_codec(value_bits, group_size)
-        self._quantized_keys: TokenStore | None = None
-        self._quantized_values: TokenStore | None = None
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(key_bits={self.key_bits}, value_bits={self.value_bits}, "
             f"tokens={self.get_seq_length()})"
         )
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys that lie unquantised, ``(batch, kv_heads, sinks + tail, head_dim)``."""
+        return None if self._quantized_keys is None else self._quantized_keys.raw
+
+    @keys.setter
+    def keys(self, states: object) -> None:
+        """Ignore what transformers and kvpress assign: the store holds the keys."""
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values that lie unquantised, ``(batch, kv_heads, sinks + tail, head_dim)``."""
+        return None if self._quantized_values is None else self._quantized_values.raw
+
+    @values.setter
+    def values(self, states: object) -> None:
+        """Ignore what is assigned, as for the keys."""
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +130,6 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     def set_length(self, tokens: int) -> None:
         """Say how many tokens of the sequence the stores stand for, after they were restored."""
         self.cumulative_length = tokens
-        self._show_unquantized()
 
     def activate_past_recording(self) -> None:
         """Expect tokens to be taken back: keep a further block of them unquantised."""
@@ -128,10 +147,7 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         self._quantized_values = self._empty_store(value_states, is_key=False)
         self.cumulative_length = 0
         self.is_initialized = True
-        self._show_unquantized()
 
-    # Lengths change with every token: compiled, it would be compiled anew for each.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,8 +166,12 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             ValueError: If the states do not fit what is stored already (batch, heads, head size,
                 dtype), or are to be quantised and hold NaN or Inf. Nothing has changed then.
         """
-        self._store_states(key_states, value_states)
-        return self._view(None)
+        if torch.compiler.is_dynamo_compiling():
+            got: tuple[torch.Tensor, torch.Tensor] = self._update_uncompiled(
+                key_states, value_states
+            )
+            return got
+        return self._update(key_states, value_states)
 
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they are stored, ``(batch, kv_heads, seq, head_dim)`` each."""
@@ -177,7 +197,6 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
         for store in self.stores():
             store.remove_newest(-tokens_to_remove)
-        self._show_unquantized()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let sequence ``i`` continue sequence ``beam_idx[i]``, int64 ``(batch,)``."""
@@ -200,6 +219,19 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         if self.is_initialized:
             self._move(self.device)
 
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._store_states(key_states, value_states)
+        return self._view(None)
+
+    # Lengths change with every token: compiled, it would be compiled anew for each.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _update_uncompiled(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._update(key_states, value_states)
+
     def _view(self, newest: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the newest tokens of keys and values, or all: what ``update`` hands to attention.
 
@@ -207,32 +239,36 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             newest: How many tokens; None for all.
         """
         keys, values = self.stores()
-        return lazy_views(PinnedPair(keys.pin(newest), values.pin(newest)))
+        return lazy_views(pin_pair(keys, values, newest))
 
     def _store_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check and store new tokens; see ``update``."""
-        self._check_rank(key_states, "keys")
-        self._check_rank(value_states, "values")
-        if self.get_seq_length() == 0:  # an empty cache takes any shape
+        if self.cumulative_length == 0:  # an empty cache takes any shape
+            check_rank(key_states, "keys", self.layer_idx)
+            check_rank(value_states, "values", self.layer_idx)
             self.lazy_initialization(key_states, value_states)
         keys, values = self.stores()
-        self._check(keys, key_states, "keys")
-        self._check(values, value_states, "values")
-        if key_states.shape[-2] != value_states.shape[-2]:
+        if not (keys.fits(key_states) and values.fits(value_states)):
+            refuse_misfits(keys, key_states, "keys", self.layer_idx)
+            refuse_misfits(values, value_states, "values", self.layer_idx)
+        tokens = key_states.shape[2]
+        if tokens != value_states.shape[2]:
             raise ValueError(
                 f"Layer {self.layer_idx} of the cache takes as many keys as values, got "
-                f"{key_states.shape[-2]} and {value_states.shape[-2]} tokens."
+                f"{tokens} and {value_states.shape[2]} tokens."
             )
-        # Both are encoded before either is stored: a refusal leaves the layer as it was.
         back = self.residual_length if self.record_past else 0
-        new_keys = keys.prepare(key_states, f"keys of layer {self.layer_idx}", hold_back=back)
-        new_values = values.prepare(
-            value_states, f"values of layer {self.layer_idx}", hold_back=back
-        )
-        keys.commit(new_keys)
-        values.commit(new_values)
-        self.cumulative_length += key_states.shape[-2]
-        self._show_unquantized()
+        if keys.has_room(tokens, back) and values.has_room(tokens, back):  # nearly every token
+            keys.append(key_states)
+            values.append(value_states)
+        else:
+            # Both are encoded before either is stored: a refusal leaves the layer as it was.
+            what = (f"keys of layer {self.layer_idx}", f"values of layer {self.layer_idx}")
+            new_keys = keys.prepare(key_states, what[0], hold_back=back)
+            new_values = values.prepare(value_states, what[1], hold_back=back)
+            keys.commit(new_keys)
+            values.commit(new_values)
+        self.cumulative_length += tokens
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> TokenStore:
         """Return ``tensor`` ``(batch, kv_heads, seq, head_dim)`` as a store without a tail.
@@ -255,44 +291,12 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         codec = self._key_codec if is_key else self._value_codec
         return TokenStore(codec, self.residual_length, template, self.sink_length)
 
-    def _check_rank(self, states: torch.Tensor, kind: str) -> None:
-        if states.ndim != 4:
-            raise ValueError(
-                f"Layer {self.layer_idx} of the cache takes {kind} of shape (batch, kv_heads, seq, "
-                f"head_dim), got {tuple(states.shape)}."
-            )
-
-    def _check(self, store: TokenStore, states: torch.Tensor, kind: str) -> None:
-        if states.device != store.device:
-            raise ValueError(
-                f"Layer {self.layer_idx} of the cache holds {kind} on {store.device}, got "
-                f"states on {states.device}. A layer's cache stays where its first states were; "
-                "after offload() call prefetch(), after moving the model reset()."
-            )
-        batch, kv_heads, _, head_dim = states.shape
-        held = (store.batch_size, store.kv_heads, store.head_dim, store.dtype)
-        if (batch, kv_heads, head_dim, states.dtype) != held:
-            raise ValueError(
-                f"Layer {self.layer_idx} of the cache holds {kind} of batch size {held[0]}, "
-                f"{held[1]} heads of {held[2]} in {held[3]}; got batch size {batch}, {kv_heads} "
-                f"heads of {head_dim} in {states.dtype}. A cache serves the model and the batch it "
-                "was filled with: call reset() or make a new one (batch_repeat_interleave and "
-                "batch_select_indices change the batch of a filled cache)."
-            )
-
     def _transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.get_seq_length() == 0:
             return
         for store in self.stores():
             store.transform(function)
-        self._show_unquantized()
 
     def _move(self, device: torch.device) -> None:
         for store in self.stores():
             store.transform(lambda states: states.to(device, non_blocking=True))
-        self._show_unquantized()
-
-    def _show_unquantized(self) -> None:
-        """Point ``keys`` and ``values`` at what lies unquantised, for whoever reads them."""
-        if stores := self.stores():
-            self.keys, self.values = (store.raw for store in stores)

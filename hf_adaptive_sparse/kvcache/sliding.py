@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
@@ -58,17 +56,9 @@ class AdaptiveSlidingWindowLayer(AdaptiveQuantizedLayer):
         super().lazy_initialization(key_states, value_states)
         self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new tokens and return those kept before, as they are stored, and the new ones.
-
-        Args and errors are those of the base class.
-
-        Returns:
-            Keys and values ``(batch, kv_heads, min(tokens before, window - 1) + n, head_dim)``.
-        """
         self._store_states(key_states, value_states)
         view = self._view(self.sliding_window - 1 + key_states.shape[-2])
         if not self.record_past:
@@ -117,4 +107,3 @@ class AdaptiveSlidingWindowLayer(AdaptiveQuantizedLayer):
     def _drop_oldest(self) -> None:
         for store in self.stores():
             store.drop_oldest(self.sliding_window - 1)
-        self._show_unquantized()

@@ -10,13 +10,13 @@ Sinks and tail lie side by side in one tensor, ``raw``. Without a codec (16 bits
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from hf_adaptive_sparse.kvcache.buffer import RowBuffer
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
 
 ENCODED_AT_ONCE = 1 << 18
 """Elements encoded at once, but one block of every head at least: 1 MiB of them in float32."""
@@ -36,62 +36,6 @@ class Addition(NamedTuple):
     lengths: tuple[int, ...]
     raw: torch.Tensor
     sinks: int
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """The newest tokens of a store as they were at one moment.
-
-    Later appends, batch operations and dropped blocks leave it as it is; ``crop`` may not.
-
-    Attributes:
-        codec: How ``parts`` are encoded, None if no token is.
-        parts: The encoded blocks, a named tuple of views ``(batch, kv_heads, blocks, ...)``.
-        lengths: Tokens of each block; the rows behind them, in shorter blocks, mean nothing.
-        block_length: Tokens that a whole block has.
-        raw: Unencoded states ``(batch, kv_heads, sinks + tail, head_dim)``.
-        sinks: How many of them lie in front of the blocks.
-        skip: Oldest tokens that are held but not part of this (outside a sliding window).
-    """
-
-    codec: Codec | None
-    parts: Parts
-    lengths: tuple[int, ...]
-    block_length: int
-    raw: torch.Tensor
-    sinks: int
-    skip: int
-
-    @property
-    def length(self) -> int:
-        """Tokens pinned."""
-        return sum(self.lengths) + self.raw.shape[-2] - self.skip
-
-    @property
-    def has_short_blocks(self) -> bool:
-        """Whether a block has fewer than ``block_length`` tokens."""
-        return any(length != self.block_length for length in self.lengths)
-
-    def decode(self) -> torch.Tensor:
-        """Return the tokens ``(batch, kv_heads, length, head_dim)`` in the model's dtype.
-
-        A view where nothing is encoded.
-        """
-        raw = self.raw
-        if self.codec is None or not self.lengths:
-            return raw[:, :, self.skip :]
-        shape = (self.block_length, raw.shape[-1])
-        blocks = self.codec.decode(self.parts, shape, raw.dtype)
-        if self.has_short_blocks:
-            pieces = [blocks[:, :, i, :length] for i, length in enumerate(self.lengths)]
-        else:
-            pieces = [blocks.flatten(2, 3)]
-        if self.sinks:
-            pieces.insert(0, raw[:, :, : self.sinks])
-        if raw.shape[-2] > self.sinks:
-            pieces.append(raw[:, :, self.sinks :])
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
-        return whole[:, :, self.skip :]
 
 
 class TokenStore:
@@ -123,11 +67,23 @@ class TokenStore:
         self.lengths: tuple[int, ...] = ()
         self.head_dim = template.shape[-1]
         self.dtype = template.dtype
+        self._blocks: Blocks | None = None
         # Raw tokens are allocated in eighths of a block, so that a nearly empty tail takes little.
         empty = template.detach()[:, :, :0]
         self._raw = RowBuffer(empty, step=max(1, block_length // 8))
         self._parts: list[RowBuffer] = []
         self._kind: Callable[..., Parts] = tuple
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what is worked out about the original's blocks: its addresses."""
+        return self.__dict__ | {"_blocks": None}
+
+    @property
+    def blocks(self) -> Blocks:
+        """The encoded blocks as they are now: the same object until they change."""
+        if self._blocks is None:
+            self._blocks = Blocks(self.codec, self.parts, self.lengths, self.block_length)
+        return self._blocks
 
     @property
     def parts(self) -> Parts:
@@ -143,14 +99,9 @@ class TokenStore:
         return self._raw.rows
 
     @property
-    def encoded_length(self) -> int:
-        """Tokens encoded."""
-        return sum(self.lengths)
-
-    @property
     def length(self) -> int:
         """Tokens held, encoded or not."""
-        return self.encoded_length + self._raw.length
+        return self.blocks.length + self._raw.length
 
     @property
     def batch_size(self) -> int:
@@ -175,9 +126,23 @@ class TokenStore:
     def pin(self, newest: int | None = None) -> Pinned:
         """Return the newest tokens, or all of them, as they are now."""
         skip = 0 if newest is None else max(0, self.length - newest)
-        return Pinned(
-            self.codec, self.parts, self.lengths, self.block_length, self.raw, self.sinks, skip
-        )
+        return Pinned(self.blocks, self._raw.rows, self.sinks, skip)
+
+    def fits(self, states: torch.Tensor) -> bool:
+        """Return whether states have the shape, tokens aside, dtype and device of the stored."""
+        return self._raw.fits(states)
+
+    def has_room(self, tokens: int, hold_back: int = 0) -> bool:
+        """Return whether so many more tokens fill no block and are no sinks."""
+        if self.codec is None:
+            return True
+        if self.sinks < self.sink_length and not self.lengths:
+            return False
+        return self._raw.length - self.sinks + tokens - hold_back < self.block_length
+
+    def append(self, states: torch.Tensor) -> None:
+        """Store states ``(batch, kv_heads, n, head_dim)``, for which there is room, as they are."""
+        self._raw.append(states.detach() if states.requires_grad else states)
 
     def prepare(
         self, states: torch.Tensor, what: str, *, whole: bool = False, hold_back: int = 0
@@ -193,11 +158,10 @@ class TokenStore:
         Raises:
             ValueError: If the codec cannot represent the states.
         """
-        states = states.detach()
-        room = self.sink_length - self.sinks if not self.lengths else 0
-        sinks = min(room, states.shape[-2])
+        states, tokens = states.detach(), states.shape[2]
+        sinks = 0 if self.lengths else min(self.sink_length - self.sinks, tokens)
         tail = self._raw.length - self.sinks
-        pending = tail + states.shape[-2] - sinks
+        pending = tail + tokens - sinks
         count = max(0, pending - hold_back) // self.block_length
         end = count * self.block_length
         lengths = (self.block_length,) * count
@@ -219,12 +183,13 @@ class TokenStore:
             for buffer, part in zip(self._parts, addition.parts, strict=True):
                 buffer.append(part)
             self.lengths += addition.lengths
+            self._blocks = None
             kept = self.raw[:, :, : self.sinks]
             self._raw.clear()
             if kept.shape[-2]:
                 self._raw.append(kept)
         self.sinks += addition.sinks
-        if addition.raw.shape[-2]:
+        if addition.raw.shape[2]:
             self._raw.append(addition.raw)
 
     def remove_newest(self, count: int) -> None:
@@ -239,7 +204,7 @@ class TokenStore:
             count -= removed
             if not lengths[-1]:
                 lengths.pop()
-        self.lengths = tuple(lengths)
+        self.lengths, self._blocks = tuple(lengths), None
         for part in self._parts:
             part.truncate(len(lengths))
         if count:
@@ -258,7 +223,7 @@ class TokenStore:
             surplus -= self.lengths[blocks]
             blocks += 1
         if blocks:
-            self.lengths = self.lengths[blocks:]
+            self.lengths, self._blocks = self.lengths[blocks:], None
             for part in self._parts:
                 part.drop_front(blocks)
 
@@ -266,6 +231,7 @@ class TokenStore:
         """Apply a selection along the batch (dimension 0), or a move, to all that is stored."""
         for buffer in (*self._parts, self._raw):
             buffer.transform(function)
+        self._blocks = None
 
     @torch.no_grad()
     def _encode(self, codec: Codec, states: torch.Tensor, what: str) -> Any:

@@ -40,9 +40,9 @@ class CacheView(torch.Tensor):
 
     _pair: PinnedPair
     _is_key: bool
-    _repeats: int
-    _is_split: bool
-    _decoded: torch.Tensor | None
+    _repeats: int = 1
+    _is_split: bool = False
+    _decoded: torch.Tensor | None = None
 
     @staticmethod
     def __new__(
@@ -54,17 +54,18 @@ class CacheView(torch.Tensor):
     ) -> CacheView:
         """Make the wrapper, which has a shape and no storage."""
         pinned = pair.keys if is_key else pair.values
-        batch, kv_heads, _, head_dim = pinned.raw.shape
+        raw = pinned.raw
+        batch, kv_heads, _, head_dim = raw.shape
         heads = (kv_heads, repeats) if is_split else (kv_heads * repeats,)
         shape = (batch, *heads, pinned.length, head_dim)
         view: CacheView = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=pinned.raw.dtype, device=pinned.raw.device
+            cls, shape, dtype=raw.dtype, device=raw.device
         )
         view._pair = pair
         view._is_key = is_key
-        view._repeats = repeats
-        view._is_split = is_split
-        view._decoded = None
+        if is_split or repeats > 1:
+            view._repeats = repeats
+            view._is_split = is_split
         return view
 
     def decode(self) -> torch.Tensor:
@@ -89,11 +90,13 @@ class CacheView(torch.Tensor):
     ) -> Any:
         """Answer what needs no elements, and attention; decode for the rest."""
         kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            if torch.compiler.is_dynamo_compiling():
+                return _attention_uncompiled(*args, **kwargs)
+            return _attention(*args, **kwargs)
         if func in _WITHOUT_ELEMENTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
         if (step := _REPEAT_STEPS.get(func)) and not kwargs and isinstance(args[0], CacheView):
             repeated = step(args[0], *args[1:])
             if repeated is not None:
@@ -121,12 +124,11 @@ def lazy_views(pair: PinnedPair) -> tuple[torch.Tensor, torch.Tensor]:
         pair: Keys and values. Where no kernel could read them (nothing packed yet, 16 bits), the
             decoded tensors are returned.
     """
-    if pair.packed is None:
+    if pair.blocks is None:
         return pair.keys.decode(), pair.values.decode()
     return CacheView(pair, is_key=True), CacheView(pair, is_key=False)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -155,6 +157,12 @@ def _attention(
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attention_uncompiled(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """``_attention``, for a graph that is being captured to break at."""
+    return _attention(*args, **kwargs)
 
 
 def _are_one_cache(key: CacheView, value: CacheView) -> bool:

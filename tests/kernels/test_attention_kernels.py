@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_adaptive_sparse.kernels import attention, library
 from hf_adaptive_sparse.kernels.reference import attention as reference
-from hf_adaptive_sparse.kvcache.attention import PinnedPair
+from hf_adaptive_sparse.kvcache.attention import pin_pair
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
 
@@ -62,16 +62,16 @@ def make_pair(
 
 
 def pinned(stores, newest=None):
-    return PinnedPair(*(store.pin(newest) for store in stores))
+    return pin_pair(*stores, newest)
 
 
 def decoded(pinned_states):
     """The stored states without rounding to the model's dtype: what the kernels compute with."""
     exact = pinned_states.raw.float()
-    codec, lengths = pinned_states.codec, pinned_states.lengths
-    shape = (pinned_states.block_length, exact.shape[-1])
-    blocks = codec.decode(pinned_states.parts, shape, torch.float32)
-    pieces = [blocks[:, :, i, :length] for i, length in enumerate(lengths)]
+    encoded = pinned_states.blocks
+    shape = (encoded.block_length, exact.shape[-1])
+    blocks = encoded.codec.decode(encoded.parts, shape, torch.float32)
+    pieces = [blocks[:, :, i, :length] for i, length in enumerate(encoded.lengths)]
     sinks = pinned_states.sinks
     whole = torch.cat([exact[:, :, :sinks], *pieces, exact[:, :, sinks:]], dim=2)
     return whole[:, :, pinned_states.skip :]

@@ -17,7 +17,12 @@ import torch
 
 from hf_adaptive_sparse.kernels import attention as native
 from hf_adaptive_sparse.kernels import triton_attention, triton_plan
-from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
+from hf_adaptive_sparse.kernels.packed import (
+    PackedBlocks,
+    PackedCache,
+    PackedKeys,
+    PackedValues,
+)
 from hf_adaptive_sparse.kernels.reference import attention as reference
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
@@ -137,18 +142,15 @@ def make_cache(
         encoded_keys, key_parts = encode(codecs[0], keys[:, :, : blocks * block])
         encoded_values, value_parts = encode(codecs[1], values[:, :, : blocks * block])
         decoded = decode(codecs[0], encoded_keys, keys), decode(codecs[1], encoded_values, values)
-    cache = PackedCache(
+    packed = PackedBlocks(
         keys=PackedKeys(
             key_bits, *key_parts, group=min(group_size, head_dim) if key_mode == "token" else None
         ),
         values=PackedValues(value_bits, *value_parts, group=min(group_size, value_dim)),
-        raw_keys=raw_part(keys),
-        raw_values=raw_part(values),
         block_length=block,
         lengths=None if lengths is None else tuple(lengths),
-        sinks=sinks,
-        skip=skip,
     )
+    cache = PackedCache(packed, raw_part(keys), raw_part(values), sinks=sinks, skip=skip)
     assert cache.length == decoded[0].shape[2]
     return cache, *decoded
 
@@ -166,8 +168,8 @@ def move(item, device):
         base = torch.empty_strided(item.shape, item.stride(), dtype=item.dtype, device=device)
         return base.copy_(item)
     if dataclasses.is_dataclass(item):
-        fields = {f.name: move(getattr(item, f.name), device) for f in dataclasses.fields(item)}
-        return type(item)(**fields)
+        fields = [f.name for f in dataclasses.fields(item) if f.init]
+        return type(item)(**{name: move(getattr(item, name), device) for name in fields})
     return item
 
 

@@ -21,7 +21,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from hf_adaptive_sparse.kernels import triton_kernels, triton_plan
-from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
+from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache, PackedKeys, PackedValues
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 
 NAMES = {
@@ -55,7 +55,8 @@ def shared_bytes(case):
     )
     values = PackedValues(bits, *value_codec(bits, group).encode(states, "values"), group=group)
     raw = torch.randn(1, 1, 3, width).to(dtype)
-    cache = PackedCache(keys, values, raw, raw, 128, lengths=case.get("lengths"))
+    blocks = PackedBlocks(keys, values, 128, lengths=case.get("lengths"))
+    cache = PackedCache(blocks, raw, raw)
     query = torch.randn(1, case.get("heads", 4), case.get("queries", 1), width).to(dtype)
     mask = None
     if "mask" in case:

@@ -16,7 +16,7 @@ from hf_adaptive_sparse.kernels.reference import attention as reference
 from hf_adaptive_sparse.kvcache import attention as cache_attention
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
-from hf_adaptive_sparse.kvcache.store import Pinned
+from hf_adaptive_sparse.kvcache.pinned import Pinned
 from hf_adaptive_sparse.kvcache.view import CacheView
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
@@ -49,13 +49,13 @@ def views(layer):
 def native_calls(monkeypatch):
     """Counts the calls of the native kernel."""
     calls = []
-    attend = cache_attention.native.attend
+    compute = cache_attention.native.compute
 
     def counted(query, cache, mask=None, **arguments):
         calls.append((tuple(query.shape), cache.length))
-        return attend(query, cache, mask, **arguments)
+        return compute(query, cache, mask, **arguments)
 
-    monkeypatch.setattr(cache_attention.native, "attend", counted)
+    monkeypatch.setattr(cache_attention.native, "compute", counted)
     return calls
 
 
@@ -173,6 +173,43 @@ def test_attention_over_a_pinned_view(layer, no_decoding):
     no_decoding()
     output = scaled_dot_product_attention(query, *early)
     torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+def test_a_call_is_prepared_once_for_all_tokens_between_two_flushes(layer, monkeypatch):
+    prepared = []
+    prepare = cache_attention.native._prepare
+    monkeypatch.setattr(
+        cache_attention.native,
+        "_prepare",
+        lambda blocks: prepared.append(blocks) or prepare(blocks),
+    )
+    query = states(1, seed=7)
+    changes = []
+    for step in range(70):
+        views = layer.update(states(1, seed=step), states(1, seed=step + 500))
+        output = scaled_dot_product_attention(query, *views)
+        exact = scaled_dot_product_attention(query, *layer.decode())
+        torch.testing.assert_close(output, exact, rtol=1e-3, atol=1e-3)
+        changes.append(len(layer.stores()[0].lengths))
+    assert len(prepared) == len(set(changes)) == 3
+    layer.crop(-3)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    scaled_dot_product_attention(query, *layer._view(None))
+    assert len(prepared) == 4
+
+
+@needs_kernels
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_reads_its_own_blocks(layer, duplicate):
+    """What is prepared for a layer's blocks holds their addresses, and stays with them."""
+    query = states(1, seed=7)
+    before = scaled_dot_product_attention(query, *layer._view(None))
+    twin = duplicate(layer)
+    for store in layer.stores():
+        for part in store.parts:
+            part.zero_()
+    assert torch.equal(scaled_dot_product_attention(query, *twin._view(None)), before)
 
 
 def test_writing_to_a_view_changes_it_alone(layer, views):

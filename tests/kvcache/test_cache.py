@@ -210,7 +210,7 @@ def test_a_long_decode_crosses_many_blocks(tiny_llama):
     ours = logits_in_chunks(tiny_llama, ids, cache, sizes)
     stock = logits_in_chunks(tiny_llama, ids, DynamicCache(config=tiny_llama.config), sizes)
     assert (ours - stock).abs().max() / stock.std() < 0.006
-    assert cache.layers[0]._quantized_keys.encoded_length == 320
+    assert cache.layers[0]._quantized_keys.blocks.length == 320
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(16, 0.0), (8, 0.01)])

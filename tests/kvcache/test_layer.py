@@ -76,7 +76,7 @@ def test_a_prompt_of_200_packs_192_and_leaves_8():
     layer = AdaptiveQuantizedLayer(8, 6, residual_length=64)
     layer.update(*states(200, width=64))
     for store in (layer._quantized_keys, layer._quantized_values):
-        assert (store.encoded_length, store.length) == (192, 200)
+        assert (store.blocks.length, store.length) == (192, 200)
     assert layer.keys.shape == layer.values.shape == (1, HEADS, 8, 64)
 
 
@@ -154,7 +154,7 @@ def test_crop_to_every_length_and_on(key_bits, value_bits, key_mode, length, sin
                 assert store.raw.shape[-2] - store.sinks < BLOCK
                 assert store.sinks == min(sinks, store.length)
         if left % BLOCK == sinks == 0:
-            assert not any(store.pin().has_short_blocks for store in layer.stores())
+            assert not any(store.blocks.has_short_ones for store in layer.stores())
 
 
 def test_crop_into_a_block_leaves_a_shorter_one_and_the_next_begins_behind_it():
@@ -179,7 +179,7 @@ def test_a_recorded_past_is_taken_back_without_cutting_blocks():
         layer.update(*states(BLOCK - 1, seed=step))
         layer.crop(-(BLOCK - 2))
         for store in layer.stores():
-            assert not store.pin().has_short_blocks
+            assert not store.blocks.has_short_ones
             assert store.raw.shape[-2] < 2 * BLOCK
     assert layer.get_seq_length() == 2 * BLOCK + 100
 
