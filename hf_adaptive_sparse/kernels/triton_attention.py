@@ -37,6 +37,10 @@ _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 in the matrix units, asynchronou
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class LaunchError(RuntimeError):
+    """Triton could not compile or launch a kernel; what the cache holds is untouched."""
+
+
 def is_available() -> bool:
     """Return whether Triton is installed, wanted, and has a device, or interprets.
 
@@ -97,6 +101,8 @@ def attend(
 
     Raises:
         ValueError: If shapes, dtypes or devices are not those above, or Triton cannot run.
+        LaunchError: If Triton fails to compile or launch the kernel for this call, now or before:
+            what failed once is not tried again.
     """
     batch, heads, queries, key_dim = query.shape
     value_dim = cache.raw_values.shape[-1]
@@ -122,7 +128,25 @@ def attend(
     return output
 
 
+_failures: dict[object, str] = {}
+"""Kernels that cannot be had on a device, and why; compiling one takes seconds."""
+
+
 def _launch(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
+    kernel = (output.device, output.dtype, *sorted(call.constants.items()))
+    if kernel not in _failures:
+        try:
+            _run(output, call, partial)
+            return
+        except torch.OutOfMemoryError:  # of the device's memory, by no fault of the kernel
+            raise
+        except Exception as error:  # whatever compilers, assemblers and drivers raise
+            _failures[kernel] = f"{type(error).__name__}: {error}"
+            raise LaunchError(_failures[kernel]) from error
+    raise LaunchError(_failures[kernel])
+
+
+def _run(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
     kernels = _kernels()
     kernels.split_kernel[call.grid](*call.arguments, **call.constants, **call.options)
     rows, value_dim = output.numel() // output.shape[-1], output.shape[-1]

@@ -15,7 +15,7 @@ import torch
 
 from hf_adaptive_sparse.kernels import attention as native
 from hf_adaptive_sparse.kernels import triton_attention
-from hf_adaptive_sparse.kernels.library import active_path
+from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE, active_path
 from hf_adaptive_sparse.kernels.packed import (
     PackedBlocks,
     PackedCache,
@@ -140,7 +140,11 @@ def attend(
     if native.is_supported(query, packed, mask):
         return native.compute(query, packed, mask, is_causal=is_causal, scale=scale)
     if triton_attention.is_supported(query, packed, mask):
-        return triton_attention.attend(query, packed, mask, is_causal=is_causal, scale=scale)
+        try:
+            return triton_attention.attend(query, packed, mask, is_causal=is_causal, scale=scale)
+        except triton_attention.LaunchError as error:
+            _say_what_failed(str(error))
+            return None
     _say_why_not(query.device.type, query.dtype)
     return None
 
@@ -152,6 +156,18 @@ def _fits(mask: torch.Tensor, query: torch.Tensor, tokens: int) -> bool:
     wanted = (*query.shape[:3], tokens)
     sizes = zip(reversed(mask.shape), reversed(wanted), strict=False)
     return all(size in (1, whole) for size, whole in sizes)
+
+
+@functools.cache
+def _say_what_failed(error: str) -> None:
+    """Log, once per error, that a Triton kernel failed and torch computes in its place."""
+    logger.warning(
+        "A Triton kernel for attention over the quantised cache failed. Results stay right, but "
+        "torch decodes all of the cache at every step instead, which is slow. %s=none switches "
+        "the kernels off. The failure was: %s",
+        ENVIRONMENT_VARIABLE,
+        error,
+    )
 
 
 @functools.cache

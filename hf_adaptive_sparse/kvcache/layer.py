@@ -65,8 +65,6 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     axis_key = -1
     axis_value = 3
 
-    is_croppable = True
-
     def __init__(
         self,
         key_bits: int,

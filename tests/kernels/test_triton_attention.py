@@ -8,6 +8,7 @@ same contract holds the compiled kernels.
 import dataclasses
 import importlib
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from hf_adaptive_sparse.kernels.packed import (
     PackedValues,
 )
 from hf_adaptive_sparse.kernels.reference import attention as reference
+from hf_adaptive_sparse.kvcache import attention as cache_attention
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.packing.bits import PACKED_BITS as BITS
@@ -346,9 +348,11 @@ def test_strided_tensors(device):
     strided = query.transpose(1, 2).contiguous().transpose(1, 2)
     check(device, made, strided)
     check(device, made, query.mT.contiguous().mT)
-    keys = dataclasses.replace(cache.keys, codes=cache.keys.codes.mT.contiguous().mT)
-    values = dataclasses.replace(cache.values, min_codes=cache.values.min_codes.contiguous())
-    check(device, (dataclasses.replace(cache, keys=keys, values=values), *made[1:]), query)
+    keys, values = cache.blocks.keys, cache.blocks.values
+    keys = dataclasses.replace(keys, codes=keys.codes.mT.contiguous().mT)
+    values = dataclasses.replace(values, min_codes=values.min_codes.contiguous())
+    blocks = dataclasses.replace(cache.blocks, keys=keys, values=values)
+    check(device, (dataclasses.replace(cache, blocks=blocks), *made[1:]), query)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -414,6 +418,58 @@ def test_a_model_decodes_with_it(device, monkeypatch, tiny_llama):
     assert {shape.numel() for shape in calls} == {2 * 4 * 16}  # 4 heads, or 2 queries of 2
     monkeypatch.setenv("HF_ADAPTIVE_SPARSE_KERNEL", "none")
     torch.testing.assert_close(packed, logits(), atol=2e-4, rtol=1e-3)
+
+
+def test_generation_goes_on_when_a_kernel_fails(device, monkeypatch, caplog, tiny_llama):
+    """As a compiler error or a GPU with too little shared memory would make it fail."""
+    config = KVCacheConfig(key_bits=8, value_bits=6, residual_length=16)
+    model = tiny_llama.to(device)
+    ids = torch.randint(5, 128, (2, 40), generator=torch.Generator().manual_seed(2)).to(device)
+    tries = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, **constants):
+                tries.append(constants)
+                raise RuntimeError("out of resource: shared memory")
+
+            return launch
+
+    class Broken:
+        split_kernel = Kernel()
+
+    monkeypatch.setattr(native, "is_supported", lambda *arguments: False)
+    monkeypatch.setattr(triton_attention, "_failures", {})
+    monkeypatch.setattr(triton_attention, "_kernels", lambda: Broken)
+    cache_attention._say_what_failed.cache_clear()
+
+    def generate():
+        cache = AdaptiveQuantizedCache(model.config, config)
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+        return model.generate(input_ids=ids, past_key_values=cache, **settings)
+
+    with caplog.at_level(logging.WARNING, logger=cache_attention.__name__):
+        fallen_back = generate()
+    assert len(tries) == len({tuple(sorted(constants.items())) for constants in tries}) > 0
+    messages = [r.getMessage() for r in caplog.records if r.name == cache_attention.__name__]
+    assert len(messages) == 1
+    assert "RuntimeError: out of resource: shared memory" in messages[0]
+    monkeypatch.setenv("HF_ADAPTIVE_SPARSE_KERNEL", "none")
+    assert torch.equal(fallen_back, generate())
+
+
+def test_a_device_without_memory_is_not_taken_for_a_broken_kernel(device, monkeypatch):
+    cache, _, _ = make_cache(blocks=1)
+    query, cache = make_query(cache).to(device), move(cache, device)
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(triton_attention, "_failures", {})
+    monkeypatch.setattr(triton_attention, "_run", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        triton_attention.attend(query, cache)
+    assert triton_attention._failures == {}
 
 
 def test_the_environment_switches_it_off(device, monkeypatch):
