@@ -9,11 +9,15 @@ times and bytes do not depend on what the weights say. Four questions:
   The rounds pass through at least one flush of each cache (every 128 tokens).
 - prefill: time of one forward pass over a prompt into an empty cache, in turns as well.
 - memory: bytes allocated, and the resident set's high-water mark while tokens are decoded at the
-  longest context, above what it was before the cache was filled; one process per cache.
+  longest context, through one flush, above what it was before the cache was filled; one process per
+  cache.
 - drift: one layer, 16,384 tokens one by one; what a step costs beyond attention itself, early and
   late.
 
-Figures are ratios within one run.
+Figures are ratios within one run. The model's own share of a step differs between machines (the
+row "floor"): ``beyond_floor`` is what a cache adds to it, as a ratio to what DynamicCache adds.
+A backend that is missing or cannot run here is left out, and the result says why. quanto compiles
+its kernels at its first use on a machine, which takes minutes and is not timed.
 
     python benchmarks/kv_cache.py [--contexts 2048 8192] [--rounds 130] [--drift-tokens 16384]
 """
@@ -28,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +47,8 @@ from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 LAYERS, HEADS, HEAD_DIM = 8, 16, 64
+FLUSH, STEPS = 128, 16
+"""Tokens between two flushes, and tokens decoded for the peak memory: one flush in their middle."""
 BASELINE, OURS = "DynamicCache", "adaptive, mean 7"
 TARGETS = {
     "decode_2048": 0.5,
@@ -93,6 +100,28 @@ def cache_makers(wanted: list[str] | None = None) -> dict[str, Callable[[], Any]
     return {name: make for name, make in makers.items() if wanted is None or name in wanted}
 
 
+def warmed_up(
+    makers: dict[str, Callable[[], Any]], model: LlamaForCausalLM
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Use every cache once: those that work, and why the others do not."""
+    working, failed = {}, {}
+    for name, make in makers.items():
+        say(f"warming up {name}")
+        try:
+            cache = make()
+            fill(cache, 256, 0)
+            model(torch.tensor([[5]]), past_key_values=cache)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            failed[name] = f"{type(error).__name__}: {lines[-1]}"
+            say(f"nothing of {name}: {failed[name]}")
+        else:
+            working[name] = make
+    if not {BASELINE, OURS} <= set(working):
+        raise SystemExit(f"{BASELINE} and {OURS} must work: {failed}")
+    return working, failed
+
+
 def random_states(tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Keys or values as a model makes them: (1, heads, tokens, head_dim), tokens outermost."""
     shape = (1, tokens, HEADS, HEAD_DIM)
@@ -108,7 +137,7 @@ def fill(cache: Any, tokens: int, seed: int) -> None:
 
 
 def say(what: str) -> None:
-    print(f"measuring {what} ...", file=sys.stderr, flush=True)
+    print(f"{what} ...", file=sys.stderr, flush=True)
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -212,10 +241,12 @@ def measure_peak(name: str, context: int, seed: int) -> int:
     del warm
     before = status_bytes("VmRSS")
     cache = make()
-    fill(cache, context - 64, seed)
+    # The stock caches quantise what comes first, and flush 128 tokens later; ours at every 128th.
+    fill(cache, context - FLUSH, seed)
+    fill(cache, FLUSH - STEPS // 2, seed)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as handle:
         handle.write("5")
-    for _ in range(136):
+    for _ in range(STEPS):
         model(token, past_key_values=cache)
     return status_bytes("VmHWM") - before
 
@@ -273,6 +304,13 @@ def ratios(found: dict[str, dict[str, float]], field: str) -> dict[str, float]:
     return {name: row[field] / base for name, row in found.items() if field in row}
 
 
+def beyond_floor(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What each cache adds to a step with hardly any context, to what the baseline adds."""
+    floor = rows["floor"]["median_ms"]
+    added = rows[BASELINE]["median_ms"] - floor
+    return {k: (row["median_ms"] - floor) / added for k, row in rows.items() if k != "floor"}
+
+
 def table(result: dict[str, Any]) -> str:
     contexts = list(result["decoding"])
     names = list(result["decoding"][contexts[0]])
@@ -281,9 +319,10 @@ def table(result: dict[str, Any]) -> str:
     for context in contexts:
         found = result["decoding"][context]
         compared = ratios(found, "median_ms")
-        header += [f"decode {context}, ms", "ratio"]
+        header += [f"decode {context}, ms", "ratio", "beyond floor"]
         columns.append({name: f"{found[name]['median_ms']:.1f}" for name in names})
         columns.append({name: f"{compared[name]:.2f}" for name in names})
+        columns.append({name: f"{ratio:.2f}" for name, ratio in beyond_floor(found).items()})
     for tokens, found in result["prefill"].items():
         header.append(f"prefill {tokens}, ratio")
         columns.append({k: f"{v:.2f}" for k, v in ratios(found, "median_ms").items()})
@@ -305,6 +344,7 @@ def table(result: dict[str, Any]) -> str:
         for name, found in result["figures"].items()
         if name in TARGETS
     ]
+    lines += [f"\nNot measured: {name} ({why})." for name, why in result["left_out"].items()]
     if result["drift"]:
         first, last = result["drift"][1 % len(result["drift"])], result["drift"][-1]
         lines += [
@@ -323,6 +363,7 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
         found[f"decode_{context}"] = ratios(rows, "median_ms")[OURS]
         found[f"decode_mean_{context}"] = ratios(rows, "mean_ms")[OURS]
         found[f"nbytes_{context}"] = ratios(rows, "nbytes")[OURS]
+        found[f"beyond_floor_{context}"] = beyond_floor(rows)[OURS]
     for tokens, rows in result["prefill"].items():
         found[f"prefill_{tokens}"] = ratios(rows, "median_ms")[OURS]
     if peaks := result["peak_bytes"]:
@@ -348,14 +389,16 @@ def main() -> None:
     if arguments.peak_of:
         print(json.dumps(measure_peak(arguments.peak_of, contexts[0], seed)))
         return
+    warnings.simplefilter("ignore", FutureWarning)  # of names that transformers will drop
     started = time.perf_counter()
     makers = cache_makers(arguments.caches)
     if not {BASELINE, OURS} <= set(makers):
         raise SystemExit(f"--caches must include {BASELINE!r} and {OURS!r}.")
+    model = make_model(seed)
+    makers, left_out = warmed_up(makers, model)
     peaks = {}
     if not arguments.no_peak and sys.platform == "linux":
         peaks = {name: peak_in_process(name, contexts[-1], seed) for name in makers}
-    model = make_model(seed)
     result: dict[str, Any] = {
         "question": "decoding time, prefill time and memory of the KV cache against DynamicCache",
         "kernel": library.describe(),
@@ -370,6 +413,7 @@ def main() -> None:
             for tokens in arguments.prefill
         },
         "peak_bytes": peaks,
+        "left_out": left_out,
         "drift": measure_drift(arguments.drift_tokens, seed),
     }
     result["figures"] = figures(result)

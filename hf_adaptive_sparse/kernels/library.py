@@ -3,6 +3,7 @@
 The library is an optional part of the package: without it, or with a processor it does not know,
 everything works in torch. ``HF_ADAPTIVE_SPARSE_KERNEL`` chooses a path: ``portable``, ``avx2``,
 ``avx512``, ``neon``, ``none`` (torch only), or ``auto``, the fastest that this processor has.
+A cache that is in use asks again whenever a block of tokens has filled up.
 """
 
 from __future__ import annotations

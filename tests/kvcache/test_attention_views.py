@@ -1,5 +1,6 @@
 """The lazy views that ``update`` returns, and unmodified models that attend over them."""
 
+import concurrent.futures
 import copy
 import logging
 import pickle
@@ -210,6 +211,29 @@ def test_a_copy_reads_its_own_blocks(layer, duplicate):
         for part in store.parts:
             part.zero_()
     assert torch.equal(scaled_dot_product_attention(query, *twin._view(None)), before)
+
+
+@needs_kernels
+def test_threads_decode_caches_of_their_own_and_read_one_together(layer):
+    """The library runs without the interpreter's lock, so calls do overlap."""
+    shared = layer._view(None)
+
+    def decode(seed):
+        own = AdaptiveQuantizedLayer(8, 6, residual_length=32)
+        views = own.update(states(LENGTH, seed=seed), states(LENGTH, seed=seed + 1))
+        outputs = []
+        for step in range(60):
+            query = states(1, seed=step)
+            outputs.append(scaled_dot_product_attention(query, *views))
+            outputs.append(scaled_dot_product_attention(query, *shared))
+            views = own.update(states(1, seed=seed + step), states(1, seed=step))
+        return torch.cat(outputs)
+
+    alone = [decode(seed) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(decode, range(4)))
+    for mine, expected in zip(together, alone, strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_writing_to_a_view_changes_it_alone(layer, views):
