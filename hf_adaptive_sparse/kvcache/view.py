@@ -40,6 +40,7 @@ class CacheView(torch.Tensor):
 
     _pair: PinnedPair
     _is_key: bool
+    _shape: torch.Size
     _repeats: int = 1
     _is_split: bool = False
     _decoded: torch.Tensor | None = None
@@ -61,12 +62,18 @@ class CacheView(torch.Tensor):
         view: CacheView = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=raw.dtype, device=raw.device
         )
+        view._shape = torch.Size(shape)
         view._pair = pair
         view._is_key = is_key
         if is_split or repeats > 1:
             view._repeats = repeats
             view._is_split = is_split
         return view
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Sizes; attention asks for them several times a step, which torch would ask this class."""
+        return self._shape
 
     def decode(self) -> torch.Tensor:
         """Return the ordinary tensor of this shape, decoded at the first call."""
