@@ -159,7 +159,8 @@ def prunable_linears(
         raise ValueError(
             f"No prunable linears in {layers_name!r} of {type(model).__name__}: its decoder layers "
             "must hold nn.Linear with floating-point weights of their own (GPT-2's Conv1D and "
-            "already quantised linears are not supported)."
+            "already quantised linears are not supported; weights that the sparse runtime keeps "
+            "compressed are plain with runtime='dense')."
         )
     excluded: set[str] = set()
     for pattern in modules_to_not_convert or ():

@@ -25,6 +25,8 @@ from hf_adaptive_sparse.pruning.apply import (
     resolve_ratios,
 )
 from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
+from hf_adaptive_sparse.runtime.conversion import quantise_
 from hf_adaptive_sparse.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -85,11 +87,6 @@ def prune_and_resolve(
     ratios = _ratios(model, config)
     kv_cache = per_layer_kv_cache(model, config)
     weight_bits = resolve_weight_bits(config, ratios)
-    if weight_bits:
-        raise ValueError(
-            "weight_bits below 16 are read and written as part of a profile, but this version does "
-            "not quantise weights yet."
-        )
     source = config.calibration if calibration is None else calibration
     settings = _settings(source, config.calibration)
     batches = None
@@ -121,6 +118,10 @@ def prune_and_resolve(
         )
     else:
         report = _nothing_removed(model, config, ratios)
+    for name, bits in weight_bits.items():
+        weight = stored_weight(model.get_submodule(name), name)
+        check_finite(weight, name)
+        quantise_(weight, bits, config.group_size_at(bits))
     resolved = SparsityConfig(
         target_sparsity=_target(model, config, ratios),
         metric=config.metric,

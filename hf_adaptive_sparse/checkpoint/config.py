@@ -147,11 +147,6 @@ class SparsityConfig(QuantizationConfigMixin):
         self.pattern = pattern
         self.checkpoint_format = choice(checkpoint_format, CHECKPOINT_FORMATS, "checkpoint_format")
         self.runtime = choice(runtime, RUNTIMES, "runtime")
-        if runtime == "sparse":
-            raise ValueError(
-                "runtime must be 'dense' or 'auto', got 'sparse': this version of "
-                "hf_adaptive_sparse has only the dense runtime."
-            )
         self.sparsity = ratios(sparsity)
         self.modules_to_not_convert = module_names(modules_to_not_convert)
         self.calibration = calibration_config(calibration)
@@ -163,6 +158,11 @@ class SparsityConfig(QuantizationConfigMixin):
             raise ValueError(
                 "weight_bits below 16 need checkpoint_format='bitmask': the format 'dense' stores "
                 "whole weights, which quantising them would not make smaller."
+            )
+        if self.runtime == "sparse" and self.checkpoint_format == "dense":
+            raise ValueError(
+                "runtime='sparse' needs checkpoint_format='bitmask': a model whose weights are "
+                "compressed in memory is saved as it is."
             )
         if format_version is not None and format_version < self.format_version:
             raise ValueError(
@@ -208,6 +208,12 @@ class SparsityConfig(QuantizationConfigMixin):
             if ratio > 0 or self.value_bits(name) < 16
         ]
 
+    @property
+    def value_formats(self) -> dict[str, tuple[int, int | None]]:
+        """Bits of the values, and columns that share a scale, of every compressed module."""
+        names = self.compressed_modules
+        return {name: (self.value_bits(name), self.group_size(name)) for name in names}
+
     def value_bits(self, name: str) -> int:
         """Return the bits of a module's values, of a config that names each module by itself."""
         return (
@@ -218,11 +224,13 @@ class SparsityConfig(QuantizationConfigMixin):
 
     def group_size(self, name: str) -> int | None:
         """Return the columns that share a scale in a module; ``None``: one per row, or no scale."""
-        bits = self.value_bits(name)
+        return self.group_size_at(self.value_bits(name))
+
+    def group_size_at(self, bits: int) -> int | None:
+        """Return the columns that share a scale where values take so many bits."""
         if bits == 16:
             return None
-        default = FOUR_BIT_GROUP_SIZE if bits == 4 else None
-        return self.weight_group_size or default
+        return self.weight_group_size or (FOUR_BIT_GROUP_SIZE if bits == 4 else None)
 
     @classmethod
     def from_dict(

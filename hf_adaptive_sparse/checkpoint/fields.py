@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from hf_adaptive_sparse.packing.weight_codes import GROUP_MULTIPLE
 from hf_adaptive_sparse.profiles import (
     CalibrationConfig,
     KVCacheConfig,
     check_ratio,
     check_weight_bits,
 )
-
-GROUP_MULTIPLE = 32
-"""Groups of columns are whole multiples of this, so that no step of a kernel straddles two."""
 
 FOUR_BIT_GROUP_SIZE = 64
 """Columns that share a scale at 4 bits, where nothing else was asked for. At 8 bits a row does."""

@@ -20,6 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 
 VALUES_SUFFIX = ".weight_values"
 BITMASK_SUFFIX = ".weight_bitmask"
+SCALES_SUFFIX = ".weight_scales"
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that is read; the safetensors library has the same limit."""
@@ -69,8 +70,10 @@ class CompressedModule:
         name: The module's name in the file.
         rows: Rows of the weight.
         columns_at_most: Columns of the weight, or up to 7 more: whole bytes of the bitmask.
-        nnz: Weights that are kept.
-        size_bytes: Bytes of values and bitmask together.
+        nnz: Weights that are kept; with codes of 4 bits this, or one less.
+        size_bytes: Bytes of values, bitmask and scales together.
+        weight_bytes: Bytes of one weight, decompressed.
+        quantised: Whether its values are codes.
     """
 
     name: str
@@ -78,6 +81,8 @@ class CompressedModule:
     columns_at_most: int
     nnz: int
     size_bytes: int
+    weight_bytes: int
+    quantised: bool
 
 
 def parse_header(header: bytes, data_bytes: int, file: str) -> dict[str, TensorHeader]:
@@ -239,7 +244,7 @@ def compressed_summary(headers: Mapping[str, TensorHeader]) -> dict[str, Compres
     """Return what the headers tell of each compressed weight, by its module's name in the file.
 
     Raises:
-        CheckpointError: If values or bitmask are missing or of the wrong shape.
+        CheckpointError: If values, bitmask or scales are missing or of the wrong kind.
     """
     summary = {}
     for key, mask in headers.items():
@@ -254,7 +259,21 @@ def compressed_summary(headers: Mapping[str, TensorHeader]) -> dict[str, Compres
                 f"{mask.file}: {key!r} must be U8 (out, bytes) and its values (nnz,), got "
                 f"{mask.dtype} {list(mask.shape)} and {list(values.shape)}."
             )
+        scales = headers.get(name + SCALES_SUFFIX)
+        codes = values.dtype in ("I8", "U8")
+        if codes != (scales is not None):
+            raise CheckpointError(
+                f"{values.file}: {values.name!r} is {values.dtype}, which "
+                f"{'needs' if codes else 'has no'} {name + SCALES_SUFFIX!r}."
+            )
         rows, row_bytes = mask.shape
-        size = mask.size_bytes + values.size_bytes
-        summary[name] = CompressedModule(name, rows, row_bytes * 8, values.numel, size)
+        summary[name] = CompressedModule(
+            name=name,
+            rows=rows,
+            columns_at_most=row_bytes * 8,
+            nnz=values.numel * (2 if values.dtype == "U8" else 1),
+            size_bytes=mask.size_bytes + values.size_bytes + (scales.size_bytes if scales else 0),
+            weight_bytes=_DTYPE_BYTES.get((scales or values).dtype, 0),
+            quantised=codes,
+        )
     return summary

@@ -36,6 +36,7 @@ from hf_adaptive_sparse.checkpoint.quantizer import (
 )
 from hf_adaptive_sparse.kvcache.generation import install
 from hf_adaptive_sparse.pruning.apply import PruningReport
+from hf_adaptive_sparse.runtime.conversion import compress_
 
 __all__ = ["AutoModelForVision2Seq", "Calibration", "apply_config", "attach", "register"]
 
@@ -60,9 +61,9 @@ def apply_config(
 ) -> PruningReport:
     """Prune a model in place, layer by layer, and let it carry what was done.
 
-    The model then consists of plain linears as before, saves in the config's form, and reloads and
-    generates exactly as one loaded with ``sparsity_config=config``. A config that it carried before
-    is replaced.
+    The model then consists of plain linears as before (with ``runtime="sparse"`` of linears that
+    are compressed in memory), saves in the config's form, and reloads and generates exactly as one
+    loaded with ``sparsity_config=config``. A config that it carried before is replaced.
 
     Args:
         model: A `transformers` model with plain weights.
@@ -82,6 +83,8 @@ def apply_config(
     """
     check_plain(model)
     report, resolved = prune_and_resolve(model, config, calibration, processor, progress=progress)
+    if config.runtime == "sparse":
+        compress_(model, resolved.value_formats)
     attach(model, resolved)
     return report
 

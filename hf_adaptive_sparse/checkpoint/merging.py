@@ -46,6 +46,11 @@ def merge_configs(checkpoint: SparsityConfig, passed: SparsityConfig) -> Sparsit
         file_name = Path(given["dataset"]).name if given["dataset"] else None
         if recorded not in (given, {**given, "dataset": file_name}):
             _compare("calibration", recorded, given, passed)
+    if passed.runtime == "sparse" and checkpoint.checkpoint_format == "dense":
+        raise ValueError(
+            "runtime='sparse' reads the format 'bitmask', and this checkpoint is stored in the "
+            "format 'dense'. Load it with runtime='dense', or compress the original model anew."
+        )
     merged = copy.deepcopy(checkpoint)
     merged.runtime = passed.runtime
     if passed.kv_cache is not None:

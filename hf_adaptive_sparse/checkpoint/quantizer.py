@@ -1,8 +1,9 @@
-"""The part that transformers calls: compressed tensors to plain weights on load, and back on save.
+"""The part that transformers calls: compressed tensors to a model on load, and back on save.
 
 In transformers' terms the plugin is a quantizer. In the dense runtime the loaded model consists of
 plain ``nn.Linear``; only `hf_quantizer` stays on it, which compresses what ``save_pretrained``
-writes, and the flags by which transformers refuses casts are taken off again.
+writes, and the flags by which transformers refuses casts are taken off again. In the sparse runtime
+the linears are replaced while they are empty, and the files' tensors go straight into them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -30,6 +32,20 @@ from hf_adaptive_sparse.checkpoint.profile import (
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, compress, decompress, row_bytes
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.runtime.choice import (
+    CompressedWeights,
+    RuntimeChoice,
+    choose_runtime,
+    main_device,
+)
+from hf_adaptive_sparse.runtime.conversion import (
+    StoredWeight,
+    compress_,
+    decompress_,
+    replace_by_empty_,
+    sparse_linears,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +56,16 @@ hub_arguments: ContextVar[Mapping[str, Any]] = ContextVar("hub_arguments", defau
 class AdaptiveSparseQuantizer(HfQuantizer):
     """Loads, prunes and saves models with a `SparsityConfig`."""
 
-    serialized_names = {"weight": ["weight_values", "weight_bitmask"]}  # noqa: RUF012
+    serialized_names = {  # noqa: RUF012
+        "weight": ["weight_values", "weight_bitmask", "weight_scales"]
+    }
 
     def __init__(self, quantization_config: SparsityConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparsityConfig = quantization_config
         self.checkpoint_files: Sequence[str] = ()
+        self.device: torch.device | None = None
+        self.runtime_choice = RuntimeChoice("dense", "the model was pruned in memory")
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` works: yes."""
@@ -53,17 +73,17 @@ class AdaptiveSparseQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the model can be trained: its weights are plain."""
+        """Whether the model can be trained: in the sparse runtime, by adapters on top of it."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether all weights may be trained: they are plain."""
-        return True
+        """Whether all weights may be trained: only where they are plain."""
+        return self.runtime_choice.runtime == "dense"
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``torch.compile`` may see the model: it is plain."""
+        """Whether ``torch.compile`` may see the model: it is plain, or made of one operator."""
         return True
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -87,11 +107,13 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         self,
         model: PreTrainedModel,
         checkpoint_files: Sequence[str] | None = None,
+        device_map: Any = None,
         **kwargs: Any,  # transformers passes what it knows; the rest is not needed
     ) -> PreTrainedModel:
         # A copy: the config may be that of another model, which a caller passed as config=.
         config = self.quantization_config = copy.deepcopy(self.quantization_config)
         self.checkpoint_files = checkpoint_files or ()
+        self.device = main_device(device_map)
         if self.pre_quantized:
             rename_for_model(model, config)
             config.kv_cache = per_layer_kv_cache(model, config)
@@ -102,13 +124,27 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel
     ) -> list[Any]:
-        """Add our conversion to the model's, and hold the files against both."""
+        """Add our conversion to the model's, hold the files against both, and choose the runtime.
+
+        This is the last call before devices are assigned, and the first at which a model's own
+        renamings are known; so it is here that linears become sparse ones, still empty.
+        """
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        files = self.checkpoint_files
-        if self.pre_quantized and files and all(f.endswith(".safetensors") for f in files):
-            compressed = self.quantization_config.compressed_modules
-            validate_checkpoint(model, files, compressed, conversions)
-        return conversions
+        files, formats = self.checkpoint_files, self.quantization_config.value_formats
+        if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
+            return conversions
+        values = validate_checkpoint(model, files, formats, conversions)
+        if not self._runs_sparse(model):
+            return conversions
+        with torch.device("meta"):
+            replace_by_empty_(
+                model,
+                {
+                    name: StoredWeight(values[name].numel * (2 if bits == 4 else 1), bits, group)
+                    for name, (bits, group) in formats.items()
+                },
+            )
+        return [conversion for conversion in conversions if not _is_ours(conversion)]
 
     def _process_model_after_weight_loading(
         self,
@@ -118,8 +154,36 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             _, config = prune_and_resolve(model, config, hub_arguments=hub_arguments.get())
+            config.runtime = self.quantization_config.runtime
+            self.quantization_config = config
+        loaded = sparse_linears(model)
+        for name, module in loaded.items():
+            try:
+                module.settle()
+            except BitmaskError as error:
+                raise CheckpointError(f"{name}.weight: {error}") from error
+        if not loaded and self._runs_sparse(model):
+            compress_(model, config.value_formats)
+        choice = self.runtime_choice
         attach(model, config)
+        model.hf_quantizer.runtime_choice = choice
         return model
+
+    def _runs_sparse(self, model: PreTrainedModel) -> bool:
+        """Decide the runtime, once, and say why."""
+        config = self.quantization_config
+        formats = config.value_formats
+        shapes = {n: tuple(model.get_submodule(n).weight.shape) for n in formats}
+        dtype = model.get_submodule(next(iter(formats))).weight.dtype if formats else model.dtype
+        weights = CompressedWeights(shapes, formats, config.sparsity or {}, dtype)
+        self.runtime_choice = choose_runtime(config.runtime, weights, self.device)
+        logger.info("Runtime: %s, because %s.", *astuple(self.runtime_choice))
+        return self.runtime_choice.runtime == "sparse"
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        """Make every weight plain: what ``model.dequantize()`` asks for."""
+        decompress_(model)
+        return model.to(dtype) if dtype is not None else model
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -133,8 +197,10 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False) or not config.compressed_modules:
             return None, {}
         dense: dict[str, torch.Tensor] = model.state_dict()
-        compressed = {f"{name}.weight" for name in config.compressed_modules}
-        for key in sorted(compressed - dense.keys()):
+        formats = config.value_formats
+        compressed = {f"{name}.weight" for name in formats}
+        sparse = {f"{name}.weight" for name in sparse_linears(model)}
+        for key in sorted(compressed - sparse - dense.keys()):
             raise CheckpointError(
                 f"The model's sparsity profile names {key!r}, which it does not have. If modules "
                 "were renamed or replaced, call hf_adaptive_sparse.prune again."
@@ -147,14 +213,14 @@ class AdaptiveSparseQuantizer(HfQuantizer):
                 continue
             if weight.device.type == "meta":
                 weight = load_offloaded_parameter(model, key)
-            state[f"{key}_values"], state[f"{key}_bitmask"] = compress(weight)
+            state |= _compressed(key, weight, *formats[key.removesuffix(".weight")])
         return state, {}
 
 
 class DecompressWeight(ConversionOps):
-    """``weight_values`` and ``weight_bitmask`` to ``weight``."""
+    """``weight_values``, ``weight_bitmask`` and, with codes, ``weight_scales`` to ``weight``."""
 
-    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+    def __init__(self, hf_quantizer: AdaptiveSparseQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecompressWeight:
@@ -171,7 +237,8 @@ class DecompressWeight(ConversionOps):
         """Decompress one weight.
 
         Args:
-            input_dict: ``"weight_values"`` and ``"weight_bitmask"``, one tensor each.
+            input_dict: ``"weight_values"``, ``"weight_bitmask"`` and, with codes,
+                ``"weight_scales"``, one tensor each.
             source_patterns: Their names.
             target_patterns: The name of the weight.
             kwargs: ``full_layer_name``, the weight's runtime name, and ``model``.
@@ -189,7 +256,18 @@ class DecompressWeight(ConversionOps):
                     f"the bitmask of a weight [{rows}, {columns}] must be "
                     f"[{rows}, {row_bytes(columns)}], got {list(bitmask.shape)}."
                 )
-            return {name: decompress(values, bitmask, columns)}
+            config = self.hf_quantizer.quantization_config
+            module = name.removesuffix(".weight")
+            if config.value_bits(module) == 16:
+                return {name: decompress(values, bitmask, columns)}
+            weight = SparseWeight.from_tensors(
+                columns,
+                bitmask=bitmask,
+                values=values,
+                scales=_only(input_dict["weight_scales"]),
+                group_size=config.group_size(module),
+            )
+            return {name: weight.to_dense()}
         except KeyError as missing:
             raise CheckpointError(f"{name}: {missing} is missing.") from missing
         except BitmaskError as error:
@@ -214,13 +292,14 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
         ValueError: If the model is quantized by something else, or ``sparsity`` is missing or
             names a module that cannot be stored compressed.
     """
-    check_plain(model)
+    check_unquantized(model)
     if config.sparsity is None:
         raise ValueError(
             "To attach a config, its sparsity must name the pruned modules and their ratios; it is "
             "None. hf_adaptive_sparse.prune(model, config) prunes and fills it in."
         )
-    linears = storable_linears(model)
+    sparse = sparse_linears(model)
+    linears = {**storable_linears(model), **sparse}
     for name in config.sparsity:
         if name not in linears:
             raise ValueError(
@@ -230,18 +309,37 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.config.quantization_config = config
     share_profile(model)
     model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+    if sparse:
+        # By these transformers' Trainer refuses to train the model without adapters.
+        model.hf_quantizer.runtime_choice = RuntimeChoice("sparse", "it was asked for")
+        model.is_quantized = True
+        return
     # What marks a model as quantized makes transformers refuse .half(), .float() and training.
     for flag in ("is_quantized", "quantization_method"):
         model.__dict__.pop(flag, None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.__dict__.pop("_is_quantized", None)
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
-        model._weight_conversions = [c for c in conversions if not _is_ours(c)]
 
 
 def check_plain(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are not plain tensors.
+
+    Raises:
+        ValueError: If another quantizer holds it, or its weights are compressed in memory.
+    """
+    check_unquantized(model)
+    for name in sparse_linears(model):
+        raise ValueError(
+            f"The model must have plain weights; that of {name!r} is compressed in memory (sparse "
+            "runtime). Load it with sparsity_config=SparsityConfig(runtime='dense')."
+        )
+
+
+def check_unquantized(model: PreTrainedModel) -> None:
     """Refuse a model that another quantizer holds.
 
     Raises:
@@ -258,6 +356,17 @@ def check_plain(model: PreTrainedModel) -> None:
 
 def _is_ours(conversion: Any) -> bool:
     return any(isinstance(op, DecompressWeight) for op in getattr(conversion, "operations", ()))
+
+
+def _compressed(
+    key: str, weight: torch.Tensor, bits: int, group_size: int | None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that a checkpoint stores for the weight called ``key``."""
+    if bits == 16:  # of any dtype, float64 included
+        values, bitmask = compress(weight)
+        return {f"{key}_values": values, f"{key}_bitmask": bitmask}
+    tensors = SparseWeight.from_dense(weight.detach(), bits, group_size).tensors()
+    return {f"{key}_{kind}": tensor for kind, tensor in tensors.items()}
 
 
 def _only(tensors: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from hf_adaptive_sparse.checkpoint.headers import (
     BITMASK_SUFFIX,
+    SCALES_SUFFIX,
     VALUES_SUFFIX,
     CheckpointError,
     TensorHeader,
@@ -29,7 +30,13 @@ from hf_adaptive_sparse.checkpoint.headers import (
     read_file_header,
 )
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, popcount, row_bytes
+from hf_adaptive_sparse.packing.weight_codes import group_count
 
+Formats = Mapping[str, tuple[int, int | None]]
+"""Module name -> bits of its values (16, 8 or 4), and columns that share a scale."""
+
+_CODES = {8: "I8", 4: "U8"}
+_SCALES = ("F32", "F16", "BF16")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -41,6 +48,7 @@ class _Stored:
         plain: Parameter -> its tensor.
         values: Parameter -> the kept values of a compressed weight.
         bitmasks: Parameter -> the bitmask of a compressed weight.
+        scales: Parameter -> the scales of a compressed weight with quantised values.
         converted: Parameters that transformers assembles from several tensors.
         surplus: Tensors that no parameter takes.
     """
@@ -48,39 +56,45 @@ class _Stored:
     plain: dict[str, TensorHeader]
     values: dict[str, TensorHeader]
     bitmasks: dict[str, TensorHeader]
+    scales: dict[str, TensorHeader]
     converted: set[str]
     surplus: list[TensorHeader]
 
     @property
     def names(self) -> set[str]:
-        return {*self.plain, *self.values, *self.bitmasks, *self.converted}
+        return {*self.plain, *self.values, *self.bitmasks, *self.scales, *self.converted}
 
 
 def validate_checkpoint(
     model: nn.Module,
     files: Sequence[str],
-    compressed: Collection[str],
+    formats: Formats,
     conversions: Iterable[Any],
-) -> None:
+) -> dict[str, TensorHeader]:
     """Check that safetensors files hold exactly the model, compressed where its config says so.
 
     Args:
         model: The skeleton the files will be loaded into, on the meta device.
         files: The safetensors files.
-        compressed: Runtime names of the modules whose weights are stored compressed.
+        formats: Runtime names of the modules whose weights are stored compressed, and how.
         conversions: transformers' renamings and converters for this load.
 
+    Returns:
+        Runtime name of each compressed module -> its stored values.
+
     Raises:
-        CheckpointError: If a file is damaged, a tensor is missing, surplus or of another shape, or
-            a bitmask and its values disagree; names file and tensor.
+        CheckpointError: If a file is damaged, a tensor is missing, surplus or of another shape, a
+            bitmask and its values disagree, or a scale is no scale; names file and tensor.
     """
     headers = merge_headers(read_file_header(Path(file)) for file in files)
     stored = _assign(model, headers, copy.deepcopy(list(conversions)))
     where = Path(files[0]).parent
-    _check_compressed(model, stored, compressed, where)
+    _check_compressed(stored, formats, where)
     _check_names(model, stored, headers.values(), where)
-    _check_shapes(model, stored)
+    _check_shapes(model, stored, formats)
     _check_bitmasks(model, stored)
+    _check_scales(stored)
+    return {name.removesuffix(".weight"): header for name, header in stored.values.items()}
 
 
 def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]) -> _Stored:
@@ -88,7 +102,7 @@ def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequen
     expected = model.state_dict()
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    stored = _Stored({}, {}, {}, set(), [])
+    stored = _Stored({}, {}, {}, {}, set(), [])
     prefix = model.base_model_prefix
     targets = {s: c.target_patterns for c in converters for s in c.source_patterns}
     for key, header in headers.items():
@@ -103,19 +117,20 @@ def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequen
             stored.values[name] = header
         elif key.endswith(BITMASK_SUFFIX):
             stored.bitmasks[name] = header
+        elif key.endswith(SCALES_SUFFIX):
+            stored.scales[name] = header
         else:
             first = targets[source][0]
             stored.converted.update(name.replace(first, target) for target in targets[source])
     return stored
 
 
-def _check_compressed(
-    model: nn.Module, stored: _Stored, compressed: Collection[str], where: Path
-) -> None:
-    wanted = {f"{name}.weight" for name in compressed}
+def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
+    wanted = {f"{module}.weight": bits for module, (bits, _) in formats.items()}
     for name in sorted(wanted):
-        for kind, found in (("values", stored.values), ("bitmask", stored.bitmasks)):
-            if name in found:
+        kinds = {"values": stored.values, "bitmask": stored.bitmasks, "scales": stored.scales}
+        for kind, found in kinds.items():
+            if name in found or (kind == "scales" and wanted[name] == 16):
                 continue
             plain = stored.plain.get(name)
             seen = f"{plain.file} stores it dense" if plain else f"{where} does not hold it"
@@ -133,6 +148,12 @@ def _check_compressed(
             raise CheckpointError(
                 f"{header.file}: {header.name!r} is compressed, but the config's sparsity does "
                 "not name its module."
+            )
+    for name, header in stored.scales.items():
+        if wanted.get(name, 16) == 16:
+            raise CheckpointError(
+                f"{header.file}: {header.name!r} holds scales, but the config's weight_bits do not "
+                "say that its module's values are quantised."
             )
 
 
@@ -184,7 +205,7 @@ def _ignored(name: str, model: Any, kind: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _check_shapes(model: nn.Module, stored: _Stored) -> None:
+def _check_shapes(model: nn.Module, stored: _Stored, formats: Formats) -> None:
     expected = model.state_dict()
     for name, header in stored.plain.items():
         shape = tuple(expected[name].shape)
@@ -201,10 +222,22 @@ def _check_shapes(model: nn.Module, stored: _Stored) -> None:
                 f"{mask.file}: tensor {mask.name!r} must be U8 [{rows}, {row_bytes(columns)}] for "
                 f"a weight [{rows}, {columns}], got {mask.dtype} {list(mask.shape)}."
             )
-        if values.dtype not in _FLOATS or len(values.shape) != 1 or values.numel > rows * columns:
+        bits, group_size = formats[name.removesuffix(".weight")]
+        most = rows * columns if bits != 4 else (rows * columns + 1) // 2
+        wanted = _FLOATS if bits == 16 else (_CODES[bits],)
+        if values.dtype not in wanted or len(values.shape) != 1 or values.numel > most:
+            kind = "floating point" if bits == 16 else f"{_CODES[bits]} ({bits}-bit codes)"
             raise CheckpointError(
-                f"{values.file}: tensor {values.name!r} must be floating point [n] with n <= "
-                f"{rows * columns}, got {values.dtype} {list(values.shape)}."
+                f"{values.file}: tensor {values.name!r} must be {kind} [n] with n <= {most}, got "
+                f"{values.dtype} {list(values.shape)}."
+            )
+        if bits == 16:
+            continue
+        scales, groups = stored.scales[name], group_count(columns, group_size)
+        if scales.dtype not in _SCALES or scales.shape != (rows, groups):
+            raise CheckpointError(
+                f"{scales.file}: tensor {scales.name!r} must be floating point [{rows}, {groups}], "
+                f"got {scales.dtype} {list(scales.shape)}."
             )
 
 
@@ -223,15 +256,30 @@ def _check_bitmasks(model: nn.Module, stored: _Stored) -> None:
                     bitmask = handle.get_tensor(key)
                     values = stored.values[name]
                     kept = popcount(bitmask)
-                    if kept != values.numel:
+                    nibbles = values.dtype == _CODES[4]
+                    if (kept + 1) // 2 != values.numel if nibbles else kept != values.numel:
                         raise CheckpointError(
                             f"{file}: tensor {key!r} keeps {kept} weights, but {values.name!r} in "
-                            f"{values.file} holds {values.numel}; the two must agree."
+                            f"{values.file} holds {values.numel}"
+                            f"{' bytes of two' if nibbles else ''}; the two must agree."
                         )
                     try:
                         check_bitmask(bitmask, expected[name].shape[1])
                     except BitmaskError as error:
                         raise CheckpointError(f"{file}: tensor {key!r}: {error}") from error
+
+
+def _check_scales(stored: _Stored) -> None:
+    """Read the scales, one tensor at a time, and refuse what cannot scale."""
+    with torch.device("cpu"):
+        for header in stored.scales.values():
+            with safe_open(header.file, framework="pt") as handle:
+                scales = handle.get_tensor(header.name)
+            if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+                raise CheckpointError(
+                    f"{header.file}: tensor {header.name!r} holds scales that are negative, "
+                    "infinite or NaN; the file is damaged."
+                )
 
 
 def _listing(names: Iterable[str], at_most: int = 3) -> str:

@@ -15,9 +15,13 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from hf_adaptive_sparse.architecture import kv_widths, prunable_linears
+from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
-from hf_adaptive_sparse.kvcache.cache import QUANT_METHOD, AdaptiveQuantizedCache
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
+from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.runtime.conversion import sparse_linears
+from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 
 _BYTES_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -115,40 +119,65 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
         ValueError: If the model has no prunable linears, or weights that are not in memory.
     """
     config = _our_config(model)
-    excluded = tuple(_field(config, "modules_to_not_convert") or ())
-    bitmask = _field(config, "checkpoint_format") == "bitmask"
-    compressed = set(_field(config, "sparsity") or ()) if bitmask else set()
-    linears = prunable_linears(model, excluded)
-    reports = []
-    for name, module in linears.items():
-        weight = module.weight
-        if weight.device.type == "meta":
-            raise ValueError(
-                f"Zeros can only be counted in weights that are in memory; {name}.weight is "
-                "offloaded. Load the model without offloading."
-            )
-        numel, itemsize = weight.numel(), weight.element_size()
-        stored = numel * itemsize
-        if name in compressed:
-            # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
-            nnz = int(weight.detach().view(_BYTES_VIEWS[itemsize]).count_nonzero())
-            rows, columns = weight.shape
-            stored = compressed_size_bytes(rows, columns, nnz, itemsize)
-        zeros = numel - int(weight.detach().count_nonzero())
-        reports.append(WeightReport(name, numel, zeros, stored, numel * itemsize))
-    counted = {id(module.weight) for module in linears.values()}
+    formats = {} if config is None else config.value_formats
+    reports, counted = [], set()
+    for name, module in _counted_linears(model, config).items():
+        if isinstance(module, SparseLinear):
+            _check_in_memory(module.weight_bitmask, name)
+            weight = module.sparse_weight.to_dense()
+            memory, stored = module.memory_bytes, module.memory_bytes - module.offset_bytes
+            counted |= {id(p) for n, p in module.named_parameters() if n != "bias"}
+        else:
+            _check_in_memory(module.weight, name)
+            weight = module.weight.detach()
+            memory = weight.numel() * weight.element_size()
+            stored = _stored_bytes(weight, *formats[name]) if name in formats else memory
+            counted.add(id(module.weight))
+        zeros = weight.numel() - int(weight.count_nonzero())
+        reports.append(WeightReport(name, weight.numel(), zeros, stored, memory))
     other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in counted)
-    return SparsityReport(tuple(reports), "bitmask" if compressed else "dense", other)
+    return SparsityReport(tuple(reports), "bitmask" if formats else "dense", other)
 
 
-def _our_config(model: nn.Module) -> Any:
+def _counted_linears(model: nn.Module, config: SparsityConfig | None) -> dict[str, nn.Linear]:
+    """Return the prunable linears, plain or compressed in memory, in the model's order."""
+    sparse = sparse_linears(model)
+    try:
+        plain = prunable_linears(model, config.modules_to_not_convert if config else ())
+    except ValueError:
+        if not sparse:
+            raise
+        plain = {}  # all of them are compressed
+    known: dict[str, nn.Linear] = {**plain, **sparse}
+    return {name: known[name] for name, _ in model.named_modules() if name in known}
+
+
+def _check_in_memory(tensor: torch.Tensor, name: str) -> None:
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"Zeros can only be counted in weights that are in memory; {name}.weight is "
+            "offloaded. Load the model without offloading."
+        )
+
+
+def _stored_bytes(weight: torch.Tensor, bits: int, group_size: int | None) -> int:
+    """Return the bytes that a plain weight takes in a checkpoint of the bitmask format."""
+    rows, columns = weight.shape
+    width = weight.element_size()
+    # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
+    nnz = int(weight.view(_BYTES_VIEWS[width]).count_nonzero())
+    if bits == 16:
+        return compressed_size_bytes(rows, columns, nnz, width)
+    index = compressed_size_bytes(rows, columns, nnz, 0)
+    return index + (nnz * bits + 7) // 8 + rows * group_count(columns, group_size) * width
+
+
+def _our_config(model: nn.Module) -> SparsityConfig | None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = _field(config, "quant_method")
-    return config if getattr(method, "value", method) == QUANT_METHOD else None
-
-
-def _field(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD:
+        made: SparsityConfig = SparsityConfig.from_dict(config)
+        return made
+    return config if isinstance(config, SparsityConfig) else None
 
 
 def weight_bytes_on_disk(folder: str | os.PathLike[str]) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -67,9 +68,11 @@ class Inspection:
             from the shapes in the bitmask format, from the config's record in the dense one.
         modules: The pruned linears, in order of their names' layers.
         kv_cache: KV profile.
-        size_bytes: Bytes of data by kind: "kept values", "bitmasks", "other weights".
+        size_bytes: Bytes of data by kind: "kept values", "bitmasks", "scales" (where values are
+            quantised), "other weights".
         tensors: Tensors in the files.
         provenance: What the config records about how it was made.
+        weight_bits: Bits of the values of each module whose values are quantised.
     """
 
     source: str
@@ -87,6 +90,7 @@ class Inspection:
     size_bytes: Mapping[str, int]
     tensors: int
     provenance: Mapping[str, Any]
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
 
     def layer_ratios(self) -> dict[int, float]:
         """Return the mean ratio of each decoder layer (the lower bound where it is not exact)."""
@@ -106,6 +110,7 @@ class Inspection:
         ]
         data["size_bytes"] = dict(self.size_bytes)
         data["provenance"] = dict(self.provenance)
+        data["weight_bits"] = dict(self.weight_bits)
         data["layer_ratios"] = {str(layer): ratio for layer, ratio in self.layer_ratios().items()}
         return data
 
@@ -127,12 +132,18 @@ class Inspection:
             + " ("
             + ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self.size_bytes.items())
             + ")",
+            "values": self._values_text(),
             "KV cache": self._kv_text(),
         }
         width = max(map(len, facts))
         lines = [f"{name.ljust(width)}  {_printable(text)}" for name, text in facts.items()]
         rows = self._layer_rows()
         return "\n".join([*lines, "", text_table(rows)] if rows else lines)
+
+    def _values_text(self) -> str:
+        counts = Counter(self.weight_bits.get(module.name, 16) for module in self.modules)
+        parts = (f"{bits} bits in {count} linears" for bits, count in sorted(counts.items()))
+        return ", ".join(parts) if self.weight_bits else "not quantised"
 
     def _kv_text(self) -> str:
         if self.kv_cache is None:

@@ -14,11 +14,13 @@ from typing import Any
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import (
     BITMASK_SUFFIX,
+    SCALES_SUFFIX,
     VALUES_SUFFIX,
     CompressedModule,
     TensorHeader,
     compressed_summary,
 )
+from hf_adaptive_sparse.checkpoint.profile import resolve_weight_bits
 from hf_adaptive_sparse.hub.inspection import Inspection, ModuleInspection
 from hf_adaptive_sparse.hub.source import (
     CONFIG_NAME,
@@ -71,6 +73,7 @@ def inspect(
         size_bytes=_size_by_kind(tensors),
         tensors=len(tensors),
         provenance=config.provenance,
+        weight_bits=resolve_weight_bits(config, config.sparsity or {}),
     )
 
 
@@ -144,13 +147,13 @@ def _compressed_module(
     source: Source,
 ) -> ModuleInspection:
     bits = stored.rows * stored.columns_at_most
-    if stored.nnz > bits:
+    if stored.nnz > bits + stored.quantised:
         raise ValueError(
             f"{source.name} is damaged: {name!r} has {stored.nnz} values for a bitmask of {bits} "
             "bits."
         )
-    columns = _columns(stored, ratio, widths)
-    value_bytes = (stored.size_bytes - bits // 8) // stored.nnz if stored.nnz else 0
+    # Weights that were quantised to zero are not stored, so that the ratio tells no exact number.
+    columns = _columns(stored, None if stored.quantised else ratio, widths)
     return ModuleInspection(
         name=name,
         rows=stored.rows,
@@ -158,7 +161,7 @@ def _compressed_module(
         nnz=stored.nnz,
         recorded_ratio=ratio,
         stored_bytes=stored.size_bytes,
-        dense_bytes=stored.rows * columns[0] * value_bytes,
+        dense_bytes=stored.rows * columns[0] * stored.weight_bytes,
     )
 
 
@@ -222,12 +225,17 @@ def _stored_name(name: str, by_ending: Mapping[tuple[str, ...], list[str]]) -> s
 
 
 def _size_by_kind(tensors: Mapping[str, TensorHeader]) -> dict[str, int]:
-    kinds = {VALUES_SUFFIX: "kept values", BITMASK_SUFFIX: "bitmasks", "": "other weights"}
+    kinds = {
+        VALUES_SUFFIX: "kept values",
+        BITMASK_SUFFIX: "bitmasks",
+        SCALES_SUFFIX: "scales",
+        "": "other weights",
+    }
     sizes = dict.fromkeys(kinds.values(), 0)
     for name, header in tensors.items():
         kind = next(kind for suffix, kind in kinds.items() if name.endswith(suffix))
         sizes[kind] += header.size_bytes
-    return sizes
+    return {kind: size for kind, size in sizes.items() if size or kind != "scales"}
 
 
 def _mean(modules: tuple[ModuleInspection, ...]) -> tuple[float, float]:

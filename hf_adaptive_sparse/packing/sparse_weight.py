@@ -243,7 +243,7 @@ class SparseWeight:
         else:
             codes = self.values[first:last]
         dense = decompress(codes, bitmask, columns)
-        return weight_codes.decode(dense, self.scales[start:stop], self.group_size)
+        return weight_codes.decode(dense, self.scales[start:stop], self.bits, self.group_size)
 
 
 def _offsets(bitmask: torch.Tensor) -> torch.Tensor:

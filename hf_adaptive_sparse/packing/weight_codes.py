@@ -3,9 +3,13 @@
 A group is ``group_size`` consecutive columns of one row (the last may be shorter), or a whole row.
 With ``limit = 2 ** (bits - 1) - 1`` (127 or 7)
 
-    scale = max |w| / limit of the group, rounded up to the weight's dtype
-    code  = round(w / scale)              -limit <= code <= limit
-    w'    = code * scale                  |w - w'| <= scale / 2
+    scale = max |w| of the group          exact: it is one of the weights
+    code  = round(limit * w / scale)      -limit <= code <= limit
+    w'    = code * scale / limit          |w - w'| <= scale / limit / 2
+
+The largest weight of a group keeps its value, and so the group its scale. That is why quantising
+``w'`` again, rounded to the weight's dtype, gives ``w'`` again: a model whose weights were replaced
+by ``w'`` can be stored and loaded any number of times without a change.
 
 0 is always code 0, so that a pruned weight stays what it is, and a group of zeros has scale 0. The
 bound holds for ``w'`` in float32; rounding ``w'`` to a 16-bit dtype, as a dense copy has to, adds
@@ -89,19 +93,30 @@ def encode(
         raise ValueError("Only finite weights can be quantised; this one has NaN or infinity.")
     padded = torch.nn.functional.pad(exact, (0, groups * width - columns))
     grouped = padded.view(rows, groups, width)
-    highest = grouped.abs().amax(dim=2) if width else exact.new_zeros((rows, groups))
-    scales = _round_up(highest / limit, weight.dtype)
-    divisors = scales.float().masked_fill(scales == 0, 1.0).unsqueeze(2)
-    codes = (grouped / divisors).round_().clamp_(-limit, limit).to(torch.int8)
-    return codes.view(rows, groups * width)[:, :columns], scales
+    scales = grouped.abs().amax(dim=2) if width else exact.new_zeros((rows, groups))
+    divisors = scales.masked_fill(scales == 0, 1.0).unsqueeze(2)
+    # Divided first: limit * w may be more than float32 holds.
+    codes = (grouped / divisors).mul_(limit).round_().to(torch.int8)
+    return codes.view(rows, groups * width)[:, :columns], scales.to(weight.dtype)
 
 
-def decode(codes: torch.Tensor, scales: torch.Tensor, group_size: int | None) -> torch.Tensor:
-    """Return ``codes * scales`` in float32, ``(rows, columns)``, of codes int8 of that shape."""
-    factors = scales.float()
+def decode(
+    codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int | None
+) -> torch.Tensor:
+    """Return ``codes * scales / limit`` in float32.
+
+    Args:
+        codes: int8 ``(rows, columns)``.
+        scales: ``(rows, groups)``.
+        bits: 8 or 4.
+        group_size: Columns per scale; None: one scale per row.
+    """
+    # In float32 a scale would not come back from its own code.
+    wide = torch.float64 if scales.dtype == torch.float32 else torch.float32
+    factors = scales.to(wide) / code_limit(bits)
     if group_size is not None:
         factors = factors.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
-    return codes.float() * factors
+    return (codes.to(wide) * factors).float()
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -117,12 +132,3 @@ def unpack_codes(stored: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         return stored
     # A nibble's upper bit is its sign: flipped, the nibble is its value plus 8.
     return ((unpack(stored, bits, count) ^ 8).view(torch.int8) - 8).contiguous()
-
-
-def _round_up(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return float32 scales >= 0 in ``dtype``, none below what it was."""
-    rounded = scales.to(dtype)
-    too_small = rounded.float() < scales
-    # Positive floats are ordered like the integers that have their bits.
-    integers = rounded.view(torch.int32 if dtype == torch.float32 else torch.int16)
-    return (integers + too_small).view(dtype)

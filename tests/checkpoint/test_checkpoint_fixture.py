@@ -1,7 +1,7 @@
-"""A checkpoint written by the first version of the format, which every later one must read.
+"""Checkpoints written by each version of the format, which every later one must read.
 
-``fixtures/v1`` was made once, by ``write_fixture`` below under version 0.1.0, and is never
-rewritten: when the format changes, a ``fixtures/v2`` joins it.
+``fixtures/v1`` was made once, by ``write_fixture`` below under version 0.1.0, and ``fixtures/v2``
+by ``write_quantised_fixture``; neither is ever rewritten. When the format changes, a ``v3`` joins.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.runtime.conversion import decompress_
 from tests.conftest import llama_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -32,6 +33,22 @@ def write_fixture(folder: Path) -> None:
     with torch.no_grad():
         weight = model.model.layers[0].mlp.down_proj.weight
         weight.view(torch.int16)[0, :4] = torch.tensor([-32768, 0x7FC1, 1, 0], dtype=torch.int16)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "weights.sha256").write_text(digest(model) + "\n")
+
+
+def write_quantised_fixture(folder: Path) -> None:
+    """The same two layers, with values of 16, 8 and 4 bits, in rows and in groups."""
+    torch.manual_seed(0)
+    config = llama_config(hidden_size=44, intermediate_size=77, num_hidden_layers=2)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    settings = has.SparsityConfig(
+        metric="magnitude",
+        sparsity={"*layers.0.*": 0.4, "*layers.1.*": 0.6, "model.layers.1.mlp.up_proj": 0.0},
+        weight_bits={"*self_attn*": 8, "*mlp*": 4, "model.layers.0.mlp.down_proj": 16},
+        weight_group_size=None,
+    )
+    apply_config(model, settings, progress=False)
     model.save_pretrained(folder, max_shard_size="40KB")
     (folder / "weights.sha256").write_text(digest(model) + "\n")
 
@@ -58,5 +75,25 @@ def test_old_checkpoints_load_bit_exactly(version: str) -> None:
     assert tokens.shape[0] == 1
 
 
-def test_the_fixture_is_small() -> None:
-    assert sum(file.stat().st_size for file in (FIXTURES / "v1").iterdir()) < 300_000
+def test_a_quantised_checkpoint_loads_bit_exactly_into_both_runtimes(tmp_path: Path) -> None:
+    folder = FIXTURES / "v2"
+    for runtime in ("dense", "sparse"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, sparsity_config=has.SparsityConfig(runtime=runtime)
+        )
+        config = model.config.quantization_config
+        assert config.format_version == 2
+        assert config.value_bits("model.layers.1.self_attn.q_proj") == 8
+        assert config.group_size("model.layers.1.mlp.up_proj") == 64
+        tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+        assert tokens.shape[0] == 1
+        model.save_pretrained(tmp_path, max_shard_size="40KB")
+        for file in folder.glob("*.safetensors"):
+            assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+        decompress_(model)
+        assert digest(model) == (folder / "weights.sha256").read_text().strip()
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_the_fixtures_are_small(version: str) -> None:
+    assert sum(file.stat().st_size for file in (FIXTURES / version).iterdir()) < 300_000

@@ -21,6 +21,7 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.checkpoint.quantizer import DecompressWeight
+from hf_adaptive_sparse.profiles import check_format_version
 
 Tensors = dict[str, torch.Tensor]
 UP = "model.layers.1.mlp.up_proj"
@@ -97,6 +98,96 @@ def test_tampered_tensors(folder: Path, change: Callable[[Tensors], object], mes
     edit_tensors(folder, change)
     with pytest.raises(CheckpointError, match=message):
         LlamaForCausalLM.from_pretrained(folder)
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def quantised(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+    bits = {"*.mlp.*": 8, "*.down_proj": 4}
+    config = has.SparsityConfig(metric="magnitude", weight_bits=bits, weight_group_size=32)
+    apply_config(tiny_llama, config, progress=False)
+    tiny_llama.save_pretrained(tmp_path / "quantised")
+    return tmp_path / "quantised"
+
+
+def spoil_a_scale(value: float) -> Callable[[Tensors], object]:
+    return lambda t: t[f"{UP}.weight_scales"].__setitem__((0, 0), value)
+
+
+@pytest.mark.parametrize("runtime", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip_a_bit, rf"model.safetensors: tensor '{UP}.weight_bitmask' keeps \d+ weights, but "),
+        (
+            lambda t: t.update({f"{DOWN}.weight_values": t[f"{DOWN}.weight_values"][:-1].clone()}),
+            rf"'{DOWN}.weight_bitmask' keeps \d+ weights, but .* bytes of two",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_values": t[f"{UP}.weight_values"].float()}),
+            rf"'{UP}.weight_values' must be I8 \(8-bit codes\) \[n\].* got F32",
+        ),
+        (
+            lambda t: t.update({f"{DOWN}.weight_values": t[f"{DOWN}.weight_values"].char()}),
+            rf"'{DOWN}.weight_values' must be U8 \(4-bit codes\).* got I8",
+        ),
+        (lambda t: t.pop(f"{UP}.weight_scales"), rf"{UP}.weight_scales is needed, but .*not hold"),
+        (
+            lambda t: t.update({f"{UP}.weight_scales": t[f"{UP}.weight_scales"][:, :1].clone()}),
+            rf"'{UP}.weight_scales' must be floating point \[160, 2\], got F32 \[160, 1\]",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_scales": t[f"{UP}.weight_scales"].int()}),
+            rf"'{UP}.weight_scales' must be floating point",
+        ),
+        (spoil_a_scale(float("nan")), rf"'{UP}.weight_scales' holds scales that are negative, inf"),
+        (spoil_a_scale(float("inf")), rf"model.safetensors: tensor '{UP}.weight_scales' holds"),
+        (spoil_a_scale(-1.0), rf"'{UP}.weight_scales' holds scales"),
+        (
+            lambda t: t.update(
+                {"model.layers.0.self_attn.q_proj.weight_scales": torch.ones(64, 1)}
+            ),
+            r"'model.layers.0.self_attn.q_proj.weight_scales' holds scales, but the config's",
+        ),
+    ],
+)
+def test_tampered_codes_and_scales(
+    quantised: Path, change: Callable[[Tensors], object], message: str, runtime: str
+) -> None:
+    edit_tensors(quantised, change)
+    with pytest.raises(CheckpointError, match=message):
+        LlamaForCausalLM.from_pretrained(
+            quantised, sparsity_config=has.SparsityConfig(runtime=runtime)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q["weight_bits"].update({UP: 16}), rf"'{UP}.weight_scales' holds scales, but"),
+        (lambda q: q["weight_bits"].update({UP: 4}), rf"'{UP}.weight_values' must be U8"),
+        (lambda q: q["weight_bits"].update({"lm_head": 8}), r"weight_bits name 'lm_head', which"),
+        (lambda q: q.pop("weight_bits"), r"weight_bits do not say"),
+        (lambda q: q.update(weight_group_size=64), r"weight_scales' must be floating point"),
+        (lambda q: q.update(format_version=1), r"below 16 need format_version 2, got 1"),
+        (lambda q: q.update(checkpoint_format="dense"), r"need checkpoint_format='bitmask'"),
+    ],
+)
+def test_tampered_weight_bits(
+    quantised: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit_config(quantised, lambda config: change(config["quantization_config"]))
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM.from_pretrained(quantised)
+
+
+def test_an_earlier_release_says_what_to_do(quantised: Path) -> None:
+    # Its check, of the version before any key, is the one that newest=1 makes.
+    version = json.loads((quantised / "config.json").read_text())["quantization_config"]
+    with pytest.raises(ValueError, match=r"format_version 2; .*reads up to 1\. Upgrade"):
+        check_format_version(version["format_version"], "the checkpoint", newest=1)
 
 
 def test_a_bit_after_the_last_column(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_pattern_fixes_the_target(pattern: str, ratio: float) -> None:
         ({"target_sparsity": 0.3, "pattern": "2:4"}, r"2:4"),
         ({"checkpoint_format": "zip"}, r"one of 'bitmask', 'dense', got 'zip'"),
         ({"runtime": "fast"}, r"one of 'auto', 'dense', 'sparse', got 'fast'"),
-        ({"runtime": "sparse"}, r"has only the dense runtime"),
+        ({"runtime": "sparse", "checkpoint_format": "dense"}, r"needs checkpoint_format='bitmask'"),
         ({"sparsity": 0.5}, r"A single ratio is target_sparsity"),
         ({"sparsity": {3: 0.5}}, r"module name or glob to ratio"),
         ({"sparsity": {"a": 1.5}}, r"sparsity of 'a' must be .* got 1.5"),

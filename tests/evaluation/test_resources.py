@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.evaluation.resources import (
     kv_bytes_per_token,
     sparsity_report,
@@ -55,7 +56,7 @@ def test_stored_bytes_are_those_of_the_compressed_tensors(tiny_llama, as_dict: b
         "checkpoint_format": "bitmask",
         "sparsity": {name: 0.5},
     }
-    model.config.quantization_config = config if as_dict else type("Config", (), config)()
+    model.config.quantization_config = config if as_dict else SparsityConfig.from_dict(config)
     report = sparsity_report(model)
     modules = {m.name: m for m in report.modules}
     assert modules[name].stored_bytes == sum(part.nbytes for part in compress(weight))

@@ -1,0 +1,126 @@
+"""The product with a sparse weight as operators of torch: traced, compiled and differentiated.
+
+``torch.compile`` and ``torch.export`` see two opaque operators, ``hf_adaptive_sparse::linear`` and
+the gradient for its input. They take the tensors of a `SparseWeight` one by one, as operators of
+torch must. The weight itself has no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_adaptive_sparse.kernels import sparse_linear
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+_NO_GROUPS = 0
+"""What stands for ``group_size=None``: an operator's argument is a plain int."""
+
+
+def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return ``x @ W.T + bias``, differentiable in ``x`` and ``bias``.
+
+    Args:
+        x: ``(..., columns)`` in the weight's dtype and on its device.
+        weight: ``(rows, columns)``.
+        bias: ``(rows,)`` in the same dtype, or ``None``.
+
+    Returns:
+        ``(..., rows)`` in that dtype.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit.
+    """
+    product: torch.Tensor = _linear(
+        x,
+        weight.values,
+        weight.bitmask,
+        weight.row_offsets,
+        weight.scales,
+        bias,
+        weight.shape[1],
+        weight.group_size or _NO_GROUPS,
+    )
+    return product
+
+
+@torch.library.custom_op("hf_adaptive_sparse::linear", mutates_args=())
+def _linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bitmask: torch.Tensor,
+    row_offsets: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    columns: int,
+    group_size: int,
+) -> torch.Tensor:
+    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size)
+    return sparse_linear.linear(x, weight, bias)
+
+
+@_linear.register_fake
+def _fake_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bitmask: torch.Tensor,
+    *_: Any,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
+
+
+@torch.library.custom_op("hf_adaptive_sparse::linear_input_gradient", mutates_args=())
+def _input_gradient(
+    gradient: torch.Tensor,
+    values: torch.Tensor,
+    bitmask: torch.Tensor,
+    row_offsets: torch.Tensor,
+    scales: torch.Tensor | None,
+    columns: int,
+    group_size: int,
+) -> torch.Tensor:
+    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size)
+    return sparse_linear.input_gradient(gradient, weight)
+
+
+@_input_gradient.register_fake
+def _fake_input_gradient(
+    gradient: torch.Tensor,
+    values: torch.Tensor,
+    bitmask: torch.Tensor,
+    row_offsets: torch.Tensor,
+    scales: torch.Tensor | None,
+    columns: int,
+    group_size: int,
+) -> torch.Tensor:
+    return gradient.new_empty((*gradient.shape[:-1], columns))
+
+
+def _weight(
+    values: torch.Tensor,
+    bitmask: torch.Tensor,
+    row_offsets: torch.Tensor,
+    scales: torch.Tensor | None,
+    columns: int,
+    group_size: int,
+) -> SparseWeight:
+    shape = (bitmask.shape[0], columns)
+    return SparseWeight(shape, bitmask, values, row_offsets, scales, group_size or None)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, values, bitmask, row_offsets, scales, _, ctx.columns, ctx.group_size = inputs
+    ctx.save_for_backward(values, bitmask, row_offsets, scales)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    for_x = for_bias = None
+    if ctx.needs_input_grad[0]:
+        for_x = _input_gradient(gradient, *ctx.saved_tensors, ctx.columns, ctx.group_size)
+    if ctx.needs_input_grad[5]:
+        for_bias = gradient.sum(tuple(range(gradient.dim() - 1)))
+    return for_x, None, None, None, None, for_bias, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_remember)

@@ -1,0 +1,304 @@
+"""`SparseLinear`: a linear whose weight stays compressed in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES, group_count
+from hf_adaptive_sparse.runtime import operator
+from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
+
+_CODES = {8: torch.int8, 4: torch.uint8}
+_STORED = ("weight_values", "weight_bitmask", "weight_scales")
+
+
+class FrozenParameter(nn.Parameter):
+    """A parameter that takes no gradient: a part of a compressed weight, of any dtype."""
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> FrozenParameter:
+        """Wrap ``data``; ``requires_grad`` is there for what copies parameters.
+
+        Raises:
+            FrozenWeightError: If a gradient is asked for.
+        """
+        if requires_grad:
+            raise FrozenWeightError("requires_grad=True")
+        frozen: FrozenParameter = super().__new__(cls, data, requires_grad=False)
+        return frozen
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenParameter:
+        """Refuse a gradient.
+
+        Raises:
+            FrozenWeightError: If one is asked for.
+        """
+        if requires_grad:
+            raise FrozenWeightError("requires_grad_()")
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # nn.Parameter's own form comes back as nn.Parameter.
+        return FrozenParameter, (self.data,)
+
+
+class SparseLinear(nn.Linear):
+    """``nn.Linear`` over a weight that is stored as bitmask and kept values.
+
+    It is an ``nn.Linear`` to what asks for one (PEFT), with the same forward. Its parameters bear
+    the names that a checkpoint has: ``weight_values``, ``weight_bitmask`` and, with values of 8 or
+    4 bits, ``weight_scales``. ``weight`` is a read-only view for code that asks for shape, dtype
+    and device.
+
+    Gradients flow through to the input and to the bias. The weight takes none.
+
+    Args:
+        in_features: Columns.
+        out_features: Rows.
+        nnz: Weights that are kept.
+        bias: Whether there is a bias.
+        bits: 16 for values in ``dtype``; 8 or 4 for codes.
+        group_size: Columns per scale, of codes; ``None``: one scale per row.
+        dtype: Dtype of the weight, whichever bits its values take.
+        device: Where its (uninitialised) tensors lie.
+
+    Raises:
+        ValueError: If ``bits`` or ``group_size`` are invalid.
+    """
+
+    # What a model's initialisation would do to a linear has no meaning here.
+    _is_hf_initialized = True
+
+    weight_values: nn.Parameter
+    weight_bitmask: nn.Parameter
+    weight_scales: nn.Parameter | None
+    row_offsets: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        nnz: int,
+        *,
+        bias: bool = True,
+        bits: int = 16,
+        group_size: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        dtype = dtype or torch.get_default_dtype()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.group_size = group_size
+        values = nnz if bits != 4 else (nnz + 1) // 2
+        groups = 0 if bits == 16 else group_count(in_features, group_size)
+
+        def empty(*shape: int, dtype: torch.dtype) -> FrozenParameter:
+            return FrozenParameter(torch.empty(shape, dtype=dtype, device=device))
+
+        self.weight_values = empty(values, dtype=_CODES.get(bits, dtype))
+        self.weight_bitmask = empty(out_features, row_bytes(in_features), dtype=torch.uint8)
+        self.weight_scales = empty(out_features, groups, dtype=dtype) if groups else None
+        given = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        )
+        self.register_parameter("bias", given)
+        self.register_buffer("row_offsets", None, persistent=False)
+
+    @classmethod
+    def from_weight(cls, weight: SparseWeight, bias: torch.Tensor | None = None) -> SparseLinear:
+        """Return a linear over ``weight``; no tensor is copied.
+
+        Args:
+            weight: ``(out_features, in_features)``.
+            bias: ``(out_features,)`` or ``None``; a parameter stays the one it is.
+        """
+        bits = weight.bits if weight.scales is not None else 16
+        made = cls(
+            weight.shape[1],
+            weight.shape[0],
+            weight.nnz,
+            bias=False,
+            bits=bits,
+            group_size=weight.group_size,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        made.set_weight(weight)
+        if bias is not None:
+            made.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return made
+
+    def set_weight(self, weight: SparseWeight) -> None:
+        """Take another weight of the same shape, as it is.
+
+        Raises:
+            ValueError: If its shape or its groups are another's.
+        """
+        expected = (self.out_features, self.in_features)
+        if weight.shape != expected or weight.group_size != self.group_size:
+            raise ValueError(
+                f"A weight of shape {expected} with group_size {self.group_size} is needed, got "
+                f"{weight.shape} with {weight.group_size}."
+            )
+        for name, tensor in weight.tensors().items():
+            setattr(self, f"weight_{name}", FrozenParameter(tensor.detach()))
+        self.row_offsets = weight.row_offsets
+
+    def settle(self) -> None:
+        """Check what was loaded into the parameters, and make the offsets that follow from it.
+
+        Raises:
+            BitmaskError: If they do not make one weight.
+        """
+        if not self.weight_bitmask.is_meta and not self.weight_values.is_meta:
+            self.set_weight(self._checked())
+
+    @property
+    def sparse_weight(self) -> SparseWeight:
+        """The weight, over this module's tensors."""
+        offsets = self.row_offsets
+        if offsets is None or offsets.device != self.weight_bitmask.device:
+            # Offloaded: the parts are here for the length of one forward.
+            return self._checked()
+        return SparseWeight(
+            (self.out_features, self.in_features),
+            self.weight_bitmask,
+            self.weight_values,
+            offsets,
+            self.weight_scales,
+            self.group_size,
+        )
+
+    @property
+    def weight(self) -> SparseWeightView:  # type: ignore[override]
+        """A read-only view, decompressed where something computes with it."""
+        parts = (self.weight_bitmask.detach(), self.weight_values.detach())
+        scales = None if self.weight_scales is None else self.weight_scales.detach()
+        offsets = self.row_offsets
+        if offsets is None:
+            offsets = torch.empty(0, dtype=torch.int32, device="meta")
+        shape = (self.out_features, self.in_features)
+        return SparseWeightView(SparseWeight(shape, *parts, offsets, scales, self.group_size))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weight as it multiplies."""
+        scales = self.weight_scales
+        return self.weight_values.dtype if scales is None else scales.dtype
+
+    @property
+    def bits(self) -> int:
+        """Bits per kept value: 8, 4, or 16 for those in the weight's own dtype."""
+        return next((b for b, dtype in _CODES.items() if dtype == self.weight_values.dtype), 16)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the weight: values, bitmask, scales and offsets."""
+        tensors = (getattr(self, name) for name in (*_STORED, "row_offsets"))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes of the row offsets, which a checkpoint does not store."""
+        return 0 if self.row_offsets is None else self.row_offsets.nbytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ W.T + bias``: ``(..., out_features)`` of ``x`` ``(..., in_features)``.
+
+        Raises:
+            FrozenWeightError: If the weight was made to require a gradient.
+        """
+        if self.weight_values.requires_grad:
+            raise FrozenWeightError("weight_values requires a gradient")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
+        return operator.linear(x, self.sparse_weight, self.bias)
+
+    def to_linear(self) -> nn.Linear:
+        """Return a plain ``nn.Linear`` with the decompressed weight and the same bias."""
+        made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        made.weight = nn.Parameter(self.sparse_weight.to_dense())
+        made.bias = self.bias
+        return made.train(self.training)
+
+    def reset_parameters(self) -> None:
+        """Refuse: a compressed weight has no random form.
+
+        Raises:
+            FrozenWeightError: Always.
+        """
+        raise FrozenWeightError("reset_parameters()")
+
+    def extra_repr(self) -> str:
+        """Describe the linear, with what is kept of it."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}"
+        )
+
+    def _checked(self) -> SparseWeight:
+        return SparseWeight.from_tensors(
+            self.in_features,
+            bitmask=self.weight_bitmask.detach(),
+            values=self.weight_values.detach(),
+            scales=None if self.weight_scales is None else self.weight_scales.detach(),
+            group_size=self.group_size,
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"A sparse weight multiplies in float32, bfloat16 or float16, got {dtype}. Load "
+                "the model with sparsity_config=SparsityConfig(runtime='dense') for that dtype."
+            )
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load, another number of kept weights included; what does not fit changes nothing."""
+        given = {n: state_dict[prefix + n] for n in _STORED if prefix + n in state_dict}
+        if given:
+            try:
+                weight = SparseWeight.from_tensors(
+                    self.in_features,
+                    bitmask=given.get("weight_bitmask", self.weight_bitmask).detach(),
+                    values=given.get("weight_values", self.weight_values).detach(),
+                    scales=given.get("weight_scales"),
+                    group_size=self.group_size,
+                )
+            except BitmaskError as error:
+                error_msgs.append(f"{prefix}weight: {error}")
+                return
+            if (weight.scales is None) != (self.weight_scales is None) or (
+                weight.scales is not None and weight.bits != self.bits
+            ):
+                error_msgs.append(
+                    f"{prefix}weight_values: values of {self.bits} bits are needed, got "
+                    f"{weight.bits}. Load the checkpoint with from_pretrained."
+                )
+                return
+            for name, tensor in given.items():
+                own = getattr(self, name)
+                if own.shape != tensor.shape:
+                    setattr(self, name, FrozenParameter(own.new_empty(tensor.shape)))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if given:
+            self.settle()

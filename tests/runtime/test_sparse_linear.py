@@ -1,0 +1,253 @@
+"""`SparseLinear` against the `nn.Linear` it stands for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.runtime.conversion import compress_, decompress_, sparse_linears
+from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, SparseLinear
+from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = (16, 8, 4)
+
+
+def pruned(rows: int = 24, columns: int = 77, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A linear that lost half its weights, a whole row among them."""
+    torch.manual_seed(0)
+    linear = nn.Linear(columns, rows)
+    with torch.no_grad():
+        linear.weight[torch.rand(rows, columns) < 0.5] = 0.0
+        linear.weight[3] = 0.0
+    return linear.to(dtype)
+
+
+def sparse(linear: nn.Linear, bits: int = 16, group_size: int | None = None) -> SparseLinear:
+    weight = SparseWeight.from_dense(
+        linear.weight.detach(), None if bits == 16 else bits, group_size
+    )
+    return SparseLinear.from_weight(weight, linear.bias)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    eps = torch.finfo(dtype).eps
+    return {"rtol": 4 * eps, "atol": 4 * eps}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(77,), (3, 77), (2, 5, 77), (0, 77)])
+def test_forward_is_that_of_the_decompressed_linear(
+    dtype: torch.dtype, bits: int, shape: tuple[int, ...]
+) -> None:
+    module = sparse(pruned(dtype=dtype), bits)
+    x = torch.randn(shape).to(dtype)
+    expected = module.to_linear()(x)
+    torch.testing.assert_close(module(x), expected, **tolerance(dtype))
+    assert module(x).shape == (*shape[:-1], 24)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients_flow_through_to_input_and_bias(bits: int, with_bias: bool) -> None:
+    linear = pruned()
+    if not with_bias:
+        linear.bias = None
+    module = sparse(linear, bits)
+    plain = copy.deepcopy(module.to_linear())
+    x = torch.randn(2, 3, 77, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    module(x).square().sum().backward()
+    plain(twin).square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    if with_bias:
+        torch.testing.assert_close(module.bias.grad, plain.bias.grad)
+    assert module.weight_values.grad is None
+
+
+def test_the_operators_pass_torchs_own_checks() -> None:
+    module = sparse(pruned())
+    weight = module.sparse_weight
+    x = torch.randn(3, 77, requires_grad=True)
+    for bias in (module.bias.detach().requires_grad_(), None):
+        arguments = (
+            x,
+            weight.values.detach(),
+            weight.bitmask.detach(),
+            weight.row_offsets,
+            None,
+            bias,
+            77,
+            0,
+        )
+        torch.library.opcheck(torch.ops.hf_adaptive_sparse.linear.default, arguments)
+
+
+def test_the_size_is_counted(tmp_path: Path) -> None:
+    module = sparse(pruned(dtype=torch.bfloat16))
+    held = sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
+    assert held == module.memory_bytes + module.bias.nbytes
+    assert module.memory_bytes == module.sparse_weight.nbytes
+
+
+def test_training_the_weight_is_refused() -> None:
+    module = sparse(pruned())
+    attempts = (
+        module.requires_grad_,
+        lambda: module.weight.requires_grad_(),
+        lambda: setattr(module.weight, "requires_grad", True),
+        lambda: module.weight.data.add_(1.0),
+        lambda: nn.init.normal_(module.weight),
+        module.reset_parameters,
+        lambda: FrozenParameter(torch.zeros(2), requires_grad=True),
+    )
+    for attempt in attempts:
+        with pytest.raises(FrozenWeightError, match=r"runtime='dense'.*adapter"):
+            attempt()
+    module.weight_values = nn.Parameter(module.weight_values.data)
+    with pytest.raises(FrozenWeightError, match=r"weight_values requires a gradient"):
+        module(torch.zeros(77))
+    module = sparse(pruned())
+    module.requires_grad_(False)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_the_view_looks_like_the_weight_and_computes_with_it() -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), 8)
+    view, dense = module.weight, module.to_linear().weight
+    assert (view.shape, view.dtype, view.device) == (dense.shape, dense.dtype, dense.device)
+    assert view.is_floating_point()
+    assert not view.requires_grad
+    assert view.data.shape == dense.shape
+    assert torch.equal(view + 0, dense)
+    assert torch.equal(view.float(), dense.float())
+    assert torch.equal(
+        torch.linalg.norm(view.float(), dim=1), torch.linalg.norm(dense.float(), dim=1)
+    )
+    assert "shape=(24, 77)" in repr(view)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_casts(bits: int) -> None:
+    module = sparse(pruned(), bits)
+    before = module.to_linear().weight
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        module.to(dtype)
+        assert module.dtype == module.weight.dtype == module.bias.dtype == dtype
+        assert module.weight_bitmask.dtype == torch.uint8
+        assert module(torch.randn(2, 77).to(dtype)).dtype == dtype
+        torch.testing.assert_close(module.to_linear().weight.float(), before, rtol=1e-2, atol=1e-3)
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16, got torch.float64"):
+        module.double()
+    assert module.dtype == torch.float32
+
+
+def test_autocast_casts_the_input() -> None:
+    module = sparse(pruned(dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.randn(2, 77)).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"must be torch.bfloat16"):
+        module(torch.randn(2, 77))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_copies_are_whole_and_their_own(bits: int) -> None:
+    module = sparse(pruned(), bits)
+    x = torch.randn(2, 77)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), module(x))
+        assert twin.weight_values.data_ptr() != module.weight_values.data_ptr()
+        assert isinstance(twin.weight_values, FrozenParameter)
+        assert (twin.bits, twin.group_size) == (module.bits, module.group_size)
+
+
+def test_it_reaches_another_process(tmp_path: Path) -> None:
+    module = sparse(pruned(), 4, 32)
+    (tmp_path / "module").write_bytes(pickle.dumps(module))
+    script = (
+        "import pickle, sys, torch; m = pickle.load(open(sys.argv[1], 'rb')); "
+        "print(m(torch.ones(77)).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "module")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(module(torch.ones(77)).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_state_dicts_load_whatever_their_mask(bits: int, assign: bool) -> None:
+    module = sparse(pruned(), bits)
+    other = pruned()
+    with torch.no_grad():
+        other.weight[torch.rand(24, 77) < 0.5] = 0.0
+    state = sparse(other, bits).state_dict()
+    assert "row_offsets" not in state
+    module.load_state_dict(state, assign=assign)
+    assert torch.equal(module.weight + 0, sparse(other, bits).weight + 0)
+    assert isinstance(module.weight_values, FrozenParameter)
+    module(torch.zeros(77))
+
+
+def test_state_dicts_that_do_not_fit_are_refused_and_change_nothing() -> None:
+    module = sparse(pruned())
+    before = module(torch.ones(77))
+    state = module.state_dict()
+    damaged = state | {"weight_values": state["weight_values"][1:]}
+    with pytest.raises(RuntimeError, match=r"keeps .* weights but .* the two must agree"):
+        module.load_state_dict(damaged)
+    with pytest.raises(RuntimeError, match=r"values of 16 bits are needed, got 8"):
+        module.load_state_dict(sparse(pruned(), 8).state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_bitmask"):
+        module.load_state_dict({n: t for n, t in state.items() if n != "weight_bitmask"})
+    assert torch.equal(module(torch.ones(77)), before)
+
+
+def test_conversion_there_and_back_is_exact() -> None:
+    model = nn.Sequential(pruned(), nn.ReLU(), pruned(40, 24)).eval()
+    weights = [model[0].weight.clone(), model[2].weight.clone()]
+    bias = model[0].bias
+    compress_(model, {"0": (16, None), "2": (16, None)})
+    assert list(sparse_linears(model)) == ["0", "2"]
+    assert model[0].bias is bias
+    assert not model[0].training
+    with pytest.raises(ValueError, match=r"'0' must be a plain nn.Linear, it is SparseLinear"):
+        compress_(model, {"0": (16, None)})
+    decompress_(model)
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model[0].weight, weights[0])
+    assert torch.equal(model[2].weight, weights[1])
+
+
+def test_a_weight_that_is_not_there_is_not_compressed() -> None:
+    with pytest.raises(ValueError, match=r"'0' is offloaded"):
+        compress_(nn.Sequential(nn.Linear(4, 4, device="meta")), {"0": (16, None)})
+
+
+def test_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(24, 77\) .* got \(8, 77\)"):
+        sparse(pruned()).set_weight(SparseWeight.from_dense(torch.zeros(8, 77)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 4])
+def test_torch_compile_sees_one_graph(bits: int) -> None:
+    model = nn.Sequential(sparse(pruned(), bits), nn.ReLU(), sparse(pruned(40, 24), bits))
+    compiled = torch.compile(model, fullgraph=True)
+    for rows in (1, 5):
+        x = torch.randn(rows, 77, requires_grad=True)
+        torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    model(twin).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
