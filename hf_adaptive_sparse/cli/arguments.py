@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _compress, _prune, _search, _evaluate, _inspect, _push, _env):
+    for add in (_demo, _compress, _prune, _search, _report, _evaluate, _inspect, _push, _env):
         add(commands)
     return parser
 
@@ -226,6 +226,23 @@ def _search(commands: Any) -> None:
         default=1,
         metavar="N",
         help="processes to search with on this machine; a GPU each, as far as there are enough",
+    )
+
+
+def _report(commands: Any) -> None:
+    parser = _command(
+        commands, "report", run.run_report, "Write a search's report: one HTML page, and its plots"
+    )
+    parser.add_argument(
+        "source",
+        metavar="STUDY",
+        help="folder that search or compress wrote, journal or SQLite file, or storage URL",
+    )
+    parser.add_argument(
+        "--study", metavar="NAME", help="study in the storage (default: the only one there)"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", default="report", help="folder to write (default: report)"
     )
 
 

@@ -33,7 +33,8 @@ from hf_adaptive_sparse.hub import inspect, push_folder
 from hf_adaptive_sparse.kernels import triton_attention
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
-from hf_adaptive_sparse.report import format_bytes, text_table
+from hf_adaptive_sparse.report import format_bytes, read_study, text_table, write_study_report
+from hf_adaptive_sparse.report.study_analysis import failure_signs
 
 OWN_PROFILE: tuple[int, ...] = ()
 """Default of ``evaluate --kv-bits``: what the model's config says."""
@@ -158,6 +159,24 @@ def run_search(options: argparse.Namespace) -> Answer:
         f"{len(result.history)} trials.\n{where}"
     )
     return Answer(text, result.to_dict())
+
+
+def run_report(options: argparse.Namespace) -> Answer:
+    """Write a study's report."""
+    facts = read_study(options.source, options.study)
+    page = write_study_report(facts, options.output)
+    best = None if facts.best is None else facts.best["value"]
+    signs = failure_signs(facts)
+    data = {
+        "page": str(page),
+        "study_name": facts.name,
+        "trials": len(facts.rows),
+        "best_perplexity": best,
+        "uniform_perplexity": None if facts.uniform is None else facts.uniform["value"],
+        "held_out": None if facts.held_out is None else dict(facts.held_out),
+        "warnings": signs,
+    }
+    return Answer("\n".join([f"Report: {page}", *signs]), data)
 
 
 def run_evaluate(options: argparse.Namespace) -> Answer:

@@ -14,7 +14,12 @@ from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.pipeline import JOURNAL, ranking_metric
 from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.compressor.sources import (
+    DataSource,
+    ModelSource,
+    held_out_batches,
+    parameter_bytes,
+)
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.resources import (
     SparsityReport,
@@ -139,7 +144,8 @@ def search_study(
         metric: Metric of the final prune; one that updates weights is ranked by ``lognorm``.
         trials: Trials of all workers together.
         calibration: Data to rank on. ``None``: WikiText-2, training split.
-        evaluation: Data to evaluate on. ``None``: WikiText-2, validation split.
+        evaluation: Data to evaluate on: the search sees ``num_samples`` of them, the comparison
+            with uniform at the end as many others. ``None``: WikiText-2, validation split.
         seed: Seed of the search, the same for all workers.
         workers: Processes to start on this machine, this one included.
         progress: Show progress bars on stderr.
@@ -164,12 +170,13 @@ def search_study(
     processor = model.load_processor()
     dense = model.load_dense()
     batches = (calibration or DataSource()).batches(processor, dense.config, "train")
-    held = (evaluation or DataSource(num_samples=64)).batches(processor, dense.config, "validation")
+    searched, held_out = held_out_batches(evaluation, processor, dense.config)
     return search(
         dense,
         batches,
-        held,
+        searched,
         space,
+        held_out=held_out if held_out is not searched else None,
         metric=ranking_metric(metric),
         n_trials=trials,
         storage=storage,

@@ -15,8 +15,8 @@ from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
 from hf_adaptive_sparse.compressor.sources import (
     DataSource,
     ModelSource,
+    held_out_batches,
     parameter_bytes,
-    split_held_out,
 )
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
@@ -134,8 +134,7 @@ def compress(
     processor = origin.load_processor()
     dense = origin.load_dense()
     batches = calibration.batches(processor, dense.config, "train")
-    twice = replace(evaluation, num_samples=2 * evaluation.num_samples)
-    searched, held_out = split_held_out(twice.batches(processor, dense.config, "validation"))
+    searched, held_out = held_out_batches(evaluation, processor, dense.config)
     asked = questions or evaluation
     records = asked.questions(dense.config, "validation")
 
@@ -170,6 +169,7 @@ def compress(
                 batches,
                 searched,
                 space,
+                held_out=held_out if held_out is not searched else None,
                 metric=ranking_metric(config.metric),
                 n_trials=trials,
                 storage=storage or str(folder / JOURNAL),

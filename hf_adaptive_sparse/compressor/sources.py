@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +144,15 @@ def split_held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
         return batches, batches
     middle = len(batches) // 2
     return batches[:middle], batches[middle:]
+
+
+def held_out_batches(
+    evaluation: DataSource | None, processor: Any, config: PreTrainedConfig
+) -> tuple[list[Batch], list[Batch]]:
+    """Load twice the samples that are asked for, and split them as `split_held_out` does."""
+    evaluation = evaluation or DataSource(num_samples=64)
+    twice = replace(evaluation, num_samples=2 * evaluation.num_samples)
+    return split_held_out(twice.batches(processor, config, "validation"))
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:

@@ -2,6 +2,8 @@
 
 from hf_adaptive_sparse.report.card import CardFacts, write_model_card
 from hf_adaptive_sparse.report.plots import plot_profile, plot_search_history
+from hf_adaptive_sparse.report.study_facts import read_study
+from hf_adaptive_sparse.report.study_page import write_study_report
 from hf_adaptive_sparse.report.tables import (
     escape_markdown,
     format_bytes,
@@ -16,6 +18,8 @@ __all__ = [
     "markdown_table",
     "plot_profile",
     "plot_search_history",
+    "read_study",
     "text_table",
     "write_model_card",
+    "write_study_report",
 ]

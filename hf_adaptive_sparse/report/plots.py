@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.report.files import replacing
@@ -74,11 +74,11 @@ def plot_search_history(
         axes.set_xlabel("trial")
         axes.set_ylabel(f"{measure} (lower is better)")
         axes.locator_params(axis="x", integer=True)
-        _tidy(axes)
+        tidy(axes)
         # Outside, as trials lie anywhere.
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
 
-    _save(draw, path, (7.6, 3.8))
+    save_figure(draw, path, (7.6, 3.8))
 
 
 def plot_profile(
@@ -123,12 +123,12 @@ def plot_profile(
         stacked = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for panel, axes in zip(panels, stacked, strict=True):
             panel(axes)
-            _tidy(axes)
+            tidy(axes)
         stacked[-1].set_xlabel("decoder layer")
         stacked[-1].locator_params(axis="x", integer=True)
         figure.suptitle("Compression profile")
 
-    _save(draw, path, (6.4, 1.2 + 2.4 * len(panels)))
+    save_figure(draw, path, (6.4, 1.2 + 2.4 * len(panels)))
 
 
 def _layer_count(
@@ -180,15 +180,17 @@ def _draw_bits(axes: Axes, bits: Sequence[tuple[int, int]]) -> None:
     axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes, *, grid: Literal["x", "y"] = "y") -> None:
+    """Take away what a plot does not need."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", lw=0.6)
+    axes.grid(axis=grid, color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
 
 
-def _save(
+def save_figure(
     draw: Callable[[Figure], None], path: str | os.PathLike[str], inches: tuple[float, float]
 ) -> None:
+    """Draw on a new figure and write it as a PNG, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

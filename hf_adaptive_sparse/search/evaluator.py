@@ -157,6 +157,14 @@ class Evaluator:
                     reporter.report(value, step)
         return Evaluation(value, len(self.order), len(self.order))
 
+    def losses(self, candidate: Candidate, batches: Batches) -> list[tuple[float, int]]:
+        """Return summed loss in nats and tokens of each of any batches, under a profile."""
+        with _failures():
+            self._put_in_force(candidate)
+            return [
+                negative_log_likelihood(self.model, batch, candidate.kv_cache) for batch in batches
+            ]
+
     def _put_in_force(self, candidate: Candidate) -> None:
         if self.mask is not None:
             self.mask.apply(candidate.ratios)

@@ -159,6 +159,7 @@ class SearchResult:
             "uniform_perplexity": self.baseline,
             "best_perplexity": self.best_value,
             "best_trial": self.best_trial.number,
+            "held_out": self.study.user_attrs.get("held_out"),
             "history": self.history,
         }
 

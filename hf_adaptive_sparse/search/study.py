@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.candidate import uniform_candidate, uniform_params
+from hf_adaptive_sparse.search.comparison import compare_on, is_compared
 from hf_adaptive_sparse.search.data import (
     EVALUATION_SAMPLES,
     Data,
@@ -56,6 +57,7 @@ def search(
     evaluation: Data = None,
     space: SearchSpace | None = None,
     *,
+    held_out: Data = None,
     metric: str = "lognorm",
     n_trials: int = 50,
     storage: Storage = None,
@@ -80,6 +82,8 @@ def search(
             `CalibrationConfig`; ``None`` is WikiText-2's training split. Unused for metrics that
             need none and for a search of KV bits alone.
         evaluation: Data whose perplexity is minimised; ``None`` is WikiText-2's validation split.
+        held_out: Data that the best profile is compared with the uniform one on when the search
+            ends; the interval of the difference is stored with the study. ``None``: none is made.
         space: What may be chosen, and the budget; ``None`` is the paper's ``SearchSpace()``.
         metric: Pruning metric that ranks the weights.
         n_trials: Distinct profiles tried in all, those of former runs of the study and failed ones
@@ -131,6 +135,16 @@ def search(
         what="evaluation",
         split="validation",
     )
+    held_out_batches = None
+    if held_out is not None:
+        held_out_batches = resolve(
+            held_out,
+            as_config(held_out, CalibrationConfig(num_samples=EVALUATION_SAMPLES)),
+            model,
+            processor,
+            what="held_out",
+            split="test",
+        )
     warn_of_weak_evaluation(evaluation_batches, calibration_batches, space)
     excluded = tuple(modules_to_not_convert or ())
     made_for = fingerprint(
@@ -150,7 +164,8 @@ def search(
             baseline=uniform_params(space, shape),
             attributes={"seed": seed, "layout": shape.to_dict()},
         )
-        if goes_on(tally(study), n_trials):
+        compared = held_out_batches is None or is_compared(study, held_out_batches)
+        if goes_on(tally(study), n_trials) or not compared:
             with open_evaluator(
                 model,
                 space,
@@ -167,6 +182,8 @@ def search(
                     study, space, shape, evaluator, seed, sampler, early_stopping=early_stopping
                 )
                 runner.run(n_trials, progress=progress)
+                if held_out_batches is not None and not is_compared(study, held_out_batches):
+                    compare_on(study, evaluator, space, shape, held_out_batches)
         _check_outcome(tally(study), n_trials)
     return SearchResult(
         study=study,

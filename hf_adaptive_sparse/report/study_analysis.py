@@ -1,0 +1,264 @@
+"""What the trials of a search say: which choices matter, what stopping saved, what went wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_adaptive_sparse.report.study_facts import Row, StudyFacts
+
+FEWEST_TRIALS = 10
+"""Evaluated trials below which neither importance nor sensitivity is told."""
+
+COLLAPSE = 1.2
+"""A trial of this many times the uniform profile's value has lost its quality."""
+
+LOW_BITS = 4
+
+
+_CHOICES = ("block_ratios", "key_bits", "value_bits", "weight_bits")
+_LABELS = {
+    "block_ratios": "sparsity",
+    "key_bits": "key bits",
+    "value_bits": "value bits",
+    "kv_bits": "KV bits",
+    "weight_bits": "weight bits",
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How much the value changes where one group of layers is pruned more than the others.
+
+    Attributes:
+        label: The group.
+        percent: Change of the value in percent for 10 points more sparsity there.
+        error: Standard error of it.
+    """
+
+    label: str
+    percent: float
+    error: float
+
+
+def choices(facts: StudyFacts) -> tuple[list[str], np.ndarray]:
+    """Return what the trials chose, as evaluated: names, and one row per evaluated trial.
+
+    A choice that all trials share is left out.
+    """
+    rows = facts.evaluated
+    drawn = {key: [row.get(key) for row in rows] for key in _CHOICES}
+    if drawn["key_bits"] == drawn["value_bits"]:
+        drawn["kv_bits"] = drawn.pop("value_bits")
+        del drawn["key_bits"]
+    names: list[str] = []
+    columns: list[tuple[float, ...]] = []
+    for key, lists in drawn.items():
+        if not lists or not all(isinstance(one, Sequence) for one in lists):
+            continue
+        for place, column in enumerate(zip(*lists, strict=True)):
+            if len(set(column)) > 1:
+                where = _group(facts, place) if key == "block_ratios" else f"layer {place}"
+                names.append(f"{_LABELS[key]}, {where}")
+                columns.append(column)
+    return names, np.array(columns, dtype=float).reshape(len(names), len(rows)).T
+
+
+def values(facts: StudyFacts) -> np.ndarray:
+    """Return the value of each evaluated trial, estimated where it was stopped early."""
+    rows = facts.evaluated
+    return np.array([r["estimate"] if r["value"] is None else r["value"] for r in rows], float)
+
+
+def _group(facts: StudyFacts, place: int) -> str:
+    if place >= len(facts.spans):
+        return f"group {place}"
+    first, last = facts.spans[place]
+    where = f"layer {first}" if first == last else f"layers {first}–{last}"
+    same = [i for i, span in enumerate(facts.spans) if span == facts.spans[place]]
+    return where if len(same) == 1 else f"{where}, part {same.index(place) + 1}"
+
+
+def importance(facts: StudyFacts) -> list[tuple[str, float]]:
+    """Return how much each choice decides which trials are among the best, largest first.
+
+    Optuna's PED-ANOVA on the profiles as they were evaluated, not as they were sampled; the shares
+    add up to 1. Empty where there are too few trials.
+    """
+    names, matrix = choices(facts)
+    targets = values(facts)
+    if len(targets) < FEWEST_TRIALS or len(names) < 2 or np.ptp(targets) == 0:
+        return []
+    import optuna
+
+    spans = [(float(column.min()), float(column.max())) for column in matrix.T]
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.FloatDistribution(*span)
+        for name, span in zip(names, spans, strict=True)
+    }
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study()
+        study.add_trials(
+            [
+                optuna.create_trial(
+                    params=dict(zip(names, map(float, row), strict=True)),
+                    distributions=distributions,
+                    value=float(value),
+                )
+                for row, value in zip(matrix, targets, strict=True)
+            ]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantile = max(0.2, 5 / len(targets))
+            shares = optuna.importance.get_param_importances(
+                study,
+                evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile),
+            )
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    return [(name, float(share)) for name, share in shares.items()]
+
+
+def sensitivity(facts: StudyFacts) -> list[Effect]:
+    """Return what pruning one group more, and the others less, does to the value.
+
+    A linear fit to the logarithm of the values, with a little ridge because ratios under one budget
+    are not independent. Empty where there are fewer trials than it needs.
+    """
+    rows = facts.evaluated
+    ratios = [row.get("block_ratios") for row in rows]
+    if not rows or not all(ratios):
+        return []
+    matrix, targets = np.array(ratios, float), values(facts)
+    fewest = max(FEWEST_TRIALS, matrix.shape[1] + 4)
+    if matrix.shape[1] < 2 or len(rows) < fewest or np.ptp(matrix, axis=0).max() == 0:
+        return []
+    if not (np.isfinite(targets) & (targets > 0)).all():
+        return []
+    centred = (matrix - matrix.mean(0)) * 10  # one unit is 10 points of sparsity
+    response = 100 * (np.log(targets) - np.log(targets).mean())
+    gram = centred.T @ centred
+    ridge = 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
+    inverse = np.linalg.inv(gram + ridge)
+    slopes = inverse @ centred.T @ response
+    residual = response - centred @ slopes
+    variance = float(residual @ residual) / max(1, len(rows) - len(slopes) - 1)
+    errors = np.sqrt(np.diag(inverse @ gram @ inverse) * variance)
+    return [
+        Effect(_group(facts, place), float(slope), float(error))
+        for place, (slope, error) in enumerate(zip(slopes, errors, strict=True))
+    ]
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points that no other is better than in both coordinates."""
+    order = sorted(range(len(points)), key=lambda index: points[index])
+    kept: list[int] = []
+    for index in order:
+        if not kept or points[index][1] < points[kept[-1]][1]:
+            kept.append(index)
+    return kept
+
+
+def stopping(facts: StudyFacts) -> dict[str, Any] | None:
+    """Return what stopping early saved; ``None`` where no trial was stopped."""
+    rows = [row for row in facts.evaluated if row.get("batches")]
+    stopped = [row for row in rows if row["value"] is None]
+    if not stopped:
+        return None
+    whole = max(row["batches"] for row in rows)
+    done = sum(row["batches"] for row in rows)
+    return {
+        "stopped": len(stopped),
+        "kept": len(rows) - len(stopped),
+        "batches": done,
+        "of_batches": whole * len(rows),
+        "saved_percent": 100 * (1 - done / (whole * len(rows))),
+    }
+
+
+def failure_signs(facts: StudyFacts) -> list[str]:
+    """Return what a reader has to be warned of, one sentence each."""
+    signs = []
+    best, uniform = facts.best, facts.uniform
+    if best is None:
+        signs.append("No trial was evaluated in full, so there is no best profile.")
+    elif best["uniform"]:
+        signs.append("The search found nothing better than the uniform profile.")
+    elif _nearly_uniform(best, facts.space):
+        signs.append(
+            "The best profile has collapsed to uniform: no ratio lies further from the target than "
+            "half a step. Use more trials, a wider range, or more evaluation data."
+        )
+    if uniform is None and facts.evaluated:
+        signs.append("The uniform profile's trial did not succeed: there is no baseline.")
+    signs += _low_bits(facts)
+    signs += _failures(facts)
+    held = facts.held_out
+    if held is not None and best is not None and not best["uniform"]:
+        if held["low_percent"] <= 0 <= held["high_percent"]:
+            signs.append(
+                "On held-out data the best profile cannot be told from the uniform one: the "
+                "interval of the difference holds 0. Use more evaluation data."
+            )
+        elif held["low_percent"] > 0:
+            signs.append(
+                "On held-out data the best profile is worse than the uniform one: the search has "
+                "fitted its evaluation data. Use more of them."
+            )
+    return signs
+
+
+def _nearly_uniform(best: Row, space: Mapping[str, Any]) -> bool:
+    ratios, target = best.get("block_ratios"), space.get("target_sparsity")
+    if not ratios or not target or not space.get("sparsity_range"):
+        return False
+    bits = best.get("key_bits")
+    if bits and len(set(bits)) > 1:
+        return False
+    furthest: float = max(abs(ratio - target) for ratio in ratios)
+    return furthest <= float(space.get("step", 0.0)) / 2
+
+
+def _low_bits(facts: StudyFacts) -> list[str]:
+    uniform = facts.uniform
+    if uniform is None:
+        return []
+    lost: dict[int, int] = {}
+    for row in facts.evaluated:
+        value = row["estimate"] if row["value"] is None else row["value"]
+        bits = [*(row.get("key_bits") or ()), *(row.get("value_bits") or ())]
+        if bits and min(bits) <= LOW_BITS and value > COLLAPSE * uniform["value"]:
+            lost[min(bits)] = lost.get(min(bits), 0) + 1
+    return [
+        f"Quality collapses at low KV bits: {count} trials whose narrowest layer has {bits} bits "
+        f"are more than {COLLAPSE:g} times as bad as uniform. Leave {bits} out of the palette."
+        for bits, count in sorted(lost.items())
+    ]
+
+
+def _failures(facts: StudyFacts) -> list[str]:
+    reasons = [str(row["failure"]).lower() for row in facts.failed]
+    endless = sum(any(word in r for word in ("finite", "nan", "is inf")) for r in reasons)
+    memory = sum("memory" in reason for reason in reasons)
+    signs = []
+    if endless:
+        signs.append(
+            f"{endless} of {len(facts.rows)} trials had scores that are not finite. Evaluate in a "
+            "wider dtype, or leave the narrowest bits out."
+        )
+    if memory:
+        signs.append(
+            f"{memory} of {len(facts.rows)} trials ran out of memory and were passed over."
+        )
+    others = len(reasons) - endless - memory
+    if others > 0:
+        signs.append(f"{others} of {len(facts.rows)} trials failed for other reasons.")
+    return signs

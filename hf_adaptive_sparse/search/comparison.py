@@ -1,0 +1,170 @@
+"""The best profile against the uniform one on data that the search did not see.
+
+Both are read window by window on the same masks that trials are evaluated on, and compared in
+pairs: windows differ far more from each other than profiles do. The interval is a bootstrap over
+windows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hf_adaptive_sparse.search.candidate import suggest
+from hf_adaptive_sparse.search.errors import TrialFailure
+from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
+from hf_adaptive_sparse.search.fingerprint import batches_digest
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.trials import DIGEST, tally
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = "held_out"
+"""Study attribute, and key of ``search.json``, with the comparison."""
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+
+Loss = tuple[float, int]
+"""Summed negative log-likelihood of a window in nats, and tokens that it scores."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Perplexity of two profiles on the same windows, and the interval of their difference.
+
+    Attributes:
+        trial: Number of the best trial.
+        windows: Windows that were compared.
+        tokens: Tokens scored in them.
+        uniform_perplexity: Of the uniform profile.
+        best_perplexity: Of the best trial's profile.
+        change_percent: Of the perplexity, best against uniform; below 0 is better.
+        low_percent: Lower end of its interval.
+        high_percent: Upper end.
+        confidence: Level of the interval.
+    """
+
+    trial: int
+    windows: int
+    tokens: int
+    uniform_perplexity: float
+    best_perplexity: float
+    change_percent: float
+    low_percent: float
+    high_percent: float
+    confidence: float = CONFIDENCE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+
+def compare(trial: int, uniform: Sequence[Loss], best: Sequence[Loss], seed: int = 0) -> Comparison:
+    """Compare two profiles by their losses on the same windows.
+
+    Args:
+        trial: Number of the best trial.
+        uniform: Losses of the uniform profile.
+        best: Losses of the best one, window by window in the same order.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        ValueError: If the windows are not the same, or none scores a token.
+    """
+    tokens = np.array([count for _, count in uniform])
+    if [count for _, count in uniform] != [count for _, count in best]:
+        raise ValueError("Two profiles are compared on the same windows; these differ.")
+    if not tokens.sum():
+        raise ValueError("No token of the held-out data is scored.")
+    reference = np.array([loss for loss, _ in uniform])
+    gain = np.array([loss for loss, _ in best]) - reference
+    if not (np.isfinite(reference).all() and np.isfinite(gain).all()):
+        raise ValueError("The loss of a held-out window is not finite.")
+    draws = np.random.default_rng(seed).integers(len(tokens), size=(RESAMPLES, len(tokens)))
+    counts = tokens[draws].sum(1)
+    means = gain[draws].sum(1)[counts > 0] / counts[counts > 0]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    total = float(tokens.sum())
+    return Comparison(
+        trial=trial,
+        windows=len(tokens),
+        tokens=int(total),
+        uniform_perplexity=math.exp(float(reference.sum()) / total),
+        best_perplexity=math.exp(float((reference + gain).sum()) / total),
+        change_percent=100 * math.expm1(float(gain.sum()) / total),
+        low_percent=100 * math.expm1(float(low)),
+        high_percent=100 * math.expm1(float(high)),
+    )
+
+
+def windows_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Cut batches into their rows; a batch whose tensors do not share rows stays whole.
+
+    Images may lie in another order than rows, so a batch with more than text is left as it is.
+    """
+    windows: list[dict[str, torch.Tensor]] = []
+    for batch in batches:
+        rows = {tensor.shape[0] for tensor in batch.values()}
+        text = set(batch) <= {"input_ids", "attention_mask", "labels"}
+        if not text or len(rows) != 1:
+            windows.append(dict(batch))
+            continue
+        windows += [
+            {key: tensor[row : row + 1] for key, tensor in batch.items()}
+            for row in range(rows.pop())
+        ]
+    return windows
+
+
+def compare_on(
+    study: Study, evaluator: Evaluator, space: SearchSpace, shape: ModelShape, held_out: Batches
+) -> None:
+    """Compare a study's best profile with the uniform one, and store the outcome with the study.
+
+    Args:
+        study: The study, with a complete trial.
+        evaluator: Evaluates profiles on the masked model.
+        space: The search space.
+        shape: The space laid over the model.
+        held_out: Batches that the search did not see.
+    """
+    from optuna.trial import FixedTrial
+
+    best = tally(study).best
+    if best is None:
+        return
+    windows = windows_of(held_out)
+    try:
+        uniform = evaluator.losses(evaluator.uniform, windows)
+        losses = uniform
+        if best.user_attrs.get(DIGEST) != evaluator.uniform.digest:
+            candidate = suggest(FixedTrial(best.params), space, shape)
+            losses = evaluator.losses(candidate, windows)
+        comparison = compare(best.number, uniform, losses)
+    except (TrialFailure, ValueError) as error:
+        logger.warning("The held-out comparison failed: %s", error)
+        return
+    study.set_user_attr(HELD_OUT, comparison.to_dict() | {"data": batches_digest(held_out)})
+
+
+def is_compared(study: Study, held_out: Batches) -> bool:
+    """Return whether a study holds the comparison of its best trial on these data."""
+    best, stored = tally(study).best, study.user_attrs.get(HELD_OUT)
+    return (
+        best is not None
+        and stored is not None
+        and stored["trial"] == best.number
+        and stored["data"] == batches_digest(held_out)
+    )

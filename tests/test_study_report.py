@@ -1,0 +1,368 @@
+"""The report of a study: what it reads, what it works out, and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import optuna
+import pytest
+import torch
+
+from hf_adaptive_sparse.cli import main
+from hf_adaptive_sparse.report.study_analysis import (
+    failure_signs,
+    front,
+    importance,
+    sensitivity,
+    stopping,
+)
+from hf_adaptive_sparse.report.study_costs import costs
+from hf_adaptive_sparse.report.study_facts import read_study
+from hf_adaptive_sparse.report.study_page import write_study_report
+from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.study import search
+from tests.report_rows import facts, linear_rows, row
+
+HELD_OUT = {
+    "trial": 3,
+    "windows": 12,
+    "tokens": 3000,
+    "uniform_perplexity": 100.0,
+    "best_perplexity": 98.0,
+    "change_percent": -2.0,
+    "low_percent": -3.0,
+    "high_percent": -1.0,
+    "confidence": 0.95,
+}
+
+
+class Page(HTMLParser):
+    """Collects what a page shows, and every address in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.addresses: list[str] = []
+        self.shown: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "href"):
+                (self.images if tag == "img" else self.addresses).append(value)
+        assert tag not in ("script", "link")
+
+    def handle_data(self, data):
+        self.shown.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.shown).split())
+
+
+def page_of(study, folder) -> Page:
+    return Page(write_study_report(study, folder).read_text(encoding="utf-8"))
+
+
+class TestPage:
+    def test_it_is_whole_and_asks_for_nothing_else(self, tmp_path):
+        study = facts(linear_rows(40, stopped=12), held_out=HELD_OUT)
+        page = page_of(study, tmp_path)
+        plots = {"history", "profile", "sensitivity", "importance"}
+        assert {path.stem for path in tmp_path.glob("*.png")} == plots
+        assert len(page.images) == len(plots)
+        assert all(image.startswith("data:image/png;base64,") for image in page.images)
+        assert page.addresses == []
+        assert "http" not in (tmp_path / "report.html").read_text().replace("data:image", "")
+        for said in (
+            "12 of 40 trials were stopped",
+            "28 were kept",
+            "15 % saved",
+            "-2.00 %, 95 % interval -3.00 to -1.00 %",
+            "paired bootstrap over 12 windows",
+            "all take the same bytes",
+            "5 min",
+            "study <1>",
+        ):
+            assert said in page.text.replace(" ,", ","), said
+
+    def test_a_report_replaces_a_former_one(self, tmp_path):
+        page_of(facts(linear_rows(12)), tmp_path)
+        assert "13 trials in the study" in page_of(facts(linear_rows(13)), tmp_path).text
+        assert not list(tmp_path.glob("*.partial"))
+
+    def test_a_study_of_failed_trials_alone_has_a_page(self, tmp_path):
+        page = page_of(facts([row(0, failure="NaN", state="fail")], profile=None), tmp_path)
+        assert page.images == []
+        assert "No trial was evaluated in full" in page.text
+
+    def test_a_study_without_trials_has_none(self, tmp_path):
+        with pytest.raises(ValueError, match="no finished trial yet"):
+            write_study_report(facts([row(0, state="running")]), tmp_path)
+
+    def test_sizes_that_vary_give_a_front(self, tmp_path):
+        rows = [row(n, 10.0 + (n - 3) ** 2, mean_kv_bits=4.0 + n, uniform=n == 0) for n in range(6)]
+        page = page_of(facts(rows), tmp_path)
+        assert (tmp_path / "pareto.png").is_file()
+        assert "all take the same bytes" not in page.text
+
+
+class TestAnalysis:
+    def test_sensitivity_finds_the_group_that_matters(self):
+        effects = sensitivity(facts(linear_rows(60)))
+        assert [e.label for e in effects] == ["layers 0–1", "layer 2", "layer 3", "layers 4–5"]
+        # Relative to the mean of the four, as the ratios add up to a constant.
+        assert [e.percent for e in effects] == pytest.approx([-0.5, 1.5, -0.5, -0.5], abs=0.02)
+        assert max(e.error for e in effects) < 0.05
+
+    def test_importance_finds_it_too(self):
+        shares = importance(facts(linear_rows(60)))
+        assert shares[0][0] == "sparsity, layer 2"
+        assert sum(share for _, share in shares) == pytest.approx(1)
+
+    def test_bits_that_keys_and_values_share_are_one_choice(self):
+        rows = linear_rows(30)
+        for one in rows:
+            bits = [8, 6] if one["number"] % 2 else [6, 8]
+            one |= {"key_bits": bits, "value_bits": bits}
+        names = [name for name, _ in importance(facts(rows))]
+        assert {"KV bits, layer 0", "KV bits, layer 1"} < set(names)
+
+    def test_few_trials_tell_nothing(self):
+        study = facts(linear_rows(6))
+        assert sensitivity(study) == []
+        assert importance(study) == []
+
+    def test_optunas_verbosity_is_left_alone(self):
+        before = optuna.logging.get_verbosity()
+        importance(facts(linear_rows(30)))
+        assert optuna.logging.get_verbosity() == before
+
+    def test_repeated_and_withdrawn_trials_do_not_enter(self):
+        rows = linear_rows(20)
+        rows += [row(20, 1.0, duplicate_of=3), row(21, state="fail", withdrawn=True)]
+        study = facts(rows)
+        assert len(study.evaluated) == 20
+        assert study.best["number"] != 20
+
+    def test_stopping_counts_batches(self):
+        saved = stopping(facts(linear_rows(40, stopped=12)))
+        assert saved == {
+            "stopped": 12,
+            "kept": 28,
+            "batches": 12 * 4 + 28 * 8,
+            "of_batches": 320,
+            "saved_percent": pytest.approx(15.0),
+        }
+        assert stopping(facts(linear_rows(5))) is None
+
+    def test_the_front_keeps_what_nothing_beats(self):
+        points = [(1, 9.0), (2, 5.0), (2, 6.0), (3, 5.0), (4, 1.0), (0, 9.0)]
+        assert front(points) == [5, 1, 4]
+
+    def test_equal_costs_are_no_trade_off(self):
+        assert costs(facts(linear_rows(5))) is None
+        rows = [row(0, 3.0, size_bytes=2e6), row(1, 4.0, size_bytes=1e6)]
+        cost = costs(facts(rows))
+        assert cost.points == ((2.0, 3.0), (1.0, 4.0))
+        assert "MB" in cost.label
+
+
+class TestFailureSigns:
+    def signs(self, rows, **changes):
+        return " ".join(failure_signs(facts(rows, **changes)))
+
+    def test_a_sound_study_has_none(self):
+        assert failure_signs(facts(linear_rows(30), held_out=HELD_OUT)) == []
+
+    def test_uniform_is_best(self):
+        assert "nothing better than the uniform" in self.signs([row(0, 1.0, uniform=True)])
+
+    def test_the_best_has_collapsed_to_uniform(self):
+        rows = [row(0, 2.0, uniform=True), row(1, 1.0, block_ratios=[0.51, 0.49, 0.5, 0.5])]
+        assert "collapsed to uniform" in self.signs(rows)
+        rows[1]["block_ratios"] = [0.52, 0.48, 0.5, 0.5]
+        assert "collapsed" not in self.signs(rows)
+
+    def test_low_bits_lose_the_quality(self):
+        rows = linear_rows(20)
+        rows += [row(20 + n, 190.0, key_bits=[2] + [8] * 5) for n in range(3)]
+        assert "3 trials whose narrowest layer has 2 bits" in self.signs(rows)
+
+    @pytest.mark.parametrize(
+        ("failure", "said"),
+        [
+            ("The perplexity is inf.", "1 of 21 trials had scores that are not finite"),
+            ("The loss must be finite; batch 3 gives nan", "not finite"),
+            ("Out of memory: 3 GB", "1 of 21 trials ran out of memory"),
+            ("Its worker was stopped.", "failed for other reasons"),
+        ],
+    )
+    def test_failures_are_counted_by_kind(self, failure, said):
+        assert said in self.signs([*linear_rows(20), row(20, state="fail", failure=failure)])
+
+    def test_no_baseline(self):
+        assert "no baseline" in self.signs(linear_rows(20)[1:])
+
+    @pytest.mark.parametrize(
+        ("low", "high", "said"), [(-1.0, 0.5, "cannot be told"), (0.1, 0.9, "is worse")]
+    )
+    def test_held_out_data_contradict(self, low, high, said):
+        held = HELD_OUT | {"low_percent": low, "high_percent": high}
+        assert said in self.signs(linear_rows(20), held_out=held)
+
+
+@pytest.fixture
+def study_folder(tiny_llama, text_batches, tmp_path):
+    result = search(
+        tiny_llama,
+        text_batches[:2],
+        text_batches[2:3],
+        SearchSpace(blocks=4, kv_bits=None),
+        held_out=text_batches[3:],
+        n_trials=4,
+        storage=tmp_path / "search.journal",
+        progress=False,
+    )
+    result.save(tmp_path)
+    return tmp_path
+
+
+class TestReading:
+    def test_a_folder_its_journal_and_its_json_say_the_same(self, study_folder):
+        from_folder = read_study(study_folder)
+        assert read_study(study_folder / "search.journal") == from_folder
+        (study_folder / "search.journal").unlink()
+        from_json = read_study(study_folder)
+        for field in ("name", "space", "metric", "spans", "rows", "profile", "held_out"):
+            assert getattr(from_json, field) == getattr(from_folder, field), field
+        assert from_folder.workers == 1
+        assert from_folder.held_out["windows"] == 2
+
+    def test_the_command_writes_the_page(self, study_folder, capsys):
+        out = study_folder / "report"
+        assert main(["report", str(study_folder), "--output", str(out), "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["page"] == str(out / "report.html")
+        assert answer["trials"] == 4
+        assert math.isfinite(answer["best_perplexity"])
+        assert re.search(r"paired bootstrap over 2 windows", (out / "report.html").read_text())
+
+    @pytest.mark.parametrize("name", ["missing", "missing.journal", "missing.db"])
+    def test_what_is_not_there_is_not_made(self, tmp_path, name):
+        with pytest.raises(StorageError, match="there is no file or folder"):
+            read_study(tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+    def test_an_empty_folder_says_what_is_expected(self, tmp_path):
+        with pytest.raises(StorageError, match=r"neither search\.journal nor search\.json"):
+            read_study(tmp_path)
+
+    def test_one_of_several_studies_has_to_be_named(self, study_folder):
+        journal = study_folder / "search.journal"
+        with pytest.raises(SearchError, match=r"No study 'x'; the storage holds: 'hf-adaptive"):
+            read_study(journal, "x")
+        storage = optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(journal))
+        )
+        optuna.create_study(storage=storage, study_name="other")
+        with pytest.raises(SearchError, match="Name one of its studies with --study"):
+            read_study(journal)
+        with pytest.raises(SearchError, match="was not made by hf_adaptive_sparse"):
+            read_study(journal, "other")
+
+    def test_another_name_than_the_folders_is_refused(self, study_folder):
+        (study_folder / "search.journal").unlink()
+        with pytest.raises(SearchError, match="not 'x'"):
+            read_study(study_folder, "x")
+
+
+def test_optuna_dashboard_shows_the_study(study_folder):
+    dashboard = pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(study_folder / "search.journal"))
+    )
+    app = dashboard.wsgi(storage)
+
+    def get(path: str):
+        status = []
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": path,
+            "QUERY_STRING": "",
+            "SERVER_NAME": "test",
+            "SERVER_PORT": "80",
+            "wsgi.url_scheme": "http",
+        }
+        body = b"".join(app(environ, lambda code, headers, *_: status.append(code)))
+        assert status[0].startswith("200"), (path, status)
+        return json.loads(body)
+
+    (summary,) = get("/api/studies")["study_summaries"]
+    assert summary["study_name"] == "hf-adaptive-sparse"
+    detail = get(f"/api/studies/{summary['study_id']}")
+    assert len(detail["trials"]) == 4
+    keys = {attribute["key"] for attribute in detail["trials"][0]["user_attrs"]}
+    assert {"profile", "mean_sparsity", "seconds"} <= keys
+
+
+class TestHeldOut:
+    def test_the_interval_follows_from_paired_windows(self):
+        from hf_adaptive_sparse.search.comparison import compare
+
+        uniform = [(40.0 + n, 10) for n in range(30)]
+        best = [(loss - 0.2, count) for loss, count in uniform]
+        same = compare(7, uniform, best)
+        assert same.trial == 7
+        assert same.change_percent == pytest.approx(100 * math.expm1(-0.02))
+        assert same.low_percent == pytest.approx(same.change_percent)
+        assert same.high_percent == pytest.approx(same.change_percent)
+        noisy = [(loss - 0.2 + (-1) ** n, 10) for n, (loss, _) in enumerate(uniform)]
+        wide = compare(7, uniform, noisy)
+        assert wide.low_percent < wide.change_percent < wide.high_percent
+        assert wide.change_percent == pytest.approx(same.change_percent)
+        assert compare(7, uniform, noisy) == wide
+
+    def test_windows_that_differ_are_refused(self):
+        from hf_adaptive_sparse.search.comparison import compare
+
+        with pytest.raises(ValueError, match="the same windows"):
+            compare(0, [(1.0, 2)], [(1.0, 3)])
+        with pytest.raises(ValueError, match="not finite"):
+            compare(0, [(1.0, 2)], [(math.nan, 2)])
+        with pytest.raises(ValueError, match="No token"):
+            compare(0, [(0.0, 0)], [(0.0, 0)])
+
+    def test_text_is_cut_into_its_rows_and_images_are_not(self):
+        from hf_adaptive_sparse.search.comparison import windows_of
+
+        text = {"input_ids": torch.arange(6).reshape(3, 2)}
+        images = {"input_ids": torch.ones(2, 4), "pixel_values": torch.ones(2, 3, 4, 4)}
+        windows = windows_of([text, images])
+        assert [w["input_ids"].shape[0] for w in windows] == [1, 1, 1, 2]
+        assert torch.equal(windows[1]["input_ids"], text["input_ids"][1:2])
+
+    def test_a_search_that_is_finished_gets_its_comparison_later(
+        self, tiny_llama, text_batches, tmp_path
+    ):
+        def run(**more):
+            return search(
+                tiny_llama,
+                text_batches[:1],
+                text_batches[1:2],
+                SearchSpace(blocks=2, kv_bits=None),
+                n_trials=3,
+                storage=tmp_path / "s.journal",
+                progress=False,
+                **more,
+            )
+
+        assert run().to_dict()["held_out"] is None
+        first = run(held_out=text_batches[2:]).to_dict()["held_out"]
+        assert first["windows"] == 4
+        assert len(run().history) == 3
+        assert run().to_dict()["held_out"] == first
