@@ -177,21 +177,33 @@ class Magnitude(Metric):
         return _magnitudes(weight)
 
 
-@register_metric
-class SparseGPT(Metric):
-    """Optimal brain surgeon with weight update (arXiv:2301.00774); see `pruning.sparsegpt`."""
+class _Solved(Metric):
+    """A metric that is a solver: mask and weights come out together."""
 
-    name = "sparsegpt"
     updates_weights = True
 
     def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
-        """Not defined: which weights go depends on the updates made for those gone before.
+        """Not defined: which weights go depends on how the others are updated.
 
         Raises:
             ValueError: Always.
         """
         raise ValueError(
-            "Metric 'sparsegpt' has no scores apart from its weight update: it prunes once, and "
+            f"Metric {self.name!r} has no scores apart from its weight update: it prunes once, and "
             "cannot rank weights for a search. Rank with "
             f"{', '.join(sorted(n for n, m in METRICS.items() if not m.updates_weights))}."
         )
+
+
+@register_metric
+class SparseGPT(_Solved):
+    """Optimal brain surgeon with weight update (arXiv:2301.00774); see `pruning.sparsegpt`."""
+
+    name = "sparsegpt"
+
+
+@register_metric
+class ALPS(_Solved):
+    """Mask and weights by ADMM, then least squares (arXiv:2406.07831); see `pruning.alps`."""
+
+    name = "alps"
