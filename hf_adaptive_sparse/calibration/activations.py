@@ -6,14 +6,17 @@ to the statistics for each batch (`InputStatistics.token_weights`), never looked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from hf_adaptive_sparse.architecture import image_token_id
+
+T = TypeVar("T")
 
 _CHUNK_ELEMENTS = 1 << 20
 _HESSIAN_ROWS = 1024
@@ -79,7 +82,7 @@ class InputStatistic:
         self.squares = torch.zeros(width, dtype=wide, device=device)
         self.hessian = torch.zeros(width, width, device=device) if hessian else None
         self.tokens = 0.0
-        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._made: object | None = None
 
     def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
         """Add inputs.
@@ -117,20 +120,18 @@ class InputStatistic:
                 "where bfloat16 does not) and the data."
             )
 
-    def factorised(
-        self, factorise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``factorise(hessian)``, computed once; the Hessian itself is given up for it.
+    def turned_into(self, kind: type[T]) -> T:
+        """Return ``kind(hessian)``, made once, to which the Hessian is given up.
 
         Raises:
-            ValueError: If no Hessian was asked for.
+            ValueError: If no Hessian was asked for, or it was turned into something else.
         """
-        if self._factors is None:
+        if not isinstance(self._made, kind):
             if self.hessian is None:
-                raise ValueError(f"No Hessian was collected for {self.owner!r}.")
-            self._factors = factorise(self.hessian)
+                raise ValueError(f"No Hessian was collected for {self.owner!r}, or it is gone.")
+            self._made = kind(self.hessian)  # type: ignore[call-arg]
             self.hessian = None
-        return self._factors
+        return self._made
 
 
 class InputStatistics:

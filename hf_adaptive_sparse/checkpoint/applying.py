@@ -24,7 +24,6 @@ from hf_adaptive_sparse.pruning.apply import (
     prune_model,
     resolve_ratios,
 )
-from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
 from hf_adaptive_sparse.runtime.conversion import quantise_
 from hf_adaptive_sparse.version import __version__
@@ -53,7 +52,7 @@ def check_before_loading(model: PreTrainedModel, config: SparsityConfig) -> dict
     per_layer_kv_cache(model, config)
     resolve_weight_bits(config, ratios)
     if any(ratios.values()):
-        _check_calibration(config.metric, config.calibration)
+        _check_calibration(config, config.calibration)
     return ratios
 
 
@@ -91,8 +90,8 @@ def prune_and_resolve(
     settings = _settings(source, config.calibration)
     batches = None
     removes = any(ratios.values())
-    if removes and get_metric(config.metric).needs_calibration:
-        _check_calibration(config.metric, source)
+    if removes and config.needs_calibration:
+        _check_calibration(config, source)
         ready = None if source is None or isinstance(source, str | CalibrationConfig) else source
         if ready is None and processor is None:
             processor = load_processor(model.config.name_or_path, **(hub_arguments or {}))
@@ -110,6 +109,7 @@ def prune_and_resolve(
             model,
             metric=config.metric,
             pattern=config.pattern,
+            weight_update=config.weight_update,
             ratios=ratios,
             batches=batches,
             sequential=settings.sequential,
@@ -131,7 +131,7 @@ def prune_and_resolve(
         modules_to_not_convert=config.modules_to_not_convert,
         checkpoint_format=config.checkpoint_format,
         provenance=_provenance(model, config, source, settings, batches, hub_arguments or {}),
-        **_weight_fields(config, weight_bits),
+        **_optional_fields(config, weight_bits),
     )
     return report, resolved
 
@@ -148,11 +148,14 @@ def _ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
     )
 
 
-def _weight_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> dict[str, Any]:
-    """Return the fields of a config that only a model with quantised weights carries."""
-    if not weight_bits:
-        return {}
-    return {"weight_bits": weight_bits, "weight_group_size": config.weight_group_size}
+def _optional_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> dict[str, Any]:
+    """Return the fields that a config only carries where they say something."""
+    fields: dict[str, Any] = {}
+    if weight_bits:
+        fields |= {"weight_bits": weight_bits, "weight_group_size": config.weight_group_size}
+    if config.weight_update is not None:
+        fields["weight_update"] = config.weight_update
+    return fields
 
 
 def _nothing_removed(
@@ -161,15 +164,18 @@ def _nothing_removed(
     modules = tuple(
         ModuleReport(name, model.get_submodule(name).weight.numel(), 0, 0.0) for name in ratios
     )
-    return PruningReport(modules, config.metric, config.pattern, seconds=0.0)
+    return PruningReport(modules, config.metric, config.pattern, 0.0, config.weight_update)
 
 
-def _check_calibration(metric: str, source: object) -> None:
-    if source is None and get_metric(metric).needs_calibration:
+def _check_calibration(config: SparsityConfig, source: object) -> None:
+    if source is None and config.needs_calibration:
+        what = f"The metric {config.metric!r}"
+        if config.weight_update is not None:
+            what = f"weight_update={config.weight_update!r}"
         raise ValueError(
-            f"The metric {metric!r} needs calibration data, and none were given. Pass "
+            f"{what} needs calibration data, and none were given. Pass "
             "calibration= a dataset's name, a file, batches, or CalibrationConfig() for WikiText-2 "
-            "from the Hub; or choose a metric that needs none: magnitude."
+            "from the Hub; or choose a metric that needs none (magnitude) and no weight update."
         )
 
 

@@ -33,7 +33,7 @@ from hf_adaptive_sparse.profiles import (
     check_format_version,
     check_ratio,
 )
-from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.patterns import parse_pattern
 
 QUANT_METHOD = "adaptive_sparse"
@@ -54,6 +54,9 @@ CHECKPOINT_FIELDS = (
 WEIGHT_FIELDS = ("weight_bits", "weight_group_size")
 """Fields that ``config.json`` holds only where they say something, which makes it version 2."""
 
+METHOD_FIELDS = ("weight_update",)
+"""Fields that ``config.json`` holds only where they were passed: later additions to version 1."""
+
 LOADING_FIELDS = ("calibration", "runtime")
 """The fields that say how a model is made or loaded; a checkpoint does not hold them."""
 
@@ -70,7 +73,12 @@ def _remembers_passed(
     def recording(self: SparsityConfig, *args: _P.args, **kwargs: _P.kwargs) -> None:
         bound = signature.bind(self, *args, **kwargs)
         init(self, *args, **kwargs)
-        given = set(bound.arguments) & {*CHECKPOINT_FIELDS, *WEIGHT_FIELDS, *LOADING_FIELDS}
+        given = set(bound.arguments) & {
+            *CHECKPOINT_FIELDS,
+            *WEIGHT_FIELDS,
+            *METHOD_FIELDS,
+            *LOADING_FIELDS,
+        }
         self._passed = frozenset(given - set(bound.arguments.get("defaulted") or ()))
         self._settle_target()
 
@@ -99,6 +107,9 @@ class SparsityConfig(QuantizationConfigMixin):
             16.
         weight_group_size: Columns that share a scale at 8 and 4 bits, a multiple of 32. ``None``:
             at 8 bits one scale per row, at 4 bits one per 64 columns.
+        weight_update: What the kept weights do once a metric has chosen the others: ``None``
+            (nothing), ``"obs"`` or ``"least_squares"`` (see `pruning.solvers`). The metrics
+            sparsegpt and alps update the weights themselves and take ``None``.
         format_version: Version of the checkpoint's form; ``None``: the one that it takes.
         provenance: Where a compressed model came from: plain JSON types.
         quant_method: Always ``"adaptive_sparse"``; present in ``config.json``.
@@ -126,6 +137,7 @@ class SparsityConfig(QuantizationConfigMixin):
         runtime: str = "auto",
         weight_bits: int | Mapping[str, int] = 16,
         weight_group_size: int | None = None,
+        weight_update: str | None = None,
         *,
         format_version: int | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -141,7 +153,7 @@ class SparsityConfig(QuantizationConfigMixin):
         self._passed: frozenset[str] = frozenset()
         self.quant_method = QUANT_METHOD
         self.target_sparsity = check_ratio(target_sparsity, "target_sparsity")
-        get_metric(metric)
+        self.weight_update = PruningMethod.of(metric, weight_update).weight_update
         self.metric = metric
         parse_pattern(pattern)
         self.pattern = pattern
@@ -182,6 +194,16 @@ class SparsityConfig(QuantizationConfigMixin):
     def passed(self) -> frozenset[str]:
         """Names of the fields that were given, not defaulted."""
         return self._passed
+
+    @property
+    def method(self) -> str:
+        """Metric and weight update, in words: ``"lognorm"``, ``"lognorm + obs"``."""
+        return str(PruningMethod.of(self.metric, self.weight_update))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether pruning as this config says needs calibration data."""
+        return PruningMethod.of(self.metric, self.weight_update).needs_calibration
 
     @property
     def quantises_weights(self) -> bool:
@@ -265,9 +287,10 @@ class SparsityConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form: plain types only, from which `from_dict` makes an equal config.
 
-        ``weight_bits``, ``weight_group_size``, ``calibration`` and ``runtime`` appear where they
-        were passed, ``defaulted`` where some field of every checkpoint was not; the config of a
-        compressed model has the first two only where its weights are quantised, and no other.
+        ``weight_bits``, ``weight_group_size``, ``weight_update``, ``calibration`` and ``runtime``
+        appear where they were passed, ``defaulted`` where some field of every checkpoint was not;
+        the config of a compressed model has the first three only where they say something, and no
+        other.
         """
         kv = self.kv_cache
         data: dict[str, Any] = {
@@ -287,6 +310,8 @@ class SparsityConfig(QuantizationConfigMixin):
             data["weight_bits"] = bits if isinstance(bits, int) else dict(bits)
         if "weight_group_size" in self._passed:
             data["weight_group_size"] = self.weight_group_size
+        if "weight_update" in self._passed:
+            data["weight_update"] = self.weight_update
         if "calibration" in self._passed:
             data["calibration"] = None if self.calibration is None else self.calibration.to_dict()
         if "runtime" in self._passed:

@@ -31,7 +31,7 @@ def merge_configs(checkpoint: SparsityConfig, passed: SparsityConfig) -> Sparsit
     Raises:
         ValueError: If a passed field disagrees with the checkpoint; names it and both values.
     """
-    for name in ("target_sparsity", "metric", "pattern", "checkpoint_format"):
+    for name in ("target_sparsity", "metric", "weight_update", "pattern", "checkpoint_format"):
         _compare(name, getattr(checkpoint, name), getattr(passed, name), passed)
     mine, theirs = (sorted(c.modules_to_not_convert) for c in (checkpoint, passed))
     _compare("modules_to_not_convert", mine, theirs, passed)

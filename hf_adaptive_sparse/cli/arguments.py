@@ -63,7 +63,8 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric",
         default="lognorm",
-        help="lognorm, wanda, ria, magnitude or sparsegpt (default: lognorm)",
+        help="lognorm, wanda, ria or magnitude, which score weights; sparsegpt or alps, which "
+        "also update those that stay (default: lognorm)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
 
@@ -71,6 +72,12 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
 def _add_final_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, or n:m such as 2:4"
+    )
+    parser.add_argument(
+        "--weight-update",
+        metavar="UPDATE",
+        help="what the kept weights do after the metric's mask: obs or least_squares "
+        "(default: nothing)",
     )
     parser.add_argument(
         "--one-shot",

@@ -116,7 +116,7 @@ def run_prune(options: argparse.Namespace) -> Answer:
     )
     text = (
         f"Removed {result.report.mean_sparsity:.4%} of the decoder's weights "
-        f"({len(result.report.modules)} linears, {options.metric}).\n"
+        f"({len(result.report.modules)} linears, {config.method}).\n"
         f"Weights on disk: {format_bytes(result.weight_bytes)}, dense "
         f"{format_bytes(result.dense_bytes)}.\nSaved to {result.output}"
     )
@@ -329,6 +329,7 @@ def _config(
         fields["target_sparsity"] = options.target_sparsity
     return SparsityConfig(
         metric=options.metric,
+        weight_update=options.weight_update,
         pattern=options.pattern,
         sparsity=sparsity,
         kv_cache=kv_cache,

@@ -26,7 +26,6 @@ from hf_adaptive_sparse.evaluation.resources import (
     sparsity_report,
     weight_bytes_on_disk,
 )
-from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import plot_profile, plot_search_history
 from hf_adaptive_sparse.search.result import SearchResult
@@ -106,7 +105,7 @@ def prune_to_folder(
     dense_bytes = parameter_bytes(dense)
     data = calibration or DataSource()
     batches = None
-    if get_metric(config.metric).needs_calibration:
+    if config.needs_calibration:
         batches = data.batches(processor, dense.config, "train")
     with staged_folder(target, overwrite=overwrite) as folder:
         report = apply_config(dense, config, batches, processor, progress=progress)

@@ -239,6 +239,7 @@ def final_config(
     return SparsityConfig(
         target_sparsity=config.target_sparsity,
         metric=config.metric,
+        weight_update=config.weight_update,
         sparsity=ratios,
         pattern=config.pattern,
         calibration=config.calibration,

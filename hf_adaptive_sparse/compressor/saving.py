@@ -144,7 +144,7 @@ def save_report(
             checkpoint_format=config.checkpoint_format,
             target_sparsity=config.target_sparsity,
             achieved_sparsity=report.mean_sparsity,
-            metric=config.metric,
+            metric=config.method,
             pattern=config.pattern,
             kv_cache=kv_cache,
             kv_mean_bits=None if kv_cache is None else kv_cache.mean_bits(widths),

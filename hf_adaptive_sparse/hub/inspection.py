@@ -61,7 +61,7 @@ class Inspection:
         base_model: The dense model it was made from, where recorded.
         format_version: Version of the checkpoint's format.
         checkpoint_format: "bitmask" or "dense".
-        metric: Pruning metric.
+        metric: Pruning metric, and the weight update that followed it.
         pattern: "unstructured" or "n:m".
         target_sparsity: Mean ratio that was asked for.
         sparsity: Least and greatest possible mean ratio over ``modules``; equal where exact. Read

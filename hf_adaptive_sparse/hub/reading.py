@@ -64,7 +64,7 @@ def inspect(
         base_model=_text(config.provenance.get("base_model")),
         format_version=config.format_version,
         checkpoint_format=config.checkpoint_format,
-        metric=config.metric,
+        metric=config.method,
         pattern=config.pattern,
         target_sparsity=config.target_sparsity,
         sparsity=_mean(modules),

@@ -3,8 +3,8 @@
 "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models"
 (arXiv:2406.07831): ``min tr((W − W₀) H (W − W₀)ᵀ)`` subject to a count of zeros is split into a
 dense ``W`` and a sparse ``D`` that are drawn together by a multiplier ``V`` and a penalty ``ρ``
-(its ADMM updates; ``ρ`` grows by its rule while the mask still moves). As there, inputs are scaled so
-that ``H`` has a diagonal of ones, and one eigendecomposition serves all values of ``ρ``.
+(its ADMM updates; ``ρ`` grows by its rule while the mask still moves). As there, inputs are scaled
+so that ``H`` has a diagonal of ones, and one eigendecomposition serves all values of ``ρ``.
 
 Where this differs from the paper: the projection removes exactly ``round(ratio * numel)`` weights
 by the rule of `pruning.ranking` (row by row, as all metrics here), and the refinement on the final

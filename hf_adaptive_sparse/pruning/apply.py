@@ -14,10 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers, layer_index
-from hf_adaptive_sparse.calibration.activations import InputStatistics
 from hf_adaptive_sparse.pruning.layerwise import layer_statistics
 from hf_adaptive_sparse.pruning.masking import MaskedModel, masked
-from hf_adaptive_sparse.pruning.metrics import Metric, get_metric
+from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.one_shot import rank_model
 from hf_adaptive_sparse.pruning.patterns import Pattern, parse_pattern
 from hf_adaptive_sparse.pruning.preparation import (
@@ -27,10 +26,8 @@ from hf_adaptive_sparse.pruning.preparation import (
     progress_bar,
     warn_of_experts,
 )
-from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
 from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
-from hf_adaptive_sparse.pruning.sparsegpt import inverse_factor, solve
 from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
 
 __all__ = [
@@ -50,6 +47,7 @@ def prune_model(
     ratios: Mapping[str, float],
     metric: str = "lognorm",
     pattern: str | Pattern = "unstructured",
+    weight_update: str | None = None,
     batches: Batches | None = None,
     sequential: bool = True,
     image_weight: float = 1.0,
@@ -69,7 +67,9 @@ def prune_model(
             a linear alone but counts it in the report.
         metric: Name of a registered metric.
         pattern: ``"unstructured"`` or ``"n:m"``.
-        batches: Calibration batches; needed by all metrics but data-free ones.
+        weight_update: Update of the kept weights after the metric's mask, by name
+            (`pruning.solvers`), or ``None``.
+        batches: Calibration batches; needed by all metrics but data-free ones, and by updates.
         sequential: Each layer is calibrated on the output of the pruned layers before it; False:
             on that of the dense ones ("one-shot").
         image_weight: Weight of an image token in the statistics; a text token weighs 1.
@@ -84,11 +84,11 @@ def prune_model(
             or weights or activations are NaN or infinite (named).
     """
     started = time.perf_counter()
-    chosen, parsed = get_metric(metric), parse_pattern(pattern)
+    method, parsed = PruningMethod.of(metric, weight_update), parse_pattern(pattern)
     layers_name, _ = decoder_layers(model)
     linears = named_linears(model, ratios)
     targets = {name: parsed.check(ratios[name], f"ratio of {name!r}") for name in linears}
-    check_batches(chosen, batches)
+    check_batches(method, batches)
     warn_of_experts(model)
     by_layer: dict[int, dict[str, nn.Linear]] = {}
     for name, module in linears.items():
@@ -96,11 +96,11 @@ def prune_model(
             check_finite(stored_weight(module, name), name)
             by_layer.setdefault(layer_index(name, layers_name), {})[name] = module
     removed = dict.fromkeys(linears, 0)
-    with progress_bar(len(by_layer), f"Pruning ({metric})", progress) as bar:
+    with progress_bar(len(by_layer), f"Pruning ({method})", progress) as bar:
         for index, statistics in layer_statistics(
             model,
             by_layer,
-            chosen,
+            method,
             batches,
             sequential=sequential,
             image_weight=image_weight,
@@ -108,9 +108,8 @@ def prune_model(
             bar=bar,
         ):
             for name, module in by_layer[index].items():
-                removed[name] = _prune_linear_(
-                    stored_weight(module, name), name, targets[name], chosen, parsed, statistics
-                )
+                weight = stored_weight(module, name)
+                removed[name] = method.prune_(weight, name, targets[name], parsed, statistics)
             gone = sum(removed[name] for name in by_layer[index])
             size = sum(module.weight.numel() for module in by_layer[index].values())
             if statistics is not None:
@@ -124,34 +123,6 @@ def prune_model(
         ),
         metric=metric,
         pattern=str(parsed),
+        weight_update=weight_update,
         seconds=time.perf_counter() - started,
     )
-
-
-def _prune_linear_(
-    weight: torch.Tensor,
-    name: str,
-    ratio: float,
-    metric: Metric,
-    pattern: Pattern,
-    statistics: InputStatistics | None,
-) -> int:
-    """Prune one weight (out, in) in place; return how many of its entries went."""
-    if metric.updates_weights:
-        if statistics is None:
-            raise ValueError(f"Metric {metric.name!r} needs calibration data.")
-        statistic = statistics.statistic(name)
-        factor, dead = statistic.factorised(inverse_factor)
-        updated, removed = solve(
-            weight, factor, dead, removal_count(weight.numel(), ratio), pattern
-        )
-        check_finite(updated, name)
-        weight.copy_(updated)
-    else:
-        norm = None if statistics is None else statistics.input_norm(name)
-        scores = metric.score(weight, norm)
-        removed = mask_from_scores(scores, ratio, metric.grouping, pattern)
-        del scores
-    # Never by multiplication: that leaves -0.0, which the checkpoint format keeps as a value.
-    weight.masked_fill_(removed, 0.0)
-    return int(removed.sum())

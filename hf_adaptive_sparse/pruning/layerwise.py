@@ -15,14 +15,14 @@ from hf_adaptive_sparse.calibration.activations import (
     token_weights,
 )
 from hf_adaptive_sparse.calibration.replay import DecoderReplay
-from hf_adaptive_sparse.pruning.metrics import Metric
+from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.preparation import Batches
 
 
 def layer_statistics(
     model: PreTrainedModel,
     by_layer: Mapping[int, Mapping[str, nn.Linear]],
-    metric: Metric,
+    method: PruningMethod,
     batches: Batches | None,
     *,
     sequential: bool,
@@ -33,7 +33,7 @@ def layer_statistics(
     """Yield each layer that has something to prune, with its statistics; prune it meanwhile."""
     if not by_layer:
         return
-    if not metric.needs_calibration or batches is None:
+    if not method.needs_calibration or batches is None:
         for index in sorted(by_layer):
             yield index, None
         return
@@ -51,7 +51,7 @@ def layer_statistics(
         if linears is None:
             replay.run_layer(index, advance=True)
             continue
-        with collect_inputs(linears, hessian=metric.updates_weights) as statistics:
+        with collect_inputs(linears, hessian=method.needs_hessian) as statistics:
 
             def weigh(batch: int, statistics: InputStatistics = statistics) -> None:
                 statistics.forget_inputs()

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import decoder_layers, prunable_linears
 from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
 from hf_adaptive_sparse.calibration.replay import evaluation_mode, run_decoder
+from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.preparation import (
     Batches,
@@ -57,7 +58,7 @@ def rank_model(
     linears = prunable_linears(model, modules_to_not_convert)
     if chosen.updates_weights:
         chosen.score(next(iter(linears.values())).weight, None)
-    check_batches(chosen, batches)
+    check_batches(PruningMethod(chosen), batches)
     warn_of_experts(model)
     for name, module in linears.items():
         check_finite(stored_weight(module, name), name)

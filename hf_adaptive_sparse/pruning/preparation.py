@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_adaptive_sparse.architecture import dense_expert_weights, prunable_linears
-from hf_adaptive_sparse.pruning.metrics import Metric
+from hf_adaptive_sparse.pruning.method import PruningMethod
 
 logger = logging.getLogger(__name__)
 
@@ -35,23 +35,29 @@ def named_linears(model: nn.Module, ratios: Mapping[str, float]) -> dict[str, nn
     return {name: module for name, module in linears.items() if name in ratios}
 
 
-def check_batches(metric: Metric, batches: Batches | None) -> None:
-    """Refuse missing or empty calibration data where the metric needs some.
+def check_batches(method: PruningMethod, batches: Batches | None) -> None:
+    """Refuse missing or empty calibration data where the method needs some.
 
     Raises:
         ValueError: If they are needed and there are none.
     """
-    if not metric.needs_calibration:
+    if not method.needs_calibration:
         return
     if batches is None:
         raise ValueError(
-            f"Metric {metric.name!r} needs calibration data, got none. Pass calibration batches, a "
+            f"{_words(method)} needs calibration data, got none. Pass calibration batches, a "
             "dataset name or a path, or use metric='magnitude', which needs no data."
         )
     if not len(batches):
         raise ValueError(
-            f"Metric {metric.name!r} needs at least one calibration batch, got an empty list."
+            f"{_words(method)} needs at least one calibration batch, got an empty list."
         )
+
+
+def _words(method: PruningMethod) -> str:
+    if method.metric.needs_calibration:
+        return f"Metric {method.metric.name!r}"
+    return f"weight_update={method.weight_update!r}"
 
 
 def warn_of_experts(model: nn.Module) -> None:

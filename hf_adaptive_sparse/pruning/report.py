@@ -37,12 +37,14 @@ class PruningReport:
         metric: Name of the metric.
         pattern: ``"unstructured"`` or ``"n:m"``.
         seconds: Wall-clock time.
+        weight_update: Name of the update of the kept weights, if there was one.
     """
 
     modules: tuple[ModuleReport, ...]
     metric: str
     pattern: str
     seconds: float
+    weight_update: str | None = None
 
     @property
     def numel(self) -> int:
@@ -74,6 +76,7 @@ class PruningReport:
         """Return plain JSON types."""
         return {
             "metric": self.metric,
+            "weight_update": self.weight_update,
             "pattern": self.pattern,
             "seconds": self.seconds,
             "numel": self.numel,

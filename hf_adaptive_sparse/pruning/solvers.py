@@ -1,5 +1,4 @@
-"""What may happen to the weights that stay: the updates on a given mask, and the solvers that
-choose mask and weights together.
+"""What may happen to the weights that stay: updates on a given mask, and solvers of both at once.
 
 An update (`WEIGHT_UPDATES`) follows the mask of any metric; a solver (`SOLVERS`) is the whole of a
 metric whose ``updates_weights`` is true, and has the metric's name.

@@ -74,7 +74,7 @@ class CardFacts:
         checkpoint_format: "bitmask" or "dense".
         target_sparsity: Mean ratio that was asked for, over the prunable weights.
         achieved_sparsity: Mean ratio that was reached, over the same weights.
-        metric: Pruning metric.
+        metric: Pruning metric, and the weight update that follows it.
         pattern: "unstructured" or "n:m".
         kv_cache: KV profile, if there is one.
         kv_mean_bits: Its mean bits per element, weighted by width.

@@ -245,3 +245,27 @@ def test_other_models_load_as_before(dense_llama: Path) -> None:
     model, info = LlamaForCausalLM.from_pretrained(dense_llama, output_loading_info=True)
     assert not info["missing_keys"]
     assert not hasattr(model.config, "quantization_config")
+
+
+def test_a_weight_update_is_applied_recorded_and_read_back(
+    tiny_llama: LlamaForCausalLM, text_batches: list[dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    before = {name: p.detach().clone() for name, p in tiny_llama.named_parameters()}
+    config = has.SparsityConfig(metric="lognorm", weight_update="least_squares")
+    has.prune(tiny_llama, config, text_batches, progress=False)
+    own = tiny_llama.config.quantization_config
+    assert own.weight_update == "least_squares"
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = tiny_llama.get_parameter(name)
+    assert not torch.equal(weight[weight != 0], before[name][weight != 0])
+    tiny_llama.save_pretrained(tmp_path / "updated")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "updated")
+    assert again.config.quantization_config == own
+    assert all(torch.equal(a, b) for a, b in zip(*map(state, (tiny_llama, again)), strict=True))
+    assert has.inspect(tmp_path / "updated").metric == "lognorm + least_squares"
+
+
+def test_a_weight_update_without_calibration_is_refused_before_loading(dense_llama: Path) -> None:
+    config = has.SparsityConfig(metric="magnitude", weight_update="obs")
+    with pytest.raises(ValueError, match="weight_update='obs' needs calibration data"):
+        AutoModelForCausalLM.from_pretrained(dense_llama, sparsity_config=config)

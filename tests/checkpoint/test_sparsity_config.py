@@ -72,6 +72,9 @@ def test_defaults_are_those_of_the_design() -> None:
         ),
         checkpoint(),
         SparsityConfig(weight_bits=16),
+        SparsityConfig(weight_update=None),
+        SparsityConfig(weight_update="obs"),
+        checkpoint(weight_update="least_squares"),
         checkpoint(weight_bits={"model.layers.0.mlp": 8}, weight_group_size=64),
     ],
 )
@@ -106,6 +109,24 @@ def test_the_config_of_a_compressed_model_is_plain_json_with_the_designs_keys() 
         "key_mode": "channel",
         "sink_length": 0,
     }
+
+
+def test_a_weight_update_is_stored_only_where_there_is_one() -> None:
+    assert "weight_update" not in checkpoint().to_dict()
+    config = checkpoint(weight_update="obs")
+    assert config.to_dict()["weight_update"] == "obs"
+    assert config.to_dict()["format_version"] == 1
+    assert config.method == "wanda + obs"
+    assert checkpoint().method == "wanda"
+    with pytest.raises(ValueError, match=r"weight_update .*'obs', sparsity_config says None"):
+        merge_configs(config, SparsityConfig(weight_update=None))
+    assert merge_configs(config, SparsityConfig()).weight_update == "obs"
+
+
+def test_only_data_free_metrics_without_an_update_need_no_calibration() -> None:
+    assert not SparsityConfig(metric="magnitude").needs_calibration
+    assert SparsityConfig(metric="magnitude", weight_update="obs").needs_calibration
+    assert SparsityConfig().needs_calibration
 
 
 def test_weight_bits_are_version_two_and_nothing_else_is() -> None:
@@ -219,6 +240,11 @@ def test_a_pattern_fixes_the_target(pattern: str, ratio: float) -> None:
         ({"weight_bits": {"a": True}}, r"weight_bits of 'a' must be one of 4, 8, 16 .*got True"),
         ({"weight_bits": {1: 8}}, r"map module names or globs to bits"),
         ({"weight_bits": {"a": 8}, "checkpoint_format": "dense"}, r"checkpoint_format='bitmask'"),
+        ({"weight_update": "admm"}, r"None or one of least_squares, obs; got 'admm'"),
+        (
+            {"weight_update": "obs", "metric": "alps"},
+            r"'alps' updates the weights by itself, so weight_update must be None; got 'obs'",
+        ),
         ({"weight_group_size": 48}, r"multiple of 32 above 0, got 48"),
         ({"weight_group_size": True}, r"multiple of 32 above 0, got True"),
         ({"format_version": "1"}, r"must be a whole number"),

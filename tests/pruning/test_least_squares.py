@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -71,7 +73,7 @@ def test_the_loss_falls_with_every_step():
         for steps in range(12)
     ]
     assert losses[0] == pytest.approx(loss.of(weight.masked_fill(~removed, 0)))
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses))
 
 
 @pytest.mark.parametrize("metric", ["lognorm", "wanda", "ria", "magnitude"])

@@ -14,12 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_adaptive_sparse.architecture import prunable_linears
 from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
 from hf_adaptive_sparse.pruning.apply import prune_model, rank_model, resolve_ratios
+from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.metrics import METRICS, get_metric
 from hf_adaptive_sparse.pruning.patterns import parse_pattern
 from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
 from hf_adaptive_sparse.pruning.sparsegpt import inverse_factor, solve
 
 ALL_METRICS = sorted(METRICS)
+METHODS = [(name, None) for name in ALL_METRICS]
+METHODS += [("lognorm", "obs"), ("wanda", "least_squares"), ("magnitude", "least_squares")]
 SCORED = [name for name in ALL_METRICS if not METRICS[name].updates_weights]
 
 
@@ -28,12 +31,12 @@ def prune(model, ratios, batches, **options):
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-@pytest.mark.parametrize("metric", ALL_METRICS)
+@pytest.mark.parametrize(("metric", "update"), METHODS)
 class TestContract:
-    """Holds for every metric."""
+    """Holds for every metric and weight update."""
 
     def test_counts_are_exact_and_nothing_else_changes(
-        self, tiny_llava, image_batches, metric, sequential
+        self, tiny_llava, image_batches, metric, update, sequential
     ):
         before = copy.deepcopy(tiny_llava.state_dict())
         objects = {name: id(p) for name, p in tiny_llava.named_parameters()}
@@ -41,7 +44,14 @@ class TestContract:
         grads = {name: p.requires_grad for name, p in tiny_llava.named_parameters()}
         tiny_llava.train()
         ratios = resolve_ratios(tiny_llava, 0.5, {"*.mlp.*": 0.437, "*.layers.2.*": 0.6})
-        report = prune(tiny_llava, ratios, image_batches, metric=metric, sequential=sequential)
+        report = prune(
+            tiny_llava,
+            ratios,
+            image_batches,
+            metric=metric,
+            weight_update=update,
+            sequential=sequential,
+        )
         assert tiny_llava.training
         assert {name: id(p) for name, p in tiny_llava.named_parameters()} == objects
         assert {name: p.requires_grad for name, p in tiny_llava.named_parameters()} == grads
@@ -54,36 +64,56 @@ class TestContract:
             assert entry.numel == weight.numel()
             assert not torch.signbit(weight[weight == 0]).any()
             kept = weight != 0
-            if not METRICS[metric].updates_weights:
+            if not PruningMethod.of(metric, update).needs_hessian:
                 assert torch.equal(weight[kept], before[entry.name + ".weight"][kept])
         pruned = {name + ".weight" for name, ratio in ratios.items() if ratio > 0}
         for name, tensor in tiny_llava.state_dict().items():
             if name not in pruned:
                 assert torch.equal(tensor, before[name]), name
 
-    def test_deterministic(self, tiny_llama, text_batches, metric, sequential):
+    def test_deterministic(self, tiny_llama, text_batches, metric, update, sequential):
         ratios = resolve_ratios(tiny_llama, 0.55)
         models = [copy.deepcopy(tiny_llama) for _ in range(2)]
         for model in models:
-            prune(model, ratios, text_batches, metric=metric, sequential=sequential)
+            prune(
+                model,
+                ratios,
+                text_batches,
+                metric=metric,
+                weight_update=update,
+                sequential=sequential,
+            )
         first, second = (model.state_dict() for model in models)
         assert all(torch.equal(first[key], second[key]) for key in first)
 
-    def test_zero_rows_and_columns(self, tiny_llama, text_batches, metric, sequential):
+    def test_zero_rows_and_columns(self, tiny_llama, text_batches, metric, update, sequential):
         with torch.no_grad():
             for module in prunable_linears(tiny_llama).values():
                 module.weight[3] = 0
                 module.weight[:, 5] = 0
         ratios = resolve_ratios(tiny_llama, 0.5)
-        report = prune(tiny_llama, ratios, text_batches, metric=metric, sequential=sequential)
+        report = prune(
+            tiny_llama,
+            ratios,
+            text_batches,
+            metric=metric,
+            weight_update=update,
+            sequential=sequential,
+        )
         assert report.mean_sparsity == pytest.approx(0.5, abs=1e-4)
         for module in prunable_linears(tiny_llama).values():
             assert module.weight.isfinite().all()
 
-    def test_n_of_m(self, tiny_llama, text_batches, metric, sequential):
+    def test_n_of_m(self, tiny_llama, text_batches, metric, update, sequential):
         ratios = resolve_ratios(tiny_llama, 0.5, pattern="2:4")
         report = prune(
-            tiny_llama, ratios, text_batches, metric=metric, sequential=sequential, pattern="2:4"
+            tiny_llama,
+            ratios,
+            text_batches,
+            metric=metric,
+            weight_update=update,
+            sequential=sequential,
+            pattern="2:4",
         )
         assert report.mean_sparsity == 0.5
         assert report.pattern == "2:4"
@@ -91,7 +121,7 @@ class TestContract:
             groups = (module.weight == 0).view(-1, 4).sum(1)
             assert (groups == 2).all()
 
-    def test_padding_changes_nothing(self, tiny_llama, text_batches, metric, sequential):
+    def test_padding_changes_nothing(self, tiny_llama, text_batches, metric, update, sequential):
         bare = [{"input_ids": batch["input_ids"][1:]} for batch in text_batches]
         padded = []
         for batch in bare:
@@ -104,28 +134,46 @@ class TestContract:
         masks = []
         for batches in (bare, padded):
             model = copy.deepcopy(tiny_llama)
-            prune(model, ratios, batches, metric=metric, sequential=sequential)
+            prune(
+                model, ratios, batches, metric=metric, weight_update=update, sequential=sequential
+            )
             masks.append([m.weight == 0 for m in prunable_linears(model).values()])
         differing = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
         # sparsegpt works in float32, where near-ties may fall either way
-        assert differing <= (0.002 if METRICS[metric].updates_weights else 0) * report_size(model)
+        assert differing <= (
+            0.002 if PruningMethod.of(metric, update).needs_hessian else 0
+        ) * report_size(model)
 
-    def test_bf16(self, tiny_llama, text_batches, metric, sequential):
+    def test_bf16(self, tiny_llama, text_batches, metric, update, sequential):
         tiny_llama.bfloat16()
         ratios = resolve_ratios(tiny_llama, 0.5)
-        report = prune(tiny_llama, ratios, text_batches, metric=metric, sequential=sequential)
+        report = prune(
+            tiny_llama,
+            ratios,
+            text_batches,
+            metric=metric,
+            weight_update=update,
+            sequential=sequential,
+        )
         assert report.mean_sparsity == 0.5
         assert {m.weight.dtype for m in prunable_linears(tiny_llama).values()} == {torch.bfloat16}
 
     def test_weights_that_are_not_finite_are_named_before_anything_changes(
-        self, tiny_llama, text_batches, metric, sequential
+        self, tiny_llama, text_batches, metric, update, sequential
     ):
         name = "model.layers.2.mlp.down_proj"
         tiny_llama.get_submodule(name).weight.data[1, 2] = torch.nan
         before = copy.deepcopy(tiny_llama.state_dict())
         ratios = resolve_ratios(tiny_llama, 0.5)
         with pytest.raises(ValueError, match=r"'model\.layers\.2\.mlp\.down_proj\.weight' holds"):
-            prune(tiny_llama, ratios, text_batches, metric=metric, sequential=sequential)
+            prune(
+                tiny_llama,
+                ratios,
+                text_batches,
+                metric=metric,
+                weight_update=update,
+                sequential=sequential,
+            )
         after = tiny_llama.state_dict()
         assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)
 
@@ -135,32 +183,37 @@ def report_size(model):
 
 
 @pytest.mark.parametrize("sequential", [True, False])
-@pytest.mark.parametrize("metric", ["lognorm", "wanda", "sparsegpt"])
-def test_against_a_loop_by_hand(tiny_llama, text_batches, metric, sequential):
+@pytest.mark.parametrize(
+    ("metric", "update"),
+    [("lognorm", None), ("wanda", None), ("sparsegpt", None), ("lognorm", "obs")],
+)
+def test_against_a_loop_by_hand(tiny_llama, text_batches, metric, update, sequential):
     """Forward the whole model again for every layer: slow, and plainly right."""
     ratios = resolve_ratios(tiny_llama, 0.5, {"*": 0.5, "*.o_proj": 0.3})
     ours, theirs = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
-    prune(ours, ratios, text_batches, metric=metric, sequential=sequential)
+    prune(ours, ratios, text_batches, metric=metric, weight_update=update, sequential=sequential)
     chosen = get_metric(metric)
+    hessian = chosen.updates_weights or update is not None
     linears = prunable_linears(theirs)
     for index in range(4):
         mine = {n: m for n, m in linears.items() if n.startswith(f"model.layers.{index}.")}
         source = theirs if sequential else tiny_llama
         seen = {n: source.get_submodule(n) for n in mine}
-        with collect_inputs(seen, hessian=chosen.updates_weights) as statistics:
+        with collect_inputs(seen, hessian=hessian) as statistics:
             for batch in text_batches:
                 statistics.token_weights = token_weights(batch, theirs.config)
                 with torch.no_grad():
                     source(**batch)
         for name, module in mine.items():
             weight, norm = module.weight.data, statistics.input_norm(name)
-            if chosen.updates_weights:
-                factor, dead = inverse_factor(statistics.statistic(name).hessian.clone())
-                weight.copy_(
-                    solve(weight, factor, dead, removal_count(weight.numel(), ratios[name]))[0]
-                )
-            else:
+            count = removal_count(weight.numel(), ratios[name])
+            mask = None
+            if not chosen.updates_weights:
                 mask = mask_from_scores(chosen.score(weight, norm), ratios[name])
+            if hessian:
+                factor, dead = inverse_factor(statistics.statistic(name).hessian.clone())
+                weight.copy_(solve(weight, factor, dead, count, mask=mask)[0])
+            else:
                 weight.masked_fill_(mask, 0)
     first, second = ours.state_dict(), theirs.state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -177,6 +230,42 @@ def test_sequential_and_one_shot_differ_after_the_first_layer(tiny_llama, text_b
     ]
     assert all(same[:7])
     assert not all(same[7:])
+
+
+@pytest.mark.parametrize("metric", SCORED)
+@pytest.mark.parametrize("update", ["obs", "least_squares"])
+def test_an_update_follows_the_mask_of_its_metric(tiny_llama, text_batches, metric, update):
+    """One-shot, so that no earlier update moves the statistics of a later layer."""
+    ratios = resolve_ratios(tiny_llama, 0.5, {"*": 0.5, "*.o_proj": 0.3})
+    bare, updated = copy.deepcopy(tiny_llama), copy.deepcopy(tiny_llama)
+    prune(bare, ratios, text_batches, metric=metric, sequential=False)
+    report = prune(
+        updated, ratios, text_batches, metric=metric, weight_update=update, sequential=False
+    )
+    assert report.weight_update == report.to_dict()["weight_update"] == update
+    for name in ratios:
+        mask = bare.get_submodule(name).weight == 0
+        weight = updated.get_submodule(name).weight
+        assert torch.equal(weight == 0, mask)
+        assert not torch.equal(weight, bare.get_submodule(name).weight)
+
+
+def test_sequential_updates_bring_the_hidden_states_nearer_to_the_dense(tiny_llama, text_batches):
+    ratios = resolve_ratios(tiny_llama, 0.5)
+    batch = text_batches[0]
+    mask = batch["attention_mask"].bool()
+
+    def hidden(model):
+        with torch.no_grad():
+            return model.model(**batch).last_hidden_state[mask]
+
+    errors = {}
+    for metric, update in [("wanda", None), ("wanda", "obs"), ("wanda", "least_squares")]:
+        model = copy.deepcopy(tiny_llama)
+        prune(model, ratios, text_batches, metric=metric, weight_update=update)
+        errors[update] = float((hidden(model) - hidden(tiny_llama)).norm())
+    assert errors["obs"] < errors[None]
+    assert errors["least_squares"] < errors[None]
 
 
 def test_image_weight(tiny_llava, image_batches):
@@ -273,6 +362,12 @@ def test_missing_calibration(tiny_llama, metric):
         prune(tiny_llama, ratios, empty, metric=metric)
 
 
+def test_an_update_needs_calibration_also_after_a_metric_that_needs_none(tiny_llama):
+    ratios = resolve_ratios(tiny_llama, 0.5)
+    with pytest.raises(ValueError, match="weight_update='obs' needs calibration data, got none"):
+        prune(tiny_llama, ratios, None, metric="magnitude", weight_update="obs")
+
+
 def test_magnitude_needs_no_data(tiny_llama):
     report = prune(tiny_llama, resolve_ratios(tiny_llama, 0.3), None, metric="magnitude")
     assert report.mean_sparsity == pytest.approx(0.3, abs=1e-4)
@@ -289,6 +384,10 @@ def test_other_errors(tiny_llama, text_batches):
     ratios = resolve_ratios(tiny_llama, 0.5)
     with pytest.raises(ValueError, match="metric must be one of"):
         prune(tiny_llama, ratios, text_batches, metric="best")
+    with pytest.raises(ValueError, match="weight_update must be None or one of"):
+        prune(tiny_llama, ratios, text_batches, weight_update="admm")
+    with pytest.raises(ValueError, match="'alps' updates the weights by itself"):
+        prune(tiny_llama, ratios, text_batches, metric="alps", weight_update="obs")
     with pytest.raises(ValueError, match="pattern must be"):
         prune(tiny_llama, ratios, text_batches, pattern="2/4")
     with pytest.raises(ValueError, match="'lm_head' is none"):

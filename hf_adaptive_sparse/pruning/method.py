@@ -1,0 +1,103 @@
+"""How one linear is pruned: a metric for what goes, perhaps a weight update for what stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_adaptive_sparse.calibration.activations import InputStatistics
+from hf_adaptive_sparse.pruning.metrics import Metric, get_metric
+from hf_adaptive_sparse.pruning.output_loss import OutputLoss
+from hf_adaptive_sparse.pruning.patterns import Pattern
+from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
+from hf_adaptive_sparse.pruning.solvers import SOLVERS, WEIGHT_UPDATES, check_weight_update
+from hf_adaptive_sparse.pruning.storage import check_finite
+
+
+@dataclass(frozen=True)
+class PruningMethod:
+    """A metric and what follows it.
+
+    Attributes:
+        metric: Says which weights go.
+        weight_update: Name of the update of those that stay, or ``None``.
+    """
+
+    metric: Metric
+    weight_update: str | None = None
+
+    @classmethod
+    def of(cls, metric: str, weight_update: str | None = None) -> PruningMethod:
+        """Return the method of two names.
+
+        Raises:
+            ValueError: If there is no such metric or update, or the two exclude each other.
+        """
+        chosen = get_metric(metric)
+        return cls(chosen, check_weight_update(weight_update, chosen))
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether weights are updated, which takes the Hessian of the inputs."""
+        return self.metric.updates_weights or self.weight_update is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether calibration data are needed."""
+        return self.metric.needs_calibration or self.weight_update is not None
+
+    def __str__(self) -> str:
+        if self.weight_update is None:
+            return self.metric.name
+        return f"{self.metric.name} + {self.weight_update}"
+
+    def prune_(
+        self,
+        weight: torch.Tensor,
+        name: str,
+        ratio: float,
+        pattern: Pattern,
+        statistics: InputStatistics | None,
+    ) -> int:
+        """Prune one weight in place.
+
+        Args:
+            weight: ``(out, in)``, any floating dtype.
+            name: Name of its linear.
+            ratio: Fraction that goes.
+            pattern: The pattern.
+            statistics: Statistics of the linear's inputs; ``None`` only for data-free methods.
+
+        Returns:
+            How many weights went.
+
+        Raises:
+            ValueError: If statistics are missing, or the updated weight is not finite.
+        """
+        if self.metric.updates_weights:
+            solver = SOLVERS[self.metric.name]
+            count = removal_count(weight.numel(), ratio)
+            updated, removed = solver(weight, _loss(statistics, name), count, pattern)
+        else:
+            norm = None if statistics is None else statistics.input_norm(name)
+            scores = self.metric.score(weight, norm)
+            removed = mask_from_scores(scores, ratio, self.metric.grouping, pattern)
+            del scores
+            if self.weight_update is None:
+                # Never by multiplication: that leaves -0.0, which the checkpoint format keeps.
+                weight.masked_fill_(removed, 0.0)
+                return int(removed.sum())
+            update = WEIGHT_UPDATES[self.weight_update]
+            updated = update(weight, removed, _loss(statistics, name))
+        check_finite(updated, name)
+        weight.copy_(updated)
+        weight.masked_fill_(removed, 0.0)
+        return int(removed.sum())
+
+
+def _loss(statistics: InputStatistics | None, name: str) -> OutputLoss:
+    """Return the output loss of a linear, shared with those that read the same tensor."""
+    if statistics is None:
+        raise ValueError(f"Updating the weights of {name!r} needs calibration data, got none.")
+    return statistics.statistic(name).turned_into(OutputLoss)
