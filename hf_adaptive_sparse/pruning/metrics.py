@@ -207,3 +207,4 @@ class ALPS(_Solved):
     """Mask and weights by ADMM, then least squares (arXiv:2406.07831); see `pruning.alps`."""
 
     name = "alps"
+    grouping: ClassVar[Grouping] = "tensor"
