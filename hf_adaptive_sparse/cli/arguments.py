@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_adaptive_sparse.cli import commands as run
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
 from hf_adaptive_sparse.version import __version__
 
 Runner = Callable[[argparse.Namespace], run.Answer]
@@ -46,6 +47,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in QUALITIES.items())
+    parser.add_argument(
+        "--quality",
+        default=DEFAULT_QUALITY,
+        metavar="NAME",
+        help=f"method and effort (default: {DEFAULT_QUALITY}), where the options below say nothing "
+        f"else. {presets}",
+    )
+
+
 def _add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     parser.add_argument("--output", metavar="DIR", required=required, help="folder to write")
     parser.add_argument(
@@ -64,7 +76,7 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         "--metric",
         default="lognorm",
         help="lognorm, wanda, ria or magnitude, which score weights; sparsegpt or alps, which "
-        "also update those that stay (default: lognorm)",
+        "also update those that stay (default: lognorm; of compress: the quality's)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
 
@@ -141,7 +153,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="widths of keys and values to search, such as 6,8; one width fixes them; "
         "none leaves the cache alone (default: 6,8)",
     )
-    parser.add_argument("--trials", type=int, default=50, metavar="N", help="default: 50")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=50,
+        metavar="N",
+        help="default: 50; of compress: the quality's",
+    )
     parser.add_argument(
         "--storage",
         metavar="URL",
@@ -192,8 +210,9 @@ def _compress(commands: Any) -> None:
     parser = _command(
         commands, "compress", run.run_compress, "Search, prune and save: the whole method"
     )
-    for add in (_add_output, *_SEARCHED, _add_final_prune, _add_questions):
+    for add in (_add_quality, _add_output, *_SEARCHED, _add_final_prune, _add_questions):
         add(parser)
+    parser.set_defaults(metric=None, trials=None)
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to this Hub repo")
     parser.add_argument("--private", action="store_true", help="make the pushed repo private")
 

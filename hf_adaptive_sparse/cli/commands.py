@@ -69,7 +69,8 @@ def run_compress(options: argparse.Namespace) -> Answer:
         _model(options),
         options.output,
         config=config,
-        space=search_space(config, options.kv_bits),
+        quality=options.quality,
+        space=search_space(config, options.kv_bits, options.quality),
         trials=options.trials,
         calibration=_calibration(options),
         evaluation=_evaluation(options),
@@ -327,9 +328,11 @@ def _config(
     fields: dict[str, Any] = {}
     if options.target_sparsity is not None:
         fields["target_sparsity"] = options.target_sparsity
+    if options.metric is not None:
+        fields["metric"] = options.metric
+    if options.weight_update is not None:
+        fields["weight_update"] = options.weight_update
     return SparsityConfig(
-        metric=options.metric,
-        weight_update=options.weight_update,
         pattern=options.pattern,
         sparsity=sparsity,
         kv_cache=kv_cache,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_quality
 from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
 from hf_adaptive_sparse.compressor.sources import (
     DataSource,
@@ -74,7 +75,8 @@ def compress(
     *,
     config: SparsityConfig | None = None,
     space: SearchSpace | None = None,
-    trials: int = 50,
+    quality: str = DEFAULT_QUALITY,
+    trials: int | None = None,
     calibration: DataSource | None = None,
     evaluation: DataSource | None = None,
     questions: DataSource | None = None,
@@ -98,9 +100,12 @@ def compress(
         output: Folder to write; it must be missing or empty, unless ``overwrite``.
         config: Metric, pattern, format and calibration mode. Its target sparsity must be the
             space's; its KV profile is the space's to find. A metric that updates weights
-            (sparsegpt) does the final prune, while the search ranks with ``lognorm``.
-        space: What to search. ``None``: the paper's space at the config's target sparsity.
-        trials: Trials of the search, the first of which is the uniform profile.
+            (sparsegpt, alps) does the final prune, while the search ranks with ``lognorm``.
+        space: What to search. ``None``: the quality's space at the config's target sparsity.
+        quality: Name of a preset (`compressor.presets`), which says what ``config``, ``space`` and
+            ``trials`` leave open.
+        trials: Trials of the search, the first of which is the uniform profile. ``None``: the
+            quality's.
         calibration: Data to calibrate on. ``None``: WikiText-2, training split.
         evaluation: Data to evaluate on: the search sees ``num_samples`` of them, the final
             figures as many others. ``None``: WikiText-2, validation split.
@@ -121,8 +126,9 @@ def compress(
     target = Path(output)
     check_output(target, overwrite=overwrite)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
-    config = config or SparsityConfig()
-    space = space or search_space(config)
+    preset = get_quality(quality)
+    config = preset.config(config)
+    space = space or preset.space(config)
     if space.prunes and space.target != config.target_sparsity:
         raise ValueError(
             f"The config and the space must have one target_sparsity, got "
@@ -171,7 +177,7 @@ def compress(
                 space,
                 held_out=held_out if held_out is not searched else None,
                 metric=ranking_metric(config.metric),
-                n_trials=trials,
+                n_trials=preset.trials if trials is None else trials,
                 storage=storage or str(folder / JOURNAL),
                 study_name=study_name,
                 seed=seed,
@@ -205,10 +211,13 @@ def compress(
     return CompressionResult(target, config, report, tuple(rows), result, commit_url)
 
 
-def search_space(config: SparsityConfig, kv_bits: tuple[int, ...] | None = (6, 8)) -> SearchSpace:
-    """Return the paper's space at the config's target; a pattern n:m leaves only KV bits to it."""
-    fixed = config.pattern != "unstructured"
-    return SearchSpace(target_sparsity=None if fixed else config.target_sparsity, kv_bits=kv_bits)
+def search_space(
+    config: SparsityConfig,
+    kv_bits: tuple[int, ...] | None = (6, 8),
+    quality: str = DEFAULT_QUALITY,
+) -> SearchSpace:
+    """Return a preset's space at the config's target; a pattern n:m leaves only KV bits to it."""
+    return get_quality(quality).space(config, kv_bits)
 
 
 def ranking_metric(metric: str) -> str:

@@ -123,6 +123,7 @@ def run_demo(
         compression = compress(
             source,
             output,
+            quality="paper",
             trials=trials,
             calibration=DataSource(calibration, name="generated text and scenes"),
             evaluation=data(seen["text/evaluation"], 64),

@@ -1,0 +1,112 @@
+"""What ``--quality`` stands for: the best that is known here, or the paper's method as published.
+
+A preset says how weights are chosen and updated and how far profiles are searched. Whatever the
+caller gives besides (a metric, a number of trials, a space) takes the place of the preset's value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.search.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A preset.
+
+    Attributes:
+        name: Its name on the command line.
+        summary: What it is, for ``--help``.
+        metric: Metric of the final prune; the search ranks with it where it only scores weights,
+            else with ``lognorm``.
+        weight_update: Update of the kept weights after the metric's mask, or ``None``.
+        trials: Trials of the search.
+        blocks: Groups of consecutive layers that share a ratio.
+        sparsity_range: How far a ratio may lie from the target.
+        step: Distance of the sampled ratios.
+    """
+
+    name: str
+    summary: str
+    metric: str
+    weight_update: str | None
+    trials: int
+    blocks: int
+    sparsity_range: float
+    step: float
+
+    def config(self, asked: SparsityConfig | None = None) -> SparsityConfig:
+        """Return the config of the final prune: what was asked, by this method if none was named.
+
+        Args:
+            asked: The caller's config; the preset's metric and weight update stand in where it was
+                given neither.
+        """
+        if asked is None:
+            return SparsityConfig(metric=self.metric, weight_update=self.weight_update)
+        if asked.passed & {"metric", "weight_update"}:
+            return asked
+        method = {"metric": self.metric}
+        if self.weight_update is not None:
+            method["weight_update"] = self.weight_update
+        completed: SparsityConfig = SparsityConfig.from_dict({**asked.to_dict(), **method})
+        return completed
+
+    def space(
+        self, config: SparsityConfig, kv_bits: tuple[int, ...] | None = (6, 8)
+    ) -> SearchSpace:
+        """Return what is searched at the config's target; n:m leaves only KV bits to choose."""
+        fixed = config.pattern != "unstructured"
+        return SearchSpace(
+            target_sparsity=None if fixed else config.target_sparsity,
+            blocks=self.blocks,
+            sparsity_range=self.sparsity_range,
+            step=self.step,
+            kv_bits=kv_bits,
+        )
+
+
+QUALITIES = MappingProxyType(
+    {
+        quality.name: quality
+        for quality in (
+            Quality(
+                name="best",
+                summary="a searched profile, mask and weights together by ALPS",
+                metric="alps",
+                weight_update=None,
+                trials=50,
+                blocks=8,
+                sparsity_range=0.05,
+                step=0.025,
+            ),
+            Quality(
+                name="paper",
+                summary="arXiv 2507.20613: lognorm, weights as they are, 8 blocks within 0.05",
+                metric="lognorm",
+                weight_update=None,
+                trials=50,
+                blocks=8,
+                sparsity_range=0.05,
+                step=0.025,
+            ),
+        )
+    }
+)
+"""The presets by name."""
+
+DEFAULT_QUALITY = "best"
+
+
+def get_quality(name: str) -> Quality:
+    """Return the preset of a name.
+
+    Raises:
+        ValueError: If there is none; the known names are listed.
+    """
+    if name not in QUALITIES:
+        raise ValueError(f"quality must be one of {', '.join(QUALITIES)}; got {name!r}.")
+    return QUALITIES[name]
