@@ -49,6 +49,8 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/update_readme.py
 	$(BIN)/python benchmarks/search_cost.py
+	$(BIN)/python benchmarks/samplers.py
+	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/prune_memory.py
 	$(BIN)/python benchmarks/kv_bytes.py
 	$(BIN)/python benchmarks/kv_cache.py

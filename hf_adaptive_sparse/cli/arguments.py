@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_adaptive_sparse.cli import commands as run
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 from hf_adaptive_sparse.version import __version__
 
 Runner = Callable[[argparse.Namespace], run.Answer]
@@ -165,6 +166,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="Optuna storage such as postgresql://… or redis://…, or path of a journal or SQLite "
         "file (default: a journal in DIR)",
+    )
+    parser.add_argument(
+        "--sampler",
+        default=DEFAULT_SAMPLER,
+        metavar="NAME",
+        help=f"{', '.join(sampler_names())} (default: {DEFAULT_SAMPLER})",
     )
     parser.add_argument(
         "--study",

@@ -78,6 +78,7 @@ def run_compress(options: argparse.Namespace) -> Answer:
         storage=options.storage,
         study_name=options.study,
         seed=options.seed,
+        sampler=options.sampler,
         overwrite=options.overwrite,
         push_to_hub=options.push_to_hub,
         private=options.private,
@@ -136,6 +137,7 @@ def run_search(options: argparse.Namespace) -> Answer:
         "calibration": _calibration(options),
         "evaluation": _evaluation(options),
         "seed": options.seed,
+        "sampler": options.sampler,
         "workers": options.workers,
         "progress": not options.no_progress,
     }

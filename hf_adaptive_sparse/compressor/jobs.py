@@ -29,6 +29,7 @@ from hf_adaptive_sparse.evaluation.resources import (
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import plot_profile, plot_search_history
 from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 from hf_adaptive_sparse.staging import check_output, staged_folder
@@ -43,6 +44,7 @@ class SearchSettings(TypedDict, total=False):
     calibration: DataSource | None
     evaluation: DataSource | None
     seed: int
+    sampler: str
     workers: int
     progress: bool
 
@@ -127,6 +129,7 @@ def search_study(
     calibration: DataSource | None = None,
     evaluation: DataSource | None = None,
     seed: int = 0,
+    sampler: str = DEFAULT_SAMPLER,
     workers: int = 1,
     progress: bool = True,
 ) -> SearchResult:
@@ -146,6 +149,7 @@ def search_study(
         evaluation: Data to evaluate on: the search sees ``num_samples`` of them, the comparison
             with uniform at the end as many others. ``None``: WikiText-2, validation split.
         seed: Seed of the search, the same for all workers.
+        sampler: As for ``has.search``.
         workers: Processes to start on this machine, this one included.
         progress: Show progress bars on stderr.
 
@@ -161,6 +165,7 @@ def search_study(
         "calibration": calibration,
         "evaluation": evaluation,
         "seed": seed,
+        "sampler": sampler,
     }
     if workers != 1:
         job = partial(search_study, space=space, progress=False, **shared)
@@ -181,6 +186,7 @@ def search_study(
         storage=storage,
         study_name=study_name,
         seed=seed,
+        sampler=sampler,
         progress=progress,
     )
 

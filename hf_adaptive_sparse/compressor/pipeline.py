@@ -25,6 +25,7 @@ from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 from hf_adaptive_sparse.staging import check_output, staged_folder
@@ -83,6 +84,7 @@ def compress(
     storage: str | None = None,
     study_name: str | None = None,
     seed: int = 0,
+    sampler: str = DEFAULT_SAMPLER,
     overwrite: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -114,6 +116,7 @@ def compress(
         storage: Optuna storage URL, or path of a journal. ``None``: a journal beside ``output``.
         study_name: Name of the study there. ``None``: ``"hf-adaptive-sparse"``.
         seed: Seed of the search.
+        sampler: As for ``has.search``.
         overwrite: Replace what is in ``output`` when the job is done.
         push_to_hub: Repo id to push to.
         private: Make the pushed repo private.
@@ -181,6 +184,7 @@ def compress(
                 storage=storage or str(folder / JOURNAL),
                 study_name=study_name,
                 seed=seed,
+                sampler=sampler,
                 modules_to_not_convert=config.modules_to_not_convert,
                 progress=progress,
             )

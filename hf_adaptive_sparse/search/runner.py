@@ -19,6 +19,7 @@ from hf_adaptive_sparse.search.claims import claim
 from hf_adaptive_sparse.search.errors import SearchError, TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluation, Reporter
 from hf_adaptive_sparse.search.recovery import recover
+from hf_adaptive_sparse.search.samplers import as_sampler
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.trials import (
@@ -81,7 +82,7 @@ class TrialRunner:
         shape: The space laid over the model.
         objective: Evaluates a profile.
         seed: Seed of the draws.
-        sampler: Used instead of a seeded TPE sampler.
+        sampler: Name of a sampler, made and seeded per trial, or an Optuna sampler.
         early_stopping: Stop trials that are worse than the best one on the batches seen so far.
     """
 
@@ -92,14 +93,14 @@ class TrialRunner:
         shape: ModelShape,
         objective: Objective,
         seed: int,
-        sampler: BaseSampler | None,
+        sampler: BaseSampler | str,
         *,
         early_stopping: bool = True,
     ) -> None:
         self.study, self.space, self.shape = study, space, shape
         self.objective = objective
         study.pruner = _pruner(early_stopping)
-        study.sampler = sampler or _seeded_sampler(seed)
+        study.sampler = as_sampler(sampler, seed)
         self.uniform = uniform_candidate(space, shape).digest
         self.watch = Watch()
         self.wanted = 0
@@ -210,14 +211,6 @@ class TrialRunner:
         trial.set_user_attr(REPEATABLE, repeatable)
         trial.set_user_attr(FAILURE, reason)
         return TrialFailure(reason, repeatable=repeatable)
-
-
-def _seeded_sampler(seed: int) -> BaseSampler:
-    from optuna.samplers import TPESampler
-
-    from hf_adaptive_sparse.search.sampling import PerTrialSampler
-
-    return PerTrialSampler(lambda seed: TPESampler(seed=seed, constant_liar=True), seed)
 
 
 def _pruner(early_stopping: bool) -> BasePruner:

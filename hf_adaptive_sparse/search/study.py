@@ -32,6 +32,7 @@ from hf_adaptive_sparse.search.fingerprint import fingerprint
 from hf_adaptive_sparse.search.opening import open_study
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.runner import TrialRunner, goes_on
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_maker
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import (
@@ -64,7 +65,7 @@ def search(
     study_name: str | None = None,
     seed: int = 0,
     processor: Any = None,
-    sampler: BaseSampler | None = None,
+    sampler: BaseSampler | str = DEFAULT_SAMPLER,
     modules_to_not_convert: Sequence[str] | None = None,
     early_stopping: bool = True,
     progress: bool = True,
@@ -93,7 +94,8 @@ def search(
         study_name: Name of the study in the storage; ``None`` is ``"hf-adaptive-sparse"``.
         seed: Seed of the sampler.
         processor: The model's processor or tokenizer; needed where data are named.
-        sampler: An Optuna sampler instead of TPE; it keeps its own seed.
+        sampler: ``"tpe"``, ``"tpe-multivariate"``, ``"evolution"``, ``"gp"``, ``"cmaes"``,
+            ``"random"``, or an Optuna sampler, which keeps its own seed. Workers may differ in it.
         modules_to_not_convert: Names or globs of linears that stay dense and do not count.
         early_stopping: Give a trial up as soon as a paired test on the batches seen so far says
             that it is worse than the best one. Its profile is stored with an estimate, and counts
@@ -111,6 +113,8 @@ def search(
     """
     space = SearchSpace() if space is None else space
     _check_arguments(n_trials, seed, metric, space)
+    if isinstance(sampler, str):
+        sampler_maker(sampler)
     shape = ModelShape.of(model, space, modules_to_not_convert)
     if n_trials > 1 and not uniform_params(space, shape):
         raise SearchError(
