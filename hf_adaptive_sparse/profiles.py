@@ -57,13 +57,15 @@ def check_format_version(found: object, what: str, newest: int = FORMAT_VERSION)
         )
 
 
-def check_ratio(ratio: object, what: str) -> float:
+def check_ratio(ratio: Any, what: str) -> float:
     """Return ``ratio`` as a float in [0, 1).
 
     Raises:
         ValueError: If it is not a real number in [0, 1).
     """
-    if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0.0 <= float(ratio) < 1.0:
+    is_number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    # Compared before it is converted: a whole number of any size is a Real, and no float.
+    if not (is_number and 0 <= ratio < 1):
         raise ValueError(
             f"{what} must be a number in [0, 1) (the fraction of weights removed), got {ratio!r}."
         )
@@ -107,6 +109,18 @@ def _check_one_width(bits: object, what: str) -> int:
     return int(bits)
 
 
+def _check_mapping(value: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{what} must be a mapping from module names, got {value!r}.")
+    return value
+
+
+def _check_form(data: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{what} must be a JSON object, got {data!r}.")
+    return data
+
+
 @dataclass(frozen=True)
 class SparsityProfile:
     """The ratio of weights removed from each prunable linear.
@@ -118,8 +132,9 @@ class SparsityProfile:
     ratios: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        ratios = _check_mapping(self.ratios, "The ratios of a sparsity profile")
         checked = {
-            name: check_ratio(ratio, f"sparsity of {name!r}") for name, ratio in self.ratios.items()
+            name: check_ratio(ratio, f"sparsity of {name!r}") for name, ratio in ratios.items()
         }
         object.__setattr__(self, "ratios", checked)
 
@@ -144,11 +159,14 @@ class SparsityProfile:
         Raises:
             ValueError: If the version or a ratio is invalid.
         """
+        data = _check_form(data, "A sparsity profile")
         check_format_version(data.get("format_version"), "the sparsity profile")
+        if "ratios" not in data:
+            raise ValueError(f"A sparsity profile has the key ratios; got {', '.join(data)}.")
         return cls(ratios=data["ratios"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVCacheConfig:
     """How many bits each decoder layer's keys and values take in the cache: the KV profile.
 
@@ -186,10 +204,26 @@ class KVCacheConfig:
             object.__setattr__(self, name, _check_count(getattr(self, name), name))
         sinks = _check_count(self.sink_length, "sink_length", least=0)
         object.__setattr__(self, "sink_length", sinks)
-        if self.key_mode not in KV_KEY_MODES:
+        if not isinstance(self.key_mode, str) or self.key_mode not in KV_KEY_MODES:
             raise ValueError(
                 f"key_mode must be one of {', '.join(KV_KEY_MODES)}, got {self.key_mode!r}."
             )
+
+    def __eq__(self, other: object) -> bool:
+        # 6 bits for both are the same said as bits=6 or as key_bits=6, value_bits=6.
+        if not isinstance(other, KVCacheConfig):
+            return NotImplemented
+        return self._effective == other._effective
+
+    def __hash__(self) -> int:
+        return hash(self._effective)
+
+    @property
+    def _effective(self) -> tuple[Bits | str, ...]:
+        keys = self.bits if self.key_bits is None else self.key_bits
+        values = self.bits if self.value_bits is None else self.value_bits
+        others = (self.group_size, self.residual_length, self.key_mode, self.sink_length)
+        return (keys, values, *others)
 
     def layer_bits(self, num_layers: int) -> tuple[tuple[int, int], ...]:
         """Return ``(key bits, value bits)`` of each of ``num_layers`` decoder layers.
@@ -249,6 +283,7 @@ class KVCacheConfig:
         Raises:
             ValueError: If a key is unknown or a value invalid.
         """
+        data = _check_form(data, "A KV cache config")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown:
@@ -318,9 +353,10 @@ class CompressionProfile:
     def __post_init__(self) -> None:
         if self.weight_bits is None:
             return
+        weight_bits = _check_mapping(self.weight_bits, "The weight bits of a compression profile")
         checked = {
             name: check_weight_bits(bits, f"weight_bits of {name!r}")
-            for name, bits in self.weight_bits.items()
+            for name, bits in weight_bits.items()
         }
         object.__setattr__(self, "weight_bits", checked)
 
@@ -343,6 +379,7 @@ class CompressionProfile:
         Raises:
             ValueError: If the version or a value is invalid.
         """
+        data = _check_form(data, "A compression profile")
         version = data.get("format_version")
         check_format_version(version, "the compression profile", WEIGHT_BITS_VERSION)
         sparsity, kv_cache = data.get("sparsity"), data.get("kv_cache")

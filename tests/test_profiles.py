@@ -155,3 +155,36 @@ class TestCompressionProfile:
     def test_refuses_other_weight_bits(self, bits: object) -> None:
         with pytest.raises(ValueError, match=r"weight_bits of 'a' must be one of 4, 8, 16"):
             CompressionProfile(weight_bits={"a": bits})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [SparsityProfile.from_dict, KVCacheConfig.from_dict, CompressionProfile.from_dict],
+)
+@pytest.mark.parametrize("form", [[], 3, "x", None])
+def test_a_form_that_is_no_object_is_refused(read, form) -> None:
+    with pytest.raises(ValueError, match="must be a JSON object, got"):
+        read(form)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"sparsity": 3}, "must be a mapping from module names, got 3"),
+        ({"sparsity": {"a": 10**400}}, r"sparsity of 'a' must be a number in \[0, 1\)"),
+        ({"weight_bits": [8]}, r"must be a mapping from module names, got \[8\]"),
+        ({"kv_cache": {"bits": 8, "key_mode": ["token"]}}, "key_mode must be one of"),
+    ],
+)
+def test_a_damaged_profile_says_which_value(form, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressionProfile.from_dict({"format_version": 1, **form})
+
+
+def test_kv_profiles_are_equal_if_they_mean_the_same() -> None:
+    said_once, said_apart = KVCacheConfig(bits=6), KVCacheConfig(key_bits=6, value_bits=6)
+    assert said_once == said_apart == KVCacheConfig.from_dict(said_once.to_dict())
+    assert len({said_once, said_apart}) == 1
+    assert said_once != KVCacheConfig(key_bits=6)
+    assert said_once != KVCacheConfig(bits=6, sink_length=4)
+    assert said_once != 6

@@ -148,8 +148,10 @@ class SparsityConfig(QuantizationConfigMixin):
             check_format_version(format_version, "the sparsity config", WEIGHT_BITS_VERSION)
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}.")
-        if not set(defaulted) <= {*CHECKPOINT_FIELDS, *LOADING_FIELDS}:
-            raise ValueError(f"defaulted must name fields of the config, got {list(defaulted)}.")
+        if not isinstance(defaulted, Sequence) or any(
+            name not in (*CHECKPOINT_FIELDS, *LOADING_FIELDS) for name in defaulted
+        ):
+            raise ValueError(f"defaulted must name fields of the config, got {defaulted!r}.")
         self._passed: frozenset[str] = frozenset()
         self.quant_method = QUANT_METHOD
         self.target_sparsity = check_ratio(target_sparsity, "target_sparsity")

@@ -78,7 +78,7 @@ def get_metric(name: str) -> Metric:
     Raises:
         ValueError: If there is none; the known names are listed.
     """
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(sorted(METRICS))}; got {name!r}.")
     return METRICS[name]()
 
