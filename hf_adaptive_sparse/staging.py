@@ -57,16 +57,44 @@ def staged_folder(
     check_output(output, overwrite=overwrite)
     partial = output.with_name(output.name + ".partial")
     _clear(partial, keep)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The folder {partial} cannot be made: {error.strerror}.") from error
+    _make(partial)
     try:
         yield partial
     except BaseException:
         _clear(partial, keep)
         raise
     _replace_folder(partial, output)
+
+
+@contextmanager
+def resumable_folder(output: Path, state_name: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a folder to write into, which becomes ``output`` if the body succeeds.
+
+    If it does not, everything in it stays for the next run, which finds it where the state file is
+    there; without that the folder is emptied first.
+
+    Args:
+        output: The folder to make.
+        state_name: Name of the file that says how far a run came.
+        overwrite: Replace what is in ``output``; otherwise it must be missing or empty.
+
+    Raises:
+        OutputError: As `staged_folder`.
+    """
+    check_output(output, overwrite=overwrite)
+    partial = output.with_name(output.name + ".partial")
+    if not (partial / state_name).is_file():
+        _clear(partial, ())
+    _make(partial)
+    yield partial
+    _replace_folder(partial, output)
+
+
+def _make(partial: Path) -> None:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {partial} cannot be made: {error.strerror}.") from error
 
 
 def _clear(partial: Path, keep: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ other arguments of the layers (masks, rotary embeddings), which layers and batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.calibration.stand_in import standing_in
 
 _POOL_DEPTH = 8
 """How many tensors of one shape are compared with a new one before it is kept as well."""
@@ -75,6 +76,8 @@ class DecoderReplay:
         batches: Sequence[Mapping[str, torch.Tensor]],
         hidden_states_device: str | torch.device = "cpu",
         on_batch: Callable[[int], None] | None = None,
+        *,
+        stand_ins: bool = False,
     ) -> None:
         """Run every batch once and record what the layers are called with.
 
@@ -83,6 +86,8 @@ class DecoderReplay:
             batches: Inputs of its forward.
             hidden_states_device: Where hidden states wait between layers.
             on_batch: Called with the index of a batch before it is run.
+            stand_ins: Let stand-ins run in place of the layers, of which only the first is in
+                memory (`standing_in`).
 
         Raises:
             ValueError: If there are no batches, or a layer runs more than once per forward.
@@ -94,16 +99,17 @@ class DecoderReplay:
         self._pool: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._calls: list[list[_Call | None]] = []
         self.hidden_states: list[torch.Tensor] = []
-        for index, batch in enumerate(batches):
-            if on_batch is not None:
-                on_batch(index)
-            record = self._record(model, batch)
-            if record.first_input is None:
-                raise ValueError(
-                    f"The forward of batch {index} ran no decoder layer of {self._name!r}."
-                )
-            self._calls.append(record.calls)
-            self.hidden_states.append(record.first_input)
+        with standing_in(self._layers) if stand_ins else nullcontext():
+            for index, batch in enumerate(batches):
+                if on_batch is not None:
+                    on_batch(index)
+                record = self._record(model, batch)
+                if record.first_input is None:
+                    raise ValueError(
+                        f"The forward of batch {index} ran no decoder layer of {self._name!r}."
+                    )
+                self._calls.append(record.calls)
+                self.hidden_states.append(record.first_input)
 
     def _record(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> _Record:
         record = _Record([None] * len(self._layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def prune_and_resolve(
     *,
     progress: bool = True,
     hub_arguments: Mapping[str, Any] | None = None,
+    pruner: Callable[..., PruningReport] = prune_model,
 ) -> tuple[PruningReport, SparsityConfig]:
     """Prune a model in place.
 
@@ -75,6 +76,7 @@ def prune_and_resolve(
             the model's own repository.
         progress: Show a progress bar.
         hub_arguments: Revision, token and so on for that repository.
+        pruner: What prunes, with the arguments of `prune_model`.
 
     Returns:
         The report, and the config with every ratio, every layer's KV bits, and the provenance.
@@ -105,7 +107,7 @@ def prune_and_resolve(
             seed=settings.seed,
         )
     if removes:
-        report = prune_model(
+        report = pruner(
             model,
             metric=config.metric,
             pattern=config.pattern,

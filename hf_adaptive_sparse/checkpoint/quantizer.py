@@ -30,6 +30,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     storable_linears,
 )
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
+from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, compress, decompress, row_bytes
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -64,6 +65,9 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: SparsityConfig = quantization_config
         self.checkpoint_files: Sequence[str] = ()
+        self.consumes_model = False
+        """Let go of each weight when it is compressed to be saved: the model is of no use after,
+        and never in memory twice."""
         self.device: torch.device | None = None
         self.runtime_choice = RuntimeChoice("dense", "the model was pruned in memory")
 
@@ -207,13 +211,16 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             )
         # In the model's order, so that equal models make equal shards.
         state = {}
-        for key, weight in dense.items():
+        for key in list(dense):
+            weight = dense.pop(key)
             if key not in compressed:
                 state[key] = weight
                 continue
             if weight.device.type == "meta":
                 weight = load_offloaded_parameter(model, key)
             state |= _compressed(key, weight, *formats[key.removesuffix(".weight")])
+            if self.consumes_model and key not in sparse:
+                empty_(model, [key])
         return state, {}
 
 

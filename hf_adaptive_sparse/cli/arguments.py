@@ -231,6 +231,12 @@ def _prune(commands: Any) -> None:
     for add in (_add_output, *_CALIBRATED, _add_final_prune):
         add(parser)
     parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep one decoder layer in memory at a time: slower to read, and an interrupted run "
+        "goes on with the layer it had reached",
+    )
+    parser.add_argument(
         "--profile", metavar="FILE", help="profile.json of a search, instead of uniform ratios"
     )
     parser.add_argument(

@@ -18,6 +18,7 @@ from hf_adaptive_sparse.compressor import (
     compress,
     evaluate,
     evaluate_tasks,
+    prune_offloaded,
     prune_to_folder,
     search_space,
     search_study,
@@ -107,7 +108,10 @@ def run_prune(options: argparse.Namespace) -> Answer:
         sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
         kv_cache = profile.kv_cache
     config = _config(options, sparsity=sparsity, kv_cache=kv_cache)
-    result = prune_to_folder(
+    if options.offload and options.device_map is not None:
+        raise ValueError("Give --offload or --device-map, not both: it computes on the CPU.")
+    prune = prune_offloaded if options.offload else prune_to_folder
+    result = prune(
         _model(options),
         options.output,
         config,

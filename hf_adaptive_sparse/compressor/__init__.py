@@ -18,6 +18,7 @@ from hf_adaptive_sparse.compressor.jobs import (
     search_to_folder,
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
+from hf_adaptive_sparse.compressor.offload import prune_offloaded
 from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress, search_space
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate_tasks",
     "measure",
     "prune",
+    "prune_offloaded",
     "prune_to_folder",
     "search_space",
     "search_study",

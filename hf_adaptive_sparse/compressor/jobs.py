@@ -111,7 +111,7 @@ def prune_to_folder(
         batches = data.batches(processor, dense.config, "train")
     with staged_folder(target, overwrite=overwrite) as folder:
         report = apply_config(dense, config, batches, processor, progress=progress)
-        save_model(dense, processor, folder)
+        save_model(dense, processor, folder, consume=True)
         recipe = Recipe(str(model.name), None if batches is None else data.label, None, seed)
         save_report(folder, dense, report, recipe, processor=processor)
         weight_bytes = weight_bytes_on_disk(folder)

@@ -74,12 +74,22 @@ def table_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
     return rows
 
 
-def save_model(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel, processor: Any, folder: Path, *, consume: bool = False
+) -> None:
     """Write weights, config, generation config and processor into ``folder``.
+
+    Args:
+        model: The model, which carries its config.
+        processor: Its processor, or ``None``.
+        folder: The folder.
+        consume: Let go of the weights on the way; only their shapes are left in the model.
 
     Raises:
         OutputError: If the weights cannot be written, for example because the disk is full.
     """
+    if consume:
+        model.hf_quantizer.consumes_model = True
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:

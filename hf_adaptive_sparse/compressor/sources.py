@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -49,12 +52,10 @@ class ModelSource:
             OSError: If there is no such model, or the Hub cannot be reached.
         """
         config = AutoConfig.from_pretrained(self.name, revision=self.revision)
-        images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        auto_class = AutoModelForImageTextToText if images else AutoModelForCausalLM
         device_map = self.device_map
         if device_map is None and torch.cuda.is_available():
             device_map = "auto"
-        model: PreTrainedModel = auto_class.from_pretrained(
+        model: PreTrainedModel = _auto_class(config).from_pretrained(
             self.name, revision=self.revision, dtype=self.dtype, device_map=device_map
         )
         return model.eval()
@@ -65,13 +66,40 @@ class ModelSource:
         Raises:
             ValueError: If it carries a quantization config, ours or another's.
         """
+        self._dense_config()
+        return self.load()
+
+    def load_empty(self) -> PreTrainedModel:
+        """Return the model in evaluation mode with the shapes of its parameters alone.
+
+        They are on the meta device, in the dtype that `load` would give them; buffers are real.
+
+        Raises:
+            ValueError: If the model is compressed or quantised, or the dtype is unknown.
+        """
+        config = self._dense_config()
+        name = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype, None)
+        if not isinstance(name, torch.dtype):
+            raise ValueError(
+                "dtype must be the name of a torch dtype, such as bfloat16, or auto where the "
+                f"model's config names its dtype; got {self.dtype!r}."
+            )
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = _auto_class(config).from_config(config, dtype=name)
+        with suppress(OSError):  # not every model has one
+            model.generation_config = GenerationConfig.from_pretrained(
+                self.name, revision=self.revision
+            )
+        return model.eval()
+
+    def _dense_config(self) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(self.name, revision=self.revision)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"A dense model is needed, {self.name} is compressed or quantised already. Give "
                 "the model it was made from."
             )
-        return self.load()
+        return config
 
     def load_processor(self) -> Any:
         """Load the processor, or the tokenizer where the model has no processor."""
@@ -129,6 +157,11 @@ class DataSource:
             return None
         records = read_records(self.source, split, images=accepts_images(config))
         return None if records.kind == "text" else records
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
 
 
 def split_held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

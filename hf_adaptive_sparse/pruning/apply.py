@@ -28,6 +28,7 @@ from hf_adaptive_sparse.pruning.preparation import (
 )
 from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
+from hf_adaptive_sparse.pruning.residence import EVERYWHERE, LayerResidence
 from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
 
 __all__ = [
@@ -53,6 +54,7 @@ def prune_model(
     image_weight: float = 1.0,
     hidden_states_device: str | torch.device = "cpu",
     progress: bool = True,
+    residence: LayerResidence = EVERYWHERE,
 ) -> PruningReport:
     """Set the least valuable weights of a model to zero, in place.
 
@@ -75,6 +77,8 @@ def prune_model(
         image_weight: Weight of an image token in the statistics; a text token weighs 1.
         hidden_states_device: Where hidden states wait between layers.
         progress: Show a progress bar.
+        residence: Brings each layer into memory for its turn, and keeps it when it is pruned.
+            Weights are then checked in their turn, not before any is modified.
 
     Returns:
         What went, per linear.
@@ -93,7 +97,8 @@ def prune_model(
     by_layer: dict[int, dict[str, nn.Linear]] = {}
     for name, module in linears.items():
         if targets[name] > 0:
-            check_finite(stored_weight(module, name), name)
+            if residence is EVERYWHERE:
+                check_finite(stored_weight(module, name), name)
             by_layer.setdefault(layer_index(name, layers_name), {})[name] = module
     removed = dict.fromkeys(linears, 0)
     with progress_bar(len(by_layer), f"Pruning ({method})", progress) as bar:
@@ -106,12 +111,17 @@ def prune_model(
             image_weight=image_weight,
             hidden_states_device=hidden_states_device,
             bar=bar,
+            residence=residence,
         ):
+            if residence is not EVERYWHERE:
+                for name, module in by_layer[index].items():
+                    check_finite(stored_weight(module, name), name)
             for name, module in by_layer[index].items():
                 weight = stored_weight(module, name)
                 removed[name] = method.prune_(weight, name, targets[name], parsed, statistics)
             gone = sum(removed[name] for name in by_layer[index])
             size = sum(module.weight.numel() for module in by_layer[index].values())
+            residence.keep(index, {name: removed[name] for name in by_layer[index]})
             if statistics is not None:
                 statistics.release()
             bar.set_postfix(layer=index, sparsity=f"{gone / size:.4f}")

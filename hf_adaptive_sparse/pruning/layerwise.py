@@ -17,6 +17,7 @@ from hf_adaptive_sparse.calibration.activations import (
 from hf_adaptive_sparse.calibration.replay import DecoderReplay
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.preparation import Batches
+from hf_adaptive_sparse.pruning.residence import EVERYWHERE, LayerResidence
 
 
 def layer_statistics(
@@ -29,13 +30,18 @@ def layer_statistics(
     image_weight: float,
     hidden_states_device: str | torch.device,
     bar: Any,
+    residence: LayerResidence,
 ) -> Iterator[tuple[int, InputStatistics | None]]:
-    """Yield each layer that has something to prune, with its statistics; prune it meanwhile."""
+    """Yield each layer that has something to prune, with its statistics; prune it meanwhile.
+
+    A layer is in memory, as ``residence`` sees to, while it is yielded and while it runs.
+    """
     if not by_layer:
         return
     if not method.needs_calibration or batches is None:
         for index in sorted(by_layer):
-            yield index, None
+            with residence.resident(index):
+                yield index, None
         return
     weights = [token_weights(batch, model.config, image_weight) for batch in batches]
     if not any(bool((w > 0).any()) for w in weights):
@@ -44,21 +50,25 @@ def layer_statistics(
             f"the {len(batches)} batches hold none."
         )
     bar.set_postfix_str("dense forward")
-    replay = DecoderReplay(model, batches, hidden_states_device)
+    with residence.resident(0):
+        replay = DecoderReplay(
+            model, batches, hidden_states_device, stand_ins=residence is not EVERYWHERE
+        )
     last = max(by_layer)
     for index in range(last + 1):
-        linears = by_layer.get(index)
-        if linears is None:
-            replay.run_layer(index, advance=True)
-            continue
-        with collect_inputs(linears, hessian=method.needs_hessian) as statistics:
+        with residence.resident(index):
+            linears = by_layer.get(index)
+            if linears is None:
+                replay.run_layer(index, advance=True)
+                continue
+            with collect_inputs(linears, hessian=method.needs_hessian) as statistics:
 
-            def weigh(batch: int, statistics: InputStatistics = statistics) -> None:
-                statistics.forget_inputs()
-                statistics.token_weights = weights[batch]
+                def weigh(batch: int, statistics: InputStatistics = statistics) -> None:
+                    statistics.forget_inputs()
+                    statistics.token_weights = weights[batch]
 
-            # One-shot: what the dense layer puts out is what the next layer is given.
-            replay.run_layer(index, advance=not sequential, on_batch=weigh)
-        yield index, statistics
-        if sequential and index < last:
-            replay.run_layer(index, advance=True)
+                # One-shot: what the dense layer puts out is what the next layer is given.
+                replay.run_layer(index, advance=not sequential, on_batch=weigh)
+            yield index, statistics
+            if sequential and index < last:
+                replay.run_layer(index, advance=True)

@@ -1,0 +1,198 @@
+"""Decoder layers that stay on disk: read for their turn, and written as a shard when pruned.
+
+The folder that is written holds what a run needs to go on after it was interrupted: the shards of
+the layers that are done, and a state file that names them. A layer counts as done when the state
+file says so, which is written after its shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.checkpoint.weight_files import (
+    WeightFiles,
+    empty_,
+    fill_,
+    write_index,
+    write_json,
+    write_shard,
+)
+from hf_adaptive_sparse.packing.bitmask import compress, decompress
+from hf_adaptive_sparse.pruning.residence import LayerResidence
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "offload_state.json"
+STATE_VERSION = 1
+
+
+class OffloadedLayers(LayerResidence):
+    """The decoder layers of a model whose weights lie in ``source``, pruned into ``folder``.
+
+    Besides the embeddings, encoders and whatever else lies outside the layers, at most one layer is
+    in memory.
+
+    Attributes:
+        removed: Module name -> weights that went, of all layers that are done.
+        most_resident_bytes: The most bytes of layers that were in memory at once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: WeightFiles,
+        folder: Path,
+        compressed: frozenset[str],
+        fingerprint: Mapping[str, Any],
+        *,
+        sequential: bool = True,
+    ) -> None:
+        """Load what lies outside the layers, write it as the first shard, and look what is done.
+
+        Args:
+            model: The model, on the meta device; it is filled.
+            source: The dense checkpoint.
+            folder: Folder to write to; a state of an earlier run in it is continued.
+            compressed: Names of modules whose weights are stored compressed.
+            fingerprint: What a run depends on, plain JSON types. An earlier state with another one
+                is not used.
+            sequential: Layers that are done run as they are pruned; False: as they were.
+        """
+        self._model, self._source, self._folder = model, source, folder
+        self._compressed = {f"{name}.weight" for name in compressed}
+        self._fingerprint = dict(fingerprint)
+        self._sequential = sequential
+        self._prefix, layers = decoder_layers(model)
+        self._count = len(layers)
+        self._shards: dict[str, dict[str, int]] = {}
+        self._done: set[int] = set()
+        self._resident: int | None = None
+        self.removed: dict[str, int] = {}
+        self.most_resident_bytes = 0
+        self._resume()
+        inside = self._prefix + "."
+        self._outside = [n for n in source.stored if not n.startswith(inside)]
+        if self._file(0) not in self._shards:
+            headers = [source.stored[name] for name in self._outside] + source.others
+            self._write(0, source.read(headers))
+        self._fill(self._outside)
+        model.tie_weights()
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Layers that are pruned and written."""
+        return frozenset(self._done)
+
+    @contextmanager
+    def resident(self, index: int) -> Iterator[None]:
+        """See `LayerResidence.resident`."""
+        if self._resident == index:
+            yield
+            return
+        names = self._names(index)
+        if index in self._done and self._sequential:
+            self._fill_pruned(index, names)
+        else:
+            self._fill(names)
+        state = self._model.get_submodule(f"{self._prefix}.{index}").state_dict()
+        size = sum(tensor.nbytes for tensor in state.values())
+        self.most_resident_bytes = max(self.most_resident_bytes, size)
+        self._resident = index
+        try:
+            yield
+        finally:
+            empty_(self._model, names)
+            self._resident = None
+
+    def keep(self, index: int, removed: Mapping[str, int]) -> None:
+        """See `LayerResidence.keep`: write the layer's shard, then the state."""
+        tensors: dict[str, torch.Tensor] = {}
+        state = self._model.get_submodule(f"{self._prefix}.{index}").state_dict()
+        for name in self._names(index):
+            key, tensor = self._source.stored[name].name, state[name[len(self._layer(index)) :]]
+            if name in self._compressed:
+                tensors[f"{key}_values"], tensors[f"{key}_bitmask"] = compress(tensor)
+            else:
+                tensors[key] = tensor
+        self.removed |= removed
+        self._done.add(index)
+        self._write(index + 1, tensors)
+
+    def finish(self) -> None:
+        """Write the layers in which nothing was pruned, and the index; forget the state."""
+        for index in range(self._count):
+            if index not in self._done:
+                with self.resident(index):
+                    self.keep(index, {})
+        write_index(self._folder, self._shards)
+        (self._folder / STATE_NAME).unlink()
+
+    def _layer(self, index: int) -> str:
+        return f"{self._prefix}.{index}."
+
+    def _names(self, index: int) -> list[str]:
+        return [name for name in self._source.stored if name.startswith(self._layer(index))]
+
+    def _file(self, number: int) -> str:
+        return f"model-{number + 1:05d}-of-{self._count + 1:05d}.safetensors"
+
+    def _fill(self, names: list[str]) -> None:
+        headers = {name: self._source.stored[name] for name in names}
+        found = self._source.read(headers.values())
+        fill_(self._model, {name: found[header.name] for name, header in headers.items()})
+
+    def _fill_pruned(self, index: int, names: list[str]) -> None:
+        tensors = {}
+        with safe_open(self._folder / self._file(index + 1), framework="pt") as file:
+            for name in names:
+                key = self._source.stored[name].name
+                if name in self._compressed:
+                    columns = self._model.get_parameter(name).shape[1]
+                    values, bitmask = (
+                        file.get_tensor(f"{key}_{kind}") for kind in ("values", "bitmask")
+                    )
+                    tensors[name] = decompress(values, bitmask, columns)
+                else:
+                    tensors[name] = file.get_tensor(key).clone()
+        fill_(self._model, tensors)
+
+    def _write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._shards[self._file(number)] = write_shard(self._folder / self._file(number), tensors)
+        write_json(
+            self._folder / STATE_NAME,
+            {
+                "format_version": STATE_VERSION,
+                "fingerprint": self._fingerprint,
+                "done": sorted(self._done),
+                "removed": self.removed,
+                "shards": self._shards,
+            },
+        )
+
+    def _resume(self) -> None:
+        path = self._folder / STATE_NAME
+        if not path.is_file():
+            return
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            same = state["format_version"] == STATE_VERSION
+            same = same and state["fingerprint"] == json.loads(json.dumps(self._fingerprint))
+            same = same and all((self._folder / file).is_file() for file in state["shards"])
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            logger.warning("The unfinished run in %s was another one; it starts anew.", path.parent)
+            return
+        self._shards, self.removed = state["shards"], state["removed"]
+        self._done = set(state["done"])
+        logger.info("Going on with layer %d of %d.", len(self._done), self._count)

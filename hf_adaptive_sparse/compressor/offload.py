@@ -1,0 +1,158 @@
+"""Prune a model that is larger than the memory: one decoder layer at a time, from disk to disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import decoder_layers, layer_index, prunable_linears
+from hf_adaptive_sparse.calibration.data import Batch
+from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.loading import attach
+from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
+from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
+from hf_adaptive_sparse.compressor.jobs import PrunedFolder
+from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_report
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
+from hf_adaptive_sparse.pruning.apply import prune_model
+from hf_adaptive_sparse.pruning.ratios import resolve_ratios
+from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
+from hf_adaptive_sparse.staging import check_output, resumable_folder
+
+
+def prune_offloaded(
+    model: ModelSource,
+    output: str | os.PathLike[str],
+    config: SparsityConfig,
+    *,
+    calibration: DataSource | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PrunedFolder:
+    """Prune a dense checkpoint into ``output`` with one decoder layer in memory at a time.
+
+    The result is that of `prune_to_folder`, bit for bit, in shards of one layer each. An
+    interrupted run leaves its finished layers in ``<output>.partial``; the same call goes on with
+    the layer it had reached. Only models are off by a rounding whose decoder is given further
+    visual features between layers (Qwen3-VL).
+
+    Arguments, result and errors are those of `prune_to_folder`; besides:
+
+    Raises:
+        ValueError: Also if the config quantises the weights.
+        CheckpointError: If the checkpoint has no safetensors files, or transformers assembles
+            weights of it from several tensors.
+    """
+    target = Path(output)
+    check_output(target, overwrite=overwrite)
+    if config.quantises_weights:
+        raise ValueError(
+            "Pruning with offloaded layers keeps the weights' dtype: leave out weight_bits, or "
+            "prune in memory."
+        )
+    empty = model.load_empty()
+    files = WeightFiles(empty, _folder(model))
+    processor = model.load_processor()
+    ratios = resolve_ratios(
+        empty,
+        config.target_sparsity,
+        config.sparsity,
+        config.modules_to_not_convert,
+        config.pattern,
+    )
+    data = calibration or DataSource()
+    batches = None
+    if config.needs_calibration:
+        batches = data.batches(processor, empty.config, "train")
+    sequential = config.calibration is None or config.calibration.sequential
+    bitmask = config.checkpoint_format == "bitmask"
+    compressed = frozenset(name for name, ratio in ratios.items() if ratio > 0 and bitmask)
+    with resumable_folder(target, STATE_NAME, overwrite=overwrite) as folder:
+        layers = OffloadedLayers(
+            empty,
+            files,
+            folder,
+            compressed,
+            _fingerprint(config, files, batches),
+            sequential=sequential,
+        )
+
+        def prune(whole: PreTrainedModel, **settings: Any) -> PruningReport:
+            return _prune_rest(whole, layers, **settings)
+
+        report, resolved = prune_and_resolve(
+            empty, config, batches, processor, progress=progress, pruner=prune
+        )
+        layers.finish()
+        attach(empty, resolved)
+        _save_configs(empty, folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        recipe = Recipe(str(model.name), None if batches is None else data.label, None, seed)
+        save_report(folder, empty, report, recipe, processor=processor)
+        weight_bytes = weight_bytes_on_disk(folder)
+    return PrunedFolder(target, report, parameter_bytes(empty), weight_bytes)
+
+
+def _prune_rest(
+    model: PreTrainedModel,
+    layers: OffloadedLayers,
+    *,
+    ratios: Mapping[str, float],
+    **settings: Any,  # those of prune_model
+) -> PruningReport:
+    """Prune the layers that are not done, and report on all."""
+    layers_name, _ = decoder_layers(model)
+    rest = {n: r for n, r in ratios.items() if layer_index(n, layers_name) not in layers.done}
+    report = prune_model(model, ratios=rest, residence=layers, **settings)
+    linears = prunable_linears(model)
+    modules = (
+        ModuleReport(name, linears[name].weight.numel(), layers.removed.get(name, 0), ratio)
+        for name, ratio in ratios.items()
+    )
+    return replace(report, modules=tuple(modules))
+
+
+def _folder(model: ModelSource) -> Path:
+    """Return the folder of a checkpoint; what is on the Hub is downloaded."""
+    if Path(model.name).is_dir():
+        return Path(model.name)
+    wanted = ["*.json", "*.safetensors"]
+    name, revision = os.fspath(model.name), model.revision
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
+def _save_configs(model: PreTrainedModel, folder: Path) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _fingerprint(
+    config: SparsityConfig, files: WeightFiles, batches: list[Batch] | None
+) -> dict[str, Any]:
+    """Return what makes a run the same as an earlier one that was interrupted."""
+    data = hashlib.sha256()
+    for batch in batches or ():
+        for key in sorted(batch):
+            tensor = batch[key].contiguous().reshape(-1)
+            data.update(f"{key} {tuple(batch[key].shape)} {tensor.dtype}".encode())
+            data.update(tensor.view(torch.uint8).numpy().tobytes())
+    return {
+        "config": config.to_dict(),
+        "weights": files.digest(),
+        "calibration": data.hexdigest(),
+        "versions": library_versions(),
+    }

@@ -1,0 +1,36 @@
+"""Where decoder layers are while a model is pruned: all in memory, or each for its turn."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+
+class LayerResidence(ABC):
+    """Brings layers into memory, and takes them when they are pruned."""
+
+    @abstractmethod
+    def resident(self, index: int) -> AbstractContextManager[None]:
+        """Hold the weights of a layer in memory while the context is open."""
+
+    @abstractmethod
+    def keep(self, index: int, removed: Mapping[str, int]) -> None:
+        """Take a resident layer as it is now: it is pruned.
+
+        Args:
+            index: The layer.
+            removed: Module name -> weights that went.
+        """
+
+
+class _Everywhere(LayerResidence):
+    def resident(self, index: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def keep(self, index: int, removed: Mapping[str, int]) -> None:
+        """Nothing to do: the model holds it."""
+
+
+EVERYWHERE = _Everywhere()
+"""All layers are in memory all the time."""

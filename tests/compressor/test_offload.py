@@ -1,0 +1,237 @@
+"""Pruning from disk to disk: the same result as in memory, one layer at a time, and resumable."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.checkpoint import offloaded
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
+from hf_adaptive_sparse.compressor import DataSource, ModelSource, prune_offloaded, prune_to_folder
+from hf_adaptive_sparse.compressor.saving import save_model
+from hf_adaptive_sparse.pruning import layerwise
+from hf_adaptive_sparse.staging import OutputError
+from tests.families.catalogue import FAMILIES
+from tests.families.matrix import make_batch
+from tests.families.tiny_models import tiny_model
+
+CONFIG = has.SparsityConfig(
+    sparsity={"*.mlp.*": 0.6, "*.layers.0.self_attn.*": 0.3},
+    kv_cache=has.KVCacheConfig(bits=6),
+    calibration=has.CalibrationConfig(),
+)
+
+CONFIG_OF_TEXT = has.SparsityConfig(target_sparsity=0.5)
+
+
+@pytest.fixture
+def questions(question_file: Path) -> DataSource:
+    return DataSource(question_file, num_samples=4, batch_size=2)
+
+
+@pytest.fixture
+def source(llava_folder: Path) -> ModelSource:
+    return ModelSource(llava_folder)
+
+
+def offload(source, output, data, config=CONFIG, **options):
+    return prune_offloaded(source, output, config, calibration=data, progress=False, **options)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return has.AutoModelForVision2Seq.from_pretrained(folder).state_dict()
+
+
+def assert_same_model(expected: Path, found: Path) -> None:
+    first, second = state(expected), state(found)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"calibration": has.CalibrationConfig(sequential=False)},
+        {"metric": "sparsegpt"},
+        {"metric": "magnitude", "checkpoint_format": "dense"},
+        {"pattern": "2:4", "sparsity": None, "modules_to_not_convert": ["*.layers.2.*"]},
+        {"target_sparsity": 0.0, "sparsity": None},
+    ],
+    ids=["sequential", "one-shot", "sparsegpt", "dense format", "2:4", "nothing removed"],
+)
+def test_the_result_is_that_of_memory_bit_for_bit(source, questions, tmp_path, changes):
+    settings = {"kv_cache": CONFIG.kv_cache, "sparsity": CONFIG.sparsity} | changes
+    config = has.SparsityConfig(**{"calibration": CONFIG.calibration} | settings)
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    expected = prune_to_folder(source, memory, config, calibration=questions, progress=False)
+    found = offload(source, disk, questions, config)
+    assert_same_model(memory, disk)
+    assert replace(found.report, seconds=0) == replace(expected.report, seconds=0)
+    assert found.dense_bytes == expected.dense_bytes
+    for name in ("config.json", "generation_config.json", "profile.json"):
+        assert json.loads((disk / name).read_text()) == json.loads((memory / name).read_text())
+    stored = load_file(memory / "model.safetensors")
+    shards = {key for path in disk.glob("*.safetensors") for key in load_file(path)}
+    assert shards == stored.keys()
+    extra = {p.name for p in disk.iterdir()} ^ {p.name for p in memory.iterdir()}
+    assert {name for name in extra if not name.startswith("model")} == set()
+
+
+def test_one_layer_is_in_memory_at_a_time(source, questions, tmp_path, monkeypatch):
+    seen: list[OffloadedLayers] = []
+    most = 0
+    resident = OffloadedLayers.resident
+
+    def counted(self, index):
+        nonlocal most
+        seen.append(self)
+        layers = self._model.get_submodule(self._prefix)
+        held = [
+            i for i, layer in enumerate(layers) if any(not p.is_meta for p in layer.parameters())
+        ]
+        assert set(held) <= {index}
+        most = max(most, len(held))
+        return resident(self, index)
+
+    monkeypatch.setattr(OffloadedLayers, "resident", counted)
+    offload(source, tmp_path / "out", questions)
+    layers = seen[0]
+    one = sum(p.numel() * 4 for p in layers._model.model.language_model.layers[0].parameters())
+    assert layers.most_resident_bytes == one
+    assert all(p.is_meta for p in layers._model.model.language_model.layers.parameters())
+    assert len(seen) > 4
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("died_at", [0, 2, 4])
+def test_an_interrupted_run_goes_on_where_it_was(
+    source, questions, tmp_path, monkeypatch, died_at, sequential
+):
+    settings = {
+        "sparsity": CONFIG.sparsity,
+        "calibration": has.CalibrationConfig(sequential=sequential),
+    }
+    config = has.SparsityConfig(**settings)
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    expected = offload(source, whole, questions, config)
+    write = offloaded.write_shard
+
+    def dying(path, tensors):
+        if f"-{died_at + 1:05d}-of" in path.name:
+            path.write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        return write(path, tensors)
+
+    monkeypatch.setattr(offloaded, "write_shard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        offload(source, output, questions, config)
+    assert not output.exists()
+    monkeypatch.setattr(offloaded, "write_shard", write)
+
+    calibrated = []
+    collect = layerwise.collect_inputs
+    monkeypatch.setattr(
+        layerwise,
+        "collect_inputs",
+        lambda linears, **k: calibrated.append(linears) or collect(linears, **k),
+    )
+    found = offload(source, output, questions, config)
+    done = max(0, died_at - 1)  # the first shard is not a layer
+    assert len(calibrated) == 4 - done
+    assert replace(found.report, seconds=0) == replace(expected.report, seconds=0)
+    assert_same_model(whole, output)
+    assert not (output / STATE_NAME).exists()
+
+
+def test_the_state_of_another_run_is_not_used(source, questions, tmp_path, monkeypatch, caplog):
+    output = tmp_path / "out"
+
+    def full(self):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(OffloadedLayers, "finish", full)
+    with pytest.raises(OSError, match="No space left"):
+        offload(source, output, questions)
+    monkeypatch.undo()
+    other = has.SparsityConfig(target_sparsity=0.25, calibration=has.CalibrationConfig())
+    with caplog.at_level(logging.WARNING):
+        found = offload(source, output, questions, other)
+    assert "starts anew" in caplog.text
+    assert found.report.mean_sparsity == pytest.approx(0.25, abs=1e-4)
+
+
+def test_an_output_that_is_not_empty_is_left_alone(source, questions, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine").write_text("here")
+    with pytest.raises(OutputError, match="must be empty"):
+        offload(source, output, questions)
+    offload(source, output, questions, overwrite=True)
+    assert not (output / "mine").exists()
+
+
+def test_quantised_weights_are_refused(source, questions, tmp_path):
+    with pytest.raises(ValueError, match="leave out weight_bits"):
+        offload(source, tmp_path / "out", questions, has.SparsityConfig(weight_bits=8))
+
+
+def test_saving_may_consume_the_model(tiny_llama, text_batches, tmp_path):
+    has.prune(tiny_llama, CONFIG_OF_TEXT, text_batches, progress=False)
+    save_model(tiny_llama, None, tmp_path / "kept")
+    weight = tiny_llama.model.layers[0].mlp.up_proj.weight
+    assert not weight.is_meta
+    save_model(tiny_llama, None, tmp_path / "gone", consume=True)
+    assert tiny_llama.model.layers[0].mlp.up_proj.weight.is_meta
+    first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("kept", "gone"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_compressed_model_and_one_without_safetensors_are_refused(source, questions, tmp_path):
+    output = tmp_path / "out"
+    offload(source, output, questions)
+    with pytest.raises(ValueError, match="compressed or quantised already"):
+        offload(ModelSource(output), tmp_path / "again", questions)
+    (Path(source.name) / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds neither"):
+        offload(source, tmp_path / "again", questions)
+
+
+def test_weights_made_of_several_tensors_are_refused(text_file, tmp_path):
+    folder = tmp_path / "mixtral"
+    tiny_model("mixtral").save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"assembles .* from several tensors"):
+        prune_offloaded(
+            ModelSource(folder), tmp_path / "out", has.SparsityConfig(metric="magnitude")
+        )
+
+
+SAMPLE = ["llama", "gemma3", "qwen2_vl", "mllama", "opt", "granite_speech (audio)"]
+
+
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.title in SAMPLE], ids=lambda f: f.title
+)
+def test_stand_ins_show_what_the_layers_are_called_with(family):
+    model = tiny_model(family.model_type, family.changes)
+    batch = make_batch(family, model)
+    real = layerwise.DecoderReplay(model, [batch])
+    shown = layerwise.DecoderReplay(model, [batch], stand_ins=True)
+    assert torch.equal(real.hidden_states[0], shown.hidden_states[0])
+    last = len(real._layers)
+    for index in range(last):
+        real.run_layer(index, advance=True)
+        shown.run_layer(index, advance=True)
+        assert torch.equal(real.hidden_states[0], shown.hidden_states[0])
+    assert not any("forward" in layer.__dict__ for layer in real._layers)
