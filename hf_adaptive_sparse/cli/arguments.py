@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_adaptive_sparse.cli import commands as run
+from hf_adaptive_sparse.cli.bench import run_bench
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 from hf_adaptive_sparse.version import __version__
@@ -22,7 +23,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _compress, _prune, _search, _report, _evaluate, _inspect, _push, _env):
+    for add in (
+        _demo,
+        _compress,
+        _prune,
+        _search,
+        _report,
+        _evaluate,
+        _bench,
+        _inspect,
+        _push,
+        _env,
+    ):
         add(commands)
     return parser
 
@@ -101,6 +113,19 @@ def _add_final_prune(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-format",
         default="bitmask",
         help="bitmask (small), or dense (zeros stored; loads without this package)",
+    )
+    parser.add_argument(
+        "--weight-bits",
+        type=weight_bits,
+        metavar="BITS",
+        help="bits of the kept weights: 16, 8 or 4 for all, or GLOB=BITS joined by commas "
+        "(default: 16)",
+    )
+    parser.add_argument(
+        "--weight-group-size",
+        type=int,
+        metavar="N",
+        help="columns that share a scale at 8 and 4 bits (default: the whole row at 8, 64 at 4)",
     )
 
 
@@ -197,6 +222,23 @@ def kv_bits(text: str) -> tuple[int, ...] | None:
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"must be widths joined by commas, such as 6,8, or none; got {text!r}"
+        ) from None
+
+
+def weight_bits(text: str) -> int | dict[str, int]:
+    """Parse the value of ``--weight-bits``.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is neither a number nor ``GLOB=BITS`` joined by commas.
+    """
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = (part.rpartition("=") for part in text.split(","))
+        return {glob.strip(): int(bits) for glob, _, bits in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be 16, 8, 4, or GLOB=BITS joined by commas, such as '*.mlp.*=8'; got {text!r}"
         ) from None
 
 
@@ -321,6 +363,28 @@ def _evaluate(commands: Any) -> None:
         metavar="DIR",
         help="write outcomes here as they come; a run that was stopped goes on from them",
     )
+
+
+def _bench(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        run_bench,
+        "Measure a model on this machine: bytes, load time, tokens per second, memory bandwidth",
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hub repo or local folder")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model, to measure beside it")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    parser.add_argument("--dtype", default="auto", help="dtype to load in (default: as stored)")
+    parser.add_argument("--device-map", help="as in transformers, for example auto")
+    parser.add_argument(
+        "--runtime",
+        choices=("sparse", "dense", "both"),
+        default="both",
+        help="runtime of a compressed model (default: both, one after the other)",
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: 32")
 
 
 def _inspect(commands: Any) -> None:

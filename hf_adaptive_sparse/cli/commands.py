@@ -6,12 +6,13 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.config import RUNTIMES, SparsityConfig
 from hf_adaptive_sparse.compressor import (
     DataSource,
     ModelSource,
@@ -100,14 +101,14 @@ def run_compress(options: argparse.Namespace) -> Answer:
 def run_prune(options: argparse.Namespace) -> Answer:
     """Prune at uniform ratios, by globs, or by a profile, and save."""
     sparsity = sparsity_globs(options.sparsity)
-    kv_cache = None
+    kv_cache, weight_bits = None, None
     if options.profile is not None:
         if sparsity is not None:
             raise ValueError("Give --profile or --sparsity, not both.")
         profile = CompressionProfile.load(options.profile)
         sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
-        kv_cache = profile.kv_cache
-    config = _config(options, sparsity=sparsity, kv_cache=kv_cache)
+        kv_cache, weight_bits = profile.kv_cache, profile.weight_bits
+    config = _config(options, sparsity=sparsity, kv_cache=kv_cache, weight_bits=weight_bits)
     if options.offload and options.device_map is not None:
         raise ValueError("Give --offload or --device-map, not both: it computes on the CPU.")
     prune = prune_offloaded if options.offload else prune_to_folder
@@ -248,7 +249,7 @@ def run_env(_options: argparse.Namespace) -> Answer:
             versions[name] = "not installed"
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    kernels = {"KV cache, CPU": describe_kernels(), "sparse weights": "dense runtime"}
+    kernels = {"KV cache, CPU": describe_kernels(), "sparse weights": ", ".join(RUNTIMES)}
     if torch.cuda.is_available():
         kernels["KV cache, GPU"] = "Triton" if triton_attention.is_available() else "torch"
     data = {
@@ -330,8 +331,12 @@ def _config(
     options: argparse.Namespace,
     sparsity: dict[str, float] | None = None,
     kv_cache: KVCacheConfig | None = None,
+    weight_bits: Mapping[str, int] | None = None,
 ) -> SparsityConfig:
     fields: dict[str, Any] = {}
+    wanted = options.weight_bits if options.weight_bits is not None else weight_bits
+    if wanted is not None:
+        fields |= {"weight_bits": wanted, "weight_group_size": options.weight_group_size}
     if options.target_sparsity is not None:
         fields["target_sparsity"] = options.target_sparsity
     if options.metric is not None:

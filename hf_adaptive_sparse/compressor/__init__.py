@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import Calibration, apply_config
+from hf_adaptive_sparse.compressor.benching import BenchResult, bench
 from hf_adaptive_sparse.compressor.jobs import (
     evaluate,
     prune_to_folder,
@@ -25,10 +26,12 @@ from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
 from hf_adaptive_sparse.pruning.report import PruningReport
 
 __all__ = [
+    "BenchResult",
     "CompressionResult",
     "DataSource",
     "Measurement",
     "ModelSource",
+    "bench",
     "compress",
     "evaluate",
     "evaluate_tasks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -241,11 +242,13 @@ def final_config(
         data: Name of the calibration data, recorded in the checkpoint.
     """
     ratios, kv_cache = config.sparsity, None
+    weight_bits: int | Mapping[str, int] = config.weight_bits
     provenance = dict(config.provenance)
     if result is not None:
         profile = result.best_profile
         ratios = dict(profile.sparsity.ratios) if profile.sparsity is not None else ratios
         kv_cache = profile.kv_cache
+        weight_bits = profile.weight_bits if profile.weight_bits is not None else weight_bits
         provenance |= result.best_config.provenance
     elif space.kv_bits is not None:
         kv_cache = space.kv_config(space.kv_bits[0], space.kv_bits[0])
@@ -259,5 +262,7 @@ def final_config(
         kv_cache=kv_cache,
         modules_to_not_convert=config.modules_to_not_convert,
         checkpoint_format=config.checkpoint_format,
+        weight_bits=weight_bits,
+        weight_group_size=config.weight_group_size,
         provenance=provenance | {"calibration": data},
     )

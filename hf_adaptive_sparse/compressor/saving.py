@@ -125,7 +125,9 @@ def save_report(
     config: SparsityConfig = model.config.quantization_config
     kv_cache = config.kv_cache if isinstance(config.kv_cache, KVCacheConfig) else None
     sparsity = SparsityProfile(config.sparsity) if config.sparsity else None
-    profile = CompressionProfile(sparsity, kv_cache)
+    # A carried config names each quantised module; one that quantises none says 16.
+    bits = None if isinstance(config.weight_bits, int) else config.weight_bits
+    profile = CompressionProfile(sparsity, kv_cache, bits)
     profile.save(folder / PROFILE_FILE)
     plots = {}
     if result is not None:

@@ -23,6 +23,7 @@ from transformers import (
 from hf_adaptive_sparse.architecture import accepts_images
 from hf_adaptive_sparse.calibration.data import Batch, Records, Source, load_batches, read_records
 from hf_adaptive_sparse.calibration.questions import load_processor
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,11 @@ class ModelSource:
     dtype: str = "auto"
     device_map: str | None = None
 
-    def load(self) -> PreTrainedModel:
+    def load(self, sparsity_config: SparsityConfig | None = None) -> PreTrainedModel:
         """Load the model in evaluation mode: a vision-language model, else a causal one.
+
+        Args:
+            sparsity_config: How a compressed model is loaded (runtime, KV profile).
 
         Raises:
             ValueError: If the config is of neither kind.
@@ -56,7 +60,11 @@ class ModelSource:
         if device_map is None and torch.cuda.is_available():
             device_map = "auto"
         model: PreTrainedModel = _auto_class(config).from_pretrained(
-            self.name, revision=self.revision, dtype=self.dtype, device_map=device_map
+            self.name,
+            revision=self.revision,
+            dtype=self.dtype,
+            device_map=device_map,
+            sparsity_config=sparsity_config,
         )
         return model.eval()
 

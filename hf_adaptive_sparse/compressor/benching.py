@@ -1,0 +1,170 @@
+"""``bench``: one model, dense against compressed, on the machine at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD
+from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
+from hf_adaptive_sparse.report.tables import format_bytes
+
+CHILD = "hf_adaptive_sparse.compressor.bench_process"
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One model in one runtime, measured in a process of its own.
+
+    Attributes:
+        name: The model.
+        runtime: ``"dense"`` or ``"sparse"``.
+        reason: Why that runtime, where it was left to the package.
+        disk_bytes: Bytes of its weights on disk; ``None`` for a repo that is not a local folder.
+        memory_bytes: Bytes of parameters and buffers: ``model.get_memory_footprint()``.
+        load_seconds: Time of ``from_pretrained``.
+        first_token_seconds: Time from there on to the first token of a prompt of one token. Weights
+            that are mapped from a file are read here.
+        load_peak_bytes: Highest resident memory until that token, above what the process had
+            before; on a GPU the memory that torch allocated.
+        prefill_tokens_per_second: Tokens of the prompt per second.
+        decode_tokens_per_second: Tokens generated after it per second, one at a time.
+        read_bytes_per_token: Bytes of weights and KV cache that one decoded token reads.
+        bandwidth_share: Those bytes per second, as a share of what a plain read of memory reaches.
+    """
+
+    name: str
+    runtime: str
+    reason: str
+    disk_bytes: int | None
+    memory_bytes: int
+    load_seconds: float
+    first_token_seconds: float
+    load_peak_bytes: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    read_bytes_per_token: int
+    bandwidth_share: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What :func:`bench` measured.
+
+    Attributes:
+        rows: The compressed model in the sparse and in the dense runtime, and the dense model if
+            one was given; or the one model, if it is not compressed.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens decoded after it.
+        bytes_per_second: What a plain read of memory reaches, with as many threads as torch uses.
+    """
+
+    rows: tuple[BenchRow, ...]
+    prompt_tokens: int
+    new_tokens: int
+    bytes_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self) | {"rows": [asdict(row) for row in self.rows]}
+
+    def table_rows(self) -> list[dict[str, object]]:
+        """Return rows for a person to read."""
+        return [
+            {
+                "model": row.name,
+                "runtime": row.runtime,
+                "on disk": "" if row.disk_bytes is None else format_bytes(row.disk_bytes),
+                "in memory": format_bytes(row.memory_bytes),
+                "peak loading": format_bytes(row.load_peak_bytes),
+                "load s": f"{row.load_seconds:.2f}",
+                "first token s": f"{row.first_token_seconds:.2f}",
+                "prefill tok/s": f"{row.prefill_tokens_per_second:,.1f}",
+                "decode tok/s": f"{row.decode_tokens_per_second:,.1f}",
+                "of bandwidth": f"{row.bandwidth_share:.0%}",
+            }
+            for row in self.rows
+        ]
+
+
+def bench(
+    model: ModelSource,
+    dense: ModelSource | None = None,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 32,
+    runtimes: Sequence[str] = ("sparse", "dense"),
+) -> BenchResult:
+    """Measure a model: bytes, load time, tokens per second, and the share of memory bandwidth.
+
+    Each row is measured in a process of its own, one after the other, so that peaks are its own. A
+    compressed model is measured in each runtime; in the sparse one with its own KV profile, in the
+    dense one, which stands for the dense model, with ``DynamicCache``.
+
+    Args:
+        model: The model, compressed or not.
+        dense: The dense model it was made from, to be measured beside it.
+        prompt_tokens: Length of the (random) prompt.
+        new_tokens: Tokens decoded after it.
+        runtimes: Runtimes to measure a compressed model in.
+
+    Raises:
+        ValueError: If a number is below 1, or a model cannot be measured.
+        OSError: If a model cannot be found.
+    """
+    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value}.")
+    jobs: list[tuple[ModelSource, str]]
+    jobs = [(model, runtime) for runtime in runtimes] if _is_ours(model) else [(model, "dense")]
+    jobs += [] if dense is None else [(dense, "dense")]
+    rows, bandwidth = [], 0.0
+    for source, runtime in jobs:
+        found = _measure(source, runtime, prompt_tokens, new_tokens, compressed=_is_ours(source))
+        bandwidth = max(bandwidth, found.pop("bytes_per_second"))
+        rows.append(BenchRow(name=str(source.name), disk_bytes=_disk_bytes(source), **found))
+    # The share of one figure for all: what the machine reached at best.
+    shares = [r.decode_tokens_per_second * r.read_bytes_per_token / bandwidth for r in rows]
+    rows = [replace(r, bandwidth_share=share) for r, share in zip(rows, shares, strict=True)]
+    return BenchResult(tuple(rows), prompt_tokens, new_tokens, bandwidth)
+
+
+def _measure(
+    source: ModelSource, runtime: str, prompt_tokens: int, new_tokens: int, *, compressed: bool
+) -> dict[str, Any]:
+    """Measure one row in a child process."""
+    task = {
+        "source": asdict(source) | {"name": os.fspath(source.name)},
+        "runtime": runtime,
+        "compressed": compressed,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", CHILD], input=json.dumps(task), capture_output=True, text=True
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise ValueError(f"{source.name} cannot be measured in the {runtime} runtime: {last[0]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _is_ours(source: ModelSource) -> bool:
+    config = AutoConfig.from_pretrained(source.name, revision=source.revision)
+    ours = getattr(config, "quantization_config", None) or {}
+    return bool(ours.get("quant_method") == QUANT_METHOD and ours.get("sparsity"))
+
+
+def _disk_bytes(source: ModelSource) -> int | None:
+    folder = Path(source.name)
+    return weight_bytes_on_disk(folder) if folder.is_dir() else None
