@@ -48,6 +48,8 @@ def facts(rows: list[dict[str, Any]], **changes: Any) -> StudyFacts:
             "kv_cache": {"key_bits": [8] * 6, "value_bits": [6] * 6},
         },
         "numel": dict.fromkeys(names, 100),
+        "labels": ("perplexity",),
+        "measured": None,
         "held_out": None,
         "workers": 2,
         "seconds": 300.0,

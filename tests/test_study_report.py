@@ -16,6 +16,7 @@ from hf_adaptive_sparse.report.study_analysis import (
     failure_signs,
     front,
     importance,
+    measured_effects,
     sensitivity,
     stopping,
 )
@@ -109,6 +110,32 @@ class TestPage:
         page = page_of(facts(rows), tmp_path)
         assert (tmp_path / "pareto.png").is_file()
         assert "all take the same bytes" not in page.text
+
+    def test_two_objectives_give_a_front_of_them(self, tmp_path):
+        rows = [row(n, 10.0 - n, values=[10.0 - n, 1e6 * n], uniform=n == 0) for n in range(5)]
+        study = facts(rows, labels=("kl", "bytes"))
+        assert costs(study).label == "bytes"
+        assert costs(study).points[2] == (2e6, 8.0)
+        page = page_of(study, tmp_path)
+        assert (tmp_path / "pareto.png").is_file()
+        assert "best kl, trial 4" in page.text
+
+    def test_what_was_measured_before_the_search_is_shown(self, tmp_path):
+        measured = {
+            "labels": ["block_0", "block_1"],
+            "low": 0.45,
+            "high": 0.55,
+            "target": 0.5,
+            "at_low": [-0.001, -0.002],
+            "at_high": [0.004, 0.001],
+        }
+        study = facts(linear_rows(5), measured=measured)
+        assert [(e.label, round(e.percent, 9)) for e in measured_effects(study)] == [
+            ("block 0", 0.8),
+            ("block 1", 0.2),
+        ]
+        assert "Measured before the search" in page_of(study, tmp_path).text
+        assert (tmp_path / "measured_sensitivity.png").is_file()
 
 
 class TestAnalysis:
@@ -249,7 +276,7 @@ class TestReading:
         answer = json.loads(capsys.readouterr().out)
         assert answer["page"] == str(out / "report.html")
         assert answer["trials"] == 4
-        assert math.isfinite(answer["best_perplexity"])
+        assert math.isfinite(answer["best_value"])
         assert re.search(r"paired bootstrap over 2 windows", (out / "report.html").read_text())
 
     @pytest.mark.parametrize("name", ["missing", "missing.journal", "missing.db"])

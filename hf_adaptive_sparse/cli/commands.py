@@ -179,8 +179,9 @@ def run_report(options: argparse.Namespace) -> Answer:
         "page": str(page),
         "study_name": facts.name,
         "trials": len(facts.rows),
-        "best_perplexity": best,
-        "uniform_perplexity": None if facts.uniform is None else facts.uniform["value"],
+        "objective": list(facts.labels),
+        "best_value": best,
+        "uniform_value": None if facts.uniform is None else facts.uniform["value"],
         "held_out": None if facts.held_out is None else dict(facts.held_out),
         "warnings": signs,
     }

@@ -31,6 +31,9 @@ class Costs:
 def costs(facts: StudyFacts) -> Costs | None:
     """Return what the complete trials cost; ``None`` where all cost the same."""
     rows = facts.complete
+    if len(facts.labels) > 1 and len(rows) > 1:
+        points = [(float(row["values"][1]), float(row["value"])) for row in rows]
+        return Costs(facts.labels[1], tuple(points))
     for key, label, unit in _COSTS:
         found = [row.get(key) for row in rows]
         numbers = [float(cost) for cost in found if cost is not None]

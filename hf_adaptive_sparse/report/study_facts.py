@@ -37,6 +37,8 @@ class StudyFacts:
         rows: One per trial, keys as in `search.trials.history`.
         profile: Best profile's JSON form; ``None`` where no trial was evaluated in full.
         numel: Weights per prunable linear; empty where the study does not tell.
+        labels: What the trials minimise, one name per figure.
+        measured: What was measured of each group before the search, as `search` stores it.
         held_out: Comparison with the uniform profile on data that the search did not see.
         workers: Workers that carried trials through; ``None`` where it is not known.
         seconds: Time from the first trial's start to the last one's end, likewise.
@@ -50,6 +52,8 @@ class StudyFacts:
     rows: tuple[Row, ...]
     profile: Mapping[str, Any] | None
     numel: Mapping[str, int]
+    labels: tuple[str, ...]
+    measured: Mapping[str, Any] | None
     held_out: Mapping[str, Any] | None
     workers: int | None
     seconds: float | None
@@ -149,6 +153,8 @@ def facts_of(study: Study) -> StudyFacts:
         rows=rows,
         profile=profile,
         numel=layout.get("numel", {}),
+        labels=_labels(made_for.get("objective")),
+        measured=attributes.get("sensitivity"),
         held_out=attributes.get(HELD_OUT),
         workers=len(named) or None,
         seconds=span,
@@ -175,6 +181,8 @@ def _from_file(folder: Path, name: str | None) -> StudyFacts:
         rows=rows,
         profile=None if best is None else SearchResult.load_profile(folder).to_dict(),
         numel={},
+        labels=_labels(data.get("objective")),
+        measured=None,
         held_out=data.get(HELD_OUT),
         workers=None,
         seconds=None,
@@ -185,6 +193,17 @@ def _from_file(folder: Path, name: str | None) -> StudyFacts:
 def _best(rows: Sequence[Row]) -> Row | None:
     valued = [row for row in rows if row["value"] is not None]
     return min(valued, key=lambda row: row["value"], default=None)
+
+
+def _labels(objective: Any) -> tuple[str, ...]:
+    """Return names for the figures of an objective's JSON form: a name, weights, or a list."""
+    parts = objective if isinstance(objective, list) else [objective or "perplexity"]
+    return tuple(
+        " + ".join(f"{weight:g} {name}" for name, weight in part.items())
+        if isinstance(part, Mapping)
+        else str(part)
+        for part in parts
+    )
 
 
 def _spans(blocks: Any) -> tuple[tuple[int, int], ...]:

@@ -16,6 +16,7 @@ from hf_adaptive_sparse.report.plots import plot_profile
 from hf_adaptive_sparse.report.study_analysis import (
     failure_signs,
     importance,
+    measured_effects,
     sensitivity,
     stopping,
 )
@@ -113,7 +114,7 @@ def _figures(facts: StudyFacts) -> str:
     best, uniform = facts.best, facts.uniform
     entries: list[tuple[str, str]] = []
     if best is not None:
-        entries.append((f"{best['value']:.5g}", f"best perplexity, trial {best['number']}"))
+        entries.append((f"{best['value']:.5g}", f"best {facts.labels[0]}, trial {best['number']}"))
     if uniform is not None:
         entries.append((f"{uniform['value']:.5g}", "uniform profile"))
         if best is not None:
@@ -187,15 +188,33 @@ def _profile_rows(profile: CompressionProfile, numel: Mapping[str, int]) -> list
 
 
 def _sensitivity(facts: StudyFacts, folder: Path) -> str:
+    body = ""
+    measured = measured_effects(facts)
+    if measured:
+        note = (
+            "Measured before the search: change of the loss for 10 points more sparsity in one "
+            "group alone."
+        )
+        plot = _plot(
+            folder,
+            "measured_sensitivity",
+            lambda path: plot_sensitivity(measured, path, measure="loss"),
+        )
+        body += f'<p class="note">{note}</p>{plot}'
     effects = sensitivity(facts)
-    if not effects:
-        return ""
-    note = (
-        "Change of perplexity for 10 points more sparsity in one group, the others giving way; a "
-        "linear fit to all trials, with its standard error. Below zero: prune more here."
-    )
-    plot = _plot(folder, "sensitivity", lambda path: plot_sensitivity(effects, path))
-    return _section("Sensitivity", f'<p class="note">{note}</p>{plot}')
+    if effects:
+        note = (
+            f"From the trials: change of {facts.labels[0]} for 10 points more sparsity in one "
+            "group, the others giving way; a linear fit to all trials, with its standard error. "
+            "Below zero: prune more here."
+        )
+        plot = _plot(
+            folder,
+            "sensitivity",
+            lambda path: plot_sensitivity(effects, path, measure=facts.labels[0]),
+        )
+        body += f'<p class="note">{escape(note)}</p>{plot}'
+    return _section("Sensitivity", body) if body else ""
 
 
 def _importance(facts: StudyFacts, folder: Path) -> str:
@@ -215,7 +234,11 @@ def _front(facts: StudyFacts, folder: Path) -> str:
     if cost is None:
         text = "Every profile meets one budget, so all take the same bytes: there is no trade-off."
         return _section("Quality against size", f'<p class="note">{text}</p>')
-    plot = _plot(folder, "pareto", lambda path: plot_front(cost.points, path, cost=cost.label))
+    plot = _plot(
+        folder,
+        "pareto",
+        lambda path: plot_front(cost.points, path, cost=cost.label, measure=facts.labels[0]),
+    )
     return _section("Quality against size", plot)
 
 
@@ -255,7 +278,7 @@ def _trials(facts: StudyFacts, folder: Path) -> str:
     cells = [
         {
             "trial": f"{row['number']}{' (uniform)' if row['uniform'] else ''}",
-            "perplexity": f"{row['value']:.5g}",
+            facts.labels[0]: f"{row['value']:.5g}",
             "sparsity by group (%)": " ".join(
                 f"{100 * ratio:.1f}" for ratio in row.get("block_ratios") or ()
             ),

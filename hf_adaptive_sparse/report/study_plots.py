@@ -75,7 +75,7 @@ def plot_history(facts: StudyFacts, path: str | os.PathLike[str]) -> None:
         if any(value > top for value in everything):
             axes.plot([], [], "^", color=GREY, ms=6, ls="", label="above the plot")
         axes.set_xlabel("trial")
-        axes.set_ylabel("perplexity (lower is better)")
+        axes.set_ylabel(f"{facts.labels[0]} (lower is better)")
         axes.locator_params(axis="x", integer=True)
         tidy(axes)
         figure.legend(loc="outside right upper", frameon=False, fontsize=9)
@@ -83,8 +83,16 @@ def plot_history(facts: StudyFacts, path: str | os.PathLike[str]) -> None:
     save_figure(draw, path, (8.4, 3.8))
 
 
-def plot_sensitivity(effects: Sequence[Effect], path: str | os.PathLike[str]) -> None:
-    """Plot what 10 points more sparsity in one group do to the value."""
+def plot_sensitivity(
+    effects: Sequence[Effect], path: str | os.PathLike[str], *, measure: str
+) -> None:
+    """Plot what 10 points more sparsity in one group do to the value.
+
+    Args:
+        effects: One per group.
+        path: Where the PNG goes.
+        measure: What changes, for the axis.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -101,7 +109,7 @@ def plot_sensitivity(effects: Sequence[Effect], path: str | os.PathLike[str]) ->
         axes.set_xticks(list(places), [effect.label for effect in effects],
                         rotation=45 if crowded else 0, ha="right" if crowded else "center",
                         fontsize=9)  # fmt: skip
-        axes.set_ylabel("change of perplexity (%)")
+        axes.set_ylabel(f"change of {measure} (%)")
         tidy(axes)
 
     save_figure(draw, path, (7.6, 3.4))
@@ -126,6 +134,7 @@ def plot_front(
     path: str | os.PathLike[str],
     *,
     cost: str,
+    measure: str,
 ) -> None:
     """Plot quality against a cost, with the points that nothing else beats in both.
 
@@ -133,6 +142,7 @@ def plot_front(
         points: ``(cost, value)`` per trial.
         path: Where the PNG goes.
         cost: What the cost is, for the axis.
+        measure: What the value is.
     """
     best = front(points)
 
@@ -144,7 +154,7 @@ def plot_front(
         axes.step(*zip(*chosen, strict=True), where="post", color=BLUE, lw=1.5)
         axes.plot(*zip(*chosen, strict=True), "o", color=BLUE, ms=7, label="Pareto front")
         axes.set_xlabel(cost)
-        axes.set_ylabel("perplexity (lower is better)")
+        axes.set_ylabel(f"{measure} (lower is better)")
         tidy(axes)
         axes.legend(frameon=False, fontsize=9)
 
