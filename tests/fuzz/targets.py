@@ -76,7 +76,7 @@ def mutated(value: Any, rng: random.Random, changes: int) -> Any:
             del node[key]
         elif action == 1 and isinstance(node, dict):
             node[rng.choice(("", "bits", "ratios", "runtime", str(key) + "x"))] = node.pop(key)
-        elif action == 2 and isinstance(node[key], int | float):
+        elif action == 2 and isinstance(node[key], int | float) and abs(node[key]) < 1e300:
             node[key] = node[key] * rng.choice((-1, 2, 0.5, 1e9)) + rng.choice((0, 1, -1))
         else:
             node[key] = rng.choice(_ODD_VALUES)
