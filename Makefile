@@ -52,6 +52,7 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/prune_memory.py
+	$(BIN)/python benchmarks/sparse_runtime.py
 	$(BIN)/python benchmarks/kv_bytes.py
 	$(BIN)/python benchmarks/kv_cache.py
 

@@ -11,7 +11,8 @@ UPDATE = README.with_name("benchmarks") / "update_readme.py"
 BLOCK = re.compile(r"<!-- runs -->\n```python\n(.*?)```", re.DOTALL)
 
 
-def test_code_blocks_run(capsys) -> None:
+def test_code_blocks_run(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = BLOCK.findall(README.read_text(encoding="utf-8"))
     assert len(blocks) >= 4
     names: dict[str, object] = {}
