@@ -273,6 +273,18 @@ def generating_parts(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def kv_heads(model_or_config: nn.Module | PretrainedConfig, width: int) -> int:
+    """Return the heads that a layer's keys, or values, of ``width`` elements per token have.
+
+    1 where the config's head size does not divide the width.
+    """
+    text = _text_config(_config(model_or_config))
+    head_dim = getattr(text, "head_dim", None)
+    if not isinstance(head_dim, int):
+        head_dim = int(text.hidden_size) // int(text.num_attention_heads)
+    return width // head_dim if width % head_dim == 0 else 1
+
+
 def _layer_kv_width(text: PretrainedConfig, index: int, kind: str) -> tuple[int, int]:
     if kind in _WITHOUT_KV or index in cross_attention_layers(text):
         return 0, 0

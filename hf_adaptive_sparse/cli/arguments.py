@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_adaptive_sparse.cli import commands as run
 from hf_adaptive_sparse.cli.bench import run_bench
+from hf_adaptive_sparse.cli.space_arguments import add_space, widths
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 from hf_adaptive_sparse.version import __version__
@@ -83,7 +84,8 @@ def _add_pruning(parser: argparse.ArgumentParser) -> None:
         "--target-sparsity",
         type=float,
         metavar="RATIO",
-        help="mean fraction of the decoder's weights to remove (default: 0.5)",
+        help="mean fraction of the decoder's weights to remove (default: 0.5; free under a "
+        "budget in bytes)",
     )
     parser.add_argument(
         "--metric",
@@ -171,14 +173,7 @@ def _add_batches(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kv-bits",
-        type=kv_bits,
-        default=(6, 8),
-        metavar="BITS",
-        help="widths of keys and values to search, such as 6,8; one width fixes them; "
-        "none leaves the cache alone (default: 6,8)",
-    )
+    add_space(parser)
     parser.add_argument(
         "--trials",
         type=int,
@@ -207,22 +202,6 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 _CALIBRATED = (_add_model, _add_pruning, _add_calibration, _add_batches)
 _SEARCHED = (*_CALIBRATED, _add_evaluation, _add_search)
-
-
-def kv_bits(text: str) -> tuple[int, ...] | None:
-    """Parse the value of ``--kv-bits``.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is neither ``none`` nor numbers joined by commas.
-    """
-    if text.strip().lower() == "none":
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be widths joined by commas, such as 6,8, or none; got {text!r}"
-        ) from None
 
 
 def weight_bits(text: str) -> int | dict[str, int]:
@@ -335,7 +314,7 @@ def _evaluate(commands: Any) -> None:
         add(parser)
     parser.add_argument(
         "--kv-bits",
-        type=kv_bits,
+        type=widths,
         metavar="BITS",
         help="one width for all layers, one per layer joined by commas, or none "
         "(default: the model's own profile)",

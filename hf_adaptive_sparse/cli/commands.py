@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hf_adaptive_sparse.checkpoint.config import RUNTIMES, SparsityConfig
+from hf_adaptive_sparse.cli.space_arguments import space_of
 from hf_adaptive_sparse.compressor import (
     DataSource,
     ModelSource,
@@ -72,7 +73,7 @@ def run_compress(options: argparse.Namespace) -> Answer:
         options.output,
         config=config,
         quality=options.quality,
-        space=search_space(config, options.kv_bits, options.quality),
+        space=space_of(options, config, search_space(config, options.kv_bits, options.quality)),
         trials=options.trials,
         calibration=_calibration(options),
         evaluation=_evaluation(options),
@@ -134,7 +135,7 @@ def run_search(options: argparse.Namespace) -> Answer:
     """Search a profile and write it."""
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target, metric=options.metric)
-    space = search_space(config, options.kv_bits)
+    space = space_of(options, config, search_space(config, options.kv_bits))
     settings: SearchSettings = {
         "study_name": options.study,
         "metric": options.metric,

@@ -216,7 +216,9 @@ def search_to_folder(
         result = search_study(model, space, storage=storage or str(folder / JOURNAL), **settings)
         result.save(folder)
         plot_search_history(result.history, folder / "search.png")
-        plot_profile(result.best_profile, folder / "profile.png", target_sparsity=space.target)
+        plot_profile(
+            result.best_profile, folder / "profile.png", target_sparsity=result.target_sparsity
+        )
         # The journal moves with the folder; the result must not read it from its old place.
         result = result.detached()
     return result

@@ -133,7 +133,7 @@ def compress(
     preset = get_quality(quality)
     config = preset.config(config)
     space = space or preset.space(config)
-    if space.prunes and space.target != config.target_sparsity:
+    if space.prunes and not space.is_free and space.target != config.target_sparsity:
         raise ValueError(
             f"The config and the space must have one target_sparsity, got "
             f"{config.target_sparsity} and {space.target}."
@@ -173,7 +173,7 @@ def compress(
     with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
         started = perf_counter()
         result = None
-        if space.searches_sparsity or space.searches_kv:
+        if space.searches:
             result = search(
                 dense,
                 batches,
@@ -241,7 +241,7 @@ def final_config(
         result: The search, if there was one.
         data: Name of the calibration data, recorded in the checkpoint.
     """
-    ratios, kv_cache = config.sparsity, None
+    ratios, kv_cache, target = config.sparsity, None, config.target_sparsity
     weight_bits: int | Mapping[str, int] = config.weight_bits
     provenance = dict(config.provenance)
     if result is not None:
@@ -250,10 +250,17 @@ def final_config(
         kv_cache = profile.kv_cache
         weight_bits = profile.weight_bits if profile.weight_bits is not None else weight_bits
         provenance |= result.best_config.provenance
-    elif space.kv_bits is not None:
-        kv_cache = space.kv_config(space.kv_bits[0], space.kv_bits[0])
+        if space.prunes:
+            target = result.target_sparsity
+        if profile.weight_bits:
+            ratios = ratios or dict.fromkeys(profile.weight_bits, 0.0)
+    else:
+        if space.kv_bits is not None:
+            kv_cache = space.kv_config(space.kv_bits[0], space.kv_bits[0])
+        if space.weight_bits is not None:
+            weight_bits = space.weight_bits[0]
     return SparsityConfig(
-        target_sparsity=config.target_sparsity,
+        target_sparsity=target,
         metric=config.metric,
         weight_update=config.weight_update,
         sparsity=ratios,

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_adaptive_sparse.architecture import kv_widths, prunable_linears
+from hf_adaptive_sparse.architecture import kv_heads, kv_widths, prunable_linears
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
@@ -253,19 +253,12 @@ def kv_bytes_per_token(
     for index, (keys, values) in enumerate(kv_widths(config)[: len(cache.layers)]):
         if keys == 0:
             continue
-        heads = _kv_heads(text, keys)
+        heads = kv_heads(config, keys)
         shapes = [(1, heads, length, width // heads) for width in (keys, values)]
         cache.update(*(torch.randn(s, generator=generator).to(dtype) for s in shapes), index)
         total += _layer_bytes(cache.layers[index])
         cache.layers[index] = DynamicLayer()  # drops what was measured
     return total / length
-
-
-def _kv_heads(text: PretrainedConfig, width: int) -> int:
-    head_dim = getattr(text, "head_dim", None)
-    if not isinstance(head_dim, int):
-        head_dim = text.hidden_size // text.num_attention_heads
-    return width // head_dim if width % head_dim == 0 else 1
 
 
 def _layer_bytes(layer: Any) -> int:

@@ -19,15 +19,20 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.pruning.apply import MaskedModel, masked, rank_model
+from hf_adaptive_sparse.pruning.quantising import QuantisedModel, quantised
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
+
+GROUP_SIZES = {8: None, 4: FOUR_BIT_GROUP_SIZE}
+"""Columns that share a scale in a checkpoint, by bits; ``None``: one scale per row."""
 
 ORDER_SEED = 0
 """Seed of the order that every trial takes the batches in; the same for all workers."""
@@ -99,7 +104,8 @@ class Evaluator:
 
     Args:
         model: The model, under its masks.
-        mask: The masks; ``None`` if the weights are left alone.
+        mask: The masks; ``None`` if nothing is pruned.
+        codes: The weights' codes; ``None`` if the weights keep their dtype.
         evaluation: Batches to score.
         uniform: The profile that reports are relative to.
     """
@@ -108,10 +114,12 @@ class Evaluator:
         self,
         model: PreTrainedModel,
         mask: MaskedModel | None,
+        codes: QuantisedModel | None,
         evaluation: Batches,
         uniform: Candidate,
     ) -> None:
-        self.model, self.mask, self.evaluation, self.uniform = model, mask, evaluation, uniform
+        self.model, self.mask, self.codes = model, mask, codes
+        self.evaluation, self.uniform = evaluation, uniform
         self.order = list(range(len(evaluation)))
         random.Random(ORDER_SEED).shuffle(self.order)
         self._reference: _Losses | None = None
@@ -168,6 +176,8 @@ class Evaluator:
     def _put_in_force(self, candidate: Candidate) -> None:
         if self.mask is not None:
             self.mask.apply(candidate.ratios)
+        if self.codes is not None:
+            self.codes.apply(candidate.weight_bits, GROUP_SIZES)
 
     def _reference_losses(self) -> _Losses:
         """Return the uniform profile's losses, from its trial or, in a resumed search, from here.
@@ -241,7 +251,7 @@ def open_evaluator(
     """
     with contextlib.ExitStack() as stack:
         mask: MaskedModel | None = None
-        if shape.numel:
+        if shape.groups:
             # Distributing whole weights can take a linear one weight past the clipped ratio.
             margin = 1 / min(shape.numel.values())
             rankings = rank_model(
@@ -255,7 +265,10 @@ def open_evaluator(
                 progress=progress,
             )
             mask = stack.enter_context(masked(model, rankings))
-        yield Evaluator(model, mask, evaluation, uniform)
+        codes = None
+        if shape.weight_groups:
+            codes = stack.enter_context(quantised(model, shape.numel))
+        yield Evaluator(model, mask, codes, evaluation, uniform)
 
 
 @contextlib.contextmanager

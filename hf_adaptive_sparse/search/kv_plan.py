@@ -15,6 +15,9 @@ from hf_adaptive_sparse.search.bit_allocation import BitAllocation
 from hf_adaptive_sparse.search.kv_split import UNCACHED_BITS, KVSplit, LayerBits, split_equally
 from hf_adaptive_sparse.search.space import SearchSpace
 
+WIDEST_BASELINE = 8
+"""Bits beyond which a cache gains nothing that can be measured."""
+
 Widths = Sequence[tuple[int, int]]
 """Elements that one token adds to the keys and to the values, per decoder layer."""
 
@@ -232,11 +235,14 @@ class FreeSplit(KVPlan):
         return tuple((keys, values) for keys, values in layers)
 
     def uniform_parameters(self) -> dict[str, float]:
-        """Return equal wishes, or those for two widths in turns; under bytes alone the widest."""
+        """Return equal wishes, or those for two widths in turns.
+
+        Under a budget in bytes alone: the widest up to `WIDEST_BASELINE` bits everywhere.
+        """
         if len(self.palette) == 1:
             return {}
-        top = float(len(self.palette) - 1)
-        wishes = [top] * len(self.units)
+        place = sum(bits <= WIDEST_BASELINE for bits in self.palette[1:])
+        wishes = [float(place)] * len(self.units)
         if self.allocation is not None:
             wishes = [float(wish) for wish in self.allocation.uniform_wishes()]
         return {self._name(unit): wish for unit, wish in zip(self.units, wishes, strict=True)}

@@ -85,14 +85,27 @@ class SearchResult:
         return CompressionProfile.from_dict(self.best_trial.user_attrs["profile"])
 
     @property
+    def target_sparsity(self) -> float:
+        """The mean ratio of the best profile: the space's, or what a budget in bytes led to."""
+        if not self.space.is_free:
+            return self.space.target
+        return float(self.best_trial.user_attrs["mean_sparsity"])
+
+    @property
     def best_config(self) -> SparsityConfig:
         """The best profile as the config that prunes a model with it."""
         profile = self.best_profile
         ratios = None if profile.sparsity is None else dict(profile.sparsity.ratios)
+        weights: dict[str, Any] = {}
+        if profile.weight_bits:
+            weights = {"weight_bits": dict(profile.weight_bits)}
+            # Linears are named by their ratios; one that is only quantised has ratio 0.
+            ratios = ratios or dict.fromkeys(profile.weight_bits, 0.0)
         return SparsityConfig(
-            target_sparsity=self.space.target,
+            target_sparsity=self.target_sparsity,
             metric=self.metric,
             sparsity=ratios,
+            **weights,
             kv_cache=profile.kv_cache,
             calibration=self.calibration_config,
             modules_to_not_convert=list(self.modules_to_not_convert),

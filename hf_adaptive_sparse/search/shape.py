@@ -1,12 +1,13 @@
-"""What a search has to know of a model: what shares a ratio, and its cache."""
+"""What a search has to know of a model: what shares a ratio, a weight width, and KV bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import (
     decoder_layers,
@@ -15,6 +16,8 @@ from hf_adaptive_sparse.architecture import (
     linear_role,
     prunable_linears,
 )
+from hf_adaptive_sparse.search.bit_allocation import BitAllocation
+from hf_adaptive_sparse.search.byte_budget import ByteBudget
 from hf_adaptive_sparse.search.kv_plan import KVPlan, kv_plan
 from hf_adaptive_sparse.search.space import SearchSpace
 
@@ -41,14 +44,24 @@ class ModelShape:
     Attributes:
         groups: What shares a ratio, in layer order; groups without prunable linears are left out.
             Empty if nothing is pruned.
-        numel: Weights per prunable linear, in the order of ``groups``. Empty if nothing is pruned.
+        weight_groups: What shares a weight width. Empty if the weights keep their dtype.
+        weight_allocation: Holds the mean of the weight widths; ``None`` if there is none to hold.
+        numel: Weights per prunable linear, in the order of ``groups``. Empty if the weights are
+            left alone.
         kv: The KV bits to be shared out; ``None`` if the cache is left alone.
+        kv_widths: Elements that one token adds to the keys and to the values, per decoder layer;
+            empty if the cache is left alone.
+        budget: The limits in bytes; ``None`` if there are none.
         num_layers: Decoder layers.
     """
 
     groups: tuple[Group, ...]
+    weight_groups: tuple[Group, ...]
+    weight_allocation: BitAllocation | None
     numel: dict[str, int]
     kv: KVPlan | None
+    kv_widths: tuple[tuple[int, int], ...]
+    budget: ByteBudget | None
     num_layers: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +75,7 @@ class ModelShape:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        model: PreTrainedModel,
         space: SearchSpace,
         modules_to_not_convert: Iterable[str] | None = None,
     ) -> ModelShape:
@@ -78,7 +91,7 @@ class ModelShape:
                 space asks for them, or an exact mean cannot be reached.
         """
         layers_name, layers = decoder_layers(model)
-        kv = None
+        kv, widths = None, []
         if space.kv_bits is not None:
             widths = kv_widths(model)
             if len(widths) != len(layers):
@@ -87,9 +100,11 @@ class ModelShape:
                     f"{len(widths)}, {layers_name!r} holds {len(layers)}."
                 )
             kv = kv_plan(widths, space)
-        if not space.prunes:
-            return cls((), {}, kv, len(layers))
-        linears = prunable_linears(model, modules_to_not_convert)
+        excluded = tuple(modules_to_not_convert or ())
+        budget = ByteBudget.of(model, space, excluded) if space.in_bytes else None
+        if not space.prunes and space.weight_bits is None:
+            return cls((), (), None, {}, kv, tuple(widths), budget, len(layers))
+        linears = prunable_linears(model, excluded)
         if not linears:
             raise ValueError(
                 "No linear is left to prune: modules_to_not_convert excludes all of them. Exclude "
@@ -100,8 +115,17 @@ class ModelShape:
         groups = blocks
         if space.granularity.endswith("-projection"):
             groups = tuple(part for block in blocks for part in _by_role(block, layers_name))
-        ordered = {name: numel[name] for group in groups for name in group.names}
-        return cls(groups, ordered, kv, len(layers))
+        quantised = blocks if space.weight_bits is not None else ()
+        return cls(
+            groups if space.prunes else (),
+            quantised,
+            _weight_allocation(quantised, numel, space),
+            {name: numel[name] for group in groups for name in group.names},
+            kv,
+            tuple(widths),
+            budget,
+            len(layers),
+        )
 
     @property
     def blocks(self) -> tuple[tuple[str, ...], ...]:
@@ -137,3 +161,14 @@ def _by_role(block: Group, layers_name: str) -> list[Group]:
     return [
         Group(f"{block.label}_{role}", tuple(names), block.span) for role, names in roles.items()
     ]
+
+
+def _weight_allocation(
+    groups: tuple[Group, ...], numel: dict[str, int], space: SearchSpace
+) -> BitAllocation | None:
+    palette = space.weight_bits
+    if palette is None or (space.weight_mean_bits is None and len(palette) > 1):
+        return None
+    mean = palette[0] if space.weight_mean_bits is None else space.weight_mean_bits
+    sizes = tuple(sum(numel[name] for name in group.names) for group in groups)
+    return BitAllocation(sizes, palette, Fraction(repr(mean)), "weight_mean_bits")

@@ -1,4 +1,4 @@
-"""The search space: which ratios and KV bits may be tried, under which budget."""
+"""The search space: which ratios, weight bits and KV bits may be tried, under which budget."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_adaptive_sparse.profiles import KV_BITS, Bits, KVCacheConfig, check_ratio
+from hf_adaptive_sparse.profiles import KV_BITS, WEIGHT_BITS, Bits, KVCacheConfig, check_ratio
+from hf_adaptive_sparse.search.byte_sizes import parse_bytes
 from hf_adaptive_sparse.search.space_rules import (
     GRANULARITIES,
     KV_SPLITS,
+    check_budget,
     check_choice,
     check_count,
     check_kv,
     check_number,
     check_palette,
     check_sparsity,
+    check_weight_bits,
 )
+
+FREE = "free"
+"""As ``target_sparsity``: the mean ratio is what a budget in bytes makes it."""
+
+FREE_RANGE = (0.0, 0.75)
+"""Ratios that a block may take where the mean is free and no range is given."""
 
 _FIRST_FIELDS = frozenset(
     {
@@ -41,18 +50,20 @@ so that studies made before they existed are resumed."""
 class SearchSpace:
     """What a search may choose; the defaults are the paper's.
 
-    The budget is part of the space: every profile that is evaluated has the mean ratio
-    ``target_sparsity`` (weighted by parameters) and the mean KV bits ``mean_kv_bits`` (weighted by
-    cache width), exactly. The grid of ``step`` is where profiles are sampled; what is evaluated is
-    their projection onto the budget, which may lie off the grid.
+    The budget is part of the space, and every profile that is evaluated meets it. It is a mean
+    ratio ``target_sparsity`` (weighted by parameters) and mean KV bits (weighted by cache width),
+    both exact; or a limit in bytes, which the profiles come as near to as their choices allow and
+    never pass. The grid of ``step`` is where profiles are sampled; what is evaluated is their
+    projection onto the budget, which may lie off the grid.
 
     Attributes:
         target_sparsity: Mean ratio of weights removed. ``None`` or 0: the weights are left alone.
+            ``"free"``: whatever mean a budget in bytes leads to.
         sparsity_range: How far a ratio may lie from the target, both ways. 0: every block takes
-            the target. Ratios below 0 are cut off.
+            the target. Ratios below 0 are cut off. Of no meaning where the mean is free.
         step: Distance of the sampled ratios.
-        blocks: Groups of consecutive decoder layers that share a ratio, as even as possible; a
-            model with fewer layers has one block per layer.
+        blocks: Groups of consecutive decoder layers that share a ratio and weight bits, as even as
+            possible; a model with fewer layers has one block per layer.
         kv_bits: Widths of keys and values, from 2, 3, 4, 6, 8 and 16. A single width: every layer
             takes it. ``None``: the KV cache is left alone.
         kv_group_size: Neighbouring elements of a head that share a scale, see `KVCacheConfig`.
@@ -68,17 +79,30 @@ class SearchSpace:
         sparsity_low: Lowest ratio, instead of the target less ``sparsity_range``.
         sparsity_high: Highest ratio, instead of the target plus ``sparsity_range``.
         kv_split: ``"equal"``: the widths are shared out equally, whose mean is the palette's.
-            ``"free"``: any width at any layer, with the mean ``kv_mean_bits`` exactly. ``None``:
-            free where there is a ``kv_mean_bits``, else equal.
+            ``"free"``: any width at any layer, with the mean ``kv_mean_bits`` exactly; under
+            ``fit_bytes`` without one, within the bytes. ``None``: free where there is a
+            ``kv_mean_bits`` or ``fit_bytes``, else equal.
         kv_apart: Whether keys and values of a layer may differ in width. Together is the paper's.
         kv_mean_bits: Mean of a free split, weighted by cache width. ``None``: the palette's mean.
+        weight_bits: Widths of the kept weights, one per block (per layer with a granularity by
+            layer), from 4, 8 and 16. A single width: every block takes it. ``None``: 16, the
+            model's dtype.
+        weight_mean_bits: Exact mean of the weights' widths, weighted by the prunable weights.
+        fit_bytes: Most memory that weights and KV cache may take together: the weights as the
+            sparse runtime holds them, all other parameters and buffers, and the cache of
+            ``batch_size`` sequences of up to ``context_length`` tokens. What a forward computes
+            with in between is not in it. Bytes, or text such as ``"6GiB"``.
+        context_length: Tokens per sequence for ``fit_bytes``.
+        batch_size: Sequences for ``fit_bytes``.
+        size_bytes: Most bytes that the checkpoint's safetensors files may take on disk. Bytes, or
+            text such as ``"4GiB"``.
 
     Raises:
         ValueError: If a value is out of range, values contradict each other, or nothing is left to
             choose or to fix.
     """
 
-    target_sparsity: float | None = 0.5
+    target_sparsity: float | str | None = 0.5
     sparsity_range: float = 0.05
     step: float = 0.025
     blocks: int = 8
@@ -94,10 +118,17 @@ class SearchSpace:
     kv_split: str | None = None
     kv_apart: bool = False
     kv_mean_bits: float | None = None
+    weight_bits: tuple[int, ...] | None = None
+    weight_mean_bits: float | None = None
+    fit_bytes: int | str | None = None
+    context_length: int | None = None
+    batch_size: int = 1
+    size_bytes: int | str | None = None
 
     def __post_init__(self) -> None:
-        target = 0.0 if self.target_sparsity is None else self.target_sparsity
-        self._set("target_sparsity", check_ratio(target, "target_sparsity"))
+        if not self.is_free:
+            target = 0.0 if self.target_sparsity is None else self.target_sparsity
+            self._set("target_sparsity", check_ratio(target, "target_sparsity"))
         for name in ("sparsity_range", "kv_tolerance_bits"):
             self._set(name, check_number(getattr(self, name), name))
         for name in ("sparsity_low", "sparsity_high"):
@@ -110,19 +141,30 @@ class SearchSpace:
         self._set("blocks", check_count(self.blocks, "blocks"))
         check_choice(self.granularity, GRANULARITIES, "granularity")
         self._set("kv_bits", check_palette(self.kv_bits, KV_BITS, "kv_bits"))
-        if self.kv_mean_bits is not None:
-            self._set("kv_mean_bits", check_number(self.kv_mean_bits, "kv_mean_bits"))
+        self._set("weight_bits", check_palette(self.weight_bits, WEIGHT_BITS, "weight_bits"))
+        for name in ("kv_mean_bits", "weight_mean_bits"):
+            if getattr(self, name) is not None:
+                self._set(name, check_number(getattr(self, name), name))
+        for name in ("fit_bytes", "size_bytes"):
+            if getattr(self, name) is not None:
+                self._set(name, parse_bytes(getattr(self, name), name))
+        if self.context_length is not None:
+            self._set("context_length", check_count(self.context_length, "context_length"))
+        self._set("batch_size", check_count(self.batch_size, "batch_size"))
         if self.kv_split is None:
-            self._set("kv_split", "equal" if self.kv_mean_bits is None else "free")
+            free = self.kv_mean_bits is not None or self.fit_bytes is not None
+            self._set("kv_split", "free" if free else "equal")
         check_choice(self.kv_split, KV_SPLITS, "kv_split")
         # Checks the cache's other settings by the same rules and texts.
         self.kv_config(8, 8)
+        check_budget(self)
         check_sparsity(self)
         check_kv(self)
-        if not self.prunes and self.kv_bits is None:
+        check_weight_bits(self)
+        if not self.prunes and self.kv_bits is None and self.weight_bits is None:
             raise ValueError(
-                "The space is empty: target_sparsity is 0 and kv_bits is None. Set at least one, "
-                "for example target_sparsity=0.5 or kv_bits=(6, 8)."
+                "The space is empty: target_sparsity is 0, kv_bits and weight_bits are None. Set "
+                "at least one, for example target_sparsity=0.5 or kv_bits=(6, 8)."
             )
 
     def _set(self, name: str, value: object) -> None:
@@ -139,14 +181,24 @@ class SearchSpace:
         )
 
     @property
+    def is_free(self) -> bool:
+        """Whether the mean ratio is left to a budget in bytes."""
+        return self.target_sparsity == FREE
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether there is a budget in bytes."""
+        return self.fit_bytes is not None or self.size_bytes is not None
+
+    @property
     def target(self) -> float:
-        """The target mean ratio; 0 where the weights are left alone."""
-        return self.target_sparsity or 0.0
+        """The target mean ratio; 0 where the weights are left alone or the mean is free."""
+        return self.target_sparsity if isinstance(self.target_sparsity, float) else 0.0
 
     @property
     def prunes(self) -> bool:
         """Whether weights are removed."""
-        return self.target > 0.0
+        return self.is_free or self.target > 0.0
 
     @property
     def searches_sparsity(self) -> bool:
@@ -159,10 +211,22 @@ class SearchSpace:
         return self.kv_bits is not None and len(self.kv_bits) > 1
 
     @property
+    def searches_weight_bits(self) -> bool:
+        """Whether the space leaves weight bits to choose."""
+        return self.weight_bits is not None and len(self.weight_bits) > 1
+
+    @property
+    def searches(self) -> bool:
+        """Whether the space leaves anything to choose."""
+        return self.searches_sparsity or self.searches_kv or self.searches_weight_bits
+
+    @property
     def low(self) -> float:
         """The lowest ratio a block may take."""
         if self.sparsity_low is not None:
             return self.sparsity_low
+        if self.is_free:
+            return FREE_RANGE[0]
         return max(0.0, round(self.target - self.sparsity_range, 12))
 
     @property
@@ -170,23 +234,32 @@ class SearchSpace:
         """The highest ratio a block may take."""
         if self.sparsity_high is not None:
             return self.sparsity_high
+        if self.is_free:
+            return max(FREE_RANGE[1], self.low)
         return round(self.target + self.sparsity_range, 12)
 
     @property
     def grid(self) -> tuple[float, float]:
-        """Lowest and highest ratio that are sampled: the target plus multiples of ``step``."""
+        """Lowest and highest ratio that are sampled: the target plus multiples of ``step``.
+
+        Where the mean is free: the lowest ratio plus multiples of ``step``.
+        """
+        start = self.low if self.is_free else self.target
         # The allowance keeps 0.05 / 0.025 at two steps whatever the rounding of the quotient.
-        up = math.floor((self.high - self.target) / self.step + 1e-9)
-        down = math.floor((self.target - self.low) / self.step + 1e-9)
-        return round(self.target - down * self.step, 12), round(self.target + up * self.step, 12)
+        up = math.floor((self.high - start) / self.step + 1e-9)
+        down = math.floor((start - self.low) / self.step + 1e-9)
+        return round(start - down * self.step, 12), round(start + up * self.step, 12)
 
     @property
     def mean_kv_bits(self) -> float | None:
-        """The mean KV bits that every profile has; ``None`` if the cache is left alone."""
+        """The mean KV bits that every profile has; ``None`` if they differ or there are none."""
         if self.kv_bits is None:
             return None
         if self.kv_mean_bits is not None:
             return self.kv_mean_bits
+        bounded = self.fit_bytes is not None and len(self.kv_bits) > 1
+        if self.kv_split == "free" and bounded:
+            return None
         return sum(self.kv_bits) / len(self.kv_bits)
 
     def layer_blocks(self, num_layers: int) -> list[range]:

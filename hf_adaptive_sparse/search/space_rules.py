@@ -75,7 +75,7 @@ def check_sparsity(space: SearchSpace) -> None:
         if explicit:
             raise ValueError(
                 "sparsity_low and sparsity_high need weights to be pruned, got target_sparsity="
-                f"{space.target_sparsity!r}. Set the mean ratio."
+                f"{space.target_sparsity!r}. Set the mean ratio, or 'free' under a budget in bytes."
             )
         return
     if space.pattern != "unstructured":
@@ -84,22 +84,22 @@ def check_sparsity(space: SearchSpace) -> None:
             "fixes every ratio. Prune with it first (has.prune), then search the KV bits alone "
             "(target_sparsity=None)."
         )
-    if not explicit and 0.0 < space.sparsity_range < space.step:
+    if not space.is_free and not explicit and 0.0 < space.sparsity_range < space.step:
         raise ValueError(
             f"sparsity_range must be 0 or at least step, got sparsity_range="
             f"{space.sparsity_range} and step={space.step}: no ratio but the target would be "
             "tried."
         )
-    if space.sparsity_high is None and space.high >= 1.0:
+    if not space.is_free and space.sparsity_high is None and space.high >= 1.0:
         raise ValueError(
             f"target_sparsity + sparsity_range must be below 1, got {space.target} + "
             f"{space.sparsity_range}. Lower one of them."
         )
-    if not space.low <= space.target <= space.high:
+    if space.low > space.high or not (space.is_free or space.low <= space.target <= space.high):
+        wanted = "" if space.is_free else f" <= target_sparsity ({space.target})"
         raise ValueError(
-            "The ratios must be ordered as sparsity_low <= target_sparsity <= sparsity_high, got "
-            f"{space.low}, {space.target} and {space.high}: no mean outside the range can be "
-            "reached."
+            f"The ratios must be ordered as sparsity_low{wanted} <= sparsity_high, got "
+            f"{space.low} and {space.high}: no mean outside the range can be reached."
         )
     low, high = space.grid
     if space.low < space.high and low == high:
@@ -110,7 +110,7 @@ def check_sparsity(space: SearchSpace) -> None:
 
 
 def check_kv(space: SearchSpace) -> None:
-    """Hold the split of the KV bits against its mean."""
+    """Hold the split of the KV bits against its mean and the budget."""
     if space.kv_bits is None:
         for name in ("kv_mean_bits", "kv_apart"):
             if getattr(space, name):
@@ -127,4 +127,54 @@ def check_kv(space: SearchSpace) -> None:
         raise ValueError(
             f"kv_mean_bits must lie between the narrowest and the widest of kv_bits="
             f"{space.kv_bits}, got {mean}."
+        )
+
+
+def check_weight_bits(space: SearchSpace) -> None:
+    """Hold the weights' widths against their mean and the budget."""
+    palette, mean = space.weight_bits, space.weight_mean_bits
+    if palette is None:
+        if mean is not None:
+            raise ValueError(f"weight_mean_bits={mean} needs weight_bits, got weight_bits=None.")
+        return
+    if space.pattern != "unstructured":
+        raise ValueError(
+            f"weight_bits must be None with a pattern, got {palette} and {space.pattern!r}: weight "
+            "bits are searched over unstructured sparsity."
+        )
+    if mean is not None and not palette[0] <= mean <= palette[-1]:
+        raise ValueError(
+            f"weight_mean_bits must lie between the narrowest and the widest of weight_bits="
+            f"{palette}, got {mean}."
+        )
+    if len(palette) > 1 and mean is None and not space.in_bytes:
+        raise ValueError(
+            f"weight_bits={palette} leaves the mean open. Set weight_mean_bits, or a budget in "
+            "bytes (size_bytes, or fit_bytes with context_length)."
+        )
+
+
+def check_budget(space: SearchSpace) -> None:
+    """Hold budgets in bytes against each other and against what the space leaves to choose."""
+    if space.fit_bytes is not None and space.context_length is None:
+        raise ValueError(
+            "fit_bytes needs context_length: how long a KV cache has to fit beside the weights, in "
+            "tokens."
+        )
+    if space.fit_bytes is None and (space.context_length is not None or space.batch_size != 1):
+        raise ValueError(
+            "context_length and batch_size say how large a KV cache has to fit, and need "
+            f"fit_bytes; got context_length={space.context_length}, batch_size={space.batch_size} "
+            "and no fit_bytes."
+        )
+    if space.is_free and not space.in_bytes:
+        raise ValueError(
+            "target_sparsity='free' leaves the mean ratio to a budget in bytes. Set size_bytes, or "
+            "fit_bytes with context_length, or give the mean ratio as a number."
+        )
+    on_disk_alone = space.size_bytes is not None and space.fit_bytes is None
+    if on_disk_alone and space.kv_bits is not None and space.mean_kv_bits is None:
+        raise ValueError(
+            "size_bytes counts what lies on disk, which holds no KV cache, so it bounds no KV "
+            "bits. Set kv_mean_bits, or kv_split='equal', or fit_bytes."
         )

@@ -145,7 +145,8 @@ def history(study: Study) -> list[dict[str, Any]]:
     it is not known exactly), ``estimate`` (of a trial that was stopped), ``batches`` (evaluated),
     ``uniform``, ``duplicate_of``, ``failure``, ``withdrawn`` (enough trials were under way when it
     was drawn), ``retry_of``, ``seconds``, ``block_ratios`` (one per block),
-    ``key_bits`` and ``value_bits`` (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``.
+    ``key_bits`` and ``value_bits`` (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``,
+    ``mean_weight_bits``, ``bytes`` (limit -> what the profile weighs).
     """
     from optuna.trial import TrialState
 
@@ -171,6 +172,8 @@ def history(study: Study) -> list[dict[str, Any]]:
                 "value_bits": kv_cache.get("value_bits"),
                 "mean_sparsity": attributes.get("mean_sparsity"),
                 "mean_kv_bits": attributes.get("mean_kv_bits"),
+                "mean_weight_bits": attributes.get("mean_weight_bits"),
+                "bytes": attributes.get("bytes"),
             }
         )
     return rows

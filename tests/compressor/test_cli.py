@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
-from hf_adaptive_sparse.cli.arguments import kv_bits
+from hf_adaptive_sparse.cli.arguments import build_parser
+from hf_adaptive_sparse.cli.space_arguments import space_of, widths
+from hf_adaptive_sparse.compressor import search_space
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.version import __version__
 
@@ -156,8 +159,8 @@ def test_env_says_which_path_is_in_use(capsys) -> None:
 
 
 def test_kv_bits_of_the_command_line() -> None:
-    assert kv_bits("6,8") == (6, 8)
-    assert kv_bits("None") is None
+    assert widths("6,8") == (6, 8)
+    assert widths("None") is None
 
 
 def test_usage_error_is_exit_code_2(capsys) -> None:
@@ -175,3 +178,65 @@ def test_module_is_runnable() -> None:
         check=True,
     )
     assert done.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"target_sparsity": 0.5, "kv_bits": (6, 8), "kv_split": "equal"}),
+        (
+            [
+                "--fit",
+                "6GiB",
+                "--context",
+                "8192",
+                "--batch",
+                "2",
+                "--search-weight-bits",
+                "16,8,4",
+            ],
+            {
+                "target_sparsity": "free",
+                "fit_bytes": 6 * 2**30,
+                "context_length": 8192,
+                "batch_size": 2,
+                "weight_bits": (4, 8, 16),
+                "kv_split": "free",
+            },
+        ),
+        (["--size", "4GB", "--target-sparsity", "0.6"], {"target_sparsity": 0.6}),
+        (
+            ["--kv-bits", "16,8,6,4,3,2", "--kv-mean-bits", "4", "--kv-apart"],
+            {"kv_mean_bits": 4.0, "kv_apart": True, "kv_split": "free"},
+        ),
+        (
+            ["--granularity", "layer-projection", "--sparsity-high", "0.7"],
+            {"granularity": "layer-projection", "high": 0.7, "low": 0.45},
+        ),
+    ],
+)
+def test_options_make_the_space(flags, expected):
+    options = build_parser().parse_args(["search", "m", "--output", "o", *flags])
+    target = 0.5 if options.target_sparsity is None else options.target_sparsity
+    config = SparsityConfig(target_sparsity=target)
+    space = space_of(options, config, search_space(config, options.kv_bits))
+    assert {name: getattr(space, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "4G"], "must be a size of at least one byte"),
+        (["--fit", "4GiB"], "fit_bytes needs context_length"),
+        (["--context", "8"], "need fit_bytes"),
+        (["--kv-mean-bits", "9"], "kv_mean_bits must lie between"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(flags, message, capsys, demo_checkpoint):
+    arguments = ["search", str(demo_checkpoint), "--output", "o", *flags]
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err

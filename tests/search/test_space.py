@@ -89,6 +89,18 @@ def test_a_granularity_by_layer_makes_every_layer_a_block():
     assert len(SearchSpace(granularity="block-projection").layer_blocks(10)) == 8
 
 
+def test_a_limit_in_bytes_frees_what_it_counts():
+    space = SearchSpace(target_sparsity="free", fit_bytes="1GiB", context_length=8)
+    assert (space.fit_bytes, space.low, space.high) == (2**30, 0.0, 0.75)
+    assert space.kv_split == "free"
+    assert space.mean_kv_bits is None
+    assert space.grid == (0.0, 0.75)
+    assert SearchSpace(target_sparsity="free", size_bytes=9).mean_kv_bits == 7
+    form = space.to_dict()
+    assert json.loads(json.dumps(form)) == form
+    assert SearchSpace(**form) == space
+
+
 def test_a_mean_asks_for_the_free_split():
     assert SearchSpace().kv_split == "equal"
     space = SearchSpace(kv_bits=(2, 3, 4, 6, 8, 16), kv_mean_bits=4)
@@ -118,7 +130,7 @@ def test_a_mean_asks_for_the_free_split():
         ({"granularity": "head"}, "granularity must be one of block, layer, block-projection"),
         (
             {"sparsity_low": 0.6},
-            r"sparsity_low <= target_sparsity <= sparsity_high, got 0\.6, 0\.5",
+            r"target_sparsity \(0\.5\) <= sparsity_high, got 0\.6",
         ),
         ({"sparsity_high": 0.4}, "sparsity_low <= target_sparsity"),
         ({"sparsity_high": 1.0}, r"sparsity_high must be a number in \[0, 1\)"),
@@ -130,6 +142,22 @@ def test_a_mean_asks_for_the_free_split():
         ({"kv_mean_bits": "7"}, "kv_mean_bits must be a number"),
         ({"kv_bits": None, "kv_mean_bits": 7}, "kv_mean_bits needs kv_bits"),
         ({"kv_bits": None, "kv_apart": True}, "kv_apart needs kv_bits"),
+        ({"target_sparsity": "free"}, "leaves the mean ratio to a budget in bytes"),
+        ({"target_sparsity": "half"}, r"target_sparsity must be a number in \[0, 1\)"),
+        ({"fit_bytes": "6GiB"}, "fit_bytes needs context_length"),
+        ({"fit_bytes": "6G", "context_length": 9}, "fit_bytes must be a size"),
+        ({"context_length": 9}, "need fit_bytes; got context_length=9"),
+        ({"batch_size": 2}, r"need fit_bytes.*batch_size=2"),
+        ({"size_bytes": 0}, "size_bytes must be a size of at least one byte"),
+        ({"size_bytes": 9, "batch_size": 0}, "batch_size must be a whole number >= 1"),
+        ({"weight_bits": (8, 6)}, "weight_bits must be None or widths from 4, 8, 16"),
+        ({"weight_bits": (8, 4)}, r"weight_bits=\(4, 8\) leaves the mean open"),
+        ({"weight_mean_bits": 6}, "weight_mean_bits=6.0 needs weight_bits"),
+        ({"weight_bits": (8, 4), "weight_mean_bits": 9}, "narrowest and the widest of weight_bits"),
+        (
+            {"target_sparsity": None, "pattern": "2:4", "weight_bits": 8},
+            "weight_bits must be None with a pattern",
+        ),
     ],
 )
 def test_bad_settings_are_refused_with_the_way_out(settings, message):

@@ -1,0 +1,156 @@
+"""The options that say what a search may choose and under which budget, and the space they make."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.search.byte_sizes import parse_bytes
+from hf_adaptive_sparse.search.space import FREE, SearchSpace
+from hf_adaptive_sparse.search.space_rules import GRANULARITIES, KV_SPLITS
+
+DEFAULT_KV_BITS = (6, 8)
+
+
+def widths(text: str) -> tuple[int, ...] | None:
+    """Parse widths joined by commas.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is neither ``none`` nor numbers joined by commas.
+    """
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be widths joined by commas, such as 6,8, or none; got {text!r}"
+        ) from None
+
+
+def size(text: str) -> int:
+    """Parse a size in bytes.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is none.
+    """
+    try:
+        return parse_bytes(text, "it")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_space(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a search's space and budget."""
+    ratios = parser.add_argument_group("what shares a ratio, and in which range")
+    ratios.add_argument(
+        "--granularity",
+        choices=GRANULARITIES,
+        default="block",
+        help="block of layers, layer, or the linears of one role (q, k, v, o, gate, up, down) in "
+        "either (default: block)",
+    )
+    ratios.add_argument("--blocks", type=int, metavar="N", help="blocks of layers (default: 8)")
+    ratios.add_argument(
+        "--sparsity-range",
+        type=float,
+        metavar="RATIO",
+        help="how far a ratio may lie from the target, both ways (default: 0.05)",
+    )
+    ratios.add_argument("--sparsity-low", type=float, metavar="RATIO", help="lowest ratio instead")
+    ratios.add_argument("--sparsity-high", type=float, metavar="RATIO", help="highest ratio")
+    bits = parser.add_argument_group("bits")
+    bits.add_argument(
+        "--kv-bits",
+        type=widths,
+        default=DEFAULT_KV_BITS,
+        metavar="BITS",
+        help="widths of keys and values to search, such as 6,8; one width fixes them; "
+        "none leaves the cache alone (default: 6,8)",
+    )
+    bits.add_argument(
+        "--kv-mean-bits",
+        type=float,
+        metavar="BITS",
+        help="mean of a free split of the KV bits, held exactly (default: an equal split)",
+    )
+    bits.add_argument(
+        "--kv-split",
+        choices=KV_SPLITS,
+        help="every KV width to as many layers, or any to any (default: free with --kv-mean-bits "
+        "or --fit, else equal)",
+    )
+    bits.add_argument(
+        "--kv-apart", action="store_true", help="keys and values of a layer may differ in width"
+    )
+    bits.add_argument(
+        "--search-weight-bits",
+        type=widths,
+        metavar="BITS",
+        help="widths of the kept weights to search, such as 16,8,4, one per block; one width fixes "
+        "them (default: the model's dtype)",
+    )
+    bits.add_argument(
+        "--search-weight-mean", type=float, metavar="BITS", help="their mean, held exactly"
+    )
+    budget = parser.add_argument_group(
+        "budget in bytes", "sizes such as 6GiB (powers of 1024), 4.5GB (powers of 1000), or bytes"
+    )
+    budget.add_argument(
+        "--fit",
+        type=size,
+        metavar="SIZE",
+        help="most memory for weights, in the sparse runtime, and KV cache together; the mean "
+        "ratio is then free unless --target-sparsity is given",
+    )
+    budget.add_argument(
+        "--context", type=int, metavar="N", help="tokens per sequence that --fit makes room for"
+    )
+    budget.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="sequences, likewise (default: 1)"
+    )
+    budget.add_argument(
+        "--size", type=size, metavar="SIZE", help="most bytes of the weights' files on disk"
+    )
+
+
+def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSpace) -> SearchSpace:
+    """Return the space that the options ask for.
+
+    Args:
+        options: Those of `add_space`, and ``target_sparsity``, ``None`` where it was not given.
+        config: The config of the final prune; a pattern n:m leaves the ratios fixed.
+        base: What is searched where no option says otherwise.
+
+    Raises:
+        ValueError: If options contradict each other.
+    """
+    in_bytes = options.fit is not None or options.size is not None
+    target: float | str | None = config.target_sparsity
+    if config.pattern != "unstructured":
+        target = None
+    elif in_bytes and options.target_sparsity is None:
+        target = FREE
+    limits: dict[str, Any] = {}
+    if options.fit is not None or options.context is not None or options.batch != 1:
+        limits = {"context_length": options.context, "batch_size": options.batch}
+    reach = options.sparsity_range
+    return SearchSpace(
+        target_sparsity=target,
+        sparsity_range=base.sparsity_range if reach is None else reach,
+        step=base.step,
+        blocks=base.blocks if options.blocks is None else options.blocks,
+        granularity=options.granularity,
+        sparsity_low=options.sparsity_low,
+        sparsity_high=options.sparsity_high,
+        kv_bits=options.kv_bits,
+        kv_split=options.kv_split,
+        kv_apart=options.kv_apart,
+        kv_mean_bits=options.kv_mean_bits,
+        weight_bits=options.search_weight_bits,
+        weight_mean_bits=options.search_weight_mean,
+        fit_bytes=options.fit,
+        size_bytes=options.size,
+        **limits,
+    )

@@ -1,0 +1,244 @@
+"""What a profile weighs in bytes, and the limits it is held to.
+
+Every figure comes from the size formula of the format it is about: `packing.sparse_weight` for the
+weights in memory, the same without its offsets for the checkpoint, the codecs' own block sizes for
+the KV cache. Nothing is allocated to find it.
+
+A figure is what a profile takes at most. Kept weights that a code of 8 or 4 bits rounds to 0 are
+not stored either; they are few where weights have been removed, the smallest first, and up to a
+tenth at 4 bits where none have.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
+from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
+from hf_adaptive_sparse.packing.sparse_weight import size_bytes
+from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.search.byte_sizes import format_bytes
+from hf_adaptive_sparse.search.cache_bytes import CacheBytes
+from hf_adaptive_sparse.search.kv_split import LayerBits
+from hf_adaptive_sparse.search.space import SearchSpace
+
+OWN_DTYPE = 16
+"""Weight bits that stand for the model's own dtype."""
+
+_NAME_SLACK = 8
+"""Characters that a tensor's name in the file may be longer than at run time."""
+
+_SHARD_BYTES = 5 * 10**9
+"""The smallest shards that transformers writes by default; each has a header of its own."""
+
+
+@dataclass(frozen=True)
+class LinearBytes:
+    """The formats of one prunable linear.
+
+    Attributes:
+        rows: Its outputs.
+        columns: Its inputs.
+        value_bytes: Bytes of a weight in the model's dtype, which the scales have, too.
+    """
+
+    rows: int
+    columns: int
+    value_bytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    def in_memory(self, kept: int, bits: int) -> int:
+        """Return the bytes the sparse runtime holds: a plain weight where nothing is removed."""
+        if kept == self.numel and bits == OWN_DTYPE:
+            return self.numel * self.value_bytes
+        groups = self._groups(bits)
+        return size_bytes(
+            self.rows, self.columns, kept, self._value_bits(bits), groups, self.value_bytes
+        )
+
+    def on_disk(self, kept: int, bits: int) -> int:
+        """Return the bytes of its tensors in a checkpoint: values, bitmask and scales."""
+        if kept == self.numel and bits == OWN_DTYPE:
+            return self.numel * self.value_bytes
+        values = (kept * self._value_bits(bits) + 7) // 8
+        scales = self.rows * self._groups(bits) * self.value_bytes
+        return values + scales + compressed_size_bytes(self.rows, self.columns, 0, 0)
+
+    def _value_bits(self, bits: int) -> int:
+        return 8 * self.value_bytes if bits == OWN_DTYPE else bits
+
+    def _groups(self, bits: int) -> int:
+        if bits == OWN_DTYPE:
+            return 0
+        return group_count(self.columns, FOUR_BIT_GROUP_SIZE if bits == 4 else None)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a profile weighs.
+
+    Attributes:
+        fit_bytes: Memory of weights and KV cache; ``None`` where no limit is on it.
+        size_bytes: The checkpoint's safetensors files; ``None`` likewise.
+    """
+
+    fit_bytes: int | None
+    size_bytes: int | None
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the figures that there is a limit on."""
+        pairs = (("fit_bytes", self.fit_bytes), ("size_bytes", self.size_bytes))
+        return {name: count for name, count in pairs if count is not None}
+
+
+@dataclass(frozen=True)
+class ByteBudget:
+    """Limits in bytes, and what it takes to weigh a profile.
+
+    Attributes:
+        linears: Prunable linear -> its formats.
+        other_memory: Bytes of all other parameters and buffers.
+        other_disk: Bytes of all other tensors in the files, and of the files' headers.
+        cache: The KV cache; ``None`` where no limit is on memory.
+        fit_bytes: Limit on memory.
+        size_bytes: Limit on the files.
+    """
+
+    linears: Mapping[str, LinearBytes]
+    other_memory: int
+    other_disk: int
+    cache: CacheBytes | None
+    fit_bytes: int | None
+    size_bytes: int | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        space: SearchSpace,
+        modules_to_not_convert: Sequence[str] | None = None,
+    ) -> ByteBudget:
+        """Lay a space's limits over a model.
+
+        Args:
+            model: The dense model, in the dtype that it will be saved in.
+            space: A space with a limit in bytes.
+            modules_to_not_convert: Names or globs of linears that stay dense.
+        """
+        linears = prunable_linears(model, modules_to_not_convert)
+        counted = {id(linear.weight) for linear in linears.values()}
+        memory = [t for t in _tensors(model, persistent=False).values() if id(t) not in counted]
+        stored = _tensors(model, persistent=True)
+        disk = [t for t in stored.values() if id(t) not in counted]
+        fit = _limit(space.fit_bytes)
+        return cls(
+            linears={
+                name: LinearBytes(
+                    linear.out_features, linear.in_features, linear.weight.element_size()
+                )
+                for name, linear in linears.items()
+            },
+            other_memory=sum(t.numel() * t.element_size() for t in memory),
+            other_disk=sum(t.numel() * t.element_size() for t in disk)
+            + _header_bytes(stored, linears, quantised=space.weight_bits is not None),
+            cache=None if fit is None else CacheBytes.of(model, space),
+            fit_bytes=fit,
+            size_bytes=_limit(space.size_bytes),
+        )
+
+    def spent(
+        self,
+        removed: Mapping[str, int],
+        weight_bits: Mapping[str, int],
+        kv_bits: Sequence[LayerBits] | None,
+    ) -> Spent:
+        """Weigh a profile.
+
+        Args:
+            removed: Linear -> weights that it loses; those not named lose none.
+            weight_bits: Linear -> bits of its weights; those not named keep their dtype.
+            kv_bits: ``(key bits, value bits)`` per decoder layer; ``None``: a plain cache.
+        """
+        memory, disk = self.other_memory, self.other_disk
+        for name, linear in self.linears.items():
+            kept = linear.numel - removed.get(name, 0)
+            bits = weight_bits.get(name, OWN_DTYPE)
+            if self.fit_bytes is not None:
+                memory += linear.in_memory(kept, bits)
+            if self.size_bytes is not None:
+                disk += linear.on_disk(kept, bits)
+        return Spent(
+            fit_bytes=None if self.cache is None else memory + self.cache.at_most(kv_bits),
+            size_bytes=None if self.size_bytes is None else disk,
+        )
+
+    def holds(self, spent: Spent) -> bool:
+        """Return whether a weight is within all limits."""
+        return all(
+            limit is None or count is None or count <= limit
+            for limit, count in (
+                (self.fit_bytes, spent.fit_bytes),
+                (self.size_bytes, spent.size_bytes),
+            )
+        )
+
+    def refuse(self, smallest: Spent) -> ValueError:
+        """Return the error for limits that even the smallest profile passes."""
+        passed = []
+        for name in ("fit_bytes", "size_bytes"):
+            limit, count = getattr(self, name), getattr(smallest, name)
+            if limit is not None and count > limit:
+                least = format_bytes(count)
+                passed.append(f"{name} is {format_bytes(limit)}, the smallest reachable {least}")
+        return ValueError(
+            f"No profile of this space meets the budget: {' and '.join(passed)}. Allow higher "
+            "ratios (target_sparsity='free', sparsity_high), narrower weight_bits or kv_bits, or a "
+            "shorter context; or raise the limit."
+        )
+
+
+def _limit(size: int | str | None) -> int | None:
+    # The space has parsed texts already.
+    return None if size is None else int(size)
+
+
+def _tensors(model: nn.Module, *, persistent: bool) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers, shared ones once; of the buffers, maybe only what is saved."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
+    saved = model.state_dict(keep_vars=True) if persistent else {}
+    buffers = model.named_buffers()
+    return found | {name: b for name, b in buffers if not persistent or name in saved}
+
+
+def _header_bytes(
+    stored: Mapping[str, torch.Tensor], linears: Mapping[str, nn.Linear], *, quantised: bool
+) -> int:
+    """Return the bytes of the files' headers at most."""
+    total = sum(t.numel() * t.element_size() for t in stored.values())
+    digits = len(str(total))
+    pruned = ("_values", "_bitmask", *(("_scales",) if quantised else ()))
+
+    def entries() -> Iterator[int]:
+        compressed = {f"{name}.weight" for name in linears}
+        for name, tensor in stored.items():
+            parts = pruned if name in compressed else ("",)
+            shape = list(tensor.shape) or [1]
+            for part in parts:
+                value = {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+                text = json.dumps({name + part: value}, separators=(",", ":"))
+                yield len(text) + 2 * digits + _NAME_SLACK
+
+    shards = 1 + math.ceil(total / _SHARD_BYTES)
+    return sum(entries()) + shards * 128
