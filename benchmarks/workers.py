@@ -91,7 +91,7 @@ def measure(workers: int, trials: int, windows: int) -> dict:
         seconds = perf_counter() - started
         with quiet_optuna():
             study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(storage))
-    done = tally(study).completed
+        done = tally(study).completed
     first = min(trial.datetime_start for trial in done)
     span = (max(trial.datetime_complete for trial in done) - first).total_seconds()
     by_worker = [trial.user_attrs["worker"] for trial in done]
@@ -123,8 +123,8 @@ def table(result: dict) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=30, help="trials of each study")
-    parser.add_argument("--windows", type=int, default=6, help="evaluation windows of 512 tokens")
+    parser.add_argument("--trials", type=int, default=60, help="trials of each study")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 512 tokens")
     parser.add_argument("--storage", help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
