@@ -111,6 +111,24 @@ class TestPage:
         assert (tmp_path / "pareto.png").is_file()
         assert "all take the same bytes" not in page.text
 
+    def test_a_budget_in_bytes_leaves_the_ratio_free(self, tmp_path):
+        names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(6)]
+        rows = linear_rows(20)
+        study = facts(
+            rows,
+            space={"target_sparsity": "free", "fit_bytes": 3 * 10**9, "weight_bits": [4, 16]},
+            profile={
+                "format_version": 1,
+                "sparsity": dict.fromkeys(names, 0.3),
+                "weight_bits": dict.fromkeys(names[:3], 4) | dict.fromkeys(names[3:], 16),
+            },
+        )
+        assert study.target is None
+        text = page_of(study, tmp_path).text
+        assert "at most 3.00 GB in memory" in text
+        assert "weight bits from 4, 16" in text
+        assert "0 30.00 % 4 1 30.00 % 4" in text
+
     def test_two_objectives_give_a_front_of_them(self, tmp_path):
         rows = [row(n, 10.0 - n, values=[10.0 - n, 1e6 * n], uniform=n == 0) for n in range(5)]
         study = facts(rows, labels=("kl", "bytes"))
@@ -193,10 +211,10 @@ class TestAnalysis:
 
     def test_equal_costs_are_no_trade_off(self):
         assert costs(facts(linear_rows(5))) is None
-        rows = [row(0, 3.0, size_bytes=2e6), row(1, 4.0, size_bytes=1e6)]
+        rows = [row(0, 3.0, bytes={"size_bytes": 2e6}), row(1, 4.0, bytes={"size_bytes": 1e6})]
         cost = costs(facts(rows))
         assert cost.points == ((2.0, 3.0), (1.0, 4.0))
-        assert "MB" in cost.label
+        assert cost.label == "size on disk (MB)"
 
 
 class TestFailureSigns:

@@ -114,6 +114,10 @@ def plot_profile(
     panels: list[Callable[[Axes], None]] = []
     if layers:
         panels.append(lambda axes: _draw_ratios(axes, layers, target_sparsity))
+    if profile.weight_bits:
+        stacks = mean_by_layer(profile.weight_bits, numel)
+        bits = stacks[largest_stack(stacks, profile.weight_bits)]
+        panels.append(lambda axes: _draw_weight_bits(axes, bits))
     if kv:
         panels.append(lambda axes: _draw_bits(axes, kv))
     if not panels:
@@ -160,6 +164,14 @@ def _draw_ratios(axes: Axes, layers: Mapping[int, float], target: float | None) 
     axes.set_title("Sparsity", loc="left", fontsize=10)
     # From zero, as bars are read by their length, with room above the longest.
     axes.set_ylim(0, min(100, max([*percent, 100 * (target or 0)]) * 1.15 + 1))
+
+
+def _draw_weight_bits(axes: Axes, layers: Mapping[int, float]) -> None:
+    axes.bar(list(layers), list(layers.values()), width=0.8, color=GREEN)
+    axes.set_yticks(sorted({0, 16, *(round(bits) for bits in layers.values())}))
+    axes.set_ylim(0, 17)
+    axes.set_ylabel("bits per weight")
+    axes.set_title("Kept weights", loc="left", fontsize=10)
 
 
 def _draw_bits(axes: Axes, bits: Sequence[tuple[int, int]]) -> None:

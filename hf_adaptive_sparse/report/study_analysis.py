@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +211,7 @@ def failure_signs(facts: StudyFacts) -> list[str]:
         signs.append("No trial was evaluated in full, so there is no best profile.")
     elif best["uniform"]:
         signs.append("The search found nothing better than the uniform profile.")
-    elif _nearly_uniform(best, facts.space):
+    elif _nearly_uniform(best, facts):
         signs.append(
             "The best profile has collapsed to uniform: no ratio lies further from the target than "
             "half a step. Use more trials, a wider range, or more evaluation data."
@@ -235,9 +235,9 @@ def failure_signs(facts: StudyFacts) -> list[str]:
     return signs
 
 
-def _nearly_uniform(best: Row, space: Mapping[str, Any]) -> bool:
-    ratios, target = best.get("block_ratios"), space.get("target_sparsity")
-    if not ratios or not target or not space.get("sparsity_range"):
+def _nearly_uniform(best: Row, facts: StudyFacts) -> bool:
+    ratios, target, space = best.get("block_ratios"), facts.target, facts.space
+    if not ratios or target is None or not space.get("sparsity_range"):
         return False
     bits = best.get("key_bits")
     if bits and len(set(bits)) > 1:

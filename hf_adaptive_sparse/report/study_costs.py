@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_adaptive_sparse.report.study_facts import StudyFacts
+from hf_adaptive_sparse.report.study_facts import Row, StudyFacts
 
-_COSTS = (
-    ("total_bytes", "bytes in memory (MB)", 1e-6),
-    ("size_bytes", "bytes (MB)", 1e-6),
-    ("kv_bytes", "bytes of the KV cache (MB)", 1e-6),
-    ("mean_kv_bits", "mean KV bits", 1.0),
+_LIMITS = (
+    ("fit_bytes", "weights and KV cache in memory (MB)"),
+    ("size_bytes", "size on disk (MB)"),
 )
-"""Keys of a trial's row that are costs: the first that varies is shown."""
+"""Limits in bytes that a trial's row tells its profile's weight for."""
+
+_MEANS = (("mean_kv_bits", "mean KV bits"), ("mean_weight_bits", "mean weight bits"))
+"""Keys of a trial's row that stand for its size where it has no bytes."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,16 @@ def costs(facts: StudyFacts) -> Costs | None:
     if len(facts.labels) > 1 and len(rows) > 1:
         points = [(float(row["values"][1]), float(row["value"])) for row in rows]
         return Costs(facts.labels[1], tuple(points))
-    for key, label, unit in _COSTS:
-        found = [row.get(key) for row in rows]
-        numbers = [float(cost) for cost in found if cost is not None]
+    found = {label: [_megabytes(row, limit) for row in rows] for limit, label in _LIMITS}
+    found |= {label: [row.get(key) for row in rows] for key, label in _MEANS}
+    for label, column in found.items():
+        numbers = [float(cost) for cost in column if cost is not None]
         if len(numbers) == len(rows) > 1 and max(numbers) > (1 + 1e-3) * min(numbers):
-            points = [(unit * n, float(r["value"])) for n, r in zip(numbers, rows, strict=True)]
+            points = [(number, float(r["value"])) for number, r in zip(numbers, rows, strict=True)]
             return Costs(label, tuple(points))
     return None
+
+
+def _megabytes(row: Row, limit: str) -> float | None:
+    size = (row.get("bytes") or {}).get(limit)
+    return None if size is None else size / 1e6

@@ -60,6 +60,12 @@ class StudyFacts:
     versions: Mapping[str, str]
 
     @property
+    def target(self) -> float | None:
+        """The mean ratio that all profiles have; ``None`` if weights stay, or if it is free."""
+        target = self.space.get("target_sparsity")
+        return float(target) if isinstance(target, int | float) and target else None
+
+    @property
     def evaluated(self) -> list[Row]:
         """Trials with a value or an estimate, one per distinct profile."""
         states = ("complete", "pruned")

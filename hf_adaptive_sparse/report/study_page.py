@@ -28,7 +28,7 @@ from hf_adaptive_sparse.report.study_plots import (
     plot_importance,
     plot_sensitivity,
 )
-from hf_adaptive_sparse.report.tables import format_value
+from hf_adaptive_sparse.report.tables import format_bytes, format_value
 
 PAGE = "report.html"
 
@@ -96,14 +96,18 @@ def write_study_report(facts: StudyFacts, directory: str | os.PathLike[str]) -> 
 
 
 def _head(facts: StudyFacts) -> str:
-    space = facts.space
-    parts = []
+    space, parts = facts.space, []
+    if facts.target is not None:
+        parts.append(f"{100 * facts.target:.4g} % of the weights removed")
+    for key, label in (("kv_bits", "KV bits"), ("weight_bits", "weight bits")):
+        if space.get(key):
+            parts.append(f"{label} from {', '.join(map(str, space[key]))}")
+    for key, label in (("fit_bytes", "in memory"), ("size_bytes", "on disk")):
+        if space.get(key):
+            parts.append(f"at most {format_bytes(space[key])} {label}")
     if space.get("target_sparsity"):
-        parts.append(f"{100 * space['target_sparsity']:.4g} % of the weights removed")
-    if space.get("kv_bits"):
-        parts.append(f"KV bits from {', '.join(map(str, space['kv_bits']))}")
-    what = "; ".join([*parts, f"ranked by {facts.metric}" if space.get("target_sparsity") else ""])
-    return f"<h1>{escape(facts.name)}</h1>\n<p class=note>{escape(what.strip('; '))}</p>"
+        parts.append(f"ranked by {facts.metric}")
+    return f"<h1>{escape(facts.name)}</h1>\n<p class=note>{escape('; '.join(parts))}</p>"
 
 
 def _warning(text: str) -> str:
@@ -161,11 +165,10 @@ def _best(facts: StudyFacts, folder: Path) -> str:
     if facts.profile is None:
         return ""
     profile = CompressionProfile.from_dict(dict(facts.profile))
-    target = facts.space.get("target_sparsity") or None
     numel = facts.numel or None
 
     def draw(path: Path) -> None:
-        plot_profile(profile, path, numel=numel, target_sparsity=target)
+        plot_profile(profile, path, numel=numel, target_sparsity=facts.target)
 
     table = _table(_profile_rows(profile, facts.numel))
     return _section("Best profile, layer by layer", _plot(folder, "profile", draw) + table)
@@ -178,6 +181,10 @@ def _profile_rows(profile: CompressionProfile, numel: Mapping[str, int]) -> list
         stacks = mean_by_layer(ratios, numel or None)
         for layer, ratio in stacks[largest_stack(stacks, ratios)].items():
             layers.setdefault(layer, {})["sparsity"] = f"{100 * ratio:.2f} %"
+    if profile.weight_bits:
+        stacks = mean_by_layer(profile.weight_bits, numel or None)
+        for layer, mean in stacks[largest_stack(stacks, profile.weight_bits)].items():
+            layers.setdefault(layer, {})["weight bits"] = f"{mean:.4g}"
     cache = profile.kv_cache
     if cache is not None:
         for label, bits in (("key bits", cache.key_bits), ("value bits", cache.value_bits)):
