@@ -48,6 +48,9 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/method_table.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/update_readme.py
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/open_questions.py
+	$(BIN)/python benchmarks/solver_cost.py
 	$(BIN)/python benchmarks/search_cost.py
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/workers.py

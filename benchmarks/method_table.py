@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -39,8 +40,8 @@ class Inputs:
 
 def read_inputs(options: argparse.Namespace) -> Inputs:
     source = ModelSource(options.model or shared("models/tiny-llava"), dtype=options.dtype)
-    text = options.text or shared("data/wikitext2")
-    visual = options.visual or shared("data/easy-vqa")
+    text = Path(options.text) if options.text else shared("data/wikitext2")
+    visual = Path(options.visual) if options.visual else shared("data/easy-vqa")
     processor = source.load_processor()
     config = source.load().config
     windows: list[Batch] = load_batches(
