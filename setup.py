@@ -44,7 +44,7 @@ class PlatformWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "hf_adaptive_sparse.kernels._attention",
+            "hf_adaptive_sparse.kernels._kernels",
             sources=sorted(str(path) for path in KERNELS.glob("csrc/*.c")),
             optional=True,
         )

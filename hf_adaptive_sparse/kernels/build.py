@@ -20,7 +20,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-OUTPUT = Path(__file__).parent / "_attention.so"
+OUTPUT = Path(__file__).parent / "_kernels.so"
 FLAGS = (
     "-std=c11",
     "-O3",

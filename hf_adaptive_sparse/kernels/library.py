@@ -19,8 +19,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
-LIBRARY = "_attention.so"
-ABI_VERSION = 1
+LIBRARY = "_kernels.so"
+ABI_VERSION = 2
 
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
 """Names of the paths and their numbers in the library."""

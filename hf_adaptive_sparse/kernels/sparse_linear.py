@@ -1,15 +1,26 @@
 """Products with a sparse weight: chooses the kernel. Other packages call nothing but this.
 
-Many tokens go by tiles through torch's matrix product (``sparse_tiles``). Nothing here records a
-gradient; the layer that calls this does, with ``input_gradient``.
+A few tokens go through a kernel that reads the sparse weight itself (``sparse_native``); many go by
+tiles through torch's matrix product (``sparse_tiles``), as do a few where there is no kernel, which
+is said once. Nothing here records a gradient; the layer that calls this does, with
+``input_gradient``.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
-from hf_adaptive_sparse.kernels import sparse_tiles
+from hf_adaptive_sparse.kernels import sparse_native, sparse_tiles
+from hf_adaptive_sparse.kernels.library import describe
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+logger = logging.getLogger(__name__)
+
+KERNEL_TOKENS = 8
+"""Tokens up to which a kernel is meant to beat decompression and torch's matrix product."""
 
 
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,7 +43,14 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         _check(bias, "bias", rows, weight)
     with torch.no_grad():
         tokens = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
-        return sparse_tiles.linear(tokens, weight, bias).view(*x.shape[:-1], rows)
+        few = tokens.shape[0] <= KERNEL_TOKENS
+        if few and sparse_native.is_supported(weight):
+            output = sparse_native.linear(tokens, weight, bias)
+        else:
+            if few:
+                _say_why_not(weight.device.type)
+            output = sparse_tiles.linear(tokens, weight, bias)
+        return output.view(*x.shape[:-1], rows)
 
 
 def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
@@ -53,6 +71,16 @@ def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor
     with torch.no_grad():
         flat = gradient.reshape(gradient.shape[:-1].numel(), rows)
         return sparse_tiles.input_gradient(flat, weight).view(*gradient.shape[:-1], columns)
+
+
+@functools.cache
+def _say_why_not(device: str) -> None:
+    logger.warning(
+        "No kernel for sparse weights on %s here; they are decompressed for every product, which "
+        "saves memory but is slow. Kernels: %s.",
+        device,
+        describe(),
+    )
 
 
 def _check(tensor: torch.Tensor, name: str, size: int, weight: SparseWeight) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from hf_adaptive_sparse.kernels import sparse_native
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 TILE_BYTES = 16 << 20
@@ -55,10 +56,14 @@ def _tiles(weight: SparseWeight) -> Iterator[tuple[int, int, torch.Tensor]]:
     row_bytes = max(1, columns * weight.dtype.itemsize)
     step = min(rows, max(1, TILE_BYTES // row_bytes))
     buffer = _buffer(step * columns, weight.dtype, weight.device).view(step, columns)
+    native = sparse_native.is_supported(weight)
     for start in range(0, rows, max(1, step)):
         stop = min(rows, start + step)
         tile = buffer[: stop - start]
-        tile.copy_(weight.dense_rows(start, stop))
+        if native:
+            sparse_native.decompress(weight, start, stop, tile)
+        else:
+            tile.copy_(weight.dense_rows(start, stop))
         yield start, stop, tile
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from hf_adaptive_sparse.kernels import attention, build, library
 
-FUZZ = Path(__file__).parent / "fuzz_attention.c"
+FUZZ = [Path(__file__).parent / f"fuzz_{name}.c" for name in ("attention", "sparse")]
+each_fuzz = pytest.mark.parametrize("fuzz", FUZZ, ids=lambda source: source.stem)
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C compiler")
 needs_kernels = pytest.mark.skipif(
@@ -129,8 +130,8 @@ def test_what_a_compiler_complains_about_is_shown(monkeypatch, tmp_path):
     assert not (tmp_path / "kernels.so").exists()
 
 
-def compile_fuzz(output, command, *flags):
-    sources = [str(FUZZ), *sorted(str(path) for path in build.SOURCES.glob("*.c"))]
+def compile_fuzz(fuzz, output, command, *flags):
+    sources = [str(fuzz), *sorted(str(path) for path in build.SOURCES.glob("*.c"))]
     shared = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
     arguments = [*command, *shared, *flags, f"-I{build.SOURCES}", "-o", str(output), *sources]
     return subprocess.run([*arguments, "-lm"], capture_output=True, text=True, check=False)
@@ -139,10 +140,11 @@ def compile_fuzz(output, command, *flags):
 @needs_kernels
 @needs_compiler
 @pytest.mark.slow
-def test_no_path_reads_or_writes_out_of_bounds(tmp_path):
+@each_fuzz
+def test_no_path_reads_or_writes_out_of_bounds(tmp_path, fuzz):
     """Random sizes in exactly allocated buffers, under the compiler's sanitizers."""
     program = tmp_path / "fuzz"
-    done = compile_fuzz(program, build.compiler(), "-g", "-fsanitize=address,undefined")
+    done = compile_fuzz(fuzz, program, build.compiler(), "-g", "-fsanitize=address,undefined")
     if done.returncode:
         pytest.skip(f"the compiler has no sanitizers: {done.stderr[-200:]}")
     for name in library.available_paths():
@@ -162,9 +164,10 @@ def test_no_path_reads_or_writes_out_of_bounds(tmp_path):
     not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64-static")),
     reason="needs a cross compiler and an emulator for AArch64",
 )
-def test_neon_agrees_with_portable_in_an_emulator(tmp_path):
+@each_fuzz
+def test_neon_agrees_with_portable_in_an_emulator(tmp_path, fuzz):
     program = tmp_path / "fuzz"
-    done = compile_fuzz(program, ["aarch64-linux-gnu-gcc"], "-static")
+    done = compile_fuzz(fuzz, program, ["aarch64-linux-gnu-gcc"], "-static")
     assert done.returncode == 0, done.stderr
     command = ["qemu-aarch64-static", str(program), str(library.PATHS["neon"]), "60"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -7,9 +7,16 @@ import threading
 import pytest
 import torch
 
-from hf_adaptive_sparse.kernels import sparse_linear, sparse_tiles
+from hf_adaptive_sparse.kernels import library, sparse_linear, sparse_tiles
 from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+
+@pytest.fixture(params=["auto", "none"], autouse=True)
+def path(request, monkeypatch):
+    """With the native kernels, where they are built, and in torch alone."""
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, request.param)
+    return request.param
 
 
 def make_sparse(rows, columns, bits=None, dtype=torch.float32, seed=0, ratio=0.5, group_size=None):
@@ -66,6 +73,28 @@ def in_both_modes(x, weight):
     with torch.inference_mode():
         inside = sparse_linear.linear(x, weight)
     return inside.clone(), sparse_linear.linear(x, weight)
+
+
+def test_going_without_a_kernel_is_said_once(path, monkeypatch, caplog):
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "none")
+    sparse_linear._say_why_not.cache_clear()
+    weight = make_sparse(6, 70)
+    for tokens in (1, 2, 40):
+        sparse_linear.linear(torch.ones(tokens, 70), weight)
+    assert caplog.text.count("No kernel for sparse weights on cpu") == 1
+
+
+@pytest.mark.skipif(not library.available_paths(), reason="the native kernels are not built here")
+def test_few_tokens_go_through_the_kernel(path, monkeypatch):
+    seen = []
+    kernel = sparse_linear.sparse_native.linear
+    monkeypatch.setattr(
+        sparse_linear.sparse_native, "linear", lambda *args: seen.append(args) or kernel(*args)
+    )
+    weight, most = make_sparse(6, 70), sparse_linear.KERNEL_TOKENS
+    for tokens in (1, most, most + 1):
+        sparse_linear.linear(torch.ones(tokens, 70), weight)
+    assert [len(call[0]) for call in seen] == ([] if path == "none" else [1, most])
 
 
 def test_bad_input_is_refused():

@@ -1,110 +1,38 @@
-/* Entry points: choice of variant, division into tasks, threads, and joining of partial results. */
-#define _POSIX_C_SOURCE 200809L
+/* Entry points: choice of variant, division into tasks, and joining of partial results. */
 #include "attention.h"
 
 #include <math.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "numbers.h"
-
-enum { PORTABLE, AVX2, AVX512, NEON, VARIANTS };
+#include "threads.h"
 
 HAS_EXPORT int has_abi_version(void) { return HAS_ABI_VERSION; }
 HAS_EXPORT int64_t has_call_size_bytes(void) { return (int64_t)sizeof(has_attention_call); }
-
-/* 1 if this processor runs the variant: 0 portable, 1 AVX2, 2 AVX-512, 3 NEON. */
-HAS_EXPORT int has_supports(int variant) {
-    switch (variant) {
-        case PORTABLE: return 1;
-#if defined(__x86_64__)
-        case AVX2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        case AVX512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-                   __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-#endif
-#if defined(__aarch64__)
-        case NEON: return 1;
-#endif
-        default: return 0;
-    }
-}
 
 static has_task_function function_of(int variant) {
     if (!has_supports(variant)) return NULL;
     switch (variant) {
 #if defined(__x86_64__)
-        case AVX2: return has_task_avx2;
-        case AVX512: return has_task_avx512;
+        case HAS_AVX2: return has_task_avx2;
+        case HAS_AVX512: return has_task_avx512;
 #endif
 #if defined(__aarch64__)
-        case NEON: return has_task_neon;
+        case HAS_NEON: return has_task_neon;
 #endif
         default: return has_task_portable;
     }
-}
-
-/* GOMP_parallel of the OpenMP runtime that torch itself uses, so that there is no second pool. */
-typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);
-static parallel_function torch_parallel;
-static pid_t process_of_pool;
-
-HAS_EXPORT void has_use_threads_of(void *gomp_parallel) {
-    torch_parallel = (parallel_function)gomp_parallel;
-    process_of_pool = getpid();
 }
 
 typedef struct {
     const has_attention_call *call;
     has_task_function function;
     const has_task *tasks;
-    int64_t count;
-    atomic_long next;
-    atomic_int status;
 } work;
 
-static void take_tasks(void *shared) {
-    work *w = shared;
-    for (;;) {
-        int64_t i = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
-        if (i >= w->count) return;
-        int status = w->function(w->call, w->tasks + i);
-        if (status != HAS_OK) atomic_store(&w->status, status);
-    }
-}
-
-static void *take_tasks_thread(void *shared) {
-    take_tasks(shared);
-    return NULL;
-}
-
-/* Threads that live for one call: slower to start, but right after a fork, where an OpenMP pool of
- * the parent is gone, and where torch has no OpenMP. */
-static void run_on_own_threads(work *w, int64_t threads) {
-    pthread_t *handles = malloc((size_t)threads * sizeof *handles);
-    int64_t started = 0;
-    if (handles != NULL)
-        while (started < threads - 1 &&
-               pthread_create(handles + started, NULL, take_tasks_thread, w) == 0)
-            started++;
-    take_tasks(w);
-    for (int64_t i = 0; i < started; i++) pthread_join(handles[i], NULL);
-    free(handles);
-}
-
-static void run(work *w, int64_t threads) {
-    if (threads > w->count) threads = w->count;
-    if (threads <= 1)
-        take_tasks(w);
-    else if (torch_parallel != NULL && getpid() == process_of_pool)
-        torch_parallel(take_tasks, w, (unsigned)threads, 0);
-    else
-        run_on_own_threads(w, threads);
+static int run_task(void *shared, int64_t i) {
+    const work *w = shared;
+    return w->function(w->call, w->tasks + i);
 }
 
 /* Join the partial results of one KV head, row by row, into the first of them. */
@@ -158,7 +86,7 @@ static int64_t tokens_before(const has_attention_call *call, int64_t block) {
 }
 
 HAS_EXPORT int has_attend(int variant, const has_attention_call *call) {
-    work w = {.call = call, .function = function_of(variant), .next = 0, .status = HAS_OK};
+    work w = {.call = call, .function = function_of(variant)};
     if (w.function == NULL) return HAS_BAD_VARIANT;
     if (call->block_length < 1 || call->block_length > HAS_MAX_CODES || call->key_dim < 1 ||
         call->key_dim > HAS_MAX_CODES || call->value_dim < 1)
@@ -167,16 +95,16 @@ HAS_EXPORT int has_attend(int variant, const has_attention_call *call) {
     int64_t heads = call->batch * call->kv_heads, splits = count_splits(call, blocks);
     int64_t rows = call->repeats * call->queries, width = call->value_dim + 2;
     if (heads == 0 || rows == 0) return HAS_OK;
-    w.count = heads * splits;
-    has_task *tasks = malloc((size_t)w.count * sizeof *tasks);
+    int64_t count = heads * splits;
+    has_task *tasks = malloc((size_t)count * sizeof *tasks);
     float *partials = NULL;
-    if (splits > 1) partials = malloc((size_t)(w.count * rows * width) * sizeof *partials);
+    if (splits > 1) partials = malloc((size_t)(count * rows * width) * sizeof *partials);
     if (tasks == NULL || (splits > 1 && partials == NULL)) {
         free(tasks);
         free(partials);
         return HAS_NO_MEMORY;
     }
-    for (int64_t i = 0; i < w.count; i++) {
+    for (int64_t i = 0; i < count; i++) {
         int64_t head = i / splits, split = i % splits;
         tasks[i] = (has_task){
             .batch = head / call->kv_heads,
@@ -190,8 +118,7 @@ HAS_EXPORT int has_attend(int variant, const has_attention_call *call) {
         };
     }
     w.tasks = tasks;
-    run(&w, call->threads);
-    int status = atomic_load(&w.status);
+    int status = has_run(run_task, &w, count, call->threads);
     if (splits > 1 && status == HAS_OK)
         for (int64_t head = 0; head < heads; head++)
             join(call, partials + head * splits * rows * width, splits, head);

@@ -6,13 +6,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define HAS_EXPORT __declspec(dllexport)
-#else
-#define HAS_EXPORT __attribute__((visibility("default")))
-#endif
+#include "threads.h"
 
-enum { HAS_ABI_VERSION = 1 };
+enum { HAS_ABI_VERSION = 2 };
 enum { HAS_FLOAT32 = 0, HAS_BFLOAT16 = 1, HAS_FLOAT16 = 2, HAS_BOOL = 3, HAS_NO_MASK = -1 };
 enum { HAS_KEYS_BY_CHANNEL = 0, HAS_KEYS_BY_TOKEN = 1 };
 enum { HAS_OK = 0, HAS_BAD_VARIANT = 1, HAS_NO_MEMORY = 2, HAS_BAD_ARGUMENT = 3 };

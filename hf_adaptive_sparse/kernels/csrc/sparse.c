@@ -1,0 +1,127 @@
+/* Entry points for sparse weights: choice of variant, preparation of x, division into tasks. */
+#define _POSIX_C_SOURCE 200809L
+#include "sparse.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "threads.h"
+
+uint8_t has_expand_pairs[256][16], has_expand_bytes[256][8];
+
+static void fill_tables(void) {
+    for (int mask = 0; mask < 256; mask++) {
+        uint8_t next = 0;
+        for (int column = 0; column < 8; column++) {
+            int kept = mask >> column & 1;
+            has_expand_bytes[mask][column] = kept ? next : 0x80;
+            has_expand_pairs[mask][2 * column] = kept ? (uint8_t)(2 * next) : 0x80;
+            has_expand_pairs[mask][2 * column + 1] = kept ? (uint8_t)(2 * next + 1) : 0x80;
+            next = (uint8_t)(next + kept);
+        }
+    }
+}
+
+static const has_sparse_variant *variant_of(int variant) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, fill_tables);
+    if (!has_supports(variant)) return NULL;
+    switch (variant) {
+#if defined(__x86_64__)
+        case HAS_AVX512: /* Ice Lake can expand, but has no bfloat16 product. */
+            if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
+                return &has_sparse_avx512;
+            return &has_sparse_avx2;
+        case HAS_AVX2: return &has_sparse_avx2;
+#endif
+#if defined(__aarch64__)
+        case HAS_NEON: return &has_sparse_neon;
+#endif
+        default: return &has_sparse_portable;
+    }
+}
+
+HAS_EXPORT int64_t has_sparse_call_size_bytes(void) { return (int64_t)sizeof(has_sparse_call); }
+
+static int has_bad_sizes(const has_sparse_call *call) {
+    int whole = call->bits == 32 ? call->dtype == HAS_FLOAT32
+                                 : call->bits == 16 && (call->dtype == HAS_BFLOAT16 ||
+                                                        call->dtype == HAS_FLOAT16);
+    int codes = (call->bits == 8 || call->bits == 4) && call->dtype >= HAS_FLOAT32 &&
+                call->dtype <= HAS_FLOAT16 && call->group_size >= 0 && call->group_size % 32 == 0;
+    return call->rows < 0 || call->columns < 1 || !(whole || codes) ||
+           (call->offset_bytes != 4 && call->offset_bytes != 8);
+}
+
+/* Columns that share a step of x: 256 at most, so that sums of products fit 32 bits, a multiple of
+ * 32, and a part of every group. */
+static int64_t segment_of(int64_t group_size) {
+    if (group_size == 0) return 256;
+    for (int64_t segment = 256; segment > 32; segment -= 32)
+        if (group_size % segment == 0) return segment;
+    return 32;
+}
+
+typedef struct {
+    const has_sparse_call *call;
+    const has_sparse_variant *variant;
+    const has_sparse_x *x;
+    int64_t first, last, step;
+} range;
+
+static int multiply_rows(void *argument, int64_t i) {
+    const range *r = argument;
+    int64_t first = r->first + i * r->step;
+    int64_t last = first + r->step < r->last ? first + r->step : r->last;
+    if (r->x != NULL)
+        r->variant->multiply(r->call, r->x, first, last);
+    else
+        r->variant->decompress(r->call, first, last);
+    return HAS_OK;
+}
+
+/* Rows of about 64 KB of dense 16-bit weights to a task: threads stay even, and few rows begin
+ * without what is ahead of them in the cache. */
+static int run(range *r) {
+    r->step = 32768 / r->call->columns + 1;
+    int64_t count = (r->last - r->first + r->step - 1) / r->step;
+    return has_run(multiply_rows, r, count, r->call->threads);
+}
+
+/* output[token][row] = sum over columns of x[token][column] * weight[row][column] + bias[row] */
+HAS_EXPORT int has_sparse_linear(int variant, const has_sparse_call *call) {
+    const has_sparse_variant *v = variant_of(variant);
+    if (v == NULL) return HAS_BAD_VARIANT;
+    if (has_bad_sizes(call) || call->tokens < 1 || call->tokens > HAS_SPARSE_TOKENS)
+        return HAS_BAD_ARGUMENT;
+    int codes = call->bits <= 8;
+    int narrow = codes || (call->dtype == HAS_BFLOAT16 && v->takes_bfloat16);
+    has_sparse_x x = {
+        /* A block that ends in the last columns is read to its own end, and 64 columns past it. */
+        .stride = (call->columns + HAS_SPARSE_BLOCK + 63) / 64 * 64,
+        .segment = codes ? segment_of(call->group_size) : HAS_SPARSE_BLOCK,
+    };
+    x.segments = (call->columns + x.segment - 1) / x.segment;
+    size_t number_bytes = (size_t)(call->tokens * x.stride) * (narrow ? 2 : 4);
+    size_t step_bytes = (size_t)(call->tokens * x.segments) * sizeof(float);
+    uint8_t *memory = malloc(number_bytes + step_bytes + 64);
+    if (memory == NULL) return HAS_NO_MEMORY;
+    x.numbers = memory + (64 - (uintptr_t)memory % 64);
+    x.steps = (float *)((uint8_t *)x.numbers + number_bytes);
+    v->prepare(call, &x);
+    range r = {.call = call, .variant = v, .x = &x, .first = 0, .last = call->rows};
+    int status = run(&r);
+    free(memory);
+    return status;
+}
+
+/* Rows first_row to last_row - 1 of the weight in dtype; codes times scales are rounded to it. */
+HAS_EXPORT int has_sparse_dense(int variant, const has_sparse_call *call) {
+    const has_sparse_variant *v = variant_of(variant);
+    if (v == NULL) return HAS_BAD_VARIANT;
+    if (has_bad_sizes(call) || call->first_row < 0 || call->last_row > call->rows)
+        return HAS_BAD_ARGUMENT;
+    range r = {.call = call, .variant = v, .first = call->first_row, .last = call->last_row};
+    return run(&r);
+}

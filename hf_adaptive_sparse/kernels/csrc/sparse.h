@@ -1,0 +1,61 @@
+/* Products with a sparse weight: the plain C interface and what all variants share. The storage
+ * format is described in packing/sparse_weight.py. */
+#ifndef HAS_SPARSE_H
+#define HAS_SPARSE_H
+
+#include "attention.h"
+
+/* Columns that are expanded at a time, tokens of one call, and lanes of a partial sum. */
+enum { HAS_SPARSE_BLOCK = 512, HAS_SPARSE_TOKENS = 16, HAS_SPARSE_LANES = 16 };
+
+/* Mirrored field by field in sparse_native.py. */
+typedef struct {
+    int64_t rows, columns;
+    int64_t bits;       /* of a value: 32 or 16 (then of type dtype), 8 or 4 (then codes) */
+    int64_t dtype;      /* of x, output, bias and scales */
+    int64_t group_size; /* columns per scale; 0: one scale per row */
+    const uint8_t *bitmask;
+    const uint8_t *values;
+    int64_t value_bytes;     /* of all values: nothing is read behind them */
+    const void *row_offsets; /* number of values before each row */
+    int64_t offset_bytes;    /* 4 or 8 */
+    const void *scales;
+    int64_t tokens;
+    const void *x;
+    int64_t x_stride; /* elements from token to token; columns lie next to each other */
+    const void *bias; /* may be NULL */
+    void *output;
+    int64_t output_stride;       /* elements from token to token, or of decompressed rows */
+    int64_t first_row, last_row; /* to decompress, half open */
+    int64_t threads;
+} has_sparse_call;
+
+/* x as kernels take it: rows of `stride` elements, 64-byte aligned, zeros after the last column. */
+typedef struct {
+    int64_t stride;
+    void *numbers;   /* float or, where a variant multiplies them, bfloat16; codes int16 */
+    int64_t segment; /* with codes: columns that share a step of x; part of one group */
+    int64_t segments;
+    float *steps; /* [token][segment] */
+} has_sparse_x;
+
+typedef struct {
+    /* 1 where bfloat16 x stays as it is, 0 where it is widened. */
+    int takes_bfloat16;
+    /* Fill the codes and steps of x, or widen it. */
+    void (*prepare)(const has_sparse_call *call, const has_sparse_x *x);
+    /* Multiply rows first to last - 1 with all tokens. */
+    void (*multiply)(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
+                     int64_t last);
+    /* Decompress rows first to last - 1 of the weight to where `output` has first_row. */
+    void (*decompress)(const has_sparse_call *call, int64_t first, int64_t last);
+} has_sparse_variant;
+
+extern const has_sparse_variant has_sparse_portable, has_sparse_avx2, has_sparse_avx512,
+    has_sparse_neon;
+
+/* For a byte of the mask: which bytes of the next 8 values of 2 bytes, or of 1 byte, go to each of
+ * its 8 columns; 0x80 or more where there is none. */
+extern uint8_t has_expand_pairs[256][16], has_expand_bytes[256][8];
+
+#endif

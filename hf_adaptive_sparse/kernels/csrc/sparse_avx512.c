@@ -1,0 +1,149 @@
+/* x86-64 with AVX-512 VBMI2 and BF16 (Zen 4, Sapphire Rapids and later).
+ *
+ * One instruction puts the next values in the places that a mask names; the population count of the
+ * mask says where the values after them begin. Out of cache this reaches the memory's bandwidth only
+ * with the value stream prefetched some 1,500 bytes ahead: the hardware's prefetchers stop at the end
+ * of a page. */
+#if defined(__x86_64__) || defined(_M_X64)
+
+#define TARGET                                                                                  \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,"          \
+                          "avx512vnni,avx512bf16,avx2,fma,bmi2,f16c,popcnt,"                     \
+                          "prefer-vector-width=512")))
+#define VARIANT(name) name##_avx512
+#define TAKES_BFLOAT16 1
+
+#include <immintrin.h>
+
+#include "numbers.h"
+#include "sparse.h"
+
+enum { AHEAD_BYTES = 1536 };
+
+#define FORCED static TARGET inline __attribute__((always_inline))
+
+FORCED uint64_t mask_word(const uint8_t *mask, int64_t i) {
+    uint64_t word;
+    memcpy(&word, mask + i / 8, sizeof word);
+    return word;
+}
+
+FORCED int64_t expand_32(const uint8_t *mask, const uint32_t *values, int64_t at, int64_t n,
+                         void *out) {
+    const uint32_t *next = values + at;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t word = mask_word(mask, i);
+        for (int part = 0; part < 64; part += 16) {
+            __mmask16 kept = (__mmask16)(word >> part);
+            _mm_prefetch((const char *)next + AHEAD_BYTES, _MM_HINT_T0);
+            __m512i row = _mm512_maskz_expand_epi32(kept, _mm512_loadu_si512(next));
+            _mm512_storeu_si512((uint32_t *)out + i + part, row);
+            next += _mm_popcnt_u32(kept);
+        }
+    }
+    return next - values - at;
+}
+
+FORCED int64_t expand_16(const uint8_t *mask, const uint16_t *values, int64_t at, int64_t n,
+                         void *out) {
+    const uint16_t *next = values + at;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t word = mask_word(mask, i);
+        __mmask32 low = (__mmask32)word, high = (__mmask32)(word >> 32);
+        const uint16_t *middle = next + _mm_popcnt_u32(low);
+        _mm_prefetch((const char *)next + AHEAD_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)middle + AHEAD_BYTES, _MM_HINT_T0);
+        _mm512_storeu_si512((uint16_t *)out + i,
+                            _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(next)));
+        _mm512_storeu_si512((uint16_t *)out + i + 32,
+                            _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(middle)));
+        next += _mm_popcnt_u64(word);
+    }
+    return next - values - at;
+}
+
+FORCED int64_t expand_8(const uint8_t *mask, const int8_t *values, int64_t at, int64_t n,
+                        void *out) {
+    const int8_t *next = values + at;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t word = mask_word(mask, i);
+        _mm_prefetch((const char *)next + AHEAD_BYTES, _MM_HINT_T0);
+        _mm512_storeu_si512((int8_t *)out + i,
+                            _mm512_maskz_expand_epi8(word, _mm512_loadu_si512(next)));
+        next += _mm_popcnt_u64(word);
+    }
+    return next - values - at;
+}
+
+/* Five bytes in each 64-bit lane hold its eight codes, whichever half of a byte they begin in. */
+FORCED int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t at, int64_t n,
+                        void *out) {
+    uint8_t order[64];
+    for (int i = 0; i < 64; i++) order[i] = (uint8_t)(i / 8 * 4 + (i % 8 < 5 ? i % 8 : 4));
+    const __m512i lanes = _mm512_loadu_si512(order);
+    const __m512i even = _mm512_set1_epi64(0x1c1814100c080400);
+    const __m512i four = _mm512_set1_epi8(4), low = _mm512_set1_epi8(15);
+    const __m512i signs = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+    int64_t next = at;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t word = mask_word(mask, i);
+        const uint8_t *from = values + next / 2;
+        _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
+        __m512i packed = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(from));
+        __m512i shifts = next % 2 ? _mm512_add_epi8(even, four) : even;
+        __m512i codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, packed), low);
+        codes = _mm512_shuffle_epi8(signs, codes);
+        _mm512_storeu_si512((int8_t *)out + i, _mm512_maskz_expand_epi8(word, codes));
+        next += _mm_popcnt_u64(word);
+    }
+    return next - at;
+}
+
+FORCED void widen_float16(const void *numbers, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(
+                                      (const __m256i *)((const uint16_t *)numbers + i))));
+    for (; i < n; i++) out[i] = has_from_float16(((const uint16_t *)numbers)[i]);
+}
+
+FORCED void add_floats(const float *a, const float *x, int64_t n, float *sums) {
+    __m512 first = _mm512_loadu_ps(sums), second = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 32) {
+        first = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(x + i), first);
+        second = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16), _mm512_loadu_ps(x + i + 16), second);
+    }
+    _mm512_storeu_ps(sums, _mm512_add_ps(first, second));
+}
+
+FORCED void add_bfloat16(const uint16_t *a, const uint16_t *x, int64_t n, float *sums) {
+    __m512 first = _mm512_loadu_ps(sums), second = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 64) {
+        first = _mm512_dpbf16_ps(first, (__m512bh)_mm512_loadu_si512(a + i),
+                                 (__m512bh)_mm512_loadu_si512(x + i));
+        second = _mm512_dpbf16_ps(second, (__m512bh)_mm512_loadu_si512(a + i + 32),
+                                  (__m512bh)_mm512_loadu_si512(x + i + 32));
+    }
+    _mm512_storeu_ps(sums, _mm512_add_ps(first, second));
+}
+
+FORCED __m512i codes_at(const int8_t *codes) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+}
+
+FORCED void add_codes(const int8_t *codes, const int16_t *x, int64_t n, float factor,
+                      float *sums) {
+    __m512i first = _mm512_setzero_si512(), second = first;
+    for (int64_t i = 0; i < n; i += 64) {
+        first = _mm512_dpwssd_epi32(first, codes_at(codes + i), _mm512_loadu_si512(x + i));
+        second =
+            _mm512_dpwssd_epi32(second, codes_at(codes + i + 32), _mm512_loadu_si512(x + i + 32));
+    }
+    __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(first, second));
+    _mm512_storeu_ps(sums, _mm512_fmadd_ps(total, _mm512_set1_ps(factor), _mm512_loadu_ps(sums)));
+}
+
+#include "sparse_body.h"
+
+#endif

@@ -1,0 +1,254 @@
+/* Products with a sparse weight, and its decompression, in terms of a variant's primitives.
+ *
+ * A row is taken in blocks of columns. Each block is expanded, zeros included, into a buffer that
+ * stays in the first-level cache, and then multiplied with every token: the weight is read from
+ * memory once and expanded once, however many tokens there are, and a NaN or infinity in x meets
+ * the zeros as it does in a dense product. Sums are float32, in HAS_SPARSE_LANES parts per token.
+ *
+ * With codes, x is rounded to 15 bits and a sign on a step of its own per segment of at most 256
+ * columns; products of integers are summed exactly within a segment:
+ *
+ *     sum over columns of x * w = sum over segments of step * unit * (sum of x_code * w_code)
+ *
+ * which is off by at most step / 2 * sum |w| per segment, where step = max |x| / 32767.
+ *
+ * Defined by the variant, all with n a multiple of 64 and masks and values readable as far as said:
+ *     expand_32, _16, _8, _4 (mask, values, at, n, out)   out[i] = mask bit i ? next value : 0, the
+ *         first being number `at`; returns how many were taken. Up to 64 values after the last are
+ *         read and dropped. Bytes for 8; 4 bits give int8 too.
+ *     add_floats(a, x, n, sums), add_codes(codes, x_codes, n, factor, sums)
+ *         add products to HAS_SPARSE_LANES sums; the second times factor.
+ *     add_bfloat16 (a, x, n, sums)                        where TAKES_BFLOAT16. */
+#include <string.h>
+
+#include "numbers.h"
+#include "sparse.h"
+
+enum { BLOCK = HAS_SPARSE_BLOCK, LANES = HAS_SPARSE_LANES, SLACK_BYTES = 256 };
+
+HAS_INLINE int64_t round_up_64(int64_t n) { return (n + 63) / 64 * 64; }
+
+HAS_INLINE int64_t offset_of(const has_sparse_call *call, int64_t row) {
+    return call->offset_bytes == 4 ? ((const int32_t *)call->row_offsets)[row]
+                                   : ((const int64_t *)call->row_offsets)[row];
+}
+
+HAS_INLINE float number_at(const void *numbers, int64_t i, int64_t dtype) {
+    if (dtype == HAS_FLOAT32) return ((const float *)numbers)[i];
+    uint16_t half = ((const uint16_t *)numbers)[i];
+    return dtype == HAS_BFLOAT16 ? has_from_bfloat16(half) : has_from_float16(half);
+}
+
+HAS_INLINE void store_number(void *numbers, int64_t i, int64_t dtype, float value) {
+    if (dtype == HAS_FLOAT32)
+        ((float *)numbers)[i] = value;
+    else
+        ((uint16_t *)numbers)[i] =
+            dtype == HAS_BFLOAT16 ? has_to_bfloat16(value) : has_to_float16(value);
+}
+
+/* What a code of this row and column counts: its scale over the largest code. */
+HAS_INLINE double unit_of(const has_sparse_call *call, int64_t row, int64_t column) {
+    int64_t size = call->group_size ? call->group_size : call->columns;
+    int64_t groups = (call->columns + size - 1) / size, at = row * groups + column / size;
+    int limit = call->bits == 8 ? 127 : 7;
+    if (call->dtype == HAS_FLOAT32) return (double)((const float *)call->scales)[at] / limit;
+    return number_at(call->scales, at, call->dtype) / (float)limit;
+}
+
+/* Loops with a constant type inside, so that they are vectorised. */
+static TARGET void widen(const void *numbers, int64_t n, int64_t dtype, float *out) {
+    if (dtype == HAS_FLOAT32)
+        memcpy(out, numbers, (size_t)n * sizeof *out);
+    else if (dtype == HAS_BFLOAT16)
+        for (int64_t i = 0; i < n; i++) out[i] = has_from_bfloat16(((const uint16_t *)numbers)[i]);
+    else
+        widen_float16(numbers, n, out);
+}
+
+/* Expand columns `column` to `column` + n of a row, whose first value is number `at`, into `out`,
+ * zero up to the next multiple of 64; returns how many values that took. */
+static TARGET inline __attribute__((always_inline)) int64_t expand(
+    const has_sparse_call *call, const uint8_t *mask, int64_t n, int64_t at, int bits, void *out) {
+    uint8_t mask_copy[BLOCK / 8], value_copy[BLOCK * 4 + SLACK_BYTES];
+    const uint8_t *values = call->values;
+    if (n % 64 != 0) { /* what follows in memory is the next row, or nothing */
+        memset(mask_copy, 0, sizeof mask_copy);
+        memcpy(mask_copy, mask, (size_t)((n + 7) / 8));
+        mask = mask_copy;
+    }
+    int64_t byte = at * bits / 8, most = BLOCK * bits / 8 + SLACK_BYTES;
+    if (byte + most > call->value_bytes) {
+        memcpy(value_copy, values + byte, (size_t)(call->value_bytes - byte));
+        values = value_copy;
+        at = bits == 4 ? at % 2 : 0;
+    }
+    n = round_up_64(n);
+    switch (bits) {
+        case 32: return expand_32(mask, (const uint32_t *)values, at, n, out);
+        case 16: return expand_16(mask, (const uint16_t *)values, at, n, out);
+        case 8: return expand_8(mask, (const int8_t *)values, at, n, out);
+        default: return expand_4(mask, values, at, n, out);
+    }
+}
+
+static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
+    int narrow = call->dtype == HAS_BFLOAT16 && TAKES_BFLOAT16;
+    int64_t columns = call->columns, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
+    for (int64_t token = 0; token < call->tokens; token++) {
+        const uint8_t *row = (const uint8_t *)call->x + token * call->x_stride * item_bytes;
+        int64_t start = token * x->stride, rest = x->stride - columns;
+        if (call->bits <= 8) {
+            int16_t *codes = (int16_t *)x->numbers + start;
+            for (int64_t s = 0; s < x->segments; s++) {
+                float a[256], highest = 0.0f, bad = 0.0f;
+                int64_t first = s * x->segment;
+                int64_t n = columns - first < x->segment ? columns - first : x->segment;
+                widen(row + first * item_bytes, n, call->dtype, a);
+                for (int64_t i = 0; i < n; i++) {
+                    float size = fabsf(a[i]);
+                    highest = size > highest ? size : highest;
+                    bad += a[i] * 0.0f; /* NaN once there is a NaN or an infinity */
+                }
+                float inverse = highest < 1e-30f || bad != 0.0f ? 0.0f : 32767.0f / highest;
+                x->steps[token * x->segments + s] =
+                    bad != bad ? bad : inverse == 0.0f ? 0.0f : highest / 32767.0f;
+                if (bad != bad)
+                    memset(codes + first, 0, (size_t)n * sizeof *codes);
+                else
+                    for (int64_t i = 0; i < n; i++) {
+                        float scaled = a[i] * inverse;
+                        codes[first + i] = (int16_t)(int32_t)(scaled + copysignf(0.5f, scaled));
+                    }
+            }
+            memset(codes + columns, 0, (size_t)rest * sizeof *codes);
+        } else if (narrow) {
+            uint16_t *numbers = (uint16_t *)x->numbers + start;
+            memcpy(numbers, row, (size_t)columns * sizeof *numbers);
+            memset(numbers + columns, 0, (size_t)rest * sizeof *numbers);
+        } else {
+            float *numbers = (float *)x->numbers + start;
+            widen(row, columns, call->dtype, numbers);
+            memset(numbers + columns, 0, (size_t)rest * sizeof *numbers);
+        }
+    }
+}
+
+/* Products of one row with all tokens, added to their sums; constants say which kind. */
+static TARGET inline __attribute__((always_inline)) void multiply_row(
+    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits, int is_bfloat16,
+    float (*sums)[LANES]) {
+    _Alignas(64) uint8_t block[BLOCK * 4 + 64];
+    _Alignas(64) float wide[BLOCK];
+    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    int64_t at = offset_of(call, row), step = x->segment;
+    for (int64_t s = 0; s < x->segments; s++) {
+        int64_t column = s * step;
+        int64_t n = call->columns - column < step ? call->columns - column : step;
+        __builtin_prefetch(mask + column / 8 + 512, 0, 3);
+        at += expand(call, mask + column / 8, n, at, bits, block);
+        n = round_up_64(n);
+        if (bits <= 8) {
+            float unit = (float)unit_of(call, row, column);
+            for (int64_t t = 0; t < call->tokens; t++)
+                add_codes((const int8_t *)block, (const int16_t *)x->numbers + t * x->stride + column,
+                          n, unit * x->steps[t * x->segments + s], sums[t]);
+#if TAKES_BFLOAT16
+        } else if (is_bfloat16) {
+            for (int64_t t = 0; t < call->tokens; t++)
+                add_bfloat16((const uint16_t *)block,
+                             (const uint16_t *)x->numbers + t * x->stride + column, n, sums[t]);
+#endif
+        } else {
+            const float *a = (const float *)block;
+            if (bits == 16) {
+                widen(block, n, is_bfloat16 ? HAS_BFLOAT16 : HAS_FLOAT16, wide);
+                a = wide;
+            }
+            for (int64_t t = 0; t < call->tokens; t++)
+                add_floats(a, (const float *)x->numbers + t * x->stride + column, n, sums[t]);
+        }
+    }
+}
+
+static TARGET void multiply(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
+                            int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        _Alignas(64) float sums[HAS_SPARSE_TOKENS][LANES];
+        memset(sums, 0, (size_t)call->tokens * sizeof *sums);
+        if (call->bits == 32)
+            multiply_row(call, x, row, 32, 0, sums);
+        else if (call->bits == 8)
+            multiply_row(call, x, row, 8, 0, sums);
+        else if (call->bits == 4)
+            multiply_row(call, x, row, 4, 0, sums);
+        else if (call->dtype == HAS_BFLOAT16)
+            multiply_row(call, x, row, 16, 1, sums);
+        else
+            multiply_row(call, x, row, 16, 0, sums);
+        float bias = call->bias == NULL ? 0.0f : number_at(call->bias, row, call->dtype);
+        for (int64_t t = 0; t < call->tokens; t++) {
+            float total = 0.0f;
+            for (int lane = 0; lane < LANES; lane++) total += sums[t][lane];
+            store_number(call->output, t * call->output_stride + row, call->dtype, total + bias);
+        }
+    }
+}
+
+static TARGET inline __attribute__((always_inline)) void decompress_values(
+    const has_sparse_call *call, int64_t row, int bits, uint8_t *out) {
+    uint8_t block[BLOCK * 4 + 64];
+    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    int64_t at = offset_of(call, row);
+    for (int64_t column = 0; column < call->columns; column += BLOCK) {
+        int64_t left = call->columns - column;
+        __builtin_prefetch(mask + column / 8 + 512, 0, 3);
+        if (left >= BLOCK) {
+            at += expand(call, mask + column / 8, BLOCK, at, bits, out + column * (bits / 8));
+        } else {
+            at += expand(call, mask + column / 8, left, at, bits, block);
+            memcpy(out + column * (bits / 8), block, (size_t)(left * (bits / 8)));
+        }
+    }
+}
+
+static TARGET inline __attribute__((always_inline)) void decompress_codes(
+    const has_sparse_call *call, int64_t row, int bits, void *out) {
+    int8_t block[BLOCK + 64];
+    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    int64_t at = offset_of(call, row);
+    int64_t step = call->group_size && call->group_size % BLOCK ? 32 : BLOCK;
+    if (call->group_size && BLOCK % call->group_size == 0) step = call->group_size;
+    for (int64_t column = 0; column < call->columns; column += step) {
+        int64_t n = call->columns - column < step ? call->columns - column : step;
+        at += expand(call, mask + column / 8, n, at, bits, block);
+        double exact = unit_of(call, row, column);
+        float unit = (float)exact;
+        if (call->dtype == HAS_FLOAT32) /* in double, as weight_codes.py has it and why */
+            for (int64_t i = 0; i < n; i++) ((float *)out)[column + i] = (float)(block[i] * exact);
+        else if (call->dtype == HAS_BFLOAT16)
+            for (int64_t i = 0; i < n; i++)
+                ((uint16_t *)out)[column + i] = has_to_bfloat16(block[i] * unit);
+        else
+            for (int64_t i = 0; i < n; i++)
+                ((uint16_t *)out)[column + i] = has_to_float16(block[i] * unit);
+    }
+}
+
+static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_t last) {
+    int64_t item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
+    for (int64_t row = first; row < last; row++) {
+        uint8_t *out = (uint8_t *)call->output +
+                       (row - call->first_row) * call->output_stride * item_bytes;
+        if (call->bits == 32)
+            decompress_values(call, row, 32, out);
+        else if (call->bits == 16)
+            decompress_values(call, row, 16, out);
+        else if (call->bits == 8)
+            decompress_codes(call, row, 8, out);
+        else
+            decompress_codes(call, row, 4, out);
+    }
+}
+
+const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, prepare, multiply, decompress};

@@ -1,0 +1,126 @@
+"""Products with a sparse weight in native code, and its decompression.
+
+Only shapes, dtypes and addresses pass to the library (see ``csrc/sparse.h``). The weight is read
+once, whatever the number of tokens; ``csrc/sparse_body.h`` says how.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+MAX_TOKENS = 16
+"""Tokens of one call at most."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
+
+_Int = ctypes.c_int64
+_Address = ctypes.c_void_p
+
+
+class _Call(ctypes.Structure):
+    """``has_sparse_call`` of ``csrc/sparse.h``, field by field."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("rows", "columns", "bits", "dtype", "group_size")),
+        ("bitmask", _Address),
+        ("values", _Address),
+        ("value_bytes", _Int),
+        ("row_offsets", _Address),
+        ("offset_bytes", _Int),
+        ("scales", _Address),
+        ("tokens", _Int),
+        ("x", _Address),
+        ("x_stride", _Int),
+        ("bias", _Address),
+        ("output", _Address),
+        *((name, _Int) for name in ("output_stride", "first_row", "last_row", "threads")),
+    )
+
+
+def is_supported(weight: SparseWeight) -> bool:
+    """Return whether the library is there and takes this weight."""
+    return weight.device.type == "cpu" and weight.dtype in _DTYPES and active_path() is not None
+
+
+def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``x @ W.T + bias`` for a few tokens.
+
+    Sums are float32. With values as they are, so are the products: in bfloat16 the result is as
+    close to the float32 reference as its own rounding allows. With codes, x is rounded to 15 bits
+    and a sign on a step of its own for at most 256 columns, which adds an error of at most
+    ``max |x| / 65534 * sum |w|`` per such segment.
+
+    Args:
+        x: ``(tokens, columns)``, 1 to ``MAX_TOKENS`` tokens, in the weight's dtype, on the CPU.
+        weight: ``(rows, columns)``, contiguous tensors; see ``is_supported``.
+        bias: ``(rows,)`` in that dtype, or None.
+
+    Returns:
+        ``(tokens, rows)`` in that dtype, contiguous.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    output = x.new_empty((x.shape[0], weight.shape[0]))
+    if output.numel() == 0 or x.shape[1] == 0:
+        return output.zero_() if bias is None else output.copy_(bias)
+    if bias is not None:
+        bias = bias.contiguous()
+    call = _describe(weight)
+    call.tokens = x.shape[0]
+    call.x = x.data_ptr()
+    call.x_stride = x.stride(0)
+    call.bias = None if bias is None else bias.data_ptr()
+    call.output = output.data_ptr()
+    call.output_stride = weight.shape[0]
+    _run("has_sparse_linear", call)
+    return output
+
+
+def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor) -> None:
+    """Write rows ``start`` to ``stop - 1`` of the weight to ``output``.
+
+    Args:
+        weight: See ``is_supported``.
+        start: First row.
+        stop: Last row plus one.
+        output: ``(stop - start, columns)`` in the weight's dtype, contiguous rows; codes times
+            scales are rounded to it.
+    """
+    if output.numel() == 0:
+        return
+    call = _describe(weight)
+    call.first_row, call.last_row = start, stop
+    call.output, call.output_stride = output.data_ptr(), output.stride(0)
+    _run("has_sparse_dense", call)
+
+
+def _describe(weight: SparseWeight) -> _Call:
+    """Fill in the fields of the weight."""
+    call = _Call()
+    call.rows, call.columns = weight.shape
+    call.bits = weight.bits
+    call.dtype = _DTYPES[weight.dtype]
+    call.group_size = weight.group_size or 0
+    call.bitmask = weight.bitmask.data_ptr()
+    call.values = weight.values.data_ptr()
+    call.value_bytes = weight.values.nbytes
+    call.row_offsets = weight.row_offsets.data_ptr()
+    call.offset_bytes = weight.row_offsets.element_size()
+    call.scales = None if weight.scales is None else weight.scales.data_ptr()
+    call.threads = torch.get_num_threads()
+    return call
+
+
+def _run(function: str, call: _Call) -> None:
+    loaded, path = library(), active_path()
+    if loaded is None or path is None:
+        raise ValueError("There is no native library here; `is_supported` says so beforehand.")
+    status = getattr(loaded, function)(PATHS[path], ctypes.byref(call))
+    if status:
+        raise RuntimeError(f"The sparse kernel failed: {_STATUS.get(status, status)}.")

@@ -1,0 +1,114 @@
+/* Compares a path of the kernels for sparse weights with the portable one on random sizes.
+ *
+ *     fuzz PATH CASES        PATH: its number in library.PATHS
+ *
+ * Every buffer is allocated at its exact size, so that sanitizers see each access outside. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "numbers.h"
+#include "sparse.h"
+
+int has_sparse_linear(int path, const has_sparse_call *call);
+int has_sparse_dense(int path, const has_sparse_call *call);
+
+static const int widths[] = {32, 16, 8, 4};
+
+static int below(int n) { return rand() % n; }
+static float uniform(void) { return (float)rand() / (float)RAND_MAX * 2 - 1; }
+
+static void put(void *numbers, int64_t i, int64_t dtype, float value) {
+    if (dtype == HAS_FLOAT32)
+        ((float *)numbers)[i] = value;
+    else
+        ((uint16_t *)numbers)[i] =
+            dtype == HAS_BFLOAT16 ? has_to_bfloat16(value) : has_to_float16(value);
+}
+
+static float get(const void *numbers, int64_t i, int64_t dtype) {
+    if (dtype == HAS_FLOAT32) return ((const float *)numbers)[i];
+    uint16_t half = ((const uint16_t *)numbers)[i];
+    return dtype == HAS_BFLOAT16 ? has_from_bfloat16(half) : has_from_float16(half);
+}
+
+static void *random_numbers(int64_t count, int64_t dtype, float offset) {
+    void *numbers = malloc((size_t)count * (dtype == HAS_FLOAT32 ? 4 : 2));
+    for (int64_t i = 0; i < count; i++) put(numbers, i, dtype, uniform() + offset);
+    return numbers;
+}
+
+static double compare(int path, unsigned seed) {
+    srand(seed);
+    int64_t rows = 1 + below(20), columns = 1 + below(seed % 4 ? 700 : 100);
+    int64_t bits = widths[below(4)], tokens = 1 + below(HAS_SPARSE_TOKENS), count = 0;
+    int64_t dtype = bits == 32 ? HAS_FLOAT32 : bits == 16 ? 1 + below(2) : below(3);
+    int64_t mask_bytes = (columns + 7) / 8, kept_of_8 = below(9);
+    uint8_t *bitmask = calloc((size_t)(rows * mask_bytes), 1);
+    int32_t *offsets = malloc((size_t)(rows + 1) * sizeof *offsets);
+    for (int64_t row = 0; row < rows; row++) {
+        offsets[row] = (int32_t)count;
+        for (int64_t c = 0; c < columns; c++)
+            if (below(8) < kept_of_8) {
+                bitmask[row * mask_bytes + c / 8] |= (uint8_t)(1 << c % 8);
+                count++;
+            }
+    }
+    offsets[rows] = (int32_t)count;
+    int64_t group = 32 * below(5), groups = group ? (columns + group - 1) / group : 1;
+    int64_t value_bytes = (count * bits + 7) / 8, output_bytes = dtype == HAS_FLOAT32 ? 4 : 2;
+    uint8_t *values = bits > 8 ? random_numbers(count, dtype, 0) : malloc((size_t)value_bytes);
+    if (bits <= 8)
+        for (int64_t i = 0; i < value_bytes; i++) values[i] = (uint8_t)rand();
+    void *scales = random_numbers(rows * groups, dtype, 1.5f);
+    void *x = random_numbers(tokens * columns, dtype, 0), *bias = random_numbers(rows, dtype, 0);
+    int64_t outputs = rows * (columns > tokens ? columns : tokens);
+    void *expected = malloc((size_t)(outputs * output_bytes));
+    void *found = malloc((size_t)(outputs * output_bytes));
+    has_sparse_call call = {
+        .rows = rows, .columns = columns, .bits = bits, .dtype = dtype, .group_size = group,
+        .bitmask = bitmask, .values = values, .value_bytes = value_bytes,
+        .row_offsets = offsets, .offset_bytes = 4, .scales = scales,
+        .tokens = tokens, .x = x, .x_stride = columns, .bias = seed % 2 ? bias : NULL,
+        .output_stride = rows, .threads = 1 + seed % 3,
+    };
+    double worst = 0, unit = dtype == HAS_FLOAT32 ? 1e-3 : dtype == HAS_BFLOAT16 ? 0.01 : 0.002;
+    for (int dense = 0; dense < 2; dense++) {
+        if (dense) {
+            call.first_row = below((int)rows);
+            call.last_row = call.first_row + 1 + below((int)(rows - call.first_row));
+            call.output_stride = columns;
+        }
+        int64_t written =
+            dense ? (call.last_row - call.first_row) * columns : rows * tokens;
+        int (*function)(int, const has_sparse_call *) = dense ? has_sparse_dense : has_sparse_linear;
+        call.output = expected;
+        int status = function(0, &call);
+        call.output = found;
+        status |= function(path, &call);
+        if (status) worst = INFINITY;
+        for (int64_t i = 0; i < written; i++) {
+            double a = get(expected, i, dtype), b = get(found, i, dtype);
+            double difference = fabs(a - b) / (dense ? 0 : unit * (1 + fabs(a)));
+            if (a == b) difference = 0; /* decompression is exact */
+            if (!(difference <= worst)) worst = difference;
+        }
+    }
+    void *all[] = {bitmask, offsets, values, scales, x, bias, expected, found};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    return worst;
+}
+
+int main(int count, char **arguments) {
+    if (count != 3) return 2;
+    int path = atoi(arguments[1]), cases = atoi(arguments[2]);
+    double worst = 0;
+    if (!has_supports(path)) return 2;
+    for (int i = 0; i < cases; i++) {
+        double difference = compare(path, (unsigned)i);
+        if (!(difference <= worst)) worst = difference;
+    }
+    printf("%d cases, largest difference %g of what rounding allows\n", cases, worst);
+    return !(worst < 1);
+}

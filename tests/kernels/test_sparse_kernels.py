@@ -1,0 +1,215 @@
+"""Every native path is held to the readable reference, over the format's whole range."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hf_adaptive_sparse.kernels import library, sparse_linear, sparse_native
+from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
+from hf_adaptive_sparse.packing import sparse_weight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+
+PATHS = library.available_paths()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODES = [(None, None), (8, None), (8, 32), (8, 96), (8, 320), (4, None), (4, 64), (4, 128)]
+COLUMNS = (1, 31, 64, 100, 513, 1100)
+ROWS = 7
+
+pytestmark = pytest.mark.skipif(not PATHS, reason="the native kernels are not built here")
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, request.param)
+    return request.param
+
+
+def make_dense(columns, dtype, ratio=0.5, rows=ROWS, seed=0):
+    """Random rows, the first of them empty and the last full."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[torch.rand(rows, columns, generator=generator) < ratio] = 0
+    weight[0] = 0
+    weight[-1] = torch.randn(columns, generator=generator)
+    return weight.to(dtype)
+
+
+def make_x(tokens, columns, dtype, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, columns, generator=generator).to(dtype)
+
+
+def check(x, weight, bias=None):
+    """Errors come from sums in float32, x on 15 bits where there are codes, and the output."""
+    expected = reference(x, weight, bias)
+    found = sparse_native.linear(x, weight, bias)
+    assert found.dtype == x.dtype
+    assert found.shape == expected.shape
+    sizes = x.float().abs() @ weight.to_dense(torch.float32).abs().T
+    rounding = 1e-6 * sizes
+    if weight.scales is not None:
+        # Half a step, as long as the largest x; generous where segments have smaller ones.
+        kept = weight.to_dense(torch.float32).abs().sum(dim=1)
+        rounding = rounding + x.float().abs().amax(dim=1, keepdim=True) / 65534 * 1.01 * kept
+    rounding = rounding + torch.finfo(x.dtype).eps * expected.abs() + torch.finfo(x.dtype).tiny
+    assert ((found.float() - expected).abs() <= rounding).all()
+    return found
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size"), CODES)
+def test_products(path, dtype, bits, group_size, columns):
+    for ratio in (0.0, 0.5, 0.95, 1.0):
+        dense = make_dense(columns, dtype, ratio)
+        weight = SparseWeight.from_dense(dense, bits, group_size)
+        for tokens in (1, 2, 3, 9) if ratio == 0.5 else (2,):
+            bias = make_dense(ROWS, dtype, rows=1)[0] if tokens != 2 else None
+            check(make_x(tokens, columns, dtype), weight, bias)
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size"), CODES)
+def test_decompression_is_exact(path, dtype, bits, group_size, columns):
+    for ratio in (0.0, 0.5, 1.0):
+        weight = SparseWeight.from_dense(make_dense(columns, dtype, ratio), bits, group_size)
+        expected = weight.to_dense()
+        for start, stop in itertools.combinations((0, 1, 4, ROWS), 2):
+            found = torch.full((stop - start, columns), 7.0, dtype=dtype)
+            sparse_native.decompress(weight, start, stop, found)
+            assert torch.equal(found, expected[start:stop])
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_tokens_and_threads(path, bits):
+    weight = SparseWeight.from_dense(make_dense(300, torch.bfloat16, rows=400), bits)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for tokens in range(1, sparse_native.MAX_TOKENS + 1):
+                x = make_x(tokens, 300, torch.bfloat16)
+                together = check(x, weight)
+                for token in range(0, tokens, 5):
+                    alone = sparse_native.linear(x[token : token + 1], weight)
+                    assert torch.equal(alone[0], together[token])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_any_strides_of_x(path, bits):
+    weight = SparseWeight.from_dense(make_dense(100, torch.float32), bits)
+    x = make_x(5, 100, torch.float32)
+    expected = sparse_linear.linear(x, weight)
+    wide = torch.zeros(5, 300)
+    wide[:, 50:150] = x
+    sparse = torch.zeros(5, 200)
+    sparse[:, ::2] = x
+    for strided in (
+        wide[:, 50:150],
+        sparse[:, ::2],
+        x.T.contiguous().T,
+        x[::2],
+        x[:1].expand(5, 100),
+    ):
+        wanted = {3: expected[::2]}.get(strided.shape[0], expected)
+        if strided.stride(0) == 0:
+            wanted = expected[:1].expand(5, ROWS)
+        assert torch.equal(sparse_linear.linear(strided, weight), wanted)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_int64_offsets(path, bits, monkeypatch):
+    dense = make_dense(300, torch.float32)
+    narrow = SparseWeight.from_dense(dense, bits)
+    monkeypatch.setattr(sparse_weight, "offset_dtype", lambda nnz: torch.int64)
+    wide = SparseWeight.from_dense(dense, bits)
+    x = make_x(2, 300, torch.float32)
+    assert wide.row_offsets.dtype == torch.int64
+    assert torch.equal(sparse_native.linear(x, wide), sparse_native.linear(x, narrow))
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(path, bits, bad):
+    weight = SparseWeight.from_dense(make_dense(300, torch.bfloat16), bits)
+    x = make_x(2, 300, torch.bfloat16)
+    x[0, 17] = bad
+    found = sparse_native.linear(x, weight)
+    assert not found[0].isfinite().any()  # zeros too: a dense product has NaN there
+    assert found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_and_small_x_with_codes(path, bits, dtype):
+    weight = SparseWeight.from_dense(make_dense(600, dtype), bits)
+    for magnitude in (0.0, 1e-4, 1e2):
+        check((make_x(2, 600, torch.float32) * magnitude).to(dtype), weight)
+    x = make_x(2, 600, torch.float32)
+    x[:, 5] = 3e3  # an outlier in the first segment costs precision there and nowhere else
+    weight = SparseWeight.from_dense(make_dense(600, dtype)[1:], bits)
+    found, expected = sparse_native.linear(x.to(dtype), weight), reference(x.to(dtype), weight)
+    torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_the_error_is_no_larger_than_that_of_torchs_own_product(path, bits, dtype):
+    """Both against float32, over all outputs of one layer."""
+    weight = SparseWeight.from_dense(make_dense(2048, dtype, rows=300), bits, None)
+    x = make_x(4, 2048, dtype)
+    exact = reference(x, weight)
+    own = functional.linear(x, weight.to_dense()).float() - exact
+    ours = sparse_native.linear(x, weight).float() - exact
+    assert ours.pow(2).mean() <= own.pow(2).mean() * 1.001
+    assert ours.abs().max() <= own.abs().max() * 1.001
+
+
+def test_several_threads_at_once(path):
+    """Calls from different Python threads share nothing."""
+    weights = [
+        SparseWeight.from_dense(make_dense(300, torch.float32, rows=200, seed=i)) for i in range(4)
+    ]
+    xs = [make_x(1 + i, 300, torch.float32) for i in range(4)]
+    expected = [sparse_native.linear(*pair) for pair in zip(xs, weights, strict=True)]
+    wrong = []
+
+    def work(i):
+        found = [sparse_native.linear(xs[i], weights[i]) for _ in range(20)]
+        wrong.extend(i for output in found if not torch.equal(output, expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_call_structure_is_that_of_the_library():
+    size = library.library().has_sparse_call_size_bytes()
+    assert size == ctypes.sizeof(sparse_native._Call)
+
+
+def test_sizes_that_the_library_refuses(path):
+    weight = SparseWeight.from_dense(make_dense(64, torch.float32))
+    x = make_x(sparse_native.MAX_TOKENS + 1, 64, torch.float32)
+    with pytest.raises(RuntimeError, match="sizes out of range"):
+        sparse_native.linear(x, weight)
+
+
+def test_without_a_path_there_is_no_kernel(monkeypatch):
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "none")
+    weight = SparseWeight.from_dense(make_dense(64, torch.float32))
+    assert not sparse_native.is_supported(weight)
+    with pytest.raises(ValueError, match="no native library"):
+        sparse_native.linear(make_x(1, 64, torch.float32), weight)
