@@ -182,6 +182,20 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         help="default: 50; of compress: the quality's",
     )
     parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="start no further trial after so long (default: no limit)",
+    )
+    parser.add_argument(
+        "--objective",
+        default="perplexity",
+        metavar="WHAT",
+        help="what to minimise: perplexity, answers, kl or accuracy (questions missed); "
+        "perplexity=0.5,kl=0.5 for a weighted sum; perplexity,bytes for a Pareto front "
+        "(default: perplexity)",
+    )
+    parser.add_argument(
         "--storage",
         metavar="URL",
         help="Optuna storage such as postgresql://… or redis://…, or path of a journal or SQLite "

@@ -38,6 +38,7 @@ from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.report import format_bytes, read_study, text_table, write_study_report
 from hf_adaptive_sparse.report.study_analysis import failure_signs
+from hf_adaptive_sparse.search.objectives import Goal
 
 OWN_PROFILE: tuple[int, ...] = ()
 """Default of ``evaluate --kv-bits``: what the model's config says."""
@@ -75,6 +76,8 @@ def run_compress(options: argparse.Namespace) -> Answer:
         quality=options.quality,
         space=space_of(options, config, search_space(config, options.kv_bits, options.quality)),
         trials=options.trials,
+        objective=Goal.parse(options.objective).to_json(),
+        timeout_seconds=options.timeout,
         calibration=_calibration(options),
         evaluation=_evaluation(options),
         questions=_questions(options),
@@ -91,8 +94,8 @@ def run_compress(options: argparse.Namespace) -> Answer:
     if result.search is not None and result.search.baseline is not None:
         lines.insert(
             1,
-            f"Search: one-shot perplexity {result.search.best_value:.3f}, uniform "
-            f"{result.search.baseline:.3f}, {len(result.search.history)} trials.",
+            f"Search: one-shot {result.search.goal.labels[0]} {result.search.best_value:.3f}, "
+            f"uniform {result.search.baseline:.3f}, {len(result.search.history)} trials.",
         )
     if result.commit_url is not None:
         lines.append(f"Pushed: {result.commit_url}")
@@ -140,6 +143,8 @@ def run_search(options: argparse.Namespace) -> Answer:
         "study_name": options.study,
         "metric": options.metric,
         "trials": options.trials,
+        "objective": Goal.parse(options.objective).to_json(),
+        "timeout_seconds": options.timeout,
         "calibration": _calibration(options),
         "evaluation": _evaluation(options),
         "seed": options.seed,
@@ -164,9 +169,12 @@ def run_search(options: argparse.Namespace) -> Answer:
         raise ValueError("Give --output DIR, or --storage for a study, or both; got neither.")
     uniform = "failed" if result.baseline is None else f"{result.baseline:.3f}"
     text = (
-        f"Best perplexity {result.best_value:.3f} (one-shot masks; uniform: {uniform}) in "
-        f"{len(result.history)} trials.\n{where}"
+        f"Best {result.goal.labels[0]} {result.best_value:.3f} (one-shot masks; uniform: "
+        f"{uniform}) in {len(result.history)} trials.\n{where}"
     )
+    if result.goal.is_front:
+        front = [{"trial": point.trial, **point.values} for point in result.pareto]
+        text += "\n\n" + text_table(front)
     return Answer(text, result.to_dict())
 
 

@@ -28,6 +28,7 @@ from hf_adaptive_sparse.evaluation.resources import (
 )
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import plot_profile, plot_search_history
+from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -43,6 +44,8 @@ class SearchSettings(TypedDict, total=False):
     trials: int
     calibration: DataSource | None
     evaluation: DataSource | None
+    objective: ObjectiveSpec
+    timeout_seconds: float | None
     seed: int
     sampler: str
     workers: int
@@ -128,6 +131,8 @@ def search_study(
     trials: int = 50,
     calibration: DataSource | None = None,
     evaluation: DataSource | None = None,
+    objective: ObjectiveSpec = "perplexity",
+    timeout_seconds: float | None = None,
     seed: int = 0,
     sampler: str = DEFAULT_SAMPLER,
     workers: int = 1,
@@ -148,6 +153,8 @@ def search_study(
         calibration: Data to rank on. ``None``: WikiText-2, training split.
         evaluation: Data to evaluate on: the search sees ``num_samples`` of them, the comparison
             with uniform at the end as many others. ``None``: WikiText-2, validation split.
+        objective: What the search minimises, see ``has.search``.
+        timeout_seconds: Time after which a worker starts no further trial.
         seed: Seed of the search, the same for all workers.
         sampler: As for ``has.search``.
         workers: Processes to start on this machine, this one included.
@@ -164,6 +171,8 @@ def search_study(
         "trials": trials,
         "calibration": calibration,
         "evaluation": evaluation,
+        "objective": objective,
+        "timeout_seconds": timeout_seconds,
         "seed": seed,
         "sampler": sampler,
     }
@@ -183,6 +192,8 @@ def search_study(
         held_out=held_out if held_out is not searched else None,
         metric=ranking_metric(metric),
         n_trials=trials,
+        objective=objective,
+        timeout_seconds=timeout_seconds,
         storage=storage,
         study_name=study_name,
         seed=seed,

@@ -25,6 +25,7 @@ from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.report import PruningReport
+from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -82,6 +83,8 @@ def compress(
     calibration: DataSource | None = None,
     evaluation: DataSource | None = None,
     questions: DataSource | None = None,
+    objective: ObjectiveSpec = "perplexity",
+    timeout_seconds: float | None = None,
     storage: str | None = None,
     study_name: str | None = None,
     seed: int = 0,
@@ -114,6 +117,8 @@ def compress(
             figures as many others. ``None``: WikiText-2, validation split.
         questions: Visual questions for the final figures. ``None``: those that ``evaluation``
             holds, if it does.
+        objective: What the search minimises, see ``has.search``.
+        timeout_seconds: Time after which the search starts no further trial.
         storage: Optuna storage URL, or path of a journal. ``None``: a journal beside ``output``.
         study_name: Name of the study there. ``None``: ``"hf-adaptive-sparse"``.
         seed: Seed of the search.
@@ -182,6 +187,8 @@ def compress(
                 held_out=held_out if held_out is not searched else None,
                 metric=ranking_metric(config.metric),
                 n_trials=preset.trials if trials is None else trials,
+                objective=objective,
+                timeout_seconds=timeout_seconds,
                 storage=storage or str(folder / JOURNAL),
                 study_name=study_name,
                 seed=seed,

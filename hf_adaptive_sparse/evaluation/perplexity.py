@@ -14,24 +14,11 @@ import os
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import cache_argument, image_token_id
-from hf_adaptive_sparse.evaluation.forward import (
-    KVCacheChoice,
-    NonFiniteError,
-    evaluating,
-    new_cache,
-    to_model,
-)
-
-IGNORED = -100
-"""Label of a token that is not scored."""
-
-CHUNK_LOGITS = 1 << 24
-"""Logits converted to float32 at once: 64 MiB of them."""
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, NonFiniteError
+from hf_adaptive_sparse.evaluation.scoring import IGNORED, predict
 
 
 def perplexity(
@@ -105,48 +92,7 @@ def negative_log_likelihood(
     Raises:
         ValueError: If the batch has neither labels nor input_ids.
     """
-    inputs = to_model(model, batch)
-    targets = _targets(inputs, image_token_id(model.config))
-    inputs.pop("labels", None)
-    if not bool((targets != IGNORED).any()):
+    predictions = predict(model, batch, kv_cache)
+    if predictions is None:
         return 0.0, 0
-    with evaluating(model):
-        cache = new_cache(model, kv_cache)
-        inputs[cache_argument(model)] = cache
-        logits = model(**inputs, use_cache=cache is not None).logits
-        # Each position predicts the next token: the last one predicts nothing that is known.
-        return _sum_nll(logits[:, :-1], targets.to(logits.device))
-
-
-def _targets(inputs: Mapping[str, torch.Tensor], image_token: int | None) -> torch.Tensor:
-    """Return the token each position but the last has to predict, (batch, seq - 1) int64."""
-    ids, labels = inputs.get("input_ids"), inputs.get("labels")
-    if labels is None:
-        if ids is None:
-            raise ValueError(
-                "A batch must have input_ids or labels to be scored; it has "
-                f"{', '.join(inputs) or 'nothing'}."
-            )
-        labels = ids.clone()
-    targets = labels[:, 1:].clone()
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
-        # The first real token after left padding has nothing before it to be predicted from.
-        targets[(mask[:, 1:] == 0) | (mask[:, :-1] == 0)] = IGNORED
-    if ids is not None and image_token is not None:
-        targets[ids[:, 1:] == image_token] = IGNORED
-    return targets
-
-
-def _sum_nll(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
-    """Sum the losses of (batch, seq, vocabulary) logits, in chunks of the scored positions."""
-    scored = (targets != IGNORED).nonzero()
-    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
-    total = 0.0
-    for chunk in scored.split(rows):
-        position = (chunk[:, 0], chunk[:, 1])
-        losses = functional.cross_entropy(
-            logits[position].float(), targets[position], reduction="none"
-        )
-        total += float(losses.double().sum())
-    return total, len(scored)
+    return predictions.sum_nll(), predictions.count

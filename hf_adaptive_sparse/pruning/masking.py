@@ -1,7 +1,8 @@
 """Masks laid over a model and taken off again: what a search evaluates, without changing a weight.
 
 Besides the rankings, one bit per weight is held: the mask in force. It is unpacked where a weight
-is used, one linear at a time.
+is used, one linear at a time, and once per forward; of as many linears as a bound allows, the
+masked weight is kept until the mask changes.
 """
 
 from __future__ import annotations
@@ -56,18 +57,29 @@ class _Mask(nn.Module):
         super().__init__()
         # Plain attributes, not buffers: they must not show in the model's state dict.
         self.removed: torch.Tensor | None = None
+        self.keeps = False
+        self.kept: torch.Tensor | None = None
         self._table: torch.Tensor | None = None
+
+    def set_removed(self, removed: torch.Tensor) -> None:
+        self.removed, self.kept = removed, None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.removed is None:
             return weight
+        kept = self.kept
+        if kept is not None and (kept.device, kept.dtype) == (weight.device, weight.dtype):
+            return kept
         if self._table is None or self._table.shape[1] != weight.dtype.itemsize:
             self._table = mask_table(weight.dtype)
         if self._table.device != weight.device:
             self._table = self._table.to(weight.device)
         if self.removed.device != weight.device:
             self.removed = self.removed.to(weight.device)
-        return zeroed(weight, self.removed, self._table)
+        masked_weight = zeroed(weight, self.removed, self._table)
+        if self.keeps:
+            self.kept = masked_weight
+        return masked_weight
 
 
 class MaskedModel:
@@ -85,9 +97,14 @@ class MaskedModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the rankings and the masks in force."""
+        """Bytes held by the rankings and the masks in force; without masked weights kept."""
         held = sum(ranking.nbytes for ranking in self._rankings.values())
         return held + sum(m.removed.nbytes for m in self._masks.values() if m.removed is not None)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes held by masked weights that are kept, within the bound given to `masked`."""
+        return sum(mask.kept.nbytes for mask in self._masks.values() if mask.kept is not None)
 
     def apply(self, ratios: Mapping[str, float]) -> None:
         """Put the masks of ``ratios`` in force.
@@ -113,15 +130,17 @@ class MaskedModel:
             ranking, mask = self._rankings[name], self._masks[name]
             before = self._ratios.get(name)
             if mask.removed is None or before is None:
-                mask.removed = pack_mask(ranking.mask(ratio))
+                mask.set_removed(pack_mask(ranking.mask(ratio)))
             elif ranking.position(before) != ranking.position(ratio):
                 removed = unpack_mask(mask.removed, ranking.shape[1]).contiguous()
-                mask.removed = pack_mask(ranking.flip_(removed, before, ratio))
+                mask.set_removed(pack_mask(ranking.flip_(removed, before, ratio)))
             self._ratios[name] = ratio
 
 
 @contextmanager
-def masked(model: nn.Module, rankings: Mapping[str, Ranking]) -> Iterator[MaskedModel]:
+def masked(
+    model: nn.Module, rankings: Mapping[str, Ranking], keep_bytes: int = 0
+) -> Iterator[MaskedModel]:
     """Lay masks over the weights of a model while the context is open.
 
     The weights themselves do not change: a parametrization zeroes the masked ones at use, for
@@ -131,6 +150,8 @@ def masked(model: nn.Module, rankings: Mapping[str, Ranking]) -> Iterator[Masked
     Args:
         model: The model.
         rankings: Module name -> ranking, as `rank_model` returns them.
+        keep_bytes: Masked weights kept at most, in bytes, first linears first: what is kept is not
+            masked anew in every forward.
 
     Yields:
         The handle that sets ratios; until then the model is dense.
@@ -166,6 +187,8 @@ def masked(model: nn.Module, rankings: Mapping[str, Ranking]) -> Iterator[Masked
     try:
         for name, module in linears.items():
             masks[name] = _Mask()
+            masks[name].keeps = module.weight.nbytes <= keep_bytes
+            keep_bytes -= module.weight.nbytes if masks[name].keeps else 0
             parametrize.register_parametrization(module, "weight", masks[name], unsafe=True)
         yield MaskedModel(rankings, masks)
     finally:

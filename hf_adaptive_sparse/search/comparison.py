@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from hf_adaptive_sparse.search.candidate import suggest
+from hf_adaptive_sparse.search.candidate import Candidate, suggest
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
 from hf_adaptive_sparse.search.fingerprint import batches_digest
@@ -26,6 +26,7 @@ from hf_adaptive_sparse.search.trials import DIGEST, tally
 
 if TYPE_CHECKING:
     from optuna.study import Study
+    from optuna.trial import BaseTrial
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,12 @@ def windows_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, 
 
 
 def compare_on(
-    study: Study, evaluator: Evaluator, space: SearchSpace, shape: ModelShape, held_out: Batches
+    study: Study,
+    evaluator: Evaluator,
+    space: SearchSpace,
+    shape: ModelShape,
+    held_out: Batches,
+    draw: Callable[[BaseTrial, SearchSpace, ModelShape], Candidate] = suggest,
 ) -> None:
     """Compare a study's best profile with the uniform one, and store the outcome with the study.
 
@@ -139,6 +145,7 @@ def compare_on(
         space: The search space.
         shape: The space laid over the model.
         held_out: Batches that the search did not see.
+        draw: What makes a profile of a trial's parameters.
     """
     from optuna.trial import FixedTrial
 
@@ -150,7 +157,7 @@ def compare_on(
         uniform = evaluator.losses(evaluator.uniform, windows)
         losses = uniform
         if best.user_attrs.get(DIGEST) != evaluator.uniform.digest:
-            candidate = suggest(FixedTrial(best.params), space, shape)
+            candidate = draw(FixedTrial(best.params), space, shape)
             losses = evaluator.losses(candidate, windows)
         comparison = compare(best.number, uniform, losses)
     except (TrialFailure, ValueError) as error:

@@ -9,23 +9,28 @@ the model is exactly as before when the search ends.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.architecture import decoder_layers
 from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
+from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES, ReusingModel
+from hf_adaptive_sparse.evaluation.scoring import predict
 from hf_adaptive_sparse.pruning.apply import MaskedModel, masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import QuantisedModel, quantised
 from hf_adaptive_sparse.search.candidate import Candidate
+from hf_adaptive_sparse.search.description import candidate_bytes, layer_settings
 from hf_adaptive_sparse.search.errors import TrialFailure
+from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
+from hf_adaptive_sparse.search.failures import failures
+from hf_adaptive_sparse.search.losses import Losses
+from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 
@@ -38,61 +43,8 @@ ORDER_SEED = 0
 """Seed of the order that every trial takes the batches in; the same for all workers."""
 
 
-class Reporter(Protocol):
-    """What a trial is told while it is evaluated; Optuna's ``Trial`` is one."""
-
-    def report(self, value: float, step: int) -> None:
-        """Take the value that one batch gives, as the ``step``-th of the fixed order."""
-
-    def should_prune(self) -> bool:
-        """Return whether the trial is hopeless and may stop."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What became of one profile.
-
-    Attributes:
-        value: The value to minimise; where the evaluation was stopped, an estimate of it from the
-            batches seen, corrected by what the uniform profile lost on the same batches.
-        batches: Batches that were evaluated.
-        of_batches: Batches that there are.
-    """
-
-    value: float
-    batches: int
-    of_batches: int
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it was given up before the last batch."""
-        return self.batches < self.of_batches
-
-    def to_attributes(self) -> dict[str, Any]:
-        """Return what is stored with a trial: plain JSON types."""
-        return {"batches": self.batches, "of_batches": self.of_batches}
-
-
-@dataclass
-class _Losses:
-    """Summed losses and tokens per batch, by the batch's index."""
-
-    total: dict[int, float] = field(default_factory=dict)
-    tokens: dict[int, int] = field(default_factory=dict)
-
-    def add(self, index: int, loss: float, tokens: int) -> None:
-        self.total[index], self.tokens[index] = loss, tokens
-
-    @classmethod
-    def zero(cls, batches: int) -> _Losses:
-        """Return losses of 0."""
-        return cls(dict.fromkeys(range(batches), 0.0), dict.fromkeys(range(batches), 1))
-
-    def mean(self, indices: Sequence[int]) -> float:
-        """Return the loss per token over some batches, summed in the order of the data."""
-        indices = sorted(indices)
-        count = sum(self.tokens[index] for index in indices)
-        return sum(self.total[index] for index in indices) / count if count else 0.0
+KEPT_WEIGHT_BYTES = 1 << 28
+"""Bytes of masked weights that are kept from batch to batch; beyond, a forward masks them anew."""
 
 
 class Evaluator:
@@ -103,11 +55,16 @@ class Evaluator:
     profiles do, and only the paired differences tell profiles apart.
 
     Args:
-        model: The model, under its masks.
+        model: The model, under its masks; dense until a profile is evaluated.
         mask: The masks; ``None`` if nothing is pruned.
         codes: The weights' codes; ``None`` if the weights keep their dtype.
         evaluation: Batches to score.
         uniform: The profile that reports are relative to.
+        goal: What is minimised.
+        reuse_bytes: Bytes of hidden states kept for profiles that begin alike; 0: none.
+
+    Raises:
+        ValueError: If an objective does not suit the batches.
     """
 
     def __init__(
@@ -117,12 +74,26 @@ class Evaluator:
         codes: QuantisedModel | None,
         evaluation: Batches,
         uniform: Candidate,
+        goal: Goal,
+        reuse_bytes: int = DEFAULT_BYTES,
     ) -> None:
         self.model, self.mask, self.codes = model, mask, codes
         self.evaluation, self.uniform = evaluation, uniform
+        self.goal, self.objectives = goal, goal.objectives()
+        self.layers_name, layers = decoder_layers(model)
+        self.num_layers = len(layers)
+        self.reusing = ReusingModel(model, reuse_bytes)
         self.order = list(range(len(evaluation)))
         random.Random(ORDER_SEED).shuffle(self.order)
-        self._reference: _Losses | None = None
+        self._reference: Losses | None = None
+        for objective in self.objectives.values():
+            objective.check(evaluation)
+        observers = [o for o in self.objectives.values() if o.needs_dense]
+        for index in self.order if observers else ():
+            dense = predict(model, evaluation[index], False)
+            if dense is not None:
+                for objective in observers:
+                    objective.observe(index, dense)
 
     def __call__(self, candidate: Candidate, reporter: Reporter | None = None) -> Evaluation:
         """Evaluate a profile.
@@ -134,10 +105,11 @@ class Evaluator:
         Raises:
             TrialFailure: If the loss is not finite, or memory does not suffice.
         """
-        with _failures():
+        with failures():
             evaluation = self.measure(candidate, reporter)
-        if not math.isfinite(evaluation.value):
-            raise TrialFailure(f"The perplexity is {evaluation.value}.", repeatable=True)
+        for label, value in zip(self.goal.labels, evaluation.values, strict=True):
+            if not math.isfinite(value):
+                raise TrialFailure(f"The {label} is {value}.", repeatable=True)
         return evaluation
 
     def measure(self, candidate: Candidate, reporter: Reporter | None) -> Evaluation:
@@ -146,75 +118,110 @@ class Evaluator:
         reference = None
         if reporter is not None and not is_uniform:
             reference = self._reference_losses()
-        self._put_in_force(candidate)
-        losses = _Losses()
+        self.put_in_force(candidate)
+        settings = layer_settings(candidate, self.layers_name, self.num_layers)
+        before = self.reusing.layers_run, self.reusing.layers_skipped
+        losses = Losses()
         for step, index in enumerate(self.order):
-            losses.add(index, *self._score(index, candidate))
-            if reporter is None or reference is None or not losses.tokens[index]:
+            losses.add(index, self.score(index, candidate, settings))
+            if reporter is None or reference is None or not losses.scored(index):
                 continue
-            reporter.report(self._estimate(losses, reference, [index]), step)
+            reporter.report(self._values(candidate, losses, [index], reference)[0], step)
             seen = self.order[: step + 1]
             if len(seen) < len(self.order) and reporter.should_prune():
-                value = self._estimate(losses, reference, seen)
-                return Evaluation(value, len(seen), len(self.order))
-        value = _perplexity(losses.mean(self.order))
+                values = self._values(candidate, losses, seen, reference)
+                return self._evaluation(values, len(seen), before)
+        values = self._values(candidate, losses, self.order)
         if is_uniform:
             self._reference = losses
             for step, index in enumerate(self.order):
-                if reporter is not None and losses.tokens[index]:
-                    reporter.report(value, step)
-        return Evaluation(value, len(self.order), len(self.order))
+                if reporter is not None and losses.scored(index):
+                    reporter.report(values[0], step)
+        return self._evaluation(values, len(self.order), before)
 
     def losses(self, candidate: Candidate, batches: Batches) -> list[tuple[float, int]]:
         """Return summed loss in nats and tokens of each of any batches, under a profile."""
-        with _failures():
-            self._put_in_force(candidate)
+        with failures():
+            self.put_in_force(candidate)
             return [
                 negative_log_likelihood(self.model, batch, candidate.kv_cache) for batch in batches
             ]
 
-    def _put_in_force(self, candidate: Candidate) -> None:
+    def put_in_force(self, candidate: Candidate) -> None:
+        """Lay a profile's masks over the model."""
         if self.mask is not None:
             self.mask.apply(candidate.ratios)
         if self.codes is not None:
             self.codes.apply(candidate.weight_bits, GROUP_SIZES)
 
-    def _reference_losses(self) -> _Losses:
+    def score(
+        self, index: int, candidate: Candidate, settings: Sequence[Hashable]
+    ) -> dict[str, tuple[float, int]]:
+        """Return the summed loss and count of the batch ``index``, per objective.
+
+        Args:
+            index: The batch.
+            candidate: The profile in force.
+            settings: Its `layer_settings`.
+
+        Raises:
+            NonFiniteError: If a loss is not finite.
+        """
+        kv_cache = candidate.kv_cache
+        found = self.reusing.predict(index, self.evaluation[index], kv_cache, settings)
+        scores = {}
+        for name, objective in self.objectives.items():
+            scores[name] = (0.0, 0) if found is None else objective.score(index, found)
+            if not math.isfinite(scores[name][0]):
+                raise NonFiniteError(
+                    f"The loss must be finite; batch {index} gives {scores[name][0]}: with this "
+                    "profile the model computes NaN or infinite logits."
+                )
+        return scores
+
+    def _reference_losses(self) -> Losses:
         """Return the uniform profile's losses, from its trial or, in a resumed search, from here.
 
         A uniform profile that cannot be evaluated leaves every batch's loss as it is.
         """
         if self._reference is None:
-            self._put_in_force(self.uniform)
-            losses = _Losses()
+            self.put_in_force(self.uniform)
+            settings = layer_settings(self.uniform, self.layers_name, self.num_layers)
+            losses = Losses()
             try:
                 for index in self.order:
-                    losses.add(index, *self._score(index, self.uniform))
+                    losses.add(index, self.score(index, self.uniform, settings))
             except NonFiniteError:
-                losses = _Losses.zero(len(self.order))
+                losses = Losses()
             self._reference = losses
         return self._reference
 
-    def _estimate(self, losses: _Losses, reference: _Losses, seen: Sequence[int]) -> float:
-        return _perplexity(reference.mean(self.order) + losses.mean(seen) - reference.mean(seen))
-
-    def _score(self, index: int, candidate: Candidate) -> tuple[float, int]:
-        loss, tokens = negative_log_likelihood(
-            self.model, self.evaluation[index], candidate.kv_cache
+    def _values(
+        self,
+        candidate: Candidate,
+        losses: Losses,
+        seen: Sequence[int],
+        reference: Losses | None = None,
+    ) -> tuple[float, ...]:
+        """Return the goal's figures; relative to a reference, where not all batches are seen."""
+        means = {}
+        for name in self.objectives:
+            means[name] = losses.mean(name, seen)
+            if reference is not None:
+                means[name] += reference.mean(name, self.order) - reference.mean(name, seen)
+        return tuple(
+            float(candidate_bytes(candidate, self.model.dtype.itemsize))
+            if isinstance(part, str)
+            else part.value(means, self.objectives)
+            for part in self.goal.parts
         )
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"The loss must be finite; batch {index} gives {loss}: the profile makes the model "
-                "compute NaN or infinite logits."
-            )
-        return loss, tokens
 
-
-def _perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+    def _evaluation(
+        self, values: tuple[float, ...], batches: int, before: tuple[int, int]
+    ) -> Evaluation:
+        run = self.reusing.layers_run - before[0]
+        skipped = self.reusing.layers_skipped - before[1]
+        return Evaluation(values, batches, len(self.order), skipped / max(1, run + skipped))
 
 
 @contextlib.contextmanager
@@ -227,6 +234,8 @@ def open_evaluator(
     calibration: Batches | None,
     evaluation: Batches,
     metric: str,
+    goal: Goal | None = None,
+    reuse_bytes: int = DEFAULT_BYTES,
     modules_to_not_convert: Sequence[str] = (),
     image_weight: float = 1.0,
     progress: bool = True,
@@ -235,7 +244,8 @@ def open_evaluator(
 
     Besides the model this holds, per weight whose fate the space leaves open (ranked between the
     lowest and the highest ratio), its place in the ranking in 4 bytes, and two bits per weight:
-    always removed, and removed in the current trial.
+    always removed, and removed in the current trial; hidden states of ``reuse_bytes`` at most,
+    and masked weights of `KEPT_WEIGHT_BYTES` at most.
 
     Args:
         model: The model; restored on exit, also after an exception.
@@ -245,6 +255,8 @@ def open_evaluator(
         calibration: Batches for the activation statistics; ``None`` for metrics without.
         evaluation: Batches that profiles are scored on.
         metric: Name of the metric that scores the weights.
+        goal: What is minimised; ``None``: the perplexity.
+        reuse_bytes: Bytes of hidden states kept for profiles that begin alike.
         modules_to_not_convert: Names or globs of linears that stay dense.
         image_weight: Weight of an image token in the statistics.
         progress: Show a progress bar while ranking.
@@ -264,35 +276,9 @@ def open_evaluator(
                 image_weight=image_weight,
                 progress=progress,
             )
-            mask = stack.enter_context(masked(model, rankings))
+            mask = stack.enter_context(masked(model, rankings, KEPT_WEIGHT_BYTES))
         codes = None
         if shape.weight_groups:
             codes = stack.enter_context(quantised(model, shape.numel))
-        yield Evaluator(model, mask, codes, evaluation, uniform)
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """Turn what concerns a single profile into `TrialFailure`."""
-    try:
-        yield
-    except NonFiniteError as error:
-        raise TrialFailure(str(error), repeatable=True) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        reason = f"Out of memory: {error}"
-    else:
-        return
-    # Outside the handler, so that the traceback no longer keeps the tensors alive.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    raise TrialFailure(reason, repeatable=False)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch's CPU allocator raises a bare RuntimeError, told by its text alone.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "not enough memory" in str(error) or "out of memory" in str(error)
-    )
+        goal = Goal.of("perplexity") if goal is None else goal
+        yield Evaluator(model, mask, codes, evaluation, uniform, goal, reuse_bytes)

@@ -37,6 +37,7 @@ def open_study(
     made_for: Mapping[str, Any],
     baseline: Mapping[str, Any],
     attributes: Mapping[str, Any],
+    values: int = 1,
 ) -> Study:
     """Open a study, and make it if nobody has.
 
@@ -46,6 +47,7 @@ def open_study(
         made_for: Its fingerprint.
         baseline: Parameters of the uniform profile, enqueued once; empty if there are none.
         attributes: What else is stored with a new study.
+        values: Figures that its trials minimise.
 
     Raises:
         SearchError: If the study is there and was made for something else.
@@ -57,7 +59,9 @@ def open_study(
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         try:
-            study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=["minimize"] * values
+            )
             created = True
         except optuna.exceptions.DuplicatedStudyError:  # another worker was faster
             study = optuna.load_study(study_name=name, storage=storage)

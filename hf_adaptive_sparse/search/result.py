@@ -17,6 +17,8 @@ from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
 from hf_adaptive_sparse.pruning.apply import PruningReport
 from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, library_versions
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import detached_study
 from hf_adaptive_sparse.search.trials import history, tally
@@ -30,13 +32,30 @@ HISTORY_FILE = "search.json"
 
 
 @dataclass(frozen=True)
+class ParetoPoint:
+    """One profile of a front.
+
+    Attributes:
+        trial: Number of its trial.
+        values: Its figures by name.
+        profile: The profile.
+        config: The profile as the config that prunes a model with it.
+    """
+
+    trial: int
+    values: Mapping[str, float]
+    profile: CompressionProfile
+    config: SparsityConfig
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """The outcome of a search.
 
-    The values are perplexities of *one-shot* masks: all weights are ranked once, on the activations
-    of the dense model, which is what makes a trial cheap. `apply` prunes anew, layer by layer, each
-    layer calibrated on the output of the pruned ones before it, so the final masks and perplexity
-    differ a little from those of the trial.
+    The values, perplexities unless another objective was asked for, are of *one-shot* masks: all
+    weights are ranked once, on the activations of the dense model, which is what makes a trial
+    cheap. `apply` prunes anew, layer by layer, each layer calibrated on the output of the pruned
+    ones before it, so the final masks and value differ a little from those of the trial.
 
     Attributes:
         study: The Optuna study, with every trial.
@@ -48,6 +67,7 @@ class SearchResult:
         calibration_config: How the calibration data were made, where they were named.
         calibration: The calibration batches, kept for `apply`.
         fingerprint: What the study was made for.
+        goal: What was minimised.
     """
 
     study: Study
@@ -59,10 +79,14 @@ class SearchResult:
     calibration_config: CalibrationConfig | None
     calibration: Sequence[Mapping[str, torch.Tensor]] | None = field(repr=False)
     fingerprint: Mapping[str, Any] = field(repr=False)
+    goal: Goal = field(default_factory=lambda: Goal.of("perplexity"))
 
     @property
     def best_trial(self) -> FrozenTrial:
-        """The trial of lowest perplexity; the earliest of equals, so uniform wins a tie."""
+        """The trial of lowest value; the earliest of equals, so uniform wins a tie.
+
+        Of a Pareto front, the lowest first value.
+        """
         best = tally(self.study).best
         if best is None:
             raise ValueError("The study holds no completed trial; run search() again to resume it.")
@@ -70,14 +94,22 @@ class SearchResult:
 
     @property
     def best_value(self) -> float:
-        """Lowest perplexity, with one-shot masks."""
+        """Lowest value, with one-shot masks."""
         return float(self.best_trial.values[0])
 
     @property
     def baseline(self) -> float | None:
-        """Perplexity of the uniform profile, ``None`` if its trial failed."""
+        """Value of the uniform profile, ``None`` if its trial failed."""
         trial = tally(self.study).baseline
         return None if trial is None else float(trial.values[0])
+
+    @property
+    def gain(self) -> Gain | None:
+        """The best profile's gain over uniform with its standard error, on the evaluation data.
+
+        ``None`` where the uniform profile is the best, or of a front.
+        """
+        return None if self.goal.is_front else gain_over_uniform(tally(self.study))
 
     @property
     def best_profile(self) -> CompressionProfile:
@@ -94,7 +126,30 @@ class SearchResult:
     @property
     def best_config(self) -> SparsityConfig:
         """The best profile as the config that prunes a model with it."""
-        profile = self.best_profile
+        return self._config(self.best_trial)
+
+    @property
+    def pareto(self) -> tuple[ParetoPoint, ...]:
+        """The profiles that no other beats in every value, by their first value.
+
+        Of a search for one objective, the best profile alone.
+        """
+        if not self.goal.is_front:
+            front = [self.best_trial]
+        else:
+            front = sorted(self.study.best_trials, key=lambda trial: trial.values)
+        return tuple(
+            ParetoPoint(
+                trial=trial.number,
+                values=dict(zip(self.goal.labels, trial.values, strict=True)),
+                profile=CompressionProfile.from_dict(trial.user_attrs["profile"]),
+                config=self._config(trial),
+            )
+            for trial in front
+        )
+
+    def _config(self, trial: FrozenTrial) -> SparsityConfig:
+        profile = CompressionProfile.from_dict(trial.user_attrs["profile"])
         ratios = None if profile.sparsity is None else dict(profile.sparsity.ratios)
         weights: dict[str, Any] = {}
         if profile.weight_bits:
@@ -118,8 +173,8 @@ class SearchResult:
                 "trials": tally(self.study).attempts,
                 "seed": self.seed,
                 "best_trial": self.best_trial.number,
-                "one_shot_perplexity": self.best_value,
-                "one_shot_perplexity_uniform": self.baseline,
+                f"one_shot_{self.goal.labels[0]}": self.best_value,
+                f"one_shot_{self.goal.labels[0]}_uniform": self.baseline,
             },
         }
 
@@ -169,8 +224,9 @@ class SearchResult:
             "blocks": [list(span) for span in self.blocks],
             "fingerprint": dict(self.fingerprint),
             "versions": library_versions(),
-            "uniform_perplexity": self.baseline,
-            "best_perplexity": self.best_value,
+            "objective": self.goal.to_json(),
+            "uniform_value": self.baseline,
+            "best_value": self.best_value,
             "best_trial": self.best_trial.number,
             "held_out": self.study.user_attrs.get("held_out"),
             "history": self.history,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
@@ -17,7 +18,8 @@ from hf_adaptive_sparse.search.candidate import (
 )
 from hf_adaptive_sparse.search.claims import claim
 from hf_adaptive_sparse.search.errors import SearchError, TrialFailure
-from hf_adaptive_sparse.search.evaluator import Evaluation, Reporter
+from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
+from hf_adaptive_sparse.search.front import suggest_on_front
 from hf_adaptive_sparse.search.recovery import recover
 from hf_adaptive_sparse.search.samplers import as_sampler
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -58,7 +60,7 @@ that it is worse, at this level."""
 FEWEST_BATCHES = 4
 """Batches that every trial is evaluated on before it may be stopped."""
 
-Objective = Callable[[Candidate, Reporter], Evaluation]
+Objective = Callable[[Candidate, Reporter | None], Evaluation]
 """Evaluates a profile; reports each batch, and stops when the reporter says so."""
 
 
@@ -84,6 +86,7 @@ class TrialRunner:
         seed: Seed of the draws.
         sampler: Name of a sampler, made and seeded per trial, or an Optuna sampler.
         early_stopping: Stop trials that are worse than the best one on the batches seen so far.
+        sweeps_budget: Let each trial draw the mean ratio it is to have.
     """
 
     def __init__(
@@ -96,19 +99,26 @@ class TrialRunner:
         sampler: BaseSampler | str,
         *,
         early_stopping: bool = True,
+        sweeps_budget: bool = False,
     ) -> None:
         self.study, self.space, self.shape = study, space, shape
         self.objective = objective
+        self.suggest = suggest_on_front if sweeps_budget else suggest
         study.pruner = _pruner(early_stopping)
         study.sampler = as_sampler(sampler, seed)
         self.uniform = uniform_candidate(space, shape).digest
         self.watch = Watch()
         self.wanted = 0
 
-    def run(self, n_trials: int, *, progress: bool) -> None:
+    def run(self, n_trials: int, *, progress: bool, ends: float | None = None) -> None:
         """Run trials until ``n_trials`` profiles were tried, by this worker and all others.
 
         A worker that finds enough trials under way waits for them, in case one has to be repeated.
+
+        Args:
+            n_trials: Distinct profiles in all.
+            progress: Show a progress bar.
+            ends: Time of ``time.monotonic()`` after which no trial is begun, once one succeeded.
 
         Raises:
             SearchError: If nearly all trials fail.
@@ -124,7 +134,7 @@ class TrialRunner:
             disable=not progress,
         )
         with bar, working() as self.worker:
-            while goes_on(count, n_trials):
+            while goes_on(count, n_trials) and not (count.completed and _is_past(ends)):
                 if has_work(count, n_trials):
                     self._run_one()
                 else:
@@ -133,7 +143,7 @@ class TrialRunner:
                 count = tally(self.study)
                 bar.update(count.attempts - bar.n)
                 if count.best is not None:
-                    bar.set_postfix_str(f"best {count.best.value:.4f}")
+                    bar.set_postfix_str(f"best {count.best.values[0]:.4f}")
                 _give_up_if_hopeless(count)
 
     def _run_one(self) -> None:
@@ -148,7 +158,7 @@ class TrialRunner:
                 raise
             logger.warning("A trial was silent for so long that another worker repeats it.")
 
-    def _run_trial(self, trial: Trial) -> float:
+    def _run_trial(self, trial: Trial) -> float | Sequence[float]:
         from optuna.exceptions import UpdateFinishedTrialError
 
         trial.set_user_attr(WORKER_ATTRIBUTE, str(self.worker))
@@ -159,8 +169,8 @@ class TrialRunner:
             self._ended = True
             raise
 
-    def _evaluate(self, trial: Trial) -> float:
-        candidate = suggest(trial, self.space, self.shape)
+    def _evaluate(self, trial: Trial) -> float | Sequence[float]:
+        candidate = self.suggest(trial, self.space, self.shape)
         for key, value in candidate.to_attributes().items():
             trial.set_user_attr(key, value)
         trial.set_user_attr(UNIFORM, candidate.digest == self.uniform)
@@ -172,7 +182,7 @@ class TrialRunner:
             raise TrialFailure("Enough trials are under way.", repeatable=False)
         start = time.perf_counter()
         try:
-            evaluation = self.objective(candidate, trial)
+            evaluation = self.objective(candidate, self._reporter(trial))
         except TrialFailure as failure:
             logger.warning("Trial %d failed: %s", trial.number, failure.reason)
             raise self._failed(trial, failure.reason, repeatable=failure.repeatable) from failure
@@ -182,20 +192,25 @@ class TrialRunner:
             trial.set_user_attr(key, value)
         if evaluation.stopped:
             raise self._stopped(trial, evaluation.value, evaluation.of_batches)
-        return evaluation.value
+        return evaluation.values[0] if len(evaluation.values) == 1 else evaluation.values
 
-    def _repeat(self, trial: Trial, former: FrozenTrial) -> float:
+    def _reporter(self, trial: Trial) -> Reporter | None:
+        # Optuna has no early stopping where several figures are minimised.
+        return None if len(self.study.directions) > 1 else trial
+
+    def _repeat(self, trial: Trial, former: FrozenTrial) -> float | Sequence[float]:
         """Give ``trial`` the outcome of a former one of the same profile."""
         from optuna.trial import TrialState
 
         trial.set_user_attr(DUPLICATE_OF, former.number)
         if not former.state.is_finished():
             raise TrialFailure("Another worker evaluates this profile.", repeatable=False)
-        if former.value is None:
+        values: list[float] | None = former.values
+        if values is None:
             raise self._failed(trial, former.user_attrs[FAILURE], repeatable=True)
         if former.state == TrialState.PRUNED:
-            raise self._stopped(trial, former.value, former.last_step or 0)
-        return former.value
+            raise self._stopped(trial, values[0], former.last_step or 0)
+        return values[0] if len(values) == 1 else values
 
     @staticmethod
     def _stopped(trial: Trial, estimate: float, step: int) -> TrialPruned:
@@ -211,6 +226,10 @@ class TrialRunner:
         trial.set_user_attr(REPEATABLE, repeatable)
         trial.set_user_attr(FAILURE, reason)
         return TrialFailure(reason, repeatable=repeatable)
+
+
+def _is_past(ends: float | None) -> bool:
+    return ends is not None and monotonic() >= ends
 
 
 def _pruner(early_stopping: bool) -> BasePruner:

@@ -56,7 +56,7 @@ def detached_study(study: Study) -> Study:
 
     with quiet_optuna():
         storage = InMemoryStorage()
-        storage.create_new_study([study.direction], study.study_name)
+        storage.create_new_study(study.directions, study.study_name)
         copy = Study(study.study_name, storage)
         for key, value in study.user_attrs.items():
             copy.set_user_attr(key, value)

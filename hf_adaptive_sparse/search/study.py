@@ -10,14 +10,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from numbers import Integral
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.candidate import uniform_candidate, uniform_params
+from hf_adaptive_sparse.search.checks import check_arguments, check_limits, check_outcome
 from hf_adaptive_sparse.search.comparison import compare_on, is_compared
 from hf_adaptive_sparse.search.data import (
     EVALUATION_SAMPLES,
@@ -29,18 +31,22 @@ from hf_adaptive_sparse.search.data import (
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.evaluator import open_evaluator
 from hf_adaptive_sparse.search.fingerprint import fingerprint
+from hf_adaptive_sparse.search.front import uniform_params_on_front
+from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.opening import open_study
+from hf_adaptive_sparse.search.resolution import resolution_warning
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.runner import TrialRunner, goes_on
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_maker
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.start import suggest_start
 from hf_adaptive_sparse.search.storage import (
     open_storage,
     quiet_optuna,
     storage_errors,
 )
-from hf_adaptive_sparse.search.trials import Tally, tally
+from hf_adaptive_sparse.search.trials import tally
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -50,6 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STUDY_NAME = "hf-adaptive-sparse"
+DEFAULT_OBJECTIVE = "perplexity"
 
 
 def search(
@@ -67,7 +74,11 @@ def search(
     processor: Any = None,
     sampler: BaseSampler | str = DEFAULT_SAMPLER,
     modules_to_not_convert: Sequence[str] | None = None,
+    objective: ObjectiveSpec = "perplexity",
+    timeout_seconds: float | None = None,
+    warm_start: bool = True,
     early_stopping: bool = True,
+    reuse_bytes: int = DEFAULT_BYTES,
     progress: bool = True,
 ) -> SearchResult:
     """Search the sparsity and KV profile of lowest perplexity under an exact budget.
@@ -97,9 +108,19 @@ def search(
         sampler: ``"tpe"``, ``"tpe-multivariate"``, ``"evolution"``, ``"gp"``, ``"cmaes"``,
             ``"random"``, or an Optuna sampler, which keeps its own seed. Workers may differ in it.
         modules_to_not_convert: Names or globs of linears that stay dense and do not count.
+        objective: What is minimised: ``"perplexity"``, ``"answers"`` (loss of the right answers),
+            ``"kl"`` (divergence from the dense model) or ``"accuracy"`` (questions missed); weights
+            by name for a sum of losses; or a sequence of these and ``"bytes"`` for a Pareto front.
+        timeout_seconds: Start no further trial once the trials of this call took so long, the
+            measurement of ``warm_start`` included; ``None``: go on to ``n_trials``.
+        warm_start: Measure on some of the evaluation data how each block takes a lower and a higher
+            ratio (in a free split, how each layer's keys and values take fewer bits), and try as
+            the second profile what that suggests.
         early_stopping: Give a trial up as soon as a paired test on the batches seen so far says
             that it is worse than the best one. Its profile is stored with an estimate, and counts
-            as tried.
+            as tried. A Pareto front is always evaluated in full.
+        reuse_bytes: Hidden states kept at most, in bytes, so that a profile which begins like
+            an earlier one is run from its first other layer on; 0: none.
         progress: Show progress bars, with the best value so far.
 
     Returns:
@@ -112,7 +133,9 @@ def search(
         StorageError: If the storage cannot be used.
     """
     space = SearchSpace() if space is None else space
-    _check_arguments(n_trials, seed, metric, space)
+    goal = Goal.of(objective)
+    check_arguments(n_trials, seed, metric, space)
+    check_limits(timeout_seconds, goal, space)
     if isinstance(sampler, str):
         sampler_maker(sampler)
     shape = ModelShape.of(model, space, modules_to_not_convert)
@@ -160,13 +183,17 @@ def search(
         calibration=calibration_batches,
         evaluation=evaluation_batches,
     )
+    if goal.to_json() != DEFAULT_OBJECTIVE:
+        made_for["objective"] = goal.to_json()
+    baseline = uniform_params_on_front if goal.sweeps_budget else uniform_params
     with quiet_optuna(), storage_errors(_storage_name(storage)):
         study = open_study(
             open_storage(storage),
             study_name or STUDY_NAME,
             made_for=made_for,
-            baseline=uniform_params(space, shape),
+            baseline=baseline(space, shape),
             attributes={"seed": seed, "layout": shape.to_dict()},
+            values=len(goal.parts),
         )
         compared = held_out_batches is None or is_compared(study, held_out_batches)
         if goes_on(tally(study), n_trials) or not compared:
@@ -178,17 +205,34 @@ def search(
                 calibration=calibration_batches,
                 evaluation=evaluation_batches,
                 metric=metric,
+                goal=goal,
+                reuse_bytes=reuse_bytes,
                 modules_to_not_convert=excluded,
                 image_weight=image_weight,
                 progress=progress,
             ) as evaluator:
+                ends = None if timeout_seconds is None else monotonic() + timeout_seconds
+                if warm_start and n_trials > 1:
+                    suggest_start(study, evaluator, space, shape)
                 runner = TrialRunner(
-                    study, space, shape, evaluator, seed, sampler, early_stopping=early_stopping
+                    study,
+                    space,
+                    shape,
+                    evaluator,
+                    seed,
+                    sampler,
+                    early_stopping=early_stopping,
+                    sweeps_budget=goal.sweeps_budget,
                 )
-                runner.run(n_trials, progress=progress)
+                runner.run(n_trials, progress=progress, ends=ends)
                 if held_out_batches is not None and not is_compared(study, held_out_batches):
-                    compare_on(study, evaluator, space, shape, held_out_batches)
-        _check_outcome(tally(study), n_trials)
+                    compare_on(
+                        study, evaluator, space, shape, held_out_batches, draw=runner.suggest
+                    )
+        check_outcome(tally(study), n_trials, goal)
+        too_small = None if goal.is_front else resolution_warning(tally(study), evaluation_batches)
+        if too_small is not None:
+            logger.warning(too_small)
     return SearchResult(
         study=study,
         space=space,
@@ -199,52 +243,14 @@ def search(
         calibration_config=calibration_config,
         calibration=calibration_batches,
         fingerprint=made_for,
+        goal=goal,
     )
-
-
-def _check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -> None:
-    for name, value, lowest in (("n_trials", n_trials, 1), ("seed", seed, 0)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
-            raise ValueError(f"{name} must be a whole number >= {lowest}, got {value!r}.")
-    if not isinstance(space, SearchSpace):
-        raise TypeError(f"space must be a SearchSpace, got {type(space).__name__}.")
-    if get_metric(metric).updates_weights and space.prunes:
-        raise ValueError(
-            f"{metric!r} updates the weights that stay, so it cannot rank weights once for all "
-            "trials. Search with 'lognorm' or 'wanda'; the profile found can be pruned with "
-            f"{metric!r}."
-        )
 
 
 def _storage_name(storage: Storage) -> str:
     if isinstance(storage, str | os.PathLike):
         return os.fspath(storage)
     return type(storage).__name__
-
-
-def _check_outcome(count: Tally, n_trials: int) -> None:
-    if not count.completed:
-        raise SearchError(f"No trial succeeded. Most often: {count.reasons()}")
-    if count.attempts < n_trials:
-        if len(count.known) == 1:
-            raise SearchError(
-                "All profiles come out alike after projection onto the budget: there is nothing to "
-                "choose. Use more blocks, a wider range or two KV widths."
-            )
-        logger.warning(
-            "The search stopped at %d of %d trials: %d further draws in a row repeated known "
-            "profiles, so the space seems exhausted.",
-            count.attempts,
-            n_trials,
-            count.repeats,
-        )
-    values = {trial.value for trial in count.completed}
-    if len(count.completed) > 1 and len(values) == 1:
-        logger.warning(
-            "All %d profiles have the perplexity %r: the evaluation data cannot tell them apart.",
-            len(count.completed),
-            values.pop(),
-        )
 
 
 __all__ = ["SearchError", "SearchResult", "SearchSpace", "StorageError", "search"]

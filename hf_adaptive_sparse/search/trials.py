@@ -71,7 +71,7 @@ class Tally:
 
     @property
     def best(self) -> FrozenTrial | None:
-        """The completed trial of lowest value, the earliest of equals."""
+        """The completed trial of lowest (first) value, the earliest of equals."""
         return min(self.completed, key=_value, default=None)
 
     @property
@@ -135,14 +135,15 @@ def is_enqueued(trial: FrozenTrial) -> bool:
 
 
 def _value(trial: FrozenTrial) -> float:
-    return float("inf") if trial.value is None else trial.value
+    return float("inf") if trial.values is None else trial.values[0]
 
 
 def history(study: Study) -> list[dict[str, Any]]:
     """Return one plain dict per trial, in order, as written to ``search.json``.
 
     Keys: ``number``, ``state`` (``"pruned"`` where it was stopped early), ``value`` (``None`` where
-    it is not known exactly), ``estimate`` (of a trial that was stopped), ``batches`` (evaluated),
+    it is not known exactly), ``values`` (one per part of a front), ``estimate`` (of a trial that
+    was stopped), ``batches`` (evaluated), ``reused`` (fraction of the layers that need not be run),
     ``uniform``, ``duplicate_of``, ``failure``, ``withdrawn`` (enough trials were under way when it
     was drawn), ``retry_of``, ``seconds``, ``block_ratios`` (one per block),
     ``key_bits`` and ``value_bits`` (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``,
@@ -153,14 +154,17 @@ def history(study: Study) -> list[dict[str, Any]]:
     rows = []
     for trial in study.get_trials(deepcopy=False):
         attributes = trial.user_attrs
+        values = trial.values
         kv_cache = (attributes.get("profile") or {}).get("kv_cache") or {}
         rows.append(
             {
                 "number": trial.number,
                 "state": trial.state.name.lower(),
-                "value": trial.value if trial.state == TrialState.COMPLETE else None,
-                "estimate": trial.value if trial.state == TrialState.PRUNED else None,
+                "value": values[0] if values and trial.state == TrialState.COMPLETE else None,
+                "values": values if values and len(values) > 1 else None,
+                "estimate": values[0] if values and trial.state == TrialState.PRUNED else None,
                 "batches": attributes.get("batches"),
+                "reused": attributes.get("reused"),
                 "uniform": bool(attributes.get(UNIFORM)),
                 "duplicate_of": attributes.get(DUPLICATE_OF),
                 "failure": attributes.get(FAILURE),

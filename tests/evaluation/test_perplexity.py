@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from hf_adaptive_sparse.evaluation import perplexity as module
+from hf_adaptive_sparse.evaluation import scoring
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError, evaluating
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -95,7 +96,7 @@ def test_image_tokens_are_never_scored(tiny_llava, image_batches) -> None:
 @pytest.mark.parametrize("budget", [1, 128 * 5, 128 * 7 + 3])
 def test_chunks_change_nothing(tiny_llama, text_batches, monkeypatch, budget: int) -> None:
     whole = negative_log_likelihood(tiny_llama, text_batches[0])
-    monkeypatch.setattr(module, "CHUNK_LOGITS", budget)
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", budget)
     chunked = negative_log_likelihood(tiny_llama, text_batches[0])
     assert chunked[1] == whole[1]
     assert chunked[0] == pytest.approx(whole[0], rel=1e-6)

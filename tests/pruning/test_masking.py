@@ -72,6 +72,29 @@ def test_zeroed_equals_masked_fill_bit_for_bit(dtype, columns):
     assert torch.equal(found.signbit(), expected.signbit())
 
 
+def test_masked_weights_are_kept_within_the_bound_until_the_mask_changes(tiny_llama, text_batches):
+    rankings = rank_model(tiny_llama, None, low=0.4, high=0.6, metric="magnitude", progress=False)
+    sizes = [module.weight.nbytes for module in prunable_linears(tiny_llama).values()]
+    expected = []
+    with masked(tiny_llama, rankings) as handle:
+        for ratio in (0.5, 0.45, 0.5):
+            handle.apply(dict.fromkeys(rankings, ratio))
+            expected.append(logits(tiny_llama, text_batches[0]))
+            assert handle.kept_bytes == 0
+    for bound in (sum(sizes[:3]), sum(sizes), 10 * sum(sizes)):
+        with masked(tiny_llama, rankings, bound) as handle:
+            for ratio, wanted in zip((0.5, 0.45, 0.5), expected, strict=True):
+                handle.apply(dict.fromkeys(rankings, ratio))
+                assert handle.kept_bytes == 0
+                for _ in range(2):
+                    assert torch.equal(logits(tiny_llama, text_batches[0]), wanted)
+                assert 0 < handle.kept_bytes <= bound
+            one = next(iter(rankings))
+            before = handle.kept_bytes
+            handle.apply({one: 0.55})
+            assert handle.kept_bytes == before - sizes[0]
+
+
 def test_it_leaves_no_trace(tiny_llama, text_batches):
     for module in prunable_linears(tiny_llama).values():
         module.bias = nn.Parameter(torch.randn(module.out_features))

@@ -9,7 +9,7 @@ import torch
 from optuna.trial import TrialState
 
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
-from hf_adaptive_sparse.search.candidate import build_candidate, uniform_candidate
+from hf_adaptive_sparse.search.candidate import Draw, project, uniform_candidate
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
 from hf_adaptive_sparse.search.runner import FEWEST_BATCHES
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -33,7 +33,8 @@ def evaluation():
 @pytest.fixture
 def run(tiny_llama, text_batches, evaluation):
     def call(**changes):
-        arguments = {"space": SPACE, "n_trials": 5, "progress": False} | changes
+        arguments = {"n_trials": 5, "warm_start": False, "progress": False} | changes
+        arguments.setdefault("space", SPACE)
         return search(tiny_llama, text_batches[:1], evaluation, **arguments)
 
     return call
@@ -52,7 +53,7 @@ def evaluator(tiny_llama, text_batches, evaluation):
         metric="wanda",
         progress=False,
     ) as opened:
-        opened.other = build_candidate([0.55, 0.5, 0.5, 0.45], [0.0] * 4, SPACE, shape)
+        opened.other = project(Draw((0.55, 0.5, 0.5, 0.45), {}), SPACE, shape)
         yield opened
 
 
@@ -72,18 +73,18 @@ class Reports:
 def worse_by(losses):
     """Make every profile but the uniform one lose so much more per token, batch by batch."""
 
-    def score(self, index, candidate):
+    def score(self, index, candidate, settings):
         tokens = 10 + index
         loss = 2.0 + index % 5  # batches differ far more than profiles
         if candidate.digest != self.uniform.digest:
             loss += losses(index)
-        return loss * tokens, tokens
+        return {"perplexity": (loss * tokens, tokens)}
 
     return score
 
 
 def test_profiles_worse_on_every_batch_are_stopped_at_the_first_chance(run, monkeypatch):
-    monkeypatch.setattr(Evaluator, "_score", worse_by(lambda index: 0.01 + index * 1e-4))
+    monkeypatch.setattr(Evaluator, "score", worse_by(lambda index: 0.01 + index * 1e-4))
     result = run()
     rows = result.history
     assert [row["state"] for row in rows] == ["complete"] + ["pruned"] * 4
@@ -97,20 +98,21 @@ def test_profiles_worse_on_every_batch_are_stopped_at_the_first_chance(run, monk
 def test_better_profiles_are_never_stopped(run, monkeypatch):
     calls = []
 
-    def score(self, index, candidate):
+    def score(self, index, candidate, settings):
         calls.append(candidate.digest)
         tokens = 10
         known = list(dict.fromkeys(calls))  # the later a profile comes, the better it is
-        return (3.0 + index % 5 - 0.01 * known.index(candidate.digest)) * tokens, tokens
+        loss = 3.0 + index % 5 - 0.01 * known.index(candidate.digest)
+        return {"perplexity": (loss * tokens, tokens)}
 
-    monkeypatch.setattr(Evaluator, "_score", score)
+    monkeypatch.setattr(Evaluator, "score", score)
     result = run()
     assert [row["state"] for row in result.history] == ["complete"] * 5
     assert result.best_trial.number == 4
 
 
 def test_profiles_that_cannot_be_told_apart_are_evaluated_in_full(run, monkeypatch):
-    monkeypatch.setattr(Evaluator, "_score", worse_by(lambda index: 0.01 * (-1) ** index))
+    monkeypatch.setattr(Evaluator, "score", worse_by(lambda index: 0.01 * (-1) ** index))
     assert {row["batches"] for row in run().history} == {BATCHES}
 
 
@@ -174,11 +176,11 @@ def test_a_stopped_profile_is_known_and_not_evaluated_again(run, monkeypatch, tm
     evaluated = []
     score = worse_by(lambda index: 0.01)
 
-    def counting(self, index, candidate):
+    def counting(self, index, candidate, settings):
         evaluated.append((candidate.digest, index))
-        return score(self, index, candidate)
+        return score(self, index, candidate, settings)
 
-    monkeypatch.setattr(Evaluator, "_score", counting)
+    monkeypatch.setattr(Evaluator, "score", counting)
     space = SearchSpace(blocks=2, sparsity_range=0.025, kv_bits=None)
     result = run(space=space, n_trials=5, storage=tmp_path / "study.log")
     repeated = [t for t in result.study.trials if "duplicate_of" in t.user_attrs]

@@ -16,7 +16,8 @@ from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, K
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search.errors import SearchError, StorageError, TrialFailure
-from hf_adaptive_sparse.search.evaluator import Evaluation, Evaluator
+from hf_adaptive_sparse.search.evaluation import Evaluation
+from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
@@ -47,7 +48,7 @@ def snapshot(model):
 
 
 def valued(value):
-    return Evaluation(value, batches=2, of_batches=2)
+    return Evaluation((value,), batches=2, of_batches=2)
 
 
 def zeros(model):
@@ -80,15 +81,15 @@ def test_the_uniform_profile_comes_first_and_is_the_baseline(run):
 
 def test_every_profile_meets_the_budget_as_counted_on_the_masks(run, tiny_llama, monkeypatch):
     removed, bits = [], []
-    original = evaluator_module.negative_log_likelihood
+    original = Evaluator.score
 
-    def counting(model, batch, kv_cache):
-        removed.append(sum(zeros(model)))
-        bits.append(kv_cache.mean_bits(kv_widths(model.config)))
-        return original(model, batch, kv_cache)
+    def counting(self, index, candidate, settings):
+        removed.append(sum(zeros(self.model)))
+        bits.append(candidate.kv_cache.mean_bits(kv_widths(self.model.config)))
+        return original(self, index, candidate, settings)
 
-    monkeypatch.setattr(evaluator_module, "negative_log_likelihood", counting)
-    run(n_trials=8)
+    monkeypatch.setattr(Evaluator, "score", counting)
+    run(n_trials=8, warm_start=False)
     total = sum(m.weight.numel() for m in prunable_linears(tiny_llama).values())
     assert len(removed) == 8 * 2  # batches
     assert set(removed) == {round(total * 0.5)}
@@ -198,7 +199,7 @@ def test_a_profile_is_evaluated_once(run, monkeypatch):
     monkeypatch.setattr(Evaluator, "measure", counting)
     # Two blocks on a grid of three: shifting both alike changes nothing, so draws collide.
     space = SearchSpace(blocks=2, sparsity_range=0.025, kv_bits=None)
-    result = run(space=space, n_trials=4)
+    result = run(space=space, n_trials=4, warm_start=False)
     assert set(calls.values()) == {1}
     assert len(calls) == 4
     duplicates = [row for row in result.history if row["duplicate_of"] is not None]
@@ -334,8 +335,8 @@ def test_saving_writes_profile_and_history_and_nothing_else(run, tmp_path):
     assert CompressionProfile.load(tmp_path / "new/profile.json") == result.best_profile
     stored = SearchResult.load_history(tmp_path / "new")
     assert stored["history"] == json.loads(json.dumps(result.history))
-    assert stored["best_perplexity"] == result.best_value
-    assert stored["uniform_perplexity"] == result.baseline
+    assert stored["best_value"] == result.best_value
+    assert stored["uniform_value"] == result.baseline
 
 
 def test_a_history_from_the_future_is_refused(run, tmp_path):
@@ -423,6 +424,7 @@ def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
     [
         ({"n_trials": 0}, ValueError, "n_trials must be a whole number >= 1, got 0"),
         ({"n_trials": 2.0}, ValueError, "n_trials must be a whole number >= 1"),
+        ({"timeout_seconds": 0}, ValueError, "timeout_seconds must be a number > 0 or None, got 0"),
         ({"seed": -1}, ValueError, "seed must be a whole number >= 0"),
         ({"metric": "lognrm"}, ValueError, "lognorm"),
         ({"metric": "sparsegpt"}, ValueError, "cannot rank weights once"),
@@ -449,6 +451,15 @@ def test_bad_input_is_refused_with_the_way_out(run, changes, error, message):
 def test_a_single_trial_of_a_space_without_choice_is_the_uniform_profile(run):
     result = run(space=SearchSpace(blocks=1, kv_bits=None), n_trials=1)
     assert result.baseline == result.best_value
+
+
+def test_a_search_ends_after_its_time_but_never_without_a_profile(run, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("hf_adaptive_sparse.search.study.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hf_adaptive_sparse.search.runner.monotonic", lambda: next(clock))
+    assert len(run(n_trials=50, timeout_seconds=35, warm_start=False).history) == 4
+    states = [row["state"] for row in run(n_trials=50, timeout_seconds=1e-9).history]
+    assert states.count("complete") == len(states) - states.count("waiting") == 1
 
 
 def test_a_sampler_of_the_users_own_is_used(run):

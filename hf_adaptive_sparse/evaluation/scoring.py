@@ -1,0 +1,116 @@
+"""What a forward predicts at the tokens that count, and the figures that are read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import cache_argument, image_token_id
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, evaluating, new_cache, to_model
+
+IGNORED = -100
+"""Label of a token that is not scored."""
+
+CHUNK_LOGITS = 1 << 24
+"""Logits converted to float32 at once: 64 MiB of them."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The logits of a batch and what they had to predict.
+
+    Attributes:
+        logits: ``(batch, seq - 1, vocabulary)``, the model's dtype.
+        targets: ``(batch, seq - 1)``, int64; `IGNORED` where nothing is scored.
+    """
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def count(self) -> int:
+        """Tokens that are scored."""
+        return int((self.targets != IGNORED).sum())
+
+    def chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield logits ``(tokens, vocabulary)`` in float32 and targets ``(tokens,)`` that count."""
+        scored = (self.targets != IGNORED).nonzero()
+        rows = max(1, CHUNK_LOGITS // self.logits.shape[-1])
+        for chunk in scored.split(rows):
+            position = (chunk[:, 0], chunk[:, 1])
+            yield self.logits[position].float(), self.targets[position]
+
+    def sum_nll(self) -> float:
+        """Return the summed negative log-likelihood in nats; float32 terms, a float64 sum."""
+        total = 0.0
+        for logits, targets in self.chunks():
+            losses = functional.cross_entropy(logits, targets, reduction="none")
+            total += float(losses.double().sum())
+        return total
+
+    def wrong_rows(self) -> tuple[int, int]:
+        """Count the rows where greedy decoding would miss a scored token, and the rows scored.
+
+        A row whose every scored token has the highest logit, given the tokens before it, is one
+        that greedy generation reproduces.
+        """
+        scored = self.targets != IGNORED
+        missed = (self.logits.argmax(-1) != self.targets) & scored
+        return int(missed.any(1).sum()), int(scored.any(1).sum())
+
+
+def predict(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], kv_cache: KVCacheChoice = None
+) -> Predictions | None:
+    """Run one batch through the model, in evaluation mode and without gradients.
+
+    Args:
+        model: A model with a language head.
+        batch: Inputs of the forward; see `perplexity`.
+        kv_cache: As for `perplexity`.
+
+    Returns:
+        What it predicts, ``None`` where no token of the batch is scored.
+
+    Raises:
+        ValueError: If the batch has neither labels nor input_ids.
+    """
+    inputs = to_model(model, batch)
+    targets = scored_targets(inputs, image_token_id(model.config))
+    inputs.pop("labels", None)
+    if not bool((targets != IGNORED).any()):
+        return None
+    with evaluating(model):
+        cache = new_cache(model, kv_cache)
+        inputs[cache_argument(model)] = cache
+        logits = model(**inputs, use_cache=cache is not None).logits
+    # Each position predicts the next token: the last one predicts nothing that is known.
+    return Predictions(logits[:, :-1], targets.to(logits.device))
+
+
+def scored_targets(inputs: Mapping[str, torch.Tensor], image_token: int | None) -> torch.Tensor:
+    """Return the token each position but the last has to predict, (batch, seq - 1) int64.
+
+    Raises:
+        ValueError: If there are neither labels nor input_ids.
+    """
+    ids, labels = inputs.get("input_ids"), inputs.get("labels")
+    if labels is None:
+        if ids is None:
+            raise ValueError(
+                "A batch must have input_ids or labels to be scored; it has "
+                f"{', '.join(inputs) or 'nothing'}."
+            )
+        labels = ids.clone()
+    targets = labels[:, 1:].clone()
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        # The first real token after left padding has nothing before it to be predicted from.
+        targets[(mask[:, 1:] == 0) | (mask[:, :-1] == 0)] = IGNORED
+    if ids is not None and image_token is not None:
+        targets[ids[:, 1:] == image_token] = IGNORED
+    return targets

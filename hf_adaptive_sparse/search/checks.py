@@ -1,0 +1,90 @@
+"""Checks of what a search is given and of what it came to."""
+
+from __future__ import annotations
+
+import logging
+from numbers import Integral, Real
+
+from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.search.errors import SearchError
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.trials import Tally
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -> None:
+    """Check what `search` was given.
+
+    Raises:
+        ValueError: If a number is out of range, or the metric cannot rank weights once.
+        TypeError: If the space is none.
+    """
+    for name, value, lowest in (("n_trials", n_trials, 1), ("seed", seed, 0)):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
+            raise ValueError(f"{name} must be a whole number >= {lowest}, got {value!r}.")
+    if not isinstance(space, SearchSpace):
+        raise TypeError(f"space must be a SearchSpace, got {type(space).__name__}.")
+    if get_metric(metric).updates_weights and space.prunes:
+        raise ValueError(
+            f"{metric!r} updates the weights that stay, so it cannot rank weights once for all "
+            "trials. Search with 'lognorm' or 'wanda'; the profile found can be pruned with "
+            f"{metric!r}."
+        )
+
+
+def check_limits(timeout_seconds: object, goal: Goal, space: SearchSpace) -> None:
+    """Check the time limit, and that a size to be found can vary.
+
+    Raises:
+        ValueError: If either is not so.
+    """
+    if timeout_seconds is not None:
+        number = isinstance(timeout_seconds, Real) and not isinstance(timeout_seconds, bool)
+        if not number or not float(timeout_seconds) > 0.0:  # type: ignore[arg-type]
+            raise ValueError(
+                f"timeout_seconds must be a number > 0 or None, got {timeout_seconds!r}."
+            )
+    if goal.sweeps_budget and space.in_bytes:
+        raise ValueError(
+            "The objective 'bytes' and a budget in bytes exclude each other: leave fit_bytes and "
+            "size_bytes out for a front, or minimise the quality alone under the budget."
+        )
+    if goal.sweeps_budget and not space.searches_sparsity:
+        raise ValueError(
+            "The objective 'bytes' needs ratios to choose from: a space with target_sparsity and "
+            "sparsity_range above 0."
+        )
+
+
+def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
+    """Check what the trials came to, and log what makes it mean little.
+
+    Raises:
+        SearchError: If none succeeded, or there was nothing to choose.
+    """
+    if not count.completed:
+        raise SearchError(f"No trial succeeded. Most often: {count.reasons()}")
+    if count.attempts < n_trials and count.repeats >= REPEATS_UNTIL_EXHAUSTED:
+        if len(count.known) == 1:
+            raise SearchError(
+                "All profiles come out alike after projection onto the budget: there is nothing to "
+                "choose. Use more blocks, a wider range or two KV widths."
+            )
+        logger.warning(
+            "The search stopped at %d of %d trials: %d further draws in a row repeated known "
+            "profiles, so the space seems exhausted.",
+            count.attempts,
+            n_trials,
+            count.repeats,
+        )
+    values = {trial.values[0] for trial in count.completed}
+    if len(count.completed) > 1 and len(values) == 1:
+        logger.warning(
+            "All %d profiles have the %s %r: the evaluation data cannot tell them apart.",
+            len(count.completed),
+            goal.labels[0],
+            values.pop(),
+        )

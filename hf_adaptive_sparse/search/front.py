@@ -1,0 +1,34 @@
+"""The budget as one more choice: what a Pareto front of quality against bytes samples.
+
+Under an exact budget every profile has the same size. Where the size is an objective itself, each
+trial first draws the mean ratio that it is to have, from the ratios that the space allows a block,
+and is then projected onto that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hf_adaptive_sparse.search.candidate import Candidate, suggest, uniform_params
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+MEAN = "mean_sparsity"
+"""Parameter of a trial: the mean ratio it is to have."""
+
+
+def suggest_on_front(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidate:
+    """Draw a mean ratio, then a profile that has it."""
+    low, high = space.grid
+    mean = trial.suggest_float(MEAN, low, high, step=space.step)
+    held = replace(space, target_sparsity=mean, sparsity_low=space.low, sparsity_high=space.high)
+    return suggest(trial, held, shape)
+
+
+def uniform_params_on_front(space: SearchSpace, shape: ModelShape) -> dict[str, float]:
+    """Return the parameters of the baseline: the space's own target everywhere."""
+    return {MEAN: space.target, **uniform_params(space, shape)}

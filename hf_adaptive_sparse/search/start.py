@@ -1,0 +1,90 @@
+"""What a search tries first: the uniform profile, then what the sensitivities suggest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.search.candidate import params_for, uniform_params
+from hf_adaptive_sparse.search.errors import TrialFailure
+from hf_adaptive_sparse.search.evaluator import Evaluator
+from hf_adaptive_sparse.search.kv_plan import FreeSplit
+from hf_adaptive_sparse.search.kv_sensitivity import KVSensitivity, measure_kv_sensitivity
+from hf_adaptive_sparse.search.sensitivity import (
+    Sensitivity,
+    logger,
+    mean_loss,
+    measure_sensitivity,
+    probe_losses,
+    probed_batches,
+)
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+SENSITIVITY = "sensitivity"
+"""Study attribute: what was measured of the groups of linears."""
+
+KV_SENSITIVITY = "kv_sensitivity"
+"""Study attribute: what was measured of the layers' keys and values."""
+
+
+def suggest_start(
+    study: Study, evaluator: Evaluator, space: SearchSpace, shape: ModelShape
+) -> None:
+    """Measure once per study, and enqueue what comes of it, behind the uniform profile.
+
+    Workers that begin while one measures do so too, and find the same profile. Sparsity and a free
+    split of KV bits are measured; an equal split starts as in the uniform profile.
+    """
+    done = {SENSITIVITY, KV_SENSITIVITY} & set(study.user_attrs)
+    if done or len(study.directions) > 1:
+        return
+    ratios, kv_bits = _ratios(evaluator, space, shape), _kv(evaluator, space, shape)
+    measured: dict[str, Any] = {}
+    if ratios is not None:
+        measured[SENSITIVITY] = ratios.to_dict()
+    if kv_bits is not None:
+        measured[KV_SENSITIVITY] = kv_bits.to_dict()
+    if not measured:
+        return
+    weights = [sum(shape.numel[name] for name in names) for names in shape.blocks]
+    uniform = uniform_params(space, shape)
+    start = params_for(
+        space,
+        shape,
+        None if ratios is None else ratios.best_ratios(weights),
+        None if kv_bits is None else kv_bits.best_bits(),
+    )
+    if start != uniform:
+        study.enqueue_trial(start)
+    for name, value in measured.items():
+        study.set_user_attr(name, value)
+
+
+def _ratios(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> Sensitivity | None:
+    if not space.searches_sparsity or space.is_free or len(shape.groups) < 2:
+        return None
+    groups = {group.label: group.names for group in shape.groups}
+    low, high = space.grid
+    return measure_sensitivity(evaluator, groups, low=low, high=high, target=space.target)
+
+
+def _kv(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> KVSensitivity | None:
+    plan = shape.kv
+    if not isinstance(plan, FreeSplit) or plan.allocation is None or len(plan.palette) < 2:
+        return None
+    batches = probed_batches(evaluator)
+
+    def loss(kv_cache: KVCacheConfig) -> float:
+        candidate = replace(evaluator.uniform, kv_cache=kv_cache)
+        return mean_loss(evaluator, probe_losses(evaluator, candidate, batches), batches)
+
+    try:
+        return measure_kv_sensitivity(loss, plan, space)
+    except TrialFailure as error:
+        logger.warning("The sensitivity of the KV cache cannot be measured: %s", error)
+        return None

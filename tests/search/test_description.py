@@ -1,0 +1,57 @@
+"""What a profile changes in each layer, and the bytes that it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.search.description import candidate_bytes, layer_settings
+from hf_adaptive_sparse.search.on_budget import Candidate
+
+NAMES = [f"model.layers.{layer}.{part}" for layer in range(3) for part in ("q", "up")]
+KV = KVCacheConfig(key_bits=(8, 6, 8), value_bits=(8, 6, 8))
+PROFILE = Candidate(
+    block_ratios=(0.5,),
+    removed=dict.fromkeys(NAMES, 10),
+    numel=dict.fromkeys(NAMES, 20),
+    kv_cache=KV,
+    mean_kv_bits=22 / 3,
+)
+
+
+def settings(candidate):
+    return layer_settings(candidate, "model.layers", 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"removed": PROFILE.removed | {NAMES[3]: 11}},
+        {"weight_bits": {NAMES[2]: 8}},
+        {"kv_cache": replace(KV, key_bits=(8, 8, 8))},
+        {"kv_cache": replace(KV, value_bits=(8, 8, 8))},
+    ],
+)
+def test_only_the_layer_that_changes_has_other_settings(change):
+    before, after = settings(PROFILE), settings(replace(PROFILE, **change))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+@pytest.mark.parametrize("field", ["group_size", "residual_length", "sink_length"])
+def test_what_all_layers_share_changes_all(field):
+    after = settings(replace(PROFILE, kv_cache=replace(KV, **{field: 32})))
+    assert all(a != b for a, b in zip(settings(PROFILE), after, strict=True))
+
+
+def test_a_cache_that_is_left_alone_is_another_setting():
+    assert settings(replace(PROFILE, kv_cache=None))[0] != settings(PROFILE)[0]
+
+
+def test_bytes_are_values_and_a_bit_per_weight():
+    assert candidate_bytes(PROFILE, 2) == 6 * 10 * 2 + 120 // 8
+    quantised = replace(PROFILE, weight_bits={NAMES[0]: 4, NAMES[1]: 8})
+    assert candidate_bytes(quantised, 4) == 4 * 10 * 4 + 10 // 2 + 10 + 120 // 8
+    dense = replace(PROFILE, removed={})
+    assert candidate_bytes(dense, 2) == 120 * 2 + 120 // 8

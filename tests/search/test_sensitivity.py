@@ -1,0 +1,163 @@
+"""The pass that measures how much each block minds, and the start it suggests."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.search.candidate import uniform_candidate
+from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
+from hf_adaptive_sparse.search.sensitivity import GROWTH, Sensitivity, measure_sensitivity
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.start import KV_SENSITIVITY, SENSITIVITY
+from hf_adaptive_sparse.search.study import search
+
+SPACE = SearchSpace(blocks=4, kv_bits=None)
+
+
+def sensitivity(strengths, low=0.4, high=0.6, errors=None):
+    """Groups whose damage grows exactly as the model of it says."""
+    labels = tuple(f"block_{index}" for index in range(len(strengths)))
+    at_low = tuple(s * (low**GROWTH - 0.5**GROWTH) for s in strengths)
+    at_high = tuple(s * (high**GROWTH - 0.5**GROWTH) for s in strengths)
+    errors = tuple(errors or [0.0] * len(strengths))
+    return Sensitivity(labels, low, high, 0.5, at_low, at_high, errors, 4)
+
+
+class TestBestRatios:
+    def test_the_strengths_are_found_again(self):
+        assert sensitivity([0.5, 2.0, 7.0]).strengths == pytest.approx((0.5, 2.0, 7.0))
+
+    def test_alike_blocks_stay_at_the_target(self):
+        assert sensitivity([2.0] * 3).best_ratios([10] * 3) == pytest.approx([0.5] * 3)
+
+    def test_the_block_that_minds_least_gives_most(self):
+        ratios = sensitivity([5.0, 1.0, 0.5]).best_ratios([7, 7, 7])
+        assert ratios == sorted(ratios)
+        assert sum(ratios) == pytest.approx(1.5, abs=1e-9)
+        assert ratios[0] < 0.5 < ratios[2]
+
+    def test_it_is_the_minimum_under_the_budget(self):
+        strengths, weights = [4.0, 1.0, 2.0], [5, 10, 20]
+        ratios = sensitivity(strengths).best_ratios(weights)
+        assert sum(r * w for r, w in zip(ratios, weights, strict=True)) == pytest.approx(17.5)
+
+        def damage(candidate):
+            return sum(s * r**GROWTH for s, r in zip(strengths, candidate, strict=True))
+
+        grid = [0.4 + i / 500 for i in range(101)]
+        feasible = (
+            (a, b, c)
+            for a, b in itertools.product(grid, grid)
+            if 0.4 <= (c := (17.5 - 5 * a - 10 * b) / 20) <= 0.6
+        )
+        assert damage(ratios) <= min(map(damage, feasible)) + 1e-12
+
+    def test_noise_does_not_decide(self):
+        # Measured below 0 and near 0, but neither is certain: they are treated alike.
+        ratios = sensitivity([-0.5, 0.01, 4.0], errors=[1.0, 1.0, 1.0]).best_ratios([1, 1, 1])
+        assert ratios[0] == pytest.approx(ratios[1])
+        assert ratios[0] > ratios[2]
+
+    def test_the_ends_of_the_range_hold(self):
+        ratios = sensitivity([1000.0, 1.0, 1e-9], low=0.45, high=0.55).best_ratios([1, 1, 1])
+        assert ratios == pytest.approx([0.45, 0.5, 0.55])
+
+    def test_groups_that_nothing_hurts_share_alike(self):
+        ratios = sensitivity([0.0, 0.0]).best_ratios([3, 5])
+        assert sum(r * w for r, w in zip(ratios, (3, 5), strict=True)) == pytest.approx(4.0)
+
+
+@pytest.fixture
+def evaluation():
+    generator = torch.Generator().manual_seed(7)
+    return [{"input_ids": torch.randint(5, 128, (1, 16), generator=generator)} for _ in range(6)]
+
+
+def test_each_block_is_probed_alone_at_both_ratios(tiny_llama, text_batches, evaluation):
+    shape = ModelShape.of(tiny_llama, SPACE)
+    uniform = uniform_candidate(SPACE, shape)
+    groups = {str(index): names for index, names in enumerate(shape.blocks)}
+    with open_evaluator(
+        tiny_llama,
+        SPACE,
+        shape,
+        uniform,
+        calibration=text_batches[:1],
+        evaluation=evaluation,
+        metric="wanda",
+        progress=False,
+    ) as evaluator:
+        found = measure_sensitivity(evaluator, groups, low=0.45, high=0.55, target=0.5)
+        assert evaluator.reusing.layers_skipped > 0
+        seen = [evaluation[index] for index in evaluator.order[: found.batches]]
+
+        def loss(changes):
+            evaluator.mask.apply(uniform.ratios | changes)
+            return torch.tensor(perplexity(tiny_llama, seen, False)).double().log()
+
+        base = loss({})
+        for index, names in enumerate(shape.blocks):
+            for measured, ratio in ((found.at_low, 0.45), (found.at_high, 0.55)):
+                expected = float(loss(dict.fromkeys(names, ratio)) - base)
+                assert measured[index] == pytest.approx(expected, abs=1e-6)
+
+
+def test_it_is_the_second_trial_and_is_kept_with_the_study(tiny_llama, text_batches, evaluation):
+    arguments = (tiny_llama, text_batches[:1], evaluation, SPACE)
+    result = search(*arguments, n_trials=3, progress=False)
+    stored = result.study.user_attrs[SENSITIVITY]
+    assert stored["labels"] == [f"block_{index}" for index in range(4)]
+    assert [row["uniform"] for row in result.history] == [True, False, False]
+    # What minds most is pruned least; equal blocks, so the order is that of the strengths.
+    second = result.history[1]["block_ratios"]
+    felt = [max(pair) for pair in zip(stored["strengths"], stored["errors"], strict=True)]
+    assert second[felt.index(max(felt))] == min(second)
+    assert second[felt.index(min(felt))] == max(second)
+    cold = search(*arguments, n_trials=3, warm_start=False, progress=False)
+    assert SENSITIVITY not in cold.study.user_attrs
+
+
+def test_it_is_measured_once_per_study(tiny_llama, text_batches, evaluation, tmp_path):
+    arguments = (tiny_llama, text_batches[:1], evaluation, SPACE)
+    options = {"storage": tmp_path / "s.log", "progress": False}
+    first = search(*arguments, n_trials=2, **options)
+    again = search(*arguments, n_trials=4, **options)
+    assert [row["uniform"] for row in again.history] == [True, False, False, False]
+    assert again.history[:2] == first.history[:2]
+
+
+def test_where_a_probe_fails_the_search_starts_from_uniform(
+    tiny_llama, text_batches, evaluation, monkeypatch, caplog
+):
+    original, calls = Evaluator.score, []
+
+    def failing(self, index, candidate, settings):
+        calls.append(1)
+        if len(calls) == 9:
+            raise MemoryError("no room")
+        return original(self, index, candidate, settings)
+
+    monkeypatch.setattr(Evaluator, "score", failing)
+    result = search(tiny_llama, text_batches[:1], evaluation, SPACE, n_trials=2, progress=False)
+    assert "cannot be measured: Out of memory: no room" in caplog.text
+    assert [row["state"] for row in result.history] == ["complete"] * 2
+
+
+def test_a_free_split_of_kv_bits_starts_from_its_sensitivity(tiny_llama, text_batches):
+    space = SearchSpace(
+        target_sparsity=None,
+        kv_bits=(2, 4, 8),
+        kv_mean_bits=4,
+        kv_group_size=16,
+        kv_residual_length=8,
+    )
+    result = search(tiny_llama, None, text_batches, space, n_trials=3, progress=False)
+    assert set(result.study.user_attrs[KV_SENSITIVITY]) == {f"layer_{i}" for i in range(4)}
+    assert SENSITIVITY not in result.study.user_attrs
+    assert [row["mean_kv_bits"] for row in result.history] == [4.0] * 3
+    assert result.history[0]["uniform"]
