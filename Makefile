@@ -52,6 +52,7 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/open_questions.py
 	$(BIN)/python benchmarks/solver_cost.py
 	$(BIN)/python benchmarks/search_cost.py
+	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/workers.py
 	$(BIN)/python benchmarks/prune_memory.py

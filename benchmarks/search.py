@@ -24,6 +24,7 @@ import optuna
 from environment import shared, write_result
 from paper_procedure import PaperSearch, pruned_perplexity
 from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
@@ -230,6 +231,7 @@ def table(document: Mapping[str, Any]) -> str:
 def main() -> None:
     options = parse()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    disable_progress_bar()  # a model is loaded for every trial of the paper's procedure
     comparison = Comparison(options)
     model = comparison.load()
     dense = perplexity(model, comparison.data.held_out, False)
