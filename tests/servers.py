@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,10 +53,28 @@ def unprivileged() -> dict[str, object]:
     pytest.skip("PostgreSQL refuses to be run by root, and there is no other user")
 
 
+def end_with_parent(end: signal.Signals) -> None:
+    """Ask Linux to end this child when the tests are killed, which no `finally` survives."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, int(end))  # PR_SET_PDEATHSIG
+
+
+def wait_until_up(connect: Callable[[], object], refused: type[Exception]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            connect()
+            return
+        except refused:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def postgres(password: str = "secret") -> Iterator[str]:
     """Start a PostgreSQL server on a free port, and yield the URL of an empty database."""
-    pytest.importorskip("psycopg", reason="the extra `postgresql` is not installed")
+    client = pytest.importorskip("psycopg", reason="the extra `postgresql` is not installed")
     binaries, child = postgres_binaries(), unprivileged()
     # Not pytest's temporary folder: its parents are closed to other users.
     folder = Path(tempfile.mkdtemp(prefix="has-postgres-"))
@@ -83,13 +104,25 @@ def postgres(password: str = "secret") -> Iterator[str]:
             *("-D", str(data), "-U", "study", "-A", "scram-sha-256", "-E", "UTF8"),
             *("--pwfile", str(words), "--no-sync"),
         )
-        settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        control = str(binaries / "pg_ctl")
-        run(control, "-D", str(data), "-l", str(log), "-o", settings, "-w", "start")
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                [
+                    *(str(binaries / "postgres"), "-D", str(data), "-p", str(port)),
+                    *("-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"),
+                ],
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                preexec_fn=partial(end_with_parent, signal.SIGQUIT),
+                **child,
+            )
         try:
-            yield f"postgresql://study:{password}@127.0.0.1:{port}/postgres"
+            url = f"postgresql://study:{password}@127.0.0.1:{port}/postgres"
+            wait_until_up(lambda: client.connect(url).close(), client.OperationalError)
+            yield url
         finally:
-            run(control, "-D", str(data), "-m", "immediate", "-w", "stop")
+            server.send_signal(signal.SIGQUIT)
+            server.wait()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -110,18 +143,11 @@ def redis(password: str = "secret") -> Iterator[str]:
                 *("--save", "", "--dir", folder),
             ],
             stdout=subprocess.DEVNULL,
+            preexec_fn=partial(end_with_parent, signal.SIGKILL),
         )
         try:
             url = f"redis://:{password}@127.0.0.1:{port}/0"
-            deadline = time.monotonic() + 20
-            while True:
-                try:
-                    client.Redis.from_url(url).ping()
-                    break
-                except client.ConnectionError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.05)
+            wait_until_up(client.Redis.from_url(url).ping, client.ConnectionError)
             yield url
         finally:
             server.kill()
