@@ -198,7 +198,7 @@ class KVCacheConfig:
     def __post_init__(self) -> None:
         for name in ("bits", "key_bits", "value_bits"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name == "bits":
                 object.__setattr__(self, name, _check_bits(value, name))
         for name in ("group_size", "residual_length"):
             object.__setattr__(self, name, _check_count(getattr(self, name), name))

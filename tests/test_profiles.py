@@ -174,6 +174,7 @@ def test_a_form_that_is_no_object_is_refused(read, form) -> None:
         ({"sparsity": {"a": 10**400}}, r"sparsity of 'a' must be a number in \[0, 1\)"),
         ({"weight_bits": [8]}, r"must be a mapping from module names, got \[8\]"),
         ({"kv_cache": {"bits": 8, "key_mode": ["token"]}}, "key_mode must be one of"),
+        ({"kv_cache": {"bits": None, "key_bits": 8}}, "bits must be one of"),
     ],
 )
 def test_a_damaged_profile_says_which_value(form, message: str) -> None:

@@ -7,6 +7,7 @@ rules: no other exception, and no more memory than a bound that the input's size
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import struct
@@ -124,9 +125,16 @@ def safetensors_file(data: bytes) -> None:
     length = rng.choice((len(text), len(text) + 1, 0, 1 << 62, rng.getrandbits(64)))
     whole = struct.pack("<Q", length) + text + data[:HEADER_DATA_BYTES].ljust(HEADER_DATA_BYTES)
     whole = whole[: rng.choice((len(whole), rng.randrange(len(whole) + 1)))]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "model.safetensors").write_bytes(whole)
-        read_headers(Path(folder))
+    folder = Path(_folder().name)
+    (folder / "model.safetensors").write_bytes(whole)
+    read_headers(folder)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the files of this process; in memory where the system has such a place."""
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
 
 
 def bitmask(data: bytes) -> None:
