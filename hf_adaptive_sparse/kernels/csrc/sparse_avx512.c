@@ -78,11 +78,11 @@ FORCED int64_t expand_8(const uint8_t *mask, const int8_t *values, int64_t at, i
 /* Five bytes in each 64-bit lane hold its eight codes, whichever half of a byte they begin in. */
 FORCED int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t at, int64_t n,
                         void *out) {
-    uint8_t order[64];
-    for (int i = 0; i < 64; i++) order[i] = (uint8_t)(i / 8 * 4 + (i % 8 < 5 ? i % 8 : 4));
-    const __m512i lanes = _mm512_loadu_si512(order);
+    const __m512i lanes = _mm512_set_epi64(
+        0x202020201f1e1d1c, 0x1c1c1c1c1b1a1918, 0x1818181817161514, 0x1414141413121110,
+        0x101010100f0e0d0c, 0x0c0c0c0c0b0a0908, 0x0808080807060504, 0x0404040403020100);
     const __m512i even = _mm512_set1_epi64(0x1c1814100c080400);
-    const __m512i four = _mm512_set1_epi8(4), low = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_set1_epi8(15);
     const __m512i signs = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
     int64_t next = at;
@@ -91,7 +91,8 @@ FORCED int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t at, 
         const uint8_t *from = values + next / 2;
         _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
         __m512i packed = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(from));
-        __m512i shifts = next % 2 ? _mm512_add_epi8(even, four) : even;
+        /* Computed, since a branch would be predicted wrongly every second time. */
+        __m512i shifts = _mm512_add_epi8(even, _mm512_set1_epi8((char)(next % 2 * 4)));
         __m512i codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, packed), low);
         codes = _mm512_shuffle_epi8(signs, codes);
         _mm512_storeu_si512((int8_t *)out + i, _mm512_maskz_expand_epi8(word, codes));

@@ -47,13 +47,15 @@ HAS_INLINE void store_number(void *numbers, int64_t i, int64_t dtype, float valu
             dtype == HAS_BFLOAT16 ? has_to_bfloat16(value) : has_to_float16(value);
 }
 
-/* What a code of this row and column counts: its scale over the largest code. */
-HAS_INLINE double unit_of(const has_sparse_call *call, int64_t row, int64_t column) {
-    int64_t size = call->group_size ? call->group_size : call->columns;
-    int64_t groups = (call->columns + size - 1) / size, at = row * groups + column / size;
+HAS_INLINE int64_t group_columns(const has_sparse_call *call) {
+    return call->group_size ? call->group_size : call->columns;
+}
+
+/* What a code of this group counts: its scale over the largest code. */
+HAS_INLINE double unit_of(const has_sparse_call *call, int64_t group) {
     int limit = call->bits == 8 ? 127 : 7;
-    if (call->dtype == HAS_FLOAT32) return (double)((const float *)call->scales)[at] / limit;
-    return number_at(call->scales, at, call->dtype) / (float)limit;
+    if (call->dtype == HAS_FLOAT32) return (double)((const float *)call->scales)[group] / limit;
+    return number_at(call->scales, group, call->dtype) / (float)limit;
 }
 
 /* Loops with a constant type inside, so that they are vectorised. */
@@ -142,6 +144,8 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
     _Alignas(64) float wide[BLOCK];
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
     int64_t at = offset_of(call, row), step = x->segment;
+    int64_t size = group_columns(call), group_end = size;
+    int64_t group = row * ((call->columns + size - 1) / size);
     for (int64_t s = 0; s < x->segments; s++) {
         int64_t column = s * step;
         int64_t n = call->columns - column < step ? call->columns - column : step;
@@ -149,7 +153,11 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
         at += expand(call, mask + column / 8, n, at, bits, block);
         n = round_up_64(n);
         if (bits <= 8) {
-            float unit = (float)unit_of(call, row, column);
+            if (column == group_end) {
+                group++;
+                group_end += size;
+            }
+            float unit = (float)unit_of(call, group);
             for (int64_t t = 0; t < call->tokens; t++)
                 add_codes((const int8_t *)block, (const int16_t *)x->numbers + t * x->stride + column,
                           n, unit * x->steps[t * x->segments + s], sums[t]);
@@ -217,12 +225,13 @@ static TARGET inline __attribute__((always_inline)) void decompress_codes(
     int8_t block[BLOCK + 64];
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
     int64_t at = offset_of(call, row);
+    int64_t size = group_columns(call), groups = (call->columns + size - 1) / size;
     int64_t step = call->group_size && call->group_size % BLOCK ? 32 : BLOCK;
     if (call->group_size && BLOCK % call->group_size == 0) step = call->group_size;
     for (int64_t column = 0; column < call->columns; column += step) {
         int64_t n = call->columns - column < step ? call->columns - column : step;
         at += expand(call, mask + column / 8, n, at, bits, block);
-        double exact = unit_of(call, row, column);
+        double exact = unit_of(call, row * groups + column / size);
         float unit = (float)exact;
         if (call->dtype == HAS_FLOAT32) /* in double, as weight_codes.py has it and why */
             for (int64_t i = 0; i < n; i++) ((float *)out)[column + i] = (float)(block[i] * exact);
