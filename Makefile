@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types notebooks bench clean
+.PHONY: help demo test lint format types notebooks docs bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ types: $(INSTALLED) ## Check types
 notebooks: $(INSTALLED) ## Run the notebooks on the bundled model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake notebooks
 
+docs: $(INSTALLED) ## Build the documentation into site/
+	$(PIP) install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --quiet
+
 bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data, see benchmarks/README.md)
 	$(BIN)/python benchmarks/method_table.py
 	$(BIN)/python benchmarks/families.py
@@ -61,4 +65,4 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/kv_cache.py
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) demo-output build dist *.egg-info hf_adaptive_sparse/kernels/*.so
+	rm -rf $(VENV) demo-output site build dist *.egg-info hf_adaptive_sparse/kernels/*.so
