@@ -11,6 +11,7 @@ import fnmatch
 import inspect
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +23,7 @@ _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_l
 _IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
 _KV_HEAD_FIELDS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _WITHOUT_KV = ("linear_attention", "mamba", "conv", "recurrent")
+_INTERLEAVED_QKV = ("codegen",)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -166,6 +168,29 @@ def prunable_linears(
     for pattern in modules_to_not_convert or ():
         excluded |= set(match_names(pattern, found, "modules_to_not_convert"))
     return {name: module for name, module in found.items() if name not in excluded}
+
+
+def fused_rows(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the rows of each matrix that one prunable linear stacks along its outputs.
+
+    Query, key and value in one (Phi-3's ``qkv_proj``), gate and up in one (``gate_up_proj``);
+    one entry for a linear that is a single matrix.
+
+    Args:
+        model: The model.
+        name: Runtime name of the linear.
+    """
+    module: Any = model.get_submodule(name)
+    rows = int(module.weight.shape[0])
+    kind = name.rpartition(".")[2]
+    if kind == "gate_up_proj" and rows % 2 == 0:
+        return rows // 2, rows // 2
+    interleaved = getattr(_config(model), "model_type", None) in _INTERLEAVED_QKV
+    if kind == "qkv_proj" and not interleaved:
+        keys, values = kv_widths(model)[layer_index(name, decoder_layers(model)[0])]
+        if keys and rows - keys - values > 0:
+            return rows - keys - values, keys, values
+    return (rows,)
 
 
 def match_names(pattern: str, names: Iterable[str], what: str) -> list[str]:

@@ -23,6 +23,7 @@ from hf_adaptive_sparse.architecture import (
     cross_attention_layers,
     decoder_layers,
     dense_expert_weights,
+    fused_rows,
     generating_parts,
     image_token_id,
     kv_widths,
@@ -154,6 +155,13 @@ def test_encoders_inside_the_decoder_are_not_its_layers():
     with torch.device("meta"):
         model = tiny_model("phi4_multimodal", {**PHI, **layers})
     assert decoder_layers(model)[0] == "model.layers"
+
+
+def test_fused_projections_are_several_matrices():
+    model = tiny_model("phi3")
+    assert fused_rows(model, "model.layers.1.self_attn.qkv_proj") == (32, 16, 16)
+    assert fused_rows(model, "model.layers.1.mlp.gate_up_proj") == (48, 48)
+    assert fused_rows(model, "model.layers.1.mlp.down_proj") == (32,)
 
 
 def test_layers_that_attend_to_images_keep_nothing_per_token():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, layer_index
+from hf_adaptive_sparse.architecture import decoder_layers, fused_rows, layer_index
 from hf_adaptive_sparse.pruning.layerwise import layer_statistics
 from hf_adaptive_sparse.pruning.masking import MaskedModel, masked
 from hf_adaptive_sparse.pruning.method import PruningMethod
@@ -118,7 +118,8 @@ def prune_model(
                     check_finite(stored_weight(module, name), name)
             for name, module in by_layer[index].items():
                 weight = stored_weight(module, name)
-                removed[name] = method.prune_(weight, name, targets[name], parsed, statistics)
+                rows = fused_rows(model, name)
+                removed[name] = method.prune_(weight, name, targets[name], parsed, statistics, rows)
             gone = sum(removed[name] for name in by_layer[index])
             size = sum(module.weight.numel() for module in by_layer[index].values())
             residence.keep(index, {name: removed[name] for name in by_layer[index]})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hf_adaptive_sparse.calibration.activations import InputStatistics
-from hf_adaptive_sparse.pruning.metrics import Metric, get_metric
+from hf_adaptive_sparse.pruning.metrics import Metric, get_metric, score_stacked
 from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import Pattern
 from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
@@ -59,6 +60,7 @@ class PruningMethod:
         ratio: float,
         pattern: Pattern,
         statistics: InputStatistics | None,
+        rows: Sequence[int] = (),
     ) -> int:
         """Prune one weight in place.
 
@@ -68,6 +70,7 @@ class PruningMethod:
             ratio: Fraction that goes.
             pattern: The pattern.
             statistics: Statistics of the linear's inputs; ``None`` only for data-free methods.
+            rows: Rows of the matrices that the weight stacks, if there are several.
 
         Returns:
             How many weights went.
@@ -81,7 +84,7 @@ class PruningMethod:
             updated, removed = solver(weight, _loss(statistics, name), count, pattern)
         else:
             norm = None if statistics is None else statistics.input_norm(name)
-            scores = self.metric.score(weight, norm)
+            scores = score_stacked(self.metric, weight, norm, rows)
             removed = mask_from_scores(scores, ratio, self.metric.grouping, pattern)
             del scores
             if self.weight_update is None:

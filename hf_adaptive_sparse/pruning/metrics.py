@@ -7,7 +7,7 @@ computed in float32 and are >= 0; what scores lowest goes first.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -81,6 +81,30 @@ def get_metric(name: str) -> Metric:
     if not isinstance(name, str) or name not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(sorted(METRICS))}; got {name!r}.")
     return METRICS[name]()
+
+
+def score_stacked(
+    metric: Metric, weight: torch.Tensor, input_norm: torch.Tensor | None, rows: Sequence[int]
+) -> torch.Tensor:
+    """Score matrices that are stacked along their outputs, each as if it were alone.
+
+    Column norms belong to one matrix: query, key and value rows of a fused projection differ.
+
+    Args:
+        metric: The metric.
+        weight: ``(out, in)``.
+        input_norm: ``(in,)`` or ``None``, as for `Metric.score`.
+        rows: Rows of each matrix; they add up to ``out``.
+
+    Returns:
+        ``(out, in)``, float32.
+    """
+    if len(rows) < 2:
+        return metric.score(weight, input_norm)
+    scores = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    for part, place in zip(weight.split(list(rows)), scores.split(list(rows)), strict=True):
+        place.copy_(metric.score(part, input_norm))
+    return scores
 
 
 def _required(input_norm: torch.Tensor | None, weight: torch.Tensor, name: str) -> torch.Tensor:

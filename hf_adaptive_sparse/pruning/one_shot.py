@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, prunable_linears
+from hf_adaptive_sparse.architecture import decoder_layers, fused_rows, prunable_linears
 from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
 from hf_adaptive_sparse.calibration.replay import evaluation_mode, run_decoder
 from hf_adaptive_sparse.pruning.method import PruningMethod
-from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.pruning.metrics import get_metric, score_stacked
 from hf_adaptive_sparse.pruning.preparation import (
     Batches,
     check_batches,
@@ -76,7 +76,8 @@ def rank_model(
                     bar.update()
             norms |= {name: statistics.input_norm(name) for name in linears}
         for name, module in linears.items():
-            scores = chosen.score(stored_weight(module, name), norms[name])
+            rows = fused_rows(model, name)
+            scores = score_stacked(chosen, stored_weight(module, name), norms[name], rows)
             rankings[name] = Ranking(scores, low, high, chosen.grouping)
             bar.update()
     return rankings

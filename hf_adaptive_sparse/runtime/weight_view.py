@@ -34,6 +34,9 @@ class SparseWeightView(torch.Tensor):
 
     _sparse: SparseWeight
 
+    _is_hf_initialized = True
+    """What transformers asks before it fills a weight with random numbers."""
+
     @staticmethod
     def __new__(cls, weight: SparseWeight) -> SparseWeightView:
         """Wrap a weight; nothing is decompressed."""

@@ -16,6 +16,7 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument, dense_expert_weights
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
+from hf_adaptive_sparse.runtime.conversion import sparse_linears
 from tests.families.catalogue import FIRST, PROMPT, Family
 from tests.families.tiny_models import (
     FIRST_TEXT_TOKEN,
@@ -71,7 +72,7 @@ def run(family: Family, folder: Path) -> Outcome:
     try:
         report = has.prune(model, config, [batch], progress=False)
     except ValueError as refusal:
-        return Outcome("refused", str(refusal))
+        return Outcome("refused", str(refusal).partition(" (")[0])
     for entry in report.modules:
         weight = model.get_submodule(entry.name).weight
         assert int((weight == 0).sum()) == entry.removed == round(RATIO * weight.numel())
@@ -83,6 +84,7 @@ def run(family: Family, folder: Path) -> Outcome:
     if experts:
         limits.append("expert weights stay dense")
     cache = check_generation(loaded, batch)
+    check_sparse_runtime(loaded, folder, batch, report)
     own = [isinstance(layer, AdaptiveQuantizedLayer) for layer in cache.layers]
     assert any(own)
     if not all(own):
@@ -113,14 +115,7 @@ def check_generation(model: PreTrainedModel, batch: Mapping[str, Any]) -> Adapti
     caches, scores = [], []
     for profile in (None, replace(CACHE, bits=16, key_bits=None, value_bits=None), CACHE):
         model.config.quantization_config.kv_cache = profile
-        output = model.generate(
-            **batch,
-            min_new_tokens=NEW_TOKENS,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        output = generate(model, batch)
         caches.append(output[cache_argument(model)])
         scores.append(torch.stack(output.logits))
     plain, exact, quantised = scores
@@ -130,3 +125,27 @@ def check_generation(model: PreTrainedModel, batch: Mapping[str, Any]) -> Adapti
     own = [getattr(cache, "self_attention_cache", cache) for cache in caches]
     assert [isinstance(c, AdaptiveQuantizedCache) for c in own] == [False, True, True]
     return own[-1]
+
+
+def check_sparse_runtime(
+    dense: PreTrainedModel, folder: Path, batch: Mapping[str, Any], report: has.PruningReport
+) -> None:
+    """Load with the weights kept sparse in memory: every pruned one is, and the scores stay."""
+    config = has.SparsityConfig(runtime="sparse")
+    sparse = type(dense).from_pretrained(folder, sparsity_config=config).eval()
+    assert set(sparse_linears(sparse)) == {entry.name for entry in report.modules}
+    expected, found = (generate(model, batch) for model in (dense, sparse))
+    assert torch.allclose(
+        found.logits[0], expected.logits[0], atol=0.01 * float(expected.logits[0].std())
+    )
+
+
+def generate(model: PreTrainedModel, batch: Mapping[str, Any]) -> Any:
+    return model.generate(
+        **batch,
+        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from hf_adaptive_sparse.pruning.metrics import METRICS, Magnitude, get_metric, register_metric
+from hf_adaptive_sparse.pruning.metrics import (
+    METRICS,
+    Magnitude,
+    get_metric,
+    register_metric,
+    score_stacked,
+)
 from hf_adaptive_sparse.pruning.patterns import parse_pattern
 from hf_adaptive_sparse.pruning.ranking import mask_from_scores
 
@@ -130,3 +136,15 @@ def test_patterns():
     assert pattern.check(0.0, "x") == 0.0
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
         pattern.check(1.0, "target_sparsity")
+
+
+@pytest.mark.parametrize("name", ["lognorm", "ria", "wanda", "magnitude"])
+def test_stacked_matrices_are_scored_each_by_itself(name) -> None:
+    torch.manual_seed(0)
+    metric = get_metric(name)
+    parts = [torch.randn(6, 8), 20 * torch.randn(3, 8), torch.randn(2, 8)]
+    norm = torch.rand(8)
+    found = score_stacked(metric, torch.cat(parts), norm, [6, 3, 2])
+    assert torch.equal(found, torch.cat([metric.score(part, norm) for part in parts]))
+    whole = metric.score(torch.cat(parts), norm)
+    assert torch.equal(whole, found) == (name in ("wanda", "magnitude"))

@@ -433,3 +433,32 @@ def test_progress_bar(tiny_llama, text_batches, capsys):
     shown = capsys.readouterr().err
     assert "Pruning (lognorm)" in shown
     assert "sparsity=0.5000" in shown
+
+
+def test_a_fused_projection_is_pruned_as_its_matrices_would_be(text_batches) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "phi3",
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+    )
+    fused = model.model.layers[0].self_attn.qkv_proj
+    with torch.no_grad():
+        fused.weight[:32] *= 30
+    weight = fused.weight.detach().clone()
+    with collect_inputs({"qkv": fused}) as statistics:
+        for batch in text_batches:
+            statistics.token_weights = token_weights(batch, model.config)
+            model(**batch)
+            statistics.forget_inputs()
+    metric, norm = get_metric("lognorm"), statistics.input_norm("qkv")
+    scores = torch.cat([metric.score(part, norm) for part in weight.split([32, 16, 16])])
+    prune(model, {"model.layers.0.self_attn.qkv_proj": 0.5}, text_batches)
+    assert torch.equal(fused.weight == 0, mask_from_scores(scores, 0.5))
