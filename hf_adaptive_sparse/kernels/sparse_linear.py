@@ -44,6 +44,8 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     with torch.no_grad():
         tokens = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
         few = tokens.shape[0] <= KERNEL_TOKENS
+        if weight.scales is not None and weight.dtype == torch.float32:
+            few = False  # the kernel rounds x to 15 bits, which float32 models can tell
         if few and sparse_native.is_supported(weight):
             output = sparse_native.linear(tokens, weight, bias)
         else:
