@@ -8,40 +8,52 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from hf_adaptive_sparse.compressor import Measurement
-from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
-METHOD, CODECS = RESULTS / "method_table.json", RESULTS / "kv_codecs.json"
+QUALITY, CODECS = RESULTS / "quality.json", RESULTS / "kv_codecs.json"
 DEFAULTS = "defaults, "
 """How rows of ``kv_codecs.json`` start that use the cache's default settings."""
 
-START, END = "<!-- table: method -->\n", "<!-- end -->"
+START, END = "<!-- table: quality -->\n", "<!-- end -->"
 FAMILIES_START = "<!-- table: families -->\n"
 FAMILIES = RESULTS / "families.json"
 
 
 def readme_table() -> str:
     """Return what stands between the marks."""
-    result = json.loads(METHOD.read_text(encoding="utf-8"))
-    measured = [Measurement(**row) for row in result["table"]]
-    weights = [row for row in table_rows(measured) if "KV" not in str(row["model"])]
-    for row in weights:
-        del row["KV bytes per token"]
-    machine = result["environment"]
+    result = json.loads(QUALITY.read_text(encoding="utf-8"))
+    machine, held_out = result["environment"], result["held_out_tokens"]
     return (
-        f"{markdown_table(weights)}\n\n"
+        f"{markdown_table(quality_rows(result))}\n\n"
         f"{markdown_table(cache_rows())}\n\n"
-        f"<sub>A LLaVA-architecture model of 13 M parameters, WikiText-2 and easy-VQA test data "
-        f"that neither calibration nor search saw; {machine['processor']}, {machine['threads']} "
-        f"thread, seed {result['seed']}; seconds include the search. From "
-        f"[method_table.md](benchmarks/results/method_table.md), which also has 30 to 70 %, and "
-        f"[kv_codecs.md](benchmarks/results/kv_codecs.md) (the dense model, float32).</sub>\n"
+        f"<sub>A LLaVA-architecture model of 13 M parameters, {held_out:,} tokens of WikiText-2 "
+        f"and questions of easy-VQA that neither calibration nor search saw; "
+        f"{machine['processor']}, seed {result['seed']}. From "
+        f"[quality.md](benchmarks/results/quality.md), which has intervals and more rows; "
+        f"[method_table.md](benchmarks/results/method_table.md) has 30 to 70 %, and "
+        f"[kv_codecs.md](benchmarks/results/kv_codecs.md) the cache on the dense model.</sub>\n"
     )
+
+
+def quality_rows(result: dict[str, Any]) -> list[dict[str, object]]:
+    """Return what a person chooses between: the rows that were asked questions, too."""
+    rows = [row for row in result["rows"] if row["accuracy"] is not None]
+    dense = rows[0]["perplexity"]
+    return [
+        {
+            "model": row["name"],
+            "weights removed": f"{row['sparsity']:.0%}",
+            "perplexity": f"{row['perplexity']:.2f}",
+            "against dense": f"{row['perplexity'] / dense - 1:+.1%}",
+            "answers right": f"{row['accuracy']:.1%}",
+        }
+        for row in rows
+    ]
 
 
 def cache_rows() -> list[dict[str, object]]:
