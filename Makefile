@@ -51,7 +51,6 @@ docs: $(INSTALLED) ## Build the documentation into site/
 bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data, see benchmarks/README.md)
 	$(BIN)/python benchmarks/method_table.py
 	$(BIN)/python benchmarks/families.py
-	$(BIN)/python benchmarks/update_readme.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/open_questions.py
 	$(BIN)/python benchmarks/solver_cost.py
@@ -59,10 +58,14 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/kv_search.py
 	$(BIN)/python benchmarks/prune_memory.py
+	$(BIN)/python benchmarks/sparse_linear.py
 	$(BIN)/python benchmarks/sparse_runtime.py
 	$(BIN)/python benchmarks/kv_bytes.py
+	$(BIN)/python benchmarks/kv_codecs.py
 	$(BIN)/python benchmarks/kv_cache.py
+	$(BIN)/python benchmarks/update_readme.py
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) demo-output site build dist *.egg-info hf_adaptive_sparse/kernels/*.so

@@ -367,7 +367,8 @@ def test_tiny_and_large_values(device, dtype, size):
     packed = PackedValues(8, *parts, group=64)
     decoded = codec.decode(parts, (64, 64), torch.float32).flatten(2, 3)
     values = torch.cat([decoded, raw.float()], dim=2)
-    cache = dataclasses.replace(cache, values=packed, raw_values=raw)
+    blocks = dataclasses.replace(cache.blocks, values=packed)
+    cache = dataclasses.replace(cache, blocks=blocks, raw_values=raw)
     check(device, (cache, keys, values), make_query(cache))
 
 

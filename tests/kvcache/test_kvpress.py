@@ -5,28 +5,39 @@ kvpress 0.5 asks for transformers below 5.3. Newer ones hand attention layers th
 """
 
 import functools
-import importlib.util
+import importlib
 
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
-if importlib.util.find_spec("kvpress") is None:
-    pytest.skip("kvpress is optional and not installed here", allow_module_level=True)
-try:
-    import kvpress
-except ImportError as error:
-    pytest.skip(f"kvpress is installed and cannot be imported: {error}", allow_module_level=True)
-
 TOKENS = 100
 PRESSES = {
-    "knorm": lambda ratio: kvpress.KnormPress(compression_ratio=ratio),
-    "snapkv": lambda ratio: kvpress.SnapKVPress(compression_ratio=ratio, window_size=8),
-    "expected attention": lambda ratio: kvpress.ExpectedAttentionPress(compression_ratio=ratio),
+    "knorm": lambda kvpress, ratio: kvpress.KnormPress(compression_ratio=ratio),
+    "snapkv": lambda kvpress, ratio: kvpress.SnapKVPress(compression_ratio=ratio, window_size=8),
+    "expected attention": lambda kvpress, ratio: kvpress.ExpectedAttentionPress(
+        compression_ratio=ratio
+    ),
 }
+
+
+@pytest.fixture(scope="module")
+def kvpress():
+    """The library. Its import replaces all attention functions of transformers: put back after."""
+    functions = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    try:
+        yield importlib.import_module("kvpress")
+    except ModuleNotFoundError:
+        pytest.skip("kvpress is optional and not installed here")
+    except ImportError as error:
+        pytest.skip(f"kvpress is installed and cannot be imported: {error}")
+    finally:
+        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()
+        ALL_ATTENTION_FUNCTIONS._local_mapping.update(functions)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +55,8 @@ def model():
 
 
 @pytest.fixture(params=PRESSES)
-def press(request, monkeypatch):
-    press = PRESSES[request.param](0.5)
+def press(request, monkeypatch, kvpress):
+    press = PRESSES[request.param](kvpress, 0.5)
     hook = press.forward_hook
 
     @functools.wraps(hook)
