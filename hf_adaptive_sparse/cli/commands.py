@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from hf_adaptive_sparse.compressor import (
     search_space,
     search_study,
     search_to_folder,
+    search_within_to_folder,
 )
 from hf_adaptive_sparse.compressor.jobs import SearchSettings
 from hf_adaptive_sparse.compressor.saving import library_versions, table_rows
@@ -38,7 +40,9 @@ from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.report import format_bytes, read_study, text_table, write_study_report
 from hf_adaptive_sparse.report.study_analysis import failure_signs
+from hf_adaptive_sparse.search.loss_budgets import budget_text
 from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.space import SearchSpace
 
 OWN_PROFILE: tuple[int, ...] = ()
 """Default of ``evaluate --kv-bits``: what the model's config says."""
@@ -68,6 +72,12 @@ def run_demo_command(options: argparse.Namespace) -> Answer:
 
 def run_compress(options: argparse.Namespace) -> Answer:
     """Search, prune, save, and push if asked."""
+    if options.max_loss is not None:
+        raise ValueError(
+            "--max-loss is an option of search: its bound holds for the masks that a search sees, "
+            "and compress prunes with others. Use search --max-loss, then prune --one-shot "
+            "--profile with what it found."
+        )
     config = _config(options)
     result = compress(
         _model(options),
@@ -139,6 +149,8 @@ def run_search(options: argparse.Namespace) -> Answer:
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target, metric=options.metric)
     space = space_of(options, config, search_space(config, options.kv_bits))
+    if options.max_loss is not None:
+        return _run_within(options, space)
     settings: SearchSettings = {
         "study_name": options.study,
         "metric": options.metric,
@@ -176,6 +188,43 @@ def run_search(options: argparse.Namespace) -> Answer:
         front = [{"trial": point.trial, **point.values} for point in result.pareto]
         text += "\n\n" + text_table(front)
     return Answer(text, result.to_dict())
+
+
+def _run_within(options: argparse.Namespace, space: SearchSpace) -> Answer:
+    if options.output is None:
+        raise ValueError("--max-loss needs --output DIR: the profile found is written there.")
+    if options.workers != 1:
+        raise ValueError(f"--max-loss searches with one worker, got --workers {options.workers}.")
+    found = search_within_to_folder(
+        _model(options),
+        options.output,
+        space,
+        max_loss=options.max_loss,
+        metric=options.metric,
+        trials=options.trials,
+        calibration=_calibration(options),
+        evaluation=_evaluation(options),
+        storage=options.storage,
+        study_name=options.study,
+        seed=options.seed,
+        sampler=options.sampler,
+        overwrite=options.overwrite,
+        progress=not options.no_progress,
+    )
+    rows = [
+        {
+            "budget": budget_text(budget, found.unit),
+            "perplexity, evaluation data": "failed" if math.isinf(loss) else f"{loss:+.3%}",
+        }
+        for budget, loss in sorted(found.tried.items())
+    ]
+    where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
+    if space.prunes:
+        where += (
+            f"\nThe bound is that of one-shot masks: prune MODEL --one-shot --metric "
+            f"{options.metric} --profile {os.path.join(options.output, 'profile.json')}"
+        )
+    return Answer(f"{found}\n\n{text_table(rows)}\n\n{where}", found.to_dict())
 
 
 def run_report(options: argparse.Namespace) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -39,6 +40,25 @@ def size(text: str) -> int:
         return parse_bytes(text, "it")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def loss(text: str) -> float:
+    """Parse a relative loss: ``0.5%`` or ``0.005``.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is neither.
+    """
+    number = text.strip()
+    percent = number.endswith("%")
+    try:
+        value = float(number.removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(
+            f"must be a percentage such as 0.5%, or a fraction below 1 such as 0.005; got {text!r}"
+        )
+    return value
 
 
 def add_space(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +133,14 @@ def add_space(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--size", type=size, metavar="SIZE", help="most bytes of the weights' files on disk"
     )
+    budget.add_argument(
+        "--max-loss",
+        type=loss,
+        metavar="LOSS",
+        help="the other way round, in search: the smallest checkpoint whose perplexity on "
+        "held-out data rises by this at most, such as 0.5%% (with --target-sparsity 0, and no "
+        "weight bits to search: the fewest KV bits)",
+    )
 
 
 def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSpace) -> SearchSpace:
@@ -126,12 +154,20 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
     Raises:
         ValueError: If options contradict each other.
     """
+    if options.max_loss is not None:
+        check_max_loss(options)
     in_bytes = options.fit is not None or options.size is not None
     target: float | str | None = config.target_sparsity
     if config.pattern != "unstructured":
         target = None
     elif in_bytes and options.target_sparsity is None:
         target = FREE
+    size_bytes = options.size
+    if options.max_loss is not None and not options.target_sparsity:
+        if options.target_sparsity is None:
+            target = FREE
+        if target == FREE or options.search_weight_bits is not None:
+            size_bytes = 1  # a budget is what is looked for; the space wants one
     limits: dict[str, Any] = {}
     if options.fit is not None or options.context is not None or options.batch != 1:
         limits = {"context_length": options.context, "batch_size": options.batch}
@@ -151,6 +187,39 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
         weight_bits=options.search_weight_bits,
         weight_mean_bits=options.search_weight_mean,
         fit_bytes=options.fit,
-        size_bytes=options.size,
+        size_bytes=size_bytes,
         **limits,
     )
+
+
+def check_max_loss(options: argparse.Namespace) -> None:
+    """Refuse what decides the size, or counts something else, beside ``--max-loss``.
+
+    Raises:
+        ValueError: If such an option is given.
+    """
+    kv_alone = options.target_sparsity == 0.0 and options.search_weight_bits is None
+    decided = {
+        "--fit": options.fit is not None,
+        "--context": options.context is not None,
+        "--batch": options.batch != 1,
+        "--size": options.size is not None,
+        "--target-sparsity": bool(options.target_sparsity),
+        "--search-weight-mean": options.search_weight_mean is not None,
+        "--kv-mean-bits": kv_alone and options.kv_mean_bits is not None,
+        "--kv-split equal": kv_alone and options.kv_split == "equal",
+    }
+    given = [option for option, is_given in decided.items() if is_given]
+    if given:
+        raise ValueError(
+            f"--max-loss finds the size that its bound allows, {' and '.join(given)} fixes it: "
+            "leave one of them out. (--target-sparsity 0, which leaves the weights alone, is fine.)"
+        )
+    if options.objective != "perplexity":
+        raise ValueError(
+            f"--max-loss bounds the perplexity, got --objective {options.objective}: leave one out."
+        )
+    if options.timeout is not None:
+        raise ValueError(
+            "--max-loss needs its searches complete, so --timeout excludes it: give fewer --trials."
+        )

@@ -23,6 +23,7 @@ from hf_adaptive_sparse.compressor.offload import prune_offloaded
 from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress, search_space
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
+from hf_adaptive_sparse.compressor.within import search_within_to_folder
 from hf_adaptive_sparse.pruning.report import PruningReport
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "search_space",
     "search_study",
     "search_to_folder",
+    "search_within_to_folder",
 ]
 
 

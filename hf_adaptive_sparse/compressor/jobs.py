@@ -13,7 +13,7 @@ from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.pipeline import JOURNAL, ranking_metric
-from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
+from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report, save_search
 from hf_adaptive_sparse.compressor.sources import (
     DataSource,
     ModelSource,
@@ -27,7 +27,6 @@ from hf_adaptive_sparse.evaluation.resources import (
     weight_bytes_on_disk,
 )
 from hf_adaptive_sparse.pruning.report import PruningReport
-from hf_adaptive_sparse.report import plot_profile, plot_search_history
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
@@ -225,11 +224,7 @@ def search_to_folder(
     check_output(target, overwrite=overwrite)
     with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
         result = search_study(model, space, storage=storage or str(folder / JOURNAL), **settings)
-        result.save(folder)
-        plot_search_history(result.history, folder / "search.png")
-        plot_profile(
-            result.best_profile, folder / "profile.png", target_sparsity=result.target_sparsity
-        )
+        save_search(result, folder)
         # The journal moves with the folder; the result must not read it from its old place.
         result = result.detached()
     return result

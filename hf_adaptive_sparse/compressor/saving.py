@@ -101,6 +101,15 @@ def save_model(
         processor.save_pretrained(folder)
 
 
+def save_search(result: SearchResult, folder: Path) -> None:
+    """Write profile, history and plots of a search into ``folder``."""
+    result.save(folder)
+    plot_search_history(result.history, folder / "search.png")
+    plot_profile(
+        result.best_profile, folder / "profile.png", target_sparsity=result.target_sparsity
+    )
+
+
 def save_report(
     folder: Path,
     model: PreTrainedModel,

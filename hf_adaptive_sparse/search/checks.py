@@ -6,7 +6,7 @@ import logging
 from numbers import Integral, Real
 
 from hf_adaptive_sparse.pruning.metrics import get_metric
-from hf_adaptive_sparse.search.errors import SearchError
+from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -63,13 +63,14 @@ def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
     """Check what the trials came to, and log what makes it mean little.
 
     Raises:
-        SearchError: If none succeeded, or there was nothing to choose.
+        TrialsFailed: If all failed.
+        NothingToChoose: If they came out alike.
     """
     if not count.completed:
-        raise SearchError(f"No trial succeeded. Most often: {count.reasons()}")
+        raise TrialsFailed(f"No trial succeeded. Most often: {count.reasons()}")
     if count.attempts < n_trials and count.repeats >= REPEATS_UNTIL_EXHAUSTED:
         if len(count.known) == 1:
-            raise SearchError(
+            raise NothingToChoose(
                 "All profiles come out alike after projection onto the budget: there is nothing to "
                 "choose. Use more blocks, a wider range or two KV widths."
             )

@@ -7,6 +7,14 @@ class SearchError(ValueError):
     """A search that cannot give a result: nothing to choose, or nearly every trial failed."""
 
 
+class NothingToChoose(SearchError):
+    """Every profile of the space comes out alike, so there is nothing to search."""
+
+
+class TrialsFailed(SearchError):
+    """All trials failed, or so many that going on was pointless."""
+
+
 class StorageError(OSError):
     """The storage of a study cannot be opened, read or written."""
 

@@ -17,7 +17,7 @@ from hf_adaptive_sparse.search.candidate import (
     uniform_candidate,
 )
 from hf_adaptive_sparse.search.claims import claim
-from hf_adaptive_sparse.search.errors import SearchError, TrialFailure
+from hf_adaptive_sparse.search.errors import TrialFailure, TrialsFailed
 from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
 from hf_adaptive_sparse.search.front import suggest_on_front
 from hf_adaptive_sparse.search.recovery import recover
@@ -121,7 +121,7 @@ class TrialRunner:
             ends: Time of ``time.monotonic()`` after which no trial is begun, once one succeeded.
 
         Raises:
-            SearchError: If nearly all trials fail.
+            TrialsFailed: If nearly all trials fail.
         """
         self.wanted = n_trials
         recover(self.study, self.watch, opening=True)
@@ -247,7 +247,7 @@ def _give_up_if_hopeless(count: Tally) -> None:
         count.attempts >= FEWEST_TO_GIVE_UP
         and len(count.failed) > HIGHEST_FAILED_SHARE * count.attempts
     ):
-        raise SearchError(
+        raise TrialsFailed(
             f"{len(count.failed)} of {count.attempts} trials failed, so the search was stopped. "
             f"Most often: {count.reasons()}"
         )

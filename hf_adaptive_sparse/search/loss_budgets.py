@@ -1,0 +1,144 @@
+"""The budgets that a bound on the loss is looked for among, and what excludes such a bound."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.search.byte_budget import ByteBudget
+from hf_adaptive_sparse.search.byte_sizes import format_bytes
+from hf_adaptive_sparse.search.candidate import uniform_params
+from hf_adaptive_sparse.search.increase import Batches
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+
+SIZES = 16
+"""Sizes between the smallest and the largest reachable that are told apart."""
+
+BITS_STEP = 0.5
+"""Distance of the mean KV bits that are told apart."""
+
+BITS, BYTES = "mean KV bits", "bytes on disk"
+
+
+def check_bound(max_loss: object, space: SearchSpace, settings: Mapping[str, Any]) -> None:
+    """Check the bound, and that the space leaves open what it decides.
+
+    Raises:
+        ValueError: If either is not so.
+    """
+    number = isinstance(max_loss, Real) and not isinstance(max_loss, bool)
+    if not number or not 0.0 < float(max_loss) < 1.0:  # type: ignore[arg-type]
+        raise ValueError(
+            "max_loss must be a fraction between 0 and 1, such as 0.005 for 0.5 %, got "
+            f"{max_loss!r}."
+        )
+    if settings.get("objective", "perplexity") != "perplexity":
+        raise ValueError(
+            f"max_loss bounds the perplexity, got objective={settings['objective']!r}. Leave the "
+            "objective out."
+        )
+    if space.fit_bytes is not None:
+        raise ValueError("max_loss decides the size, got fit_bytes. Give one of them.")
+    if space.prunes and not space.is_free:
+        raise ValueError(
+            "max_loss decides how much is pruned: give target_sparsity='free', or None to leave "
+            f"the weights alone; got {space.target_sparsity}."
+        )
+    if space.weight_mean_bits is not None:
+        raise ValueError("max_loss decides the weights' mean bits: leave weight_mean_bits out.")
+    if _kv_alone(space) and space.kv_mean_bits is not None:
+        raise ValueError("max_loss decides the mean KV bits: leave kv_mean_bits out.")
+
+
+def check_lengths(windows: Batches, space: SearchSpace, what: str) -> None:
+    """Refuse data that KV bits make no difference on: any width would hold on them.
+
+    Raises:
+        ValueError: If no window fills a block of the cache.
+    """
+    longest = max(tensor.shape[1] for one in windows for tensor in _states(one))
+    if space.kv_bits is not None and longest < space.kv_residual_length:
+        raise ValueError(
+            f"No {what} window (longest: {longest} tokens) fills a block of the KV cache "
+            f"({space.kv_residual_length} tokens), so no bits of it make a difference there. Give "
+            "longer windows, or leave the KV bits out."
+        )
+
+
+def _states(batch: Mapping[str, Any]) -> list[Any]:
+    return [batch[name] for name in ("input_ids", "inputs_embeds") if name in batch]
+
+
+def _kv_alone(space: SearchSpace) -> bool:
+    return not space.prunes and space.weight_bits is None
+
+
+def chooses(model: PreTrainedModel, space: SearchSpace, excluded: Sequence[str]) -> bool:
+    """Return whether a space leaves anything to choose on a model."""
+    if _kv_alone(space) and space.kv_bits is not None:
+        # At either end of the palette every layer has the same width.
+        return space.kv_mean_bits not in (space.kv_bits[0], space.kv_bits[-1])
+    return bool(uniform_params(space, ModelShape.of(model, space, excluded)))
+
+
+def spaces_by_budget(
+    model: PreTrainedModel, space: SearchSpace, excluded: Sequence[str]
+) -> tuple[dict[float, SearchSpace], str]:
+    """Return budget -> space, the smallest budget first, and the unit of the budgets.
+
+    Args:
+        model: The dense model.
+        space: What may be chosen.
+        excluded: Names or globs of linears that stay dense.
+
+    Raises:
+        ValueError: If the space does not fit the model.
+    """
+    if _kv_alone(space):
+        return _by_bits(model, space), BITS
+    # Any limit lets the formats be weighed.
+    budget = ByteBudget.of(model, replace(space, size_bytes=1), excluded)
+    widths = space.weight_bits or (16,)
+    smallest = _size(budget, space.high if space.prunes else 0.0, widths[0])
+    largest = _size(budget, space.low if space.prunes else 0.0, widths[-1])
+    # A little above what can be reached, since ratios are rounded to whole weights.
+    start = smallest + smallest // 500
+    if start >= largest:
+        return {float(start): replace(space, size_bytes=start)}, BYTES
+    # The largest is of interest unless it is the dense model's.
+    steps = SIZES + (largest < _size(budget, 0.0, 16))
+    sizes = [start + (largest - start) * step // SIZES for step in range(steps)]
+    return {float(size): replace(space, size_bytes=size) for size in sizes}, BYTES
+
+
+def _size(budget: ByteBudget, ratio: float, bits: int) -> int:
+    removed = {name: int(ratio * linear.numel) for name, linear in budget.linears.items()}
+    return budget.spent(removed, dict.fromkeys(budget.linears, bits), None).size_bytes or 0
+
+
+def _by_bits(model: PreTrainedModel, space: SearchSpace) -> dict[float, SearchSpace]:
+    palette = space.kv_bits or ()
+    steps = int((palette[-1] - palette[0]) / BITS_STEP)
+    means = [palette[0] + BITS_STEP * step for step in range(steps + 1)]
+    spaces = {
+        mean: replace(space, size_bytes=None, kv_split="free", kv_mean_bits=mean) for mean in means
+    }
+    # One width for all can be reached: what is refused here concerns the model.
+    ModelShape.of(model, spaces[means[0]])
+    reachable = {}
+    for mean, one in spaces.items():
+        with contextlib.suppress(ValueError):  # no assignment has this mean
+            ModelShape.of(model, one)
+            reachable[mean] = one
+    return reachable
+
+
+def budget_text(budget: float, unit: str) -> str:
+    """Return a budget for a person to read."""
+    return f"{format_bytes(int(budget))} on disk" if unit == BYTES else f"{budget:g} {unit}"

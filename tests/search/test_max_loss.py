@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_adaptive_sparse.architecture import kv_widths
+from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.profiles import CompressionProfile
+from hf_adaptive_sparse.search import max_loss as module
+from hf_adaptive_sparse.search.errors import SearchError, TrialsFailed
+from hf_adaptive_sparse.search.max_loss import search_within
+from hf_adaptive_sparse.search.space import SearchSpace
+
+KV = {"kv_group_size": 16, "kv_residual_length": 8}
+CACHE = SearchSpace(target_sparsity=None, kv_bits=(2, 4, 8), **KV)
+WEIGHTS = SearchSpace(
+    target_sparsity="free", size_bytes=1, blocks=2, weight_bits=(8, 16), kv_bits=None
+)
+HELD_OUT, TOKENS = 24, 16
+
+
+@torch.no_grad()
+def rows(model, count, seed, tokens=TOKENS):
+    """Sequences drawn from the dense model, which nothing predicts better than itself."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 128, (count, 1), generator=generator)
+    for _ in range(tokens - 1):
+        chances = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    return [{"input_ids": ids}]
+
+
+@pytest.fixture
+def within(tiny_llama):
+    # Attention and logits that matter: with the initial weights no width would.
+    tiny_llama.model.embed_tokens.weight.data.mul_(8)
+    for layer in tiny_llama.model.layers:
+        attention = layer.self_attn
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            linear.weight.data.mul_(8)
+
+    def call(space, max_loss, **changes):
+        arguments = {"n_trials": 1, "progress": False, "warm_start": False} | changes
+        tokens = arguments.pop("tokens", TOKENS)
+        held_out = rows(tiny_llama, arguments.pop("windows", HELD_OUT), 3, tokens)
+        ranked, seen = rows(tiny_llama, 2, 1, tokens), rows(tiny_llama, 16, 2, tokens)
+        return search_within(
+            tiny_llama, ranked, seen, held_out, space, max_loss=max_loss, **arguments
+        )
+
+    return call
+
+
+@pytest.fixture
+def shifted(monkeypatch):
+    """Add a loss per token to what is measured outside of the searches."""
+    original = module.losses_under
+
+    def put(shift, *, alone=False):
+        def losses_under(model, windows, profile, *arguments, **settings):
+            measured = CompressionProfile() if alone else profile
+            found = original(model, windows, measured, *arguments, **settings)
+            return [
+                (loss + count * shift(index, len(windows), profile), count)
+                for index, (loss, count) in enumerate(found)
+            ]
+
+        monkeypatch.setattr(module, "losses_under", losses_under)
+
+    return put
+
+
+def test_the_smallest_cache_within_the_loss_is_found_and_verified(within, tiny_llama):
+    loose, tight = within(CACHE, 0.9), within(CACHE, 0.03, n_trials=2)
+    assert loose.budget < tight.budget <= 8
+    for found in (loose, tight):
+        profile = found.search.best_profile.kv_cache
+        assert profile.mean_bits(kv_widths(tiny_llama)) == found.budget
+        # Smaller ones were searched; those that held there were refused by the held-out data.
+        held = [b for b in found.tried if b < found.budget and found.tried[b] <= found.max_loss]
+        assert len(held) < module.LOOKS
+    assert any(budget < tight.budget for budget in tight.tried)
+    held_out = rows(tiny_llama, HELD_OUT, 3)
+    before = perplexity(tiny_llama, held_out, False)
+    after = perplexity(tiny_llama, held_out, tight.search.best_profile.kv_cache)
+    assert tight.held_out.mean == pytest.approx(after / before - 1, abs=1e-5)
+    assert tight.held_out.mean <= tight.held_out.high <= 0.03
+    assert f"{tight.budget:g} mean KV bits. Perplexity on 24 held-out windows" in str(tight)
+    assert json.loads(json.dumps(tight.to_dict()))["held_out"]["at_most"] == tight.held_out.high
+
+
+def test_the_smallest_model_within_the_loss_is_found(within, tiny_llama):
+    before = {n: p.detach().clone() for n, p in tiny_llama.named_parameters()}
+    found = within(WEIGHTS, 0.05, n_trials=2)
+    assert found.unit == "bytes on disk"
+    spent = found.search.best_trial.user_attrs["bytes"]["size_bytes"]
+    assert 0.998 * found.budget <= spent <= found.budget
+    assert found.budget < sum(p.nbytes for p in tiny_llama.parameters())
+    assert found.held_out.high <= 0.05
+    for name, parameter in tiny_llama.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_widths_without_a_measurable_difference_are_named_and_the_cheaper_is_taken(within, shifted):
+    def flat(index, windows, profile):
+        # 4 bits are as good as 8 but for noise, 2 are worse by half a nat.
+        if profile.kv_cache is None or profile.kv_cache.key_bits == 8:
+            return 0.0
+        return (0.5 if profile.kv_cache.key_bits == 2 else 0.0) + 0.01 * (-1) ** index
+
+    shifted(flat, alone=True)
+    found = within(CACHE, 0.9)
+    assert found.indistinct == ((8, 4),)
+    assert "between 8 and 4 KV bits: 4 taken" in str(found)
+    assert found.search.space.kv_bits == (2, 4)
+
+
+def test_a_bound_that_only_the_search_data_meet_is_refused_with_the_figures(within, shifted):
+    shifted(lambda _, windows, profile: 1.0 if windows == HELD_OUT and profile.kv_cache else 0.0)
+    with pytest.raises(SearchError, match=r"held-out data: \S+ mean KV bits: \+[12]\d\d\.") as no:
+        within(CACHE, 0.9)
+    assert str(no.value).count("mean KV bits: +") == module.LOOKS
+
+
+def test_larger_budgets_are_tried_where_the_held_out_data_refuse_the_smallest(within, shifted):
+    allowed = within(CACHE, 0.9)
+
+    def refuses_the_first(_, windows, profile):
+        refused = windows == HELD_OUT and profile == allowed.search.best_profile
+        return 1.0 if refused else 0.0
+
+    shifted(refuses_the_first)
+    found = within(CACHE, 0.9)
+    assert found.budget > allowed.budget
+    assert found.held_out.high <= 0.9
+
+
+def test_a_bound_below_every_budget_names_the_nearest(within):
+    with pytest.raises(SearchError, match=r"even on the evaluation data; the nearest was 2 mean"):
+        within(replace(CACHE, kv_bits=(2,)), 0.0001)
+
+
+def test_a_budget_whose_trials_all_fail_does_not_hold(within, monkeypatch):
+    original = module.search
+
+    def fails_below_four(*arguments, **settings):
+        if arguments[3].kv_mean_bits < 4:
+            raise TrialsFailed("No trial succeeded. Most often: the loss is nan.")
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(module, "search", fails_below_four)
+    found = within(CACHE, 0.9)
+    assert found.budget >= 4
+    assert math.inf in found.tried.values()
+    assert None in [one["increase"] for one in found.to_dict()["tried"]]
+
+
+def test_the_dense_model_is_measured_as_the_searches_measure(within, tiny_llama):
+    found = within(replace(CACHE, kv_bits=(8,)), 0.9)
+    seen = rows(tiny_llama, 16, 2)
+    dense = perplexity(tiny_llama, seen, False)
+    assert found.tried[8] == pytest.approx(found.search.best_value / dense - 1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("space", "changes", "message"),
+    [
+        (CACHE, {"max_loss": 0}, "max_loss must be a fraction between 0 and 1"),
+        (CACHE, {"max_loss": True}, "max_loss must be a fraction between 0 and 1"),
+        (CACHE, {"max_loss": math.nan}, "max_loss must be a fraction between 0 and 1"),
+        (CACHE, {"windows": 3}, "at least 16 held-out windows, got 3"),
+        (CACHE, {"tokens": 7}, r"longest: 7 tokens\) fills a block of the KV cache \(8 tokens"),
+        (CACHE, {"objective": "kl"}, "bounds the perplexity, got objective='kl'"),
+        (replace(CACHE, kv_mean_bits=4, kv_split="free"), {}, "leave kv_mean_bits out"),
+        (replace(WEIGHTS, weight_mean_bits=12), {}, "leave weight_mean_bits out"),
+        (replace(WEIGHTS, fit_bytes=10**9, context_length=8), {}, "got fit_bytes"),
+        (SearchSpace(kv_bits=None), {}, r"give target_sparsity='free', or None .* got 0\.5"),
+    ],
+)
+def test_bad_input_is_refused_with_the_way_out(within, space, changes, message):
+    arguments = {"max_loss": 0.01} | changes
+    with pytest.raises(ValueError, match=message):
+        within(space, arguments.pop("max_loss"), **arguments)
+
+
+def test_an_empty_profile_is_the_dense_model(tiny_llama):
+    data = rows(tiny_llama, 2, 0)
+    [(loss, count)] = module.losses_under(tiny_llama, data, CompressionProfile())
+    assert math.exp(loss / count) == pytest.approx(perplexity(tiny_llama, data, False), rel=1e-9)
