@@ -24,8 +24,7 @@ from hf_adaptive_sparse.pruning.apply import (
     prune_model,
     resolve_ratios,
 )
-from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
-from hf_adaptive_sparse.runtime.conversion import quantise_
+from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
 from hf_adaptive_sparse.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -92,6 +91,9 @@ def prune_and_resolve(
     settings = _settings(source, config.calibration)
     batches = None
     removes = any(ratios.values())
+    quantiser = LayerQuantiser(
+        model, {name: (bits, config.group_size_at(bits)) for name, bits in weight_bits.items()}
+    )
     if removes and config.needs_calibration:
         _check_calibration(config, source)
         ready = None if source is None or isinstance(source, str | CalibrationConfig) else source
@@ -117,13 +119,11 @@ def prune_and_resolve(
             sequential=settings.sequential,
             image_weight=settings.image_weight,
             progress=progress,
+            on_layer=quantiser.layer_,
         )
     else:
         report = _nothing_removed(model, config, ratios)
-    for name, bits in weight_bits.items():
-        weight = stored_weight(model.get_submodule(name), name)
-        check_finite(weight, name)
-        quantise_(weight, bits, config.group_size_at(bits))
+    quantiser.rest_()
     resolved = SparsityConfig(
         target_sparsity=_target(model, config, ratios),
         metric=config.metric,

@@ -27,7 +27,11 @@ from hf_adaptive_sparse.checkpoint.weight_files import (
     write_json,
     write_shard,
 )
-from hf_adaptive_sparse.packing.bitmask import compress, decompress
+from hf_adaptive_sparse.packing.stored_weight import (
+    restored_weight,
+    stored_kinds,
+    stored_tensors,
+)
 from hf_adaptive_sparse.pruning.residence import LayerResidence
 
 logger = logging.getLogger(__name__)
@@ -52,7 +56,7 @@ class OffloadedLayers(LayerResidence):
         model: PreTrainedModel,
         source: WeightFiles,
         folder: Path,
-        compressed: frozenset[str],
+        formats: Mapping[str, tuple[int, int | None]],
         fingerprint: Mapping[str, Any],
         *,
         sequential: bool = True,
@@ -63,13 +67,14 @@ class OffloadedLayers(LayerResidence):
             model: The model, on the meta device; it is filled.
             source: The dense checkpoint.
             folder: Folder to write to; a state of an earlier run in it is continued.
-            compressed: Names of modules whose weights are stored compressed.
+            formats: Module name -> bits of its values (16, 8 or 4) and columns per scale, of the
+                modules whose weights are stored compressed.
             fingerprint: What a run depends on, plain JSON types. An earlier state with another one
                 is not used.
             sequential: Layers that are done run as they are pruned; False: as they were.
         """
         self._model, self._source, self._folder = model, source, folder
-        self._compressed = {f"{name}.weight" for name in compressed}
+        self._formats = {f"{name}.weight": how for name, how in formats.items()}
         self._fingerprint = dict(fingerprint)
         self._sequential = sequential
         self._prefix, layers = decoder_layers(model)
@@ -120,8 +125,8 @@ class OffloadedLayers(LayerResidence):
         state = self._model.get_submodule(f"{self._prefix}.{index}").state_dict()
         for name in self._names(index):
             key, tensor = self._source.stored[name].name, state[name[len(self._layer(index)) :]]
-            if name in self._compressed:
-                tensors[f"{key}_values"], tensors[f"{key}_bitmask"] = compress(tensor)
+            if name in self._formats:
+                tensors |= stored_tensors(key, tensor, *self._formats[name])
             else:
                 tensors[key] = tensor
         self.removed |= removed
@@ -156,12 +161,11 @@ class OffloadedLayers(LayerResidence):
         with safe_open(self._folder / self._file(index + 1), framework="pt") as file:
             for name in names:
                 key = self._source.stored[name].name
-                if name in self._compressed:
+                if name in self._formats:
                     columns = self._model.get_parameter(name).shape[1]
-                    values, bitmask = (
-                        file.get_tensor(f"{key}_{kind}") for kind in ("values", "bitmask")
-                    )
-                    tensors[name] = decompress(values, bitmask, columns)
+                    bits, group_size = self._formats[name]
+                    stored = {k: file.get_tensor(f"{key}_{k}") for k in stored_kinds(bits)}
+                    tensors[name] = restored_weight(stored, columns, bits, group_size)
                 else:
                     tensors[name] = file.get_tensor(key).clone()
         fill_(self._model, tensors)

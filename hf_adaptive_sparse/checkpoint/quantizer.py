@@ -32,8 +32,12 @@ from hf_adaptive_sparse.checkpoint.profile import (
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
-from hf_adaptive_sparse.packing.bitmask import BitmaskError, compress, decompress, row_bytes
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
+from hf_adaptive_sparse.packing.stored_weight import (
+    restored_weight,
+    stored_kinds,
+    stored_tensors,
+)
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
     RuntimeChoice,
@@ -218,7 +222,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
                 continue
             if weight.device.type == "meta":
                 weight = load_offloaded_parameter(model, key)
-            state |= _compressed(key, weight, *formats[key.removesuffix(".weight")])
+            state |= stored_tensors(key, weight, *formats[key.removesuffix(".weight")])
             if self.consumes_model and key not in sparse:
                 empty_(model, [key])
         return state, {}
@@ -255,26 +259,18 @@ class DecompressWeight(ConversionOps):
         """
         name: str = kwargs["full_layer_name"]
         rows, columns = kwargs["model"].get_parameter(name).shape
+        config, module = self.hf_quantizer.quantization_config, name.removesuffix(".weight")
+        bits = config.value_bits(module)
         try:
-            values, bitmask = (_only(input_dict[f"weight_{k}"]) for k in ("values", "bitmask"))
+            tensors = {kind: _only(input_dict[f"weight_{kind}"]) for kind in stored_kinds(bits)}
+            shape = tuple(tensors["bitmask"].shape)
             # The model's shape first: it bounds what is allocated.
-            if tuple(bitmask.shape) != (rows, row_bytes(columns)):
+            if shape != (rows, row_bytes(columns)):
                 raise BitmaskError(
                     f"the bitmask of a weight [{rows}, {columns}] must be "
-                    f"[{rows}, {row_bytes(columns)}], got {list(bitmask.shape)}."
+                    f"[{rows}, {row_bytes(columns)}], got {list(shape)}."
                 )
-            config = self.hf_quantizer.quantization_config
-            module = name.removesuffix(".weight")
-            if config.value_bits(module) == 16:
-                return {name: decompress(values, bitmask, columns)}
-            weight = SparseWeight.from_tensors(
-                columns,
-                bitmask=bitmask,
-                values=values,
-                scales=_only(input_dict["weight_scales"]),
-                group_size=config.group_size(module),
-            )
-            return {name: weight.to_dense()}
+            return {name: restored_weight(tensors, columns, bits, config.group_size(module))}
         except KeyError as missing:
             raise CheckpointError(f"{name}: {missing} is missing.") from missing
         except BitmaskError as error:
@@ -363,17 +359,6 @@ def check_unquantized(model: PreTrainedModel) -> None:
 
 def _is_ours(conversion: Any) -> bool:
     return any(isinstance(op, DecompressWeight) for op in getattr(conversion, "operations", ()))
-
-
-def _compressed(
-    key: str, weight: torch.Tensor, bits: int, group_size: int | None
-) -> dict[str, torch.Tensor]:
-    """Return the tensors that a checkpoint stores for the weight called ``key``."""
-    if bits == 16:  # of any dtype, float64 included
-        values, bitmask = compress(weight)
-        return {f"{key}_values": values, f"{key}_bitmask": bitmask}
-    tensors = SparseWeight.from_dense(weight.detach(), bits, group_size).tensors()
-    return {f"{key}_{kind}": tensor for kind, tensor in tensors.items()}
 
 
 def _only(tensors: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import attach
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
+from hf_adaptive_sparse.checkpoint.profile import resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
 from hf_adaptive_sparse.compressor.jobs import PrunedFolder
 from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_report
@@ -50,17 +51,11 @@ def prune_offloaded(
     Arguments, result and errors are those of `prune_to_folder`; besides:
 
     Raises:
-        ValueError: Also if the config quantises the weights.
         CheckpointError: If the checkpoint has no safetensors files, or transformers assembles
             weights of it from several tensors.
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
-    if config.quantises_weights:
-        raise ValueError(
-            "Pruning with offloaded layers keeps the weights' dtype: leave out weight_bits, or "
-            "prune in memory."
-        )
     empty = model.load_empty()
     files = WeightFiles(empty, _folder(model))
     processor = model.load_processor()
@@ -76,14 +71,12 @@ def prune_offloaded(
     if config.needs_calibration:
         batches = data.batches(processor, empty.config, "train")
     sequential = config.calibration is None or config.calibration.sequential
-    bitmask = config.checkpoint_format == "bitmask"
-    compressed = frozenset(name for name, ratio in ratios.items() if ratio > 0 and bitmask)
     with resumable_folder(target, STATE_NAME, overwrite=overwrite) as folder:
         layers = OffloadedLayers(
             empty,
             files,
             folder,
-            compressed,
+            _formats(config, ratios),
             _fingerprint(config, files, batches),
             sequential=sequential,
         )
@@ -131,6 +124,20 @@ def _folder(model: ModelSource) -> Path:
     wanted = ["*.json", "*.safetensors"]
     name, revision = os.fspath(model.name), model.revision
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
+def _formats(
+    config: SparsityConfig, ratios: Mapping[str, float]
+) -> dict[str, tuple[int, int | None]]:
+    """Return how the weights are stored that are stored compressed, as `value_formats` will."""
+    if config.checkpoint_format != "bitmask":
+        return {}
+    bits = resolve_weight_bits(config, ratios)
+    return {
+        name: (bits.get(name, 16), config.group_size_at(bits.get(name, 16)))
+        for name, ratio in ratios.items()
+        if ratio > 0 or name in bits
+    }
 
 
 def _save_configs(model: PreTrainedModel, folder: Path) -> None:

@@ -7,7 +7,7 @@ in CPU memory while the layers are on an accelerator.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -55,6 +55,7 @@ def prune_model(
     hidden_states_device: str | torch.device = "cpu",
     progress: bool = True,
     residence: LayerResidence = EVERYWHERE,
+    on_layer: Callable[[int], None] | None = None,
 ) -> PruningReport:
     """Set the least valuable weights of a model to zero, in place.
 
@@ -79,6 +80,8 @@ def prune_model(
         progress: Show a progress bar.
         residence: Brings each layer into memory for its turn, and keeps it when it is pruned.
             Weights are then checked in their turn, not before any is modified.
+        on_layer: Called with the index of a layer when it is pruned, before it is kept and before
+            later layers are calibrated on it; it may change the layer's weights further.
 
     Returns:
         What went, per linear.
@@ -122,6 +125,8 @@ def prune_model(
                 removed[name] = method.prune_(weight, name, targets[name], parsed, statistics, rows)
             gone = sum(removed[name] for name in by_layer[index])
             size = sum(module.weight.numel() for module in by_layer[index].values())
+            if on_layer is not None:
+                on_layer(index)
             residence.keep(index, {name: removed[name] for name in by_layer[index]})
             if statistics is not None:
                 statistics.release()

@@ -67,8 +67,19 @@ def assert_same_model(expected: Path, found: Path) -> None:
         {"metric": "magnitude", "checkpoint_format": "dense"},
         {"pattern": "2:4", "sparsity": None, "modules_to_not_convert": ["*.layers.2.*"]},
         {"target_sparsity": 0.0, "sparsity": None},
+        {"weight_bits": {"*.mlp.*": 8, "*.q_proj": 4}},
+        {"target_sparsity": 0.0, "sparsity": None, "weight_bits": 4},
     ],
-    ids=["sequential", "one-shot", "sparsegpt", "dense format", "2:4", "nothing removed"],
+    ids=[
+        "sequential",
+        "one-shot",
+        "sparsegpt",
+        "dense format",
+        "2:4",
+        "nothing removed",
+        "codes",
+        "codes alone",
+    ],
 )
 def test_the_result_is_that_of_memory_bit_for_bit(source, questions, tmp_path, changes):
     settings = {"kv_cache": CONFIG.kv_cache, "sparsity": CONFIG.sparsity} | changes
@@ -121,6 +132,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     settings = {
         "sparsity": CONFIG.sparsity,
         "calibration": has.CalibrationConfig(sequential=sequential),
+        "weight_bits": {"*.mlp.up_proj": 8},
     }
     config = has.SparsityConfig(**settings)
     whole, output = tmp_path / "whole", tmp_path / "out"
@@ -179,11 +191,6 @@ def test_an_output_that_is_not_empty_is_left_alone(source, questions, tmp_path):
         offload(source, output, questions)
     offload(source, output, questions, overwrite=True)
     assert not (output / "mine").exists()
-
-
-def test_quantised_weights_are_refused(source, questions, tmp_path):
-    with pytest.raises(ValueError, match="leave out weight_bits"):
-        offload(source, tmp_path / "out", questions, has.SparsityConfig(weight_bits=8))
 
 
 def test_saving_may_consume_the_model(tiny_llama, text_batches, tmp_path):

@@ -1,0 +1,57 @@
+"""Weights rounded to what their codes of 8 or 4 bits give back, each layer when it is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import decoder_layers, layer_index
+from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
+from hf_adaptive_sparse.runtime.conversion import quantise_
+
+
+class LayerQuantiser:
+    """Rounds the weights of a model in place, each once.
+
+    A layer is rounded when it is pruned, so that the layers after it are calibrated on what they
+    will be given.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, formats: Mapping[str, tuple[int, int | None]]
+    ) -> None:
+        """Round nothing yet.
+
+        Args:
+            model: The model.
+            formats: Module name -> bits of its values (8 or 4), and columns per scale.
+        """
+        self._model = model
+        self._layers_name, _ = decoder_layers(model)
+        self._waiting = dict(formats)
+
+    def layer_(self, index: int) -> None:
+        """Round the linears of one layer.
+
+        Raises:
+            ValueError: If a weight is NaN or infinite, or cannot be modified in place.
+        """
+        for name in [n for n in self._waiting if layer_index(n, self._layers_name) == index]:
+            self._round(name)
+
+    def rest_(self) -> None:
+        """Round what no layer's turn has rounded; a weight that is not in memory is left out.
+
+        Raises:
+            ValueError: As `layer_`.
+        """
+        for name in list(self._waiting):
+            linear = self._model.get_submodule(name)
+            if not linear.weight.is_meta or hasattr(linear, "_hf_hook"):
+                self._round(name)
+
+    def _round(self, name: str) -> None:
+        weight = stored_weight(self._model.get_submodule(name), name)
+        check_finite(weight, name)
+        quantise_(weight, *self._waiting.pop(name))
