@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from hf_adaptive_sparse.cli.commands import Answer
+from hf_adaptive_sparse.cli.answer import Answer
+from hf_adaptive_sparse.cli.options import add_command
 from hf_adaptive_sparse.compressor import ModelSource, bench
 from hf_adaptive_sparse.report import format_bytes, text_table
 
 RUNTIMES = {"both": ("sparse", "dense"), "sparse": ("sparse",), "dense": ("dense",)}
+
+
+def add_bench(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "bench",
+        run_bench,
+        "Measure a model on this machine: bytes, load time, tokens per second, memory bandwidth",
+    )
+    parser.add_argument("model", metavar="MODEL", help="Hub repo or local folder")
+    parser.add_argument("--dense", metavar="MODEL", help="the dense model, to measure beside it")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    parser.add_argument("--dtype", default="auto", help="dtype to load in (default: as stored)")
+    parser.add_argument("--device-map", help="as in transformers, for example auto")
+    parser.add_argument(
+        "--runtime",
+        choices=("sparse", "dense", "both"),
+        default="both",
+        help="runtime of a compressed model (default: both, one after the other)",
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: 32")
 
 
 def run_bench(options: argparse.Namespace) -> Answer:

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.cli import main
-from hf_adaptive_sparse.cli.arguments import weight_bits
+from hf_adaptive_sparse.cli.options import weight_bits
 from hf_adaptive_sparse.compressor import ModelSource, bench
 from hf_adaptive_sparse.compressor.bench_process import decoder_bytes, measure
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk

@@ -1,0 +1,93 @@
+"""The command ``compress``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hf_adaptive_sparse.cli.answer import Answer
+from hf_adaptive_sparse.cli.inputs import (
+    calibration_of,
+    config_of,
+    evaluation_of,
+    model_of,
+    questions_of,
+)
+from hf_adaptive_sparse.cli.options import (
+    SEARCHED,
+    add_command,
+    add_final_prune,
+    add_output,
+    add_questions,
+)
+from hf_adaptive_sparse.cli.space_arguments import space_of
+from hf_adaptive_sparse.compressor import compress, search_space
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
+from hf_adaptive_sparse.compressor.saving import table_rows
+from hf_adaptive_sparse.report import text_table
+from hf_adaptive_sparse.search.objectives import Goal
+
+
+def add_compress(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands, "compress", run_compress, "Search, prune and save: the whole method"
+    )
+    for add in (_add_quality, add_output, *SEARCHED, add_final_prune, add_questions):
+        add(parser)
+    parser.set_defaults(metric=None, trials=None)
+    parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to this Hub repo")
+    parser.add_argument("--private", action="store_true", help="make the pushed repo private")
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in QUALITIES.items())
+    parser.add_argument(
+        "--quality",
+        default=DEFAULT_QUALITY,
+        metavar="NAME",
+        help=f"method and effort (default: {DEFAULT_QUALITY}), where the options below say nothing "
+        f"else. {presets}",
+    )
+
+
+def run_compress(options: argparse.Namespace) -> Answer:
+    """Search, prune, save, and push if asked."""
+    if options.max_loss is not None:
+        raise ValueError(
+            "--max-loss is an option of search: its bound holds for the masks that a search sees, "
+            "and compress prunes with others. Use search --max-loss, then prune --one-shot "
+            "--profile with what it found."
+        )
+    config = config_of(options)
+    result = compress(
+        model_of(options),
+        options.output,
+        config=config,
+        quality=options.quality,
+        space=space_of(options, config, search_space(config, options.kv_bits, options.quality)),
+        trials=options.trials,
+        objective=Goal.parse(options.objective).to_json(),
+        timeout_seconds=options.timeout,
+        calibration=calibration_of(options),
+        evaluation=evaluation_of(options),
+        questions=questions_of(options),
+        storage=options.storage,
+        study_name=options.study,
+        seed=options.seed,
+        sampler=options.sampler,
+        overwrite=options.overwrite,
+        push_to_hub=options.push_to_hub,
+        private=options.private,
+        progress=not options.no_progress,
+    )
+    lines = [text_table(table_rows(result.measurements)), "", f"Saved to {result.output}"]
+    if result.search is not None and result.search.baseline is not None:
+        lines.insert(
+            1,
+            f"Search: one-shot {result.search.goal.labels[0]} {result.search.best_value:.3f}, "
+            f"uniform {result.search.baseline:.3f}, {len(result.search.history)} trials.",
+        )
+    if result.commit_url is not None:
+        lines.append(f"Pushed: {result.commit_url}")
+    return Answer("\n".join(lines), result.to_dict())

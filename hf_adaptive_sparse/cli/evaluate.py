@@ -1,0 +1,123 @@
+"""The command ``evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hf_adaptive_sparse.cli.answer import Answer
+from hf_adaptive_sparse.cli.inputs import evaluation_of, model_of, questions_of
+from hf_adaptive_sparse.cli.options import (
+    add_batches,
+    add_command,
+    add_evaluation,
+    add_model,
+    add_questions,
+)
+from hf_adaptive_sparse.cli.space_arguments import widths
+from hf_adaptive_sparse.compressor import evaluate, evaluate_tasks
+from hf_adaptive_sparse.compressor.saving import table_rows
+from hf_adaptive_sparse.compressor.tasks import task_rows
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
+from hf_adaptive_sparse.evaluation.tasks.task import Setting
+from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.report import text_table
+
+OWN_PROFILE: tuple[int, ...] = ()
+"""Default of ``--kv-bits``: what the model's config says."""
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands, "evaluate", run_evaluate, "Measure perplexity, answers and bytes of a model"
+    )
+    for add in (add_model, add_evaluation, add_questions, add_batches):
+        add(parser)
+    parser.add_argument(
+        "--kv-bits",
+        type=widths,
+        metavar="BITS",
+        help="one width for all layers, one per layer joined by commas, or none "
+        "(default: the model's own profile)",
+    )
+    parser.set_defaults(kv_bits=OWN_PROFILE)
+    tasks = parser.add_argument_group("benchmarks, with their official scoring")
+    tasks.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="run these instead, joined by commas: wikitext2, vqav2, textvqa, scienceqa",
+    )
+    tasks.add_argument(
+        "--task-data",
+        action="append",
+        default=[],
+        metavar="TASK=DATA",
+        help="dataset or local file with the columns of the task's usual one; may be repeated",
+    )
+    tasks.add_argument("--task-samples", type=int, metavar="N", help="only the first N items")
+    tasks.add_argument(
+        "--task-batch-size", type=int, default=8, metavar="N", help="questions per batch"
+    )
+    tasks.add_argument(
+        "--results",
+        metavar="DIR",
+        help="write outcomes here as they come; a run that was stopped goes on from them",
+    )
+
+
+def run_evaluate(options: argparse.Namespace) -> Answer:
+    """Measure a model, by benchmarks if any are named."""
+    if options.tasks is not None:
+        return _run_tasks(options)
+    for option in ("task_data", "task_samples", "results"):
+        if getattr(options, option):
+            raise ValueError(f"--{option.replace('_', '-')} needs --tasks.")
+    row = evaluate(
+        model_of(options),
+        evaluation=evaluation_of(options),
+        questions=questions_of(options),
+        kv_cache=_kv_choice(options.kv_bits),
+        progress=not options.no_progress,
+    )
+    return Answer(text_table(table_rows([row])), row.to_dict())
+
+
+def _run_tasks(options: argparse.Namespace) -> Answer:
+    found = evaluate_tasks(
+        model_of(options),
+        options.tasks.split(","),
+        data=task_data(options.task_data),
+        setting=Setting(
+            kv_cache=_kv_choice(options.kv_bits), sequence_length=options.sequence_length
+        ),
+        batch_size=options.task_batch_size,
+        num_samples=options.task_samples,
+        results=options.results,
+        progress=not options.no_progress,
+    )
+    data = {"tasks": [result.to_dict() for result in found]}
+    return Answer(text_table(task_rows(found)), data)
+
+
+def task_data(pairs: list[str]) -> dict[str, str]:
+    """Parse ``TASK=DATA`` pairs.
+
+    Raises:
+        ValueError: If a pair is not of that form.
+    """
+    split = [pair.partition("=") for pair in pairs]
+    for pair, (task, _, source) in zip(pairs, split, strict=True):
+        if not task or not source:
+            raise ValueError(
+                f"--task-data must be TASK=DATA, such as vqav2=questions.parquet, got {pair!r}."
+            )
+    return {task: source for task, _, source in split}
+
+
+def _kv_choice(bits: tuple[int, ...] | None) -> KVCacheChoice:
+    if bits is None:
+        return False
+    if bits == OWN_PROFILE:
+        return None
+    return KVCacheConfig(bits=bits[0] if len(bits) == 1 else bits)

@@ -1,0 +1,79 @@
+"""The model, the data and the config that the options of a command name."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor import DataSource, ModelSource
+from hf_adaptive_sparse.profiles import CalibrationConfig, KVCacheConfig
+
+
+def model_of(options: argparse.Namespace) -> ModelSource:
+    """Return the model of `options.add_model`."""
+    return ModelSource(options.model, options.revision, options.dtype, options.device_map)
+
+
+def calibration_of(options: argparse.Namespace) -> DataSource:
+    """Return the data of `options.add_calibration` and `options.add_batches`."""
+    return DataSource(
+        options.calibration,
+        options.calibration_samples,
+        options.sequence_length,
+        options.batch_size,
+        options.seed,
+    )
+
+
+def evaluation_of(options: argparse.Namespace) -> DataSource:
+    """Return the data of `options.add_evaluation` and `options.add_batches`."""
+    return DataSource(
+        options.evaluation,
+        options.evaluation_samples,
+        options.sequence_length,
+        options.batch_size,
+    )
+
+
+def questions_of(options: argparse.Namespace) -> DataSource | None:
+    """Return the data of `options.add_questions`; ``None`` where there are none."""
+    if options.questions is None:
+        return None
+    return replace(evaluation_of(options), source=options.questions)
+
+
+def config_of(
+    options: argparse.Namespace,
+    sparsity: dict[str, float] | None = None,
+    kv_cache: KVCacheConfig | None = None,
+    weight_bits: Mapping[str, int] | None = None,
+) -> SparsityConfig:
+    """Return the config of the final prune: what the options ask for, or else what is given.
+
+    Args:
+        options: Those of `options.add_pruning` and `options.add_final_prune`.
+        sparsity: Ratios by module name or glob.
+        kv_cache: The KV profile.
+        weight_bits: Bits by module name, where no option says otherwise.
+    """
+    fields: dict[str, Any] = {}
+    wanted = options.weight_bits if options.weight_bits is not None else weight_bits
+    if wanted is not None:
+        fields |= {"weight_bits": wanted, "weight_group_size": options.weight_group_size}
+    if options.target_sparsity is not None:
+        fields["target_sparsity"] = options.target_sparsity
+    if options.metric is not None:
+        fields["metric"] = options.metric
+    if options.weight_update is not None:
+        fields["weight_update"] = options.weight_update
+    return SparsityConfig(
+        pattern=options.pattern,
+        sparsity=sparsity,
+        kv_cache=kv_cache,
+        calibration=CalibrationConfig(sequential=not options.one_shot, seed=options.seed),
+        checkpoint_format=options.checkpoint_format,
+        **fields,
+    )

@@ -1,0 +1,207 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from hf_adaptive_sparse.cli.answer import Answer
+from hf_adaptive_sparse.cli.space_arguments import add_space
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
+
+Runner = Callable[[argparse.Namespace], Answer]
+
+
+def add_command(commands: Any, name: str, runner: Runner, text: str) -> argparse.ArgumentParser:
+    """Add a command with the options that all have, and return its parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=runner)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show the full traceback of an input error"
+    )
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the model and how it is loaded."""
+    parser.add_argument("model", metavar="MODEL", help="Hub repo or local folder")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL on the Hub")
+    parser.add_argument("--dtype", default="auto", help="dtype to load in (default: as stored)")
+    parser.add_argument(
+        "--device-map",
+        help="as in transformers, for example cuda:1 (default: the visible GPUs, if any)",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+
+
+def add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add the folder that a command writes."""
+    parser.add_argument("--output", metavar="DIR", required=required, help="folder to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is in DIR when the job is done"
+    )
+
+
+def add_pruning(parser: argparse.ArgumentParser) -> None:
+    """Add ratio and metric."""
+    parser.add_argument(
+        "--target-sparsity",
+        type=float,
+        metavar="RATIO",
+        help="mean fraction of the decoder's weights to remove (default: 0.5; free under a "
+        "budget in bytes)",
+    )
+    parser.add_argument(
+        "--metric",
+        default="lognorm",
+        help="lognorm, wanda, ria or magnitude, which score weights; sparsegpt or alps, which "
+        "also update those that stay (default: lognorm; of compress: the quality's)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
+
+
+def add_final_prune(parser: argparse.ArgumentParser) -> None:
+    """Add what is done to the weights beyond choosing them."""
+    parser.add_argument(
+        "--pattern", default="unstructured", help="unstructured, or n:m such as 2:4"
+    )
+    parser.add_argument(
+        "--weight-update",
+        metavar="UPDATE",
+        help="what the kept weights do after the metric's mask: obs or least_squares "
+        "(default: nothing)",
+    )
+    parser.add_argument(
+        "--one-shot",
+        action="store_true",
+        help="calibrate on the dense model's activations instead of layer after pruned layer",
+    )
+    parser.add_argument(
+        "--checkpoint-format",
+        default="bitmask",
+        help="bitmask (small), or dense (zeros stored; loads without this package)",
+    )
+    parser.add_argument(
+        "--weight-bits",
+        type=weight_bits,
+        metavar="BITS",
+        help="bits of the kept weights: 16, 8 or 4 for all, or GLOB=BITS joined by commas "
+        "(default: 16)",
+    )
+    parser.add_argument(
+        "--weight-group-size",
+        type=int,
+        metavar="N",
+        help="columns that share a scale at 8 and 4 bits (default: the whole row at 8, 64 at 4)",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the calibration data."""
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="Hub dataset (name:config:split) or parquet, jsonl or text file "
+        "(default: WikiText-2, training split)",
+    )
+    parser.add_argument(
+        "--calibration-samples", type=int, default=128, metavar="N", help="windows or questions"
+    )
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add the evaluation data."""
+    parser.add_argument(
+        "--evaluation",
+        metavar="DATA",
+        help="likewise, to evaluate on (default: WikiText-2, validation split)",
+    )
+    parser.add_argument(
+        "--evaluation-samples", type=int, default=64, metavar="N", help="windows or questions"
+    )
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """Add visual questions."""
+    parser.add_argument(
+        "--questions",
+        metavar="DATA",
+        help="visual questions to answer: columns image, question, answer",
+    )
+
+
+def add_batches(parser: argparse.ArgumentParser) -> None:
+    """Add how data are cut into batches."""
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="N",
+        help="tokens per window of text (default: the model's context, 2048 at most)",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows per batch")
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Add the space of a search and how it is carried out."""
+    add_space(parser)
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=50,
+        metavar="N",
+        help="default: 50; of compress: the quality's",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="start no further trial after so long (default: no limit)",
+    )
+    parser.add_argument(
+        "--objective",
+        default="perplexity",
+        metavar="WHAT",
+        help="what to minimise: perplexity, answers, kl or accuracy (questions missed); "
+        "perplexity=0.5,kl=0.5 for a weighted sum; perplexity,bytes for a Pareto front "
+        "(default: perplexity)",
+    )
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="Optuna storage such as postgresql://… or redis://…, or path of a journal or SQLite "
+        "file (default: a journal in DIR)",
+    )
+    parser.add_argument(
+        "--sampler",
+        default=DEFAULT_SAMPLER,
+        metavar="NAME",
+        help=f"{', '.join(sampler_names())} (default: {DEFAULT_SAMPLER})",
+    )
+    parser.add_argument(
+        "--study",
+        metavar="NAME",
+        help="name of the study in the storage (default: hf-adaptive-sparse)",
+    )
+
+
+def weight_bits(text: str) -> int | dict[str, int]:
+    """Parse the value of ``--weight-bits``.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is neither a number nor ``GLOB=BITS`` joined by commas.
+    """
+    try:
+        if "=" not in text:
+            return int(text)
+        pairs = (part.rpartition("=") for part in text.split(","))
+        return {glob.strip(): int(bits) for glob, _, bits in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be 16, 8, 4, or GLOB=BITS joined by commas, such as '*.mlp.*=8'; got {text!r}"
+        ) from None
+
+
+CALIBRATED = (add_model, add_pruning, add_calibration, add_batches)
+SEARCHED = (*CALIBRATED, add_evaluation, add_search_options)

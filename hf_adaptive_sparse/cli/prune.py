@@ -1,0 +1,88 @@
+"""The command ``prune``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hf_adaptive_sparse.cli.answer import Answer
+from hf_adaptive_sparse.cli.inputs import calibration_of, config_of, model_of
+from hf_adaptive_sparse.cli.options import CALIBRATED, add_command, add_final_prune, add_output
+from hf_adaptive_sparse.compressor import prune_offloaded, prune_to_folder
+from hf_adaptive_sparse.profiles import CompressionProfile
+from hf_adaptive_sparse.report import format_bytes
+
+
+def add_prune(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands, "prune", run_prune, "Prune at uniform ratios, or by a profile, and save"
+    )
+    for add in (add_output, *CALIBRATED, add_final_prune):
+        add(parser)
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep one decoder layer in memory at a time: slower to read, and an interrupted run "
+        "goes on with the layer it had reached",
+    )
+    parser.add_argument(
+        "--profile", metavar="FILE", help="profile.json of a search, instead of uniform ratios"
+    )
+    parser.add_argument(
+        "--sparsity",
+        action="append",
+        default=[],
+        metavar="GLOB=RATIO",
+        help="ratio of the modules that match; may be repeated; the others stay dense",
+    )
+
+
+def run_prune(options: argparse.Namespace) -> Answer:
+    """Prune at uniform ratios, by globs, or by a profile, and save."""
+    sparsity = sparsity_globs(options.sparsity)
+    kv_cache, weight_bits = None, None
+    if options.profile is not None:
+        if sparsity is not None:
+            raise ValueError("Give --profile or --sparsity, not both.")
+        profile = CompressionProfile.load(options.profile)
+        sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
+        kv_cache, weight_bits = profile.kv_cache, profile.weight_bits
+    config = config_of(options, sparsity=sparsity, kv_cache=kv_cache, weight_bits=weight_bits)
+    if options.offload and options.device_map is not None:
+        raise ValueError("Give --offload or --device-map, not both: it computes on the CPU.")
+    prune = prune_offloaded if options.offload else prune_to_folder
+    result = prune(
+        model_of(options),
+        options.output,
+        config,
+        calibration=calibration_of(options),
+        seed=options.seed,
+        overwrite=options.overwrite,
+        progress=not options.no_progress,
+    )
+    text = (
+        f"Removed {result.report.mean_sparsity:.4%} of the decoder's weights "
+        f"({len(result.report.modules)} linears, {config.method}).\n"
+        f"Weights on disk: {format_bytes(result.weight_bytes)}, dense "
+        f"{format_bytes(result.dense_bytes)}.\nSaved to {result.output}"
+    )
+    return Answer(text, result.to_dict())
+
+
+def sparsity_globs(pairs: list[str]) -> dict[str, float] | None:
+    """Parse ``GLOB=RATIO`` pairs.
+
+    Raises:
+        ValueError: If a pair is not of that form.
+    """
+    ratios = {}
+    for pair in pairs:
+        glob, separator, ratio = pair.rpartition("=")
+        try:
+            ratios[glob] = float(ratio)
+        except ValueError:
+            separator = ""
+        if not separator or not glob:
+            raise ValueError(f"--sparsity must be GLOB=RATIO, such as '*.mlp.*=0.6', got {pair!r}.")
+    return ratios or None

@@ -1,0 +1,129 @@
+"""The command ``search``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from typing import Any
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.cli.answer import Answer
+from hf_adaptive_sparse.cli.inputs import calibration_of, evaluation_of, model_of
+from hf_adaptive_sparse.cli.options import SEARCHED, add_command, add_output
+from hf_adaptive_sparse.cli.space_arguments import space_of
+from hf_adaptive_sparse.compressor import (
+    search_space,
+    search_study,
+    search_to_folder,
+    search_within_to_folder,
+)
+from hf_adaptive_sparse.compressor.jobs import SearchSettings
+from hf_adaptive_sparse.report import text_table
+from hf_adaptive_sparse.search.loss_budgets import budget_text
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.space import SearchSpace
+
+
+def add_search(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "search",
+        run_search,
+        "Search a profile without pruning. Started several times with one --storage and --study, "
+        "on one machine or many, all work on one search",
+    )
+    add_output(parser, required=False)
+    for add in SEARCHED:
+        add(parser)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes to search with on this machine; a GPU each, as far as there are enough",
+    )
+
+
+def run_search(options: argparse.Namespace) -> Answer:
+    """Search a profile and write it."""
+    target = 0.5 if options.target_sparsity is None else options.target_sparsity
+    config = SparsityConfig(target_sparsity=target, metric=options.metric)
+    space = space_of(options, config, search_space(config, options.kv_bits))
+    if options.max_loss is not None:
+        return _run_within(options, space)
+    settings: SearchSettings = {
+        "study_name": options.study,
+        "metric": options.metric,
+        "trials": options.trials,
+        "objective": Goal.parse(options.objective).to_json(),
+        "timeout_seconds": options.timeout,
+        "calibration": calibration_of(options),
+        "evaluation": evaluation_of(options),
+        "seed": options.seed,
+        "sampler": options.sampler,
+        "workers": options.workers,
+        "progress": not options.no_progress,
+    }
+    if options.output is not None:
+        result = search_to_folder(
+            model_of(options),
+            options.output,
+            space,
+            storage=options.storage,
+            overwrite=options.overwrite,
+            **settings,
+        )
+        where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
+    elif options.storage is not None:
+        result = search_study(model_of(options), space, storage=options.storage, **settings)
+        where = f"Study {result.study.study_name!r}; --output DIR writes its profile to a folder."
+    else:
+        raise ValueError("Give --output DIR, or --storage for a study, or both; got neither.")
+    uniform = "failed" if result.baseline is None else f"{result.baseline:.3f}"
+    text = (
+        f"Best {result.goal.labels[0]} {result.best_value:.3f} (one-shot masks; uniform: "
+        f"{uniform}) in {len(result.history)} trials.\n{where}"
+    )
+    if result.goal.is_front:
+        front = [{"trial": point.trial, **point.values} for point in result.pareto]
+        text += "\n\n" + text_table(front)
+    return Answer(text, result.to_dict())
+
+
+def _run_within(options: argparse.Namespace, space: SearchSpace) -> Answer:
+    if options.output is None:
+        raise ValueError("--max-loss needs --output DIR: the profile found is written there.")
+    if options.workers != 1:
+        raise ValueError(f"--max-loss searches with one worker, got --workers {options.workers}.")
+    found = search_within_to_folder(
+        model_of(options),
+        options.output,
+        space,
+        max_loss=options.max_loss,
+        metric=options.metric,
+        trials=options.trials,
+        calibration=calibration_of(options),
+        evaluation=evaluation_of(options),
+        storage=options.storage,
+        study_name=options.study,
+        seed=options.seed,
+        sampler=options.sampler,
+        overwrite=options.overwrite,
+        progress=not options.no_progress,
+    )
+    rows = [
+        {
+            "budget": budget_text(budget, found.unit),
+            "perplexity, evaluation data": "failed" if math.isinf(loss) else f"{loss:+.3%}",
+        }
+        for budget, loss in sorted(found.tried.items())
+    ]
+    where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
+    if space.prunes:
+        where += (
+            f"\nThe bound is that of one-shot masks: prune MODEL --one-shot --metric "
+            f"{options.metric} --profile {os.path.join(options.output, 'profile.json')}"
+        )
+    return Answer(f"{found}\n\n{text_table(rows)}\n\n{where}", found.to_dict())
