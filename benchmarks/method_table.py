@@ -10,89 +10,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import dataclass, replace
-from pathlib import Path
-from time import perf_counter
+from dataclasses import replace
 from typing import Any
 
-from environment import shared, write_result
+from environment import write_result
+from inputs import add_inputs, read_inputs, run_search
 
-from hf_adaptive_sparse.calibration.data import Batch, load_batches
-from hf_adaptive_sparse.compressor import DataSource, Measurement, ModelSource
+from hf_adaptive_sparse.compressor import Measurement
 from hf_adaptive_sparse.compressor.saving import table_rows
-from hf_adaptive_sparse.demo.method_table import TableData, method_table
+from hf_adaptive_sparse.demo.method_table import method_table
 from hf_adaptive_sparse.report import markdown_table
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.study import search
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Model and data: what is calibrated on, what the search sees, what is measured."""
-
-    source: ModelSource
-    searched: list[Batch]
-    data: TableData
-
-
-def read_inputs(options: argparse.Namespace) -> Inputs:
-    source = ModelSource(options.model or shared("models/tiny-llava"), dtype=options.dtype)
-    text = Path(options.text) if options.text else shared("data/wikitext2")
-    visual = Path(options.visual) if options.visual else shared("data/easy-vqa")
-    processor = source.load_processor()
-    config = source.load().config
-    windows: list[Batch] = load_batches(
-        text / "calibration.parquet",
-        processor,
-        config=config,
-        num_samples=None,
-        sequence_length=options.sequence_length,
-        batch_size=8,
-        split="validation",
-    )
-    calibrated = options.calibration_windows // 8
-    searched = windows[calibrated : calibrated + options.search_windows // 8]
-    questions = DataSource(visual / "calibration.parquet", options.calibration_questions)
-    held_out = load_batches(
-        text / "evaluation.parquet",
-        processor,
-        config=config,
-        num_samples=options.evaluation_windows,
-        sequence_length=options.sequence_length,
-        batch_size=8,
-        split="validation",
-    )
-    data = TableData(
-        calibration=[
-            *windows[:calibrated],
-            *DataSource(questions.source, questions.num_samples, batch_size=32).batches(
-                processor, config, "validation"
-            ),
-        ],
-        held_out=held_out,
-        processor=processor,
-        questions=DataSource(visual / "evaluation.parquet").questions(config, "validation"),
-        num_questions=options.evaluation_questions,
-    )
-    return Inputs(source, searched, data)
-
-
-def run_search(
-    inputs: Inputs, space: SearchSpace, trials: int, seed: int
-) -> tuple[SearchResult, float]:
-    started = perf_counter()
-    result = search(
-        inputs.source.load_dense(),
-        inputs.data.calibration,
-        inputs.searched,
-        space,
-        n_trials=trials,
-        seed=seed,
-    )
-    return result, perf_counter() - started
 
 
 def found(result: SearchResult, seconds: float) -> dict[str, Any]:
@@ -112,20 +43,11 @@ def found(result: SearchResult, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="default: the shared tiny-llava")
-    parser.add_argument("--text", help="folder with calibration.parquet and evaluation.parquet")
-    parser.add_argument("--visual", help="likewise, with visual questions")
-    parser.add_argument("--dtype", default="auto")
+    add_inputs(parser)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--sweep-trials", type=int, default=30)
     parser.add_argument("--sweep-questions", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--calibration-windows", type=int, default=64)
-    parser.add_argument("--calibration-questions", type=int, default=256)
-    parser.add_argument("--search-windows", type=int, default=64)
-    parser.add_argument("--evaluation-windows", type=int)
-    parser.add_argument("--evaluation-questions", type=int)
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.3, 0.4, 0.5, 0.6, 0.7])
     parser.add_argument("--name", default="method_table", help="name of the result files")
     options = parser.parse_args()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from ablation_metrics import register_variants
 from environment import shared, write_result
-from method_table import Inputs, read_inputs
+from inputs import Inputs, add_inputs, read_inputs
 from paired import Bootstrap, Losses, held_out_losses
 from transformers import PreTrainedModel
 
@@ -392,19 +392,17 @@ def _gap_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=list(QUESTIONS), default=list(QUESTIONS))
-    parser.add_argument("--model", help="default: the shared tiny-llava")
-    parser.add_argument("--text", help="folder with calibration.parquet and evaluation.parquet")
-    parser.add_argument("--visual", help="likewise, with visual questions")
-    parser.add_argument("--dtype", default="auto")
+    add_inputs(
+        parser,
+        calibration_windows=32,
+        calibration_questions=128,
+        search_windows=32,
+        evaluation_windows=128,
+        evaluation_questions=512,
+    )
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--calibration-windows", type=int, default=32)
-    parser.add_argument("--calibration-questions", type=int, default=128)
-    parser.add_argument("--search-windows", type=int, default=32)
     parser.add_argument("--search-questions", type=int, default=256)
-    parser.add_argument("--evaluation-windows", type=int, default=128)
-    parser.add_argument("--evaluation-questions", type=int, default=512)
     parser.add_argument("--name", default="open_questions", help="name of the result files")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

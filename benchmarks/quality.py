@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 from environment import write_result
-from method_table import Inputs, read_inputs, run_search
+from inputs import Inputs, add_inputs, read_inputs, run_search
 from paired import Bootstrap, Losses, held_out_losses
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -248,19 +248,10 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="default: the shared tiny-llava")
-    parser.add_argument("--text", help="folder with calibration.parquet and evaluation.parquet")
-    parser.add_argument("--visual", help="likewise, with visual questions")
-    parser.add_argument("--dtype", default="auto")
+    add_inputs(parser)
     parser.add_argument("--target-sparsity", type=float, default=0.5)
     parser.add_argument("--trials", type=int, help="default: the preset's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--calibration-windows", type=int, default=64)
-    parser.add_argument("--calibration-questions", type=int, default=256)
-    parser.add_argument("--search-windows", type=int, default=64)
-    parser.add_argument("--evaluation-windows", type=int)
-    parser.add_argument("--evaluation-questions", type=int)
     parser.add_argument("--name", default="quality", help="name of the result files")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
