@@ -60,7 +60,7 @@ def searched(
     shape = ModelShape.of(model, space)
     storage = optuna.storages.InMemoryStorage()
     arguments = {"storage": storage, "seed": seed, "progress": False}
-    first = has.search(model, None, batches, space, n_trials=1, **arguments)
+    first = has.search(model, None, batches, space, n_trials=1, compare_widths=False, **arguments)
     start = replace(sensitivity, plan=shape.kv).best_bits()
     first.study.enqueue_trial(params_for(space, shape, kv_bits=start))
     result = has.search(model, None, batches, space, n_trials=trials, **arguments)

@@ -60,6 +60,7 @@ def work(options: argparse.Namespace) -> None:
         n_trials=options.trials,
         storage=options.storage,
         early_stopping=False,
+        compare_widths=False,
         progress=False,
     )
 

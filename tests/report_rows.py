@@ -51,6 +51,7 @@ def facts(rows: list[dict[str, Any]], **changes: Any) -> StudyFacts:
         "labels": ("perplexity",),
         "measured": None,
         "held_out": None,
+        "narrowing": None,
         "workers": 2,
         "seconds": 300.0,
         "versions": {"torch": "2"},

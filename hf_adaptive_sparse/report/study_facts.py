@@ -14,6 +14,7 @@ from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.result import HISTORY_FILE, SearchResult
 from hf_adaptive_sparse.search.storage import open_storage, quiet_optuna, storage_errors
 from hf_adaptive_sparse.search.trials import history
+from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing
 from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class StudyFacts:
         labels: What the trials minimise, one name per figure.
         measured: What was measured of each group before the search, as `search` stores it.
         held_out: Comparison with the uniform profile on data that the search did not see.
+        narrowing: How the best profile compares with narrower KV and weight bits.
         workers: Workers that carried trials through; ``None`` where it is not known.
         seconds: Time from the first trial's start to the last one's end, likewise.
         versions: Libraries it was begun with.
@@ -55,6 +57,7 @@ class StudyFacts:
     labels: tuple[str, ...]
     measured: Mapping[str, Any] | None
     held_out: Mapping[str, Any] | None
+    narrowing: Narrowing | None
     workers: int | None
     seconds: float | None
     versions: Mapping[str, str]
@@ -147,6 +150,9 @@ def facts_of(study: Study) -> StudyFacts:
     trials = study.get_trials(deepcopy=False)
     best = _best(rows)
     profile = None if best is None else trials[best["number"]].user_attrs["profile"]
+    narrowing = _narrowing(attributes.get(NARROWER), best)
+    if narrowing is not None and narrowing.taken and narrowing.profile is not None:
+        profile = narrowing.profile.to_dict()
     started = [t.datetime_start for t in trials if t.datetime_start and t.state.is_finished()]
     ended = [t.datetime_complete for t in trials if t.datetime_complete]
     span = (max(ended) - min(started)).total_seconds() if started and ended else None
@@ -162,6 +168,7 @@ def facts_of(study: Study) -> StudyFacts:
         labels=_labels(made_for.get("objective")),
         measured=attributes.get("sensitivity"),
         held_out=attributes.get(HELD_OUT),
+        narrowing=narrowing,
         workers=len(named) or None,
         seconds=span,
         versions=attributes.get("versions", {}),
@@ -190,10 +197,17 @@ def _from_file(folder: Path, name: str | None) -> StudyFacts:
         labels=_labels(data.get("objective")),
         measured=None,
         held_out=data.get(HELD_OUT),
+        narrowing=_narrowing(data.get(NARROWER), best),
         workers=None,
         seconds=None,
         versions=data["versions"],
     )
+
+
+def _narrowing(stored: Mapping[str, Any] | None, best: Row | None) -> Narrowing | None:
+    if stored is None or best is None or stored["trial"] != best["number"]:
+        return None
+    return Narrowing.from_dict(stored)
 
 
 def _best(rows: Sequence[Row]) -> Row | None:

@@ -87,6 +87,17 @@ def _profile_rows(profile: CompressionProfile, numel: Mapping[str, int]) -> list
     return [{"layer": layer, **cells} for layer, cells in sorted(layers.items())]
 
 
+def _widths(facts: StudyFacts, folder: Path) -> str:
+    if facts.narrowing is None or not facts.narrowing.steps:
+        return ""
+    lines = "".join(f"<p>{escape(line)}</p>" for line in facts.narrowing.lines)
+    note = (
+        f"The best profile against the same with narrower bits, on {facts.narrowing.windows} "
+        "windows of the evaluation data, with the one-shot masks of the search."
+    )
+    return section("Whether its widths are needed", f'{lines}<p class="note">{note}</p>')
+
+
 def _sensitivity(facts: StudyFacts, folder: Path) -> str:
     body = ""
     measured = measured_effects(facts)
@@ -193,6 +204,7 @@ SECTIONS: tuple[Callable[[StudyFacts, Path], str], ...] = (
     _held_out,
     _history,
     _best,
+    _widths,
     _sensitivity,
     _importance,
     _front,

@@ -82,19 +82,18 @@ def warn_of_weak_evaluation(
 ) -> None:
     """Log what would make the search's values mean little."""
     windows = sum(_shape(batch)[0] for batch in evaluation)
-    longest = max(_shape(batch)[1] for batch in evaluation)
     if windows < 2:
         logger.warning(
             "The evaluation set holds a single window: its perplexity will hardly tell profiles "
             "apart. Use more data (the default is %d windows).",
             EVALUATION_SAMPLES,
         )
-    if space.searches_kv and longest < space.kv_residual_length:
+    if space.searches_kv and not fills_a_block(evaluation, space):
         logger.warning(
             "No evaluation window (longest: %d tokens) fills a block of the KV cache "
             "(kv_residual_length=%d), so nothing is quantised and KV bits make no difference. Use "
             "longer windows or a shorter residual.",
-            longest,
+            longest_window(evaluation),
             space.kv_residual_length,
         )
     if calibration is not None and batches_digest(calibration) == batches_digest(evaluation):
@@ -104,6 +103,16 @@ def warn_of_weak_evaluation(
         )
 
 
-def _shape(batch: Batch) -> tuple[int, int]:
+def longest_window(batches: Sequence[Mapping[str, torch.Tensor]]) -> int:
+    """Return the tokens of the longest window."""
+    return max(_shape(batch)[1] for batch in batches)
+
+
+def fills_a_block(batches: Sequence[Mapping[str, torch.Tensor]], space: SearchSpace) -> bool:
+    """Return whether a window is long enough for the KV bits of a space to make a difference."""
+    return longest_window(batches) >= space.kv_residual_length
+
+
+def _shape(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
     return tokens.shape[0], tokens.shape[1]

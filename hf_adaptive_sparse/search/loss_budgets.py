@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.search.byte_budget import ByteBudget
 from hf_adaptive_sparse.search.byte_sizes import format_bytes
 from hf_adaptive_sparse.search.candidate import uniform_params
+from hf_adaptive_sparse.search.data import fills_a_block, longest_window
 from hf_adaptive_sparse.search.increase import Batches
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -62,17 +63,12 @@ def check_lengths(windows: Batches, space: SearchSpace, what: str) -> None:
     Raises:
         ValueError: If no window fills a block of the cache.
     """
-    longest = max(tensor.shape[1] for one in windows for tensor in _states(one))
-    if space.kv_bits is not None and longest < space.kv_residual_length:
+    if space.kv_bits is not None and not fills_a_block(windows, space):
         raise ValueError(
-            f"No {what} window (longest: {longest} tokens) fills a block of the KV cache "
-            f"({space.kv_residual_length} tokens), so no bits of it make a difference there. Give "
-            "longer windows, or leave the KV bits out."
+            f"No {what} window (longest: {longest_window(windows)} tokens) fills a block of the KV "
+            f"cache ({space.kv_residual_length} tokens), so no bits of it make a difference there. "
+            "Give longer windows, or leave the KV bits out."
         )
-
-
-def _states(batch: Mapping[str, Any]) -> list[Any]:
-    return [batch[name] for name in ("input_ids", "inputs_embeds") if name in batch]
 
 
 def _kv_alone(space: SearchSpace) -> bool:

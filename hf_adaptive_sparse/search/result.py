@@ -22,6 +22,7 @@ from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import detached_study
 from hf_adaptive_sparse.search.trials import history, tally
+from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -113,8 +114,20 @@ class SearchResult:
 
     @property
     def best_profile(self) -> CompressionProfile:
-        """The best profile."""
-        return CompressionProfile.from_dict(self.best_trial.user_attrs["profile"])
+        """The best profile; the narrower one that took its place, see `narrowing`."""
+        return self._profile(self.best_trial)
+
+    @property
+    def narrowing(self) -> Narrowing | None:
+        """Which of the best profile's widths make no measurable difference; ``None``: not compared.
+
+        Its ``lines`` say it in words.
+        """
+        stored = self.study.user_attrs.get(NARROWER)
+        best = tally(self.study).best
+        if stored is None or best is None or stored["trial"] != best.number:
+            return None
+        return Narrowing.from_dict(stored)
 
     @property
     def target_sparsity(self) -> float:
@@ -142,14 +155,22 @@ class SearchResult:
             ParetoPoint(
                 trial=trial.number,
                 values=dict(zip(self.goal.labels, trial.values, strict=True)),
-                profile=CompressionProfile.from_dict(trial.user_attrs["profile"]),
+                profile=self._profile(trial),
                 config=self._config(trial),
             )
             for trial in front
         )
 
+    def _profile(self, trial: FrozenTrial) -> CompressionProfile:
+        narrowing = self.narrowing
+        if narrowing is not None and narrowing.taken and narrowing.trial == trial.number:
+            narrower = narrowing.profile
+            if narrower is not None:
+                return narrower
+        return CompressionProfile.from_dict(trial.user_attrs["profile"])
+
     def _config(self, trial: FrozenTrial) -> SparsityConfig:
-        profile = CompressionProfile.from_dict(trial.user_attrs["profile"])
+        profile = self._profile(trial)
         ratios = None if profile.sparsity is None else dict(profile.sparsity.ratios)
         weights: dict[str, Any] = {}
         if profile.weight_bits:
@@ -229,6 +250,7 @@ class SearchResult:
             "best_value": self.best_value,
             "best_trial": self.best_trial.number,
             "held_out": self.study.user_attrs.get("held_out"),
+            NARROWER: None if self.narrowing is None else self.narrowing.to_dict(),
             "history": self.history,
         }
 

@@ -32,6 +32,7 @@ from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.evaluator import open_evaluator
 from hf_adaptive_sparse.search.fingerprint import fingerprint
 from hf_adaptive_sparse.search.front import uniform_params_on_front
+from hf_adaptive_sparse.search.narrowing import is_due, narrow_on
 from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.opening import open_study
 from hf_adaptive_sparse.search.resolution import resolution_warning
@@ -79,6 +80,7 @@ def search(
     warm_start: bool = True,
     early_stopping: bool = True,
     reuse_bytes: int = DEFAULT_BYTES,
+    compare_widths: bool = True,
     progress: bool = True,
 ) -> SearchResult:
     """Search the sparsity and KV profile of lowest perplexity under an exact budget.
@@ -121,6 +123,10 @@ def search(
             as tried. A Pareto front is always evaluated in full.
         reuse_bytes: Hidden states kept at most, in bytes, so that a profile which begins like
             an earlier one is run from its first other layer on; 0: none.
+        compare_widths: Compare the best profile with its widest KV and weight bits cut down, and
+            say where that makes no measurable difference (`SearchResult.narrowing`). Under a budget
+            in bytes the narrower profile is then the best one. It takes two evaluations in full or
+            a few more, and 8 windows at least.
         progress: Show progress bars, with the best value so far.
 
     Returns:
@@ -196,7 +202,8 @@ def search(
             values=len(goal.parts),
         )
         compared = held_out_batches is None or is_compared(study, held_out_batches)
-        if goes_on(tally(study), n_trials) or not compared:
+        narrows = compare_widths and is_due(study, space, goal, evaluation_batches)
+        if goes_on(tally(study), n_trials) or narrows or not compared:
             with open_evaluator(
                 model,
                 space,
@@ -229,6 +236,8 @@ def search(
                     compare_on(
                         study, evaluator, space, shape, held_out_batches, draw=runner.suggest
                     )
+                if compare_widths and is_due(study, space, goal, evaluation_batches):
+                    narrow_on(study, evaluator, space, shape, draw=runner.suggest)
         check_outcome(tally(study), n_trials, goal)
         too_small = None if goal.is_front else resolution_warning(tally(study), evaluation_batches)
         if too_small is not None:

@@ -1,0 +1,181 @@
+"""Whether the best profile needs its widest bits, or narrower ones do as well.
+
+When a search ends, the best profile is read window by window as it is, then with its widest KV bits
+(and weight bits, where those are chosen, too) cut down to the next narrower width of the palette,
+and so on. As long as the perplexity rises by less than `width_steps.MARGIN`, at 95 % confidence,
+the widths are said not to differ. All are compared with the profile that was found, so that small
+losses do not add up unseen. A margin, and not merely an interval that holds 0: on too few windows
+any interval does.
+
+Under a budget in bytes, which is a ceiling, the narrower profile takes the best one's place. A mean
+that was asked for is kept, and it is said what the narrower profile would save.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hf_adaptive_sparse.search.candidate import Candidate
+from hf_adaptive_sparse.search.comparison import windows_of
+from hf_adaptive_sparse.search.data import fills_a_block
+from hf_adaptive_sparse.search.description import candidate_bytes
+from hf_adaptive_sparse.search.errors import TrialFailure
+from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
+from hf_adaptive_sparse.search.increase import increase_of
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.trials import tally
+from hf_adaptive_sparse.search.width_steps import (
+    CONFIDENCE,
+    KV,
+    NARROWER,
+    WEIGHTS,
+    Narrowing,
+    WidthStep,
+)
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import BaseTrial
+
+logger = logging.getLogger(__name__)
+
+FEWEST_WINDOWS = 8
+"""Windows below which nothing is compared."""
+
+OBJECTIVES = ("perplexity", "answers")
+"""Objectives that the comparison speaks for: both are the loss of the evaluation data's tokens."""
+
+
+def is_due(study: Study, space: SearchSpace, goal: Goal, evaluation: Batches) -> bool:
+    """Return whether widths are to be compared, and are not yet, for a study's best trial."""
+    chosen = (space.searches_kv and fills_a_block(evaluation, space)) or space.searches_weight_bits
+    if not chosen or goal.to_json() not in OBJECTIVES:
+        return False
+    if len(windows_of(evaluation)) < FEWEST_WINDOWS:
+        return False
+    best, stored = tally(study).best, study.user_attrs.get(NARROWER)
+    return best is None or stored is None or stored["trial"] != best.number
+
+
+def narrow_on(
+    study: Study,
+    evaluator: Evaluator,
+    space: SearchSpace,
+    shape: ModelShape,
+    draw: Callable[[BaseTrial, SearchSpace, ModelShape], Candidate],
+) -> None:
+    """Compare the best profile with narrower ones, and store the outcome with the study.
+
+    Args:
+        study: The study, with a complete trial.
+        evaluator: Evaluates profiles on the masked model; its evaluation data are taken.
+        space: The search space.
+        shape: The space laid over the model.
+        draw: What makes a profile of a trial's parameters.
+    """
+    from optuna.trial import FixedTrial
+
+    best = tally(study).best
+    if best is None:
+        return
+    found = draw(FixedTrial(best.params), space, shape)
+    windows = windows_of(evaluator.evaluation)
+    narrowest, steps = found, []
+    try:
+        before = evaluator.losses(found, windows)
+        # KV bits make no difference on windows that fill no block of the cache.
+        for part in (KV, WEIGHTS) if fills_a_block(windows, space) else (WEIGHTS,):
+            for wide, narrow in _caps(found, part, space, shape):
+                candidate = _capped(narrowest, part, narrow, shape)
+                after = evaluator.losses(candidate, windows)
+                step = WidthStep(part, wide, narrow, increase_of(before, after, CONFIDENCE))
+                steps.append(step)
+                if not step.is_same:
+                    break
+                narrowest = candidate
+    except (TrialFailure, ValueError) as error:
+        logger.warning("Narrower widths could not be compared with the best profile's: %s", error)
+        return
+    same = narrowest is not found
+    kept = _kept(found, narrowest, space) if same else ""
+    narrowing = Narrowing(
+        trial=best.number,
+        windows=len(windows),
+        steps=tuple(steps),
+        profile=narrowest.profile if same else None,
+        taken=same and not kept,
+        kv_bytes_per_token=_kv_bytes(found, shape) - _kv_bytes(narrowest, shape),
+        weight_bytes=_weight_bytes(found, evaluator) - _weight_bytes(narrowest, evaluator),
+        kept=kept,
+    )
+    for line in narrowing.lines:
+        logger.info(line)
+    study.set_user_attr(NARROWER, narrowing.to_dict())
+
+
+def _caps(
+    found: Candidate, part: str, space: SearchSpace, shape: ModelShape
+) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield the widths of the best profile beyond each narrower one, and that one, widest first."""
+    palette = (space.kv_bits if part == KV else space.weight_bits) or ()
+    used = set(_kv_widths(found, shape) if part == KV else found.weight_bits.values())
+    for narrow in reversed(palette[:-1]):
+        wide = tuple(sorted(width for width in used if width > narrow))
+        if wide:
+            yield wide, narrow
+
+
+def _kv_widths(candidate: Candidate, shape: ModelShape) -> Iterator[int]:
+    """Yield the widths of all keys and values that are cached."""
+    if candidate.kv_cache is None:
+        return
+    pairs = candidate.kv_cache.layer_bits(shape.num_layers)
+    for bits, sizes in zip(pairs, shape.kv_widths, strict=True):
+        yield from (width for width, size in zip(bits, sizes, strict=True) if size)
+
+
+def _capped(candidate: Candidate, part: str, most: int, shape: ModelShape) -> Candidate:
+    if part == WEIGHTS:
+        bits = {name: min(width, most) for name, width in candidate.weight_bits.items()}
+        return replace(candidate, weight_bits=bits, spent=None)
+    cache = candidate.kv_cache
+    if cache is None:
+        raise TypeError("A profile without KV bits has none to cut down.")
+    pairs = [
+        tuple(min(w, most) if size else w for w, size in zip(bits, sizes, strict=True))
+        for bits, sizes in zip(cache.layer_bits(shape.num_layers), shape.kv_widths, strict=True)
+    ]
+    keys, values = zip(*pairs, strict=True)
+    narrower = replace(cache, key_bits=keys, value_bits=values)
+    return replace(
+        candidate,
+        kv_cache=narrower,
+        mean_kv_bits=narrower.mean_bits(shape.kv_widths),
+        spent=None,
+    )
+
+
+def _kv_bytes(candidate: Candidate, shape: ModelShape) -> float:
+    if candidate.kv_cache is None:
+        return 0.0
+    return candidate.kv_cache.mean_bits(shape.kv_widths) * sum(map(sum, shape.kv_widths)) / 8
+
+
+def _weight_bytes(candidate: Candidate, evaluator: Evaluator) -> int:
+    return candidate_bytes(candidate, evaluator.model.dtype.itemsize)
+
+
+def _kept(found: Candidate, narrowest: Candidate, space: SearchSpace) -> str:
+    """Return which exact means, that the caller asked for, the narrower profile would not have."""
+    means = []
+    exact_kv = space.kv_mean_bits is not None or not space.in_bytes
+    if exact_kv and found.kv_cache != narrowest.kv_cache:
+        means.append(f"{space.mean_kv_bits:g} KV bits")
+    if space.weight_mean_bits is not None and found.weight_bits != narrowest.weight_bits:
+        means.append(f"{space.weight_mean_bits:g} weight bits")
+    return " and ".join(means)

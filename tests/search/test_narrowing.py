@@ -1,0 +1,170 @@
+"""What a search says of widths that make no difference, and when it takes the narrower."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+
+import pytest
+import torch
+
+from hf_adaptive_sparse.architecture import kv_widths
+from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.profiles import CompressionProfile
+from hf_adaptive_sparse.report.study_facts import read_study
+from hf_adaptive_sparse.report.study_page import write_study_report
+from hf_adaptive_sparse.search.evaluator import Evaluator
+from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.width_steps import MARGIN
+
+KV = {"kv_group_size": 16, "kv_residual_length": 8}
+MEAN_SEVEN = SearchSpace(target_sparsity=None, kv_bits=(6, 8), **KV)
+IN_MEMORY = SearchSpace(
+    target_sparsity=None, kv_bits=(2, 4, 8), fit_bytes=10**7, context_length=64, **KV
+)
+
+
+@pytest.fixture
+def run(tiny_llama):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 128, (10, 16), generator=generator)
+
+    def call(space, **changes) -> SearchResult:
+        settings = {"n_trials": 2, "warm_start": False, "progress": False} | changes
+        windows = settings.pop("windows", 10)
+        return search(tiny_llama, None, [{"input_ids": ids[:windows]}], space, **settings)
+
+    return call
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Let the mean loss depend on the widest width alone, with some noise; count the readings."""
+    readings = []
+
+    def put(by_width, noise=0.0, of="kv"):
+        def losses(self, candidate, windows):
+            readings.append(candidate)
+            if of == "kv":
+                widest = max(candidate.kv_cache.layer_bits(4)[0])
+            else:
+                widest = max(candidate.weight_bits.values())
+            signs = [noise * (-1) ** (widest // 2 + index) for index in range(len(windows))]
+            return [(15 * (4.0 + by_width[widest] + sign), 15) for sign in signs]
+
+        monkeypatch.setattr(Evaluator, "losses", losses)
+        return readings
+
+    return put
+
+
+def widest(profile):
+    return {width for pair in profile.kv_cache.layer_bits(4) for width in pair}
+
+
+def test_under_an_exact_mean_the_search_says_what_could_be_saved_and_keeps_it(run, costs):
+    costs({8: 0.0, 6: 0.0001})
+    result = run(MEAN_SEVEN)
+    assert widest(result.best_profile) == {6, 8}
+    said = result.narrowing
+    assert said.trial == result.best_trial.number
+    assert not said.taken
+    assert widest(said.profile) == {6}
+    # Half of the elements lose two bits each: 4 layers of 64 elements, 1 of 8 bits.
+    elements = sum(map(sum, [(32, 32)] * 4))
+    assert said.kv_bytes_per_token == elements / 8
+    first, last = said.lines
+    assert first.startswith("8 and 6 KV bits do not differ measurably here: with 6")
+    assert "+0.010%" in first
+    assert last.startswith(
+        "The mean of 7 KV bits is kept, as it was asked for; without it 32 bytes"
+    )
+
+
+def test_under_a_ceiling_in_bytes_the_narrower_is_taken(run, costs, tmp_path):
+    costs({8: 0.0, 4: 0.0002, 2: 0.3})
+    result = run(IN_MEMORY, n_trials=1, storage=tmp_path / "search.journal")
+    assert set(result.history[0]["key_bits"]) == {8}
+    assert widest(result.best_profile) == widest(result.pareto[0].profile) == {4}
+    assert result.best_config.kv_cache == result.best_profile.kv_cache
+    same, other, last = result.narrowing.lines
+    assert same.startswith("8 and 4 KV bits do not differ")
+    assert other.startswith("8 and 2 KV bits differ: with 2")
+    assert last.startswith("The narrower are taken, which saves ")
+    # Its files and its report say the same.
+    result.save(tmp_path)
+    assert SearchResult.load_profile(tmp_path) == result.best_profile
+    facts = read_study(tmp_path)
+    assert CompressionProfile.from_dict(dict(facts.profile)) == result.best_profile
+    page = write_study_report(facts, tmp_path / "report").read_text()
+    assert escape(same) in page
+    assert escape(last) in page
+    assert facts.narrowing == result.narrowing
+    assert result.detached().best_profile == result.best_profile
+    (tmp_path / "search.journal").unlink()
+    assert read_study(tmp_path).narrowing == facts.narrowing
+
+
+@pytest.mark.parametrize(
+    ("loss", "noise", "said"),
+    [
+        (0.02, 0.0, "8 and 6 KV bits differ: with 6"),
+        (0.0, 0.01, "8 and 6 KV bits cannot be told apart on these data"),
+        (MARGIN * 1.01, 0.0, "8 and 6 KV bits differ"),
+        (math.nan, 0.0, "8 and 6 KV bits differ"),
+    ],
+)
+def test_widths_that_differ_or_cannot_be_told_apart_are_kept(run, costs, loss, noise, said):
+    costs({8: 0.0, 6: loss}, noise)
+    result = run(MEAN_SEVEN)
+    [line] = result.narrowing.lines
+    assert line.startswith(said)
+    assert result.narrowing.profile is None
+    assert widest(result.best_profile) == {6, 8}
+
+
+def test_weight_bits_are_narrowed_likewise(run, costs):
+    costs({16: 0.0, 8: 0.0001, 4: 0.5}, of="weights")
+    space = SearchSpace(
+        target_sparsity=None, blocks=2, weight_bits=(4, 8, 16), size_bytes=10**7, kv_bits=None
+    )
+    result = run(space, n_trials=1)
+    assert set(result.best_profile.weight_bits.values()) == {8}
+    assert result.narrowing.weight_bytes > 0
+    assert result.narrowing.kv_bytes_per_token == 0
+    assert result.narrowing.lines[0].startswith("16 and 8 weight bits do not differ")
+
+
+def test_the_figures_are_those_of_the_model(run, tiny_llama):
+    result = run(IN_MEMORY, n_trials=1)
+    generator = torch.Generator().manual_seed(3)
+    data = [{"input_ids": torch.randint(5, 128, (10, 16), generator=generator)}]
+    [step, *_] = result.narrowing.steps
+    assert step.wide == (8,)
+    before = result.best_trial.values[0]
+    cache = CompressionProfile.from_dict(result.best_trial.user_attrs["profile"]).kv_cache
+    assert cache.mean_bits(kv_widths(tiny_llama)) == 8
+    after = perplexity(tiny_llama, data, MEAN_SEVEN.kv_config(step.narrow, step.narrow))
+    assert step.increase.mean == pytest.approx(after / before - 1, abs=1e-6)
+
+
+def test_it_is_done_once_and_also_for_a_search_that_is_finished(run, costs, tmp_path):
+    readings = costs({8: 0.0, 6: 0.0})
+    storage = tmp_path / "s.journal"
+    assert run(MEAN_SEVEN, storage=storage, compare_widths=False).narrowing is None
+    assert readings == []
+    first = run(MEAN_SEVEN, storage=storage).narrowing
+    assert len(readings) == 2
+    assert run(MEAN_SEVEN, storage=storage).narrowing == first
+    assert len(readings) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"windows": 7}, {"objective": "kl"}, {"objective": ("perplexity", "kl")}]
+)
+def test_where_it_would_say_nothing_it_is_left_out(run, costs, changes):
+    readings = costs({8: 0.0, 6: 0.0})
+    assert run(MEAN_SEVEN, **changes).narrowing is None
+    assert readings == []
