@@ -53,12 +53,6 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(options: argparse.Namespace) -> Answer:
     """Search, prune, save, and push if asked."""
-    if options.max_loss is not None:
-        raise ValueError(
-            "--max-loss is an option of search: its bound holds for the masks that a search sees, "
-            "and compress prunes with others. Use search --max-loss, then prune --one-shot "
-            "--profile with what it found."
-        )
     config = config_of(options)
     result = compress(
         model_of(options),
@@ -69,6 +63,8 @@ def run_compress(options: argparse.Namespace) -> Answer:
         trials=options.trials,
         objective=Goal.parse(options.objective).to_json(),
         timeout_seconds=options.timeout,
+        max_loss=options.max_loss,
+        workers=options.workers,
         calibration=calibration_of(options),
         evaluation=evaluation_of(options),
         questions=questions_of(options),
@@ -82,12 +78,17 @@ def run_compress(options: argparse.Namespace) -> Answer:
         progress=not options.no_progress,
     )
     lines = [text_table(table_rows(result.measurements)), "", f"Saved to {result.output}"]
-    if result.search is not None and result.search.baseline is not None:
+    found = result.search
+    if found is not None and found.narrowing is not None:
+        lines[1:1] = found.narrowing.lines
+    if found is not None and found.baseline is not None:
         lines.insert(
             1,
-            f"Search: one-shot {result.search.goal.labels[0]} {result.search.best_value:.3f}, "
-            f"uniform {result.search.baseline:.3f}, {len(result.search.history)} trials.",
+            f"Search: one-shot {found.goal.labels[0]} {found.best_value:.3f}, "
+            f"uniform {found.baseline:.3f}, {len(found.history)} trials.",
         )
+    if result.within is not None:
+        lines[1:1] = str(result.within).splitlines()
     if result.commit_url is not None:
         lines.append(f"Pushed: {result.commit_url}")
     return Answer("\n".join(lines), result.to_dict())

@@ -180,6 +180,13 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(sampler_names())} (default: {DEFAULT_SAMPLER})",
     )
     parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes to search with on this machine; a GPU each, as far as there are enough",
+    )
+    parser.add_argument(
         "--study",
         metavar="NAME",
         help="name of the study in the storage (default: hf-adaptive-sparse)",

@@ -37,13 +37,6 @@ def add_search(commands: Any) -> None:
     add_output(parser, required=False)
     for add in SEARCHED:
         add(parser)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="processes to search with on this machine; a GPU each, as far as there are enough",
-    )
 
 
 def run_search(options: argparse.Namespace) -> Answer:
@@ -86,6 +79,8 @@ def run_search(options: argparse.Namespace) -> Answer:
         f"Best {result.goal.labels[0]} {result.best_value:.3f} (one-shot masks; uniform: "
         f"{uniform}) in {len(result.history)} trials.\n{where}"
     )
+    if result.narrowing is not None:
+        text += "".join(f"\n{line}" for line in result.narrowing.lines)
     if result.goal.is_front:
         front = [{"trial": point.trial, **point.values} for point in result.pareto]
         text += "\n\n" + text_table(front)
@@ -95,8 +90,6 @@ def run_search(options: argparse.Namespace) -> Answer:
 def _run_within(options: argparse.Namespace, space: SearchSpace) -> Answer:
     if options.output is None:
         raise ValueError("--max-loss needs --output DIR: the profile found is written there.")
-    if options.workers != 1:
-        raise ValueError(f"--max-loss searches with one worker, got --workers {options.workers}.")
     found = search_within_to_folder(
         model_of(options),
         options.output,
@@ -110,6 +103,7 @@ def _run_within(options: argparse.Namespace, space: SearchSpace) -> Answer:
         study_name=options.study,
         seed=options.seed,
         sampler=options.sampler,
+        workers=options.workers,
         overwrite=options.overwrite,
         progress=not options.no_progress,
     )

@@ -137,7 +137,7 @@ def add_space(parser: argparse.ArgumentParser) -> None:
         "--max-loss",
         type=loss,
         metavar="LOSS",
-        help="the other way round, in search: the smallest checkpoint whose perplexity on "
+        help="the other way round: the smallest checkpoint whose perplexity on "
         "held-out data rises by this at most, such as 0.5%% (with --target-sparsity 0, and no "
         "weight bits to search: the fewest KV bits)",
     )

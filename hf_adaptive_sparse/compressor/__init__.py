@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import Calibration, apply_config
 from hf_adaptive_sparse.compressor.benching import BenchResult, bench
+from hf_adaptive_sparse.compressor.final_prune import search_space
 from hf_adaptive_sparse.compressor.jobs import (
     evaluate,
     prune_to_folder,
@@ -20,7 +21,7 @@ from hf_adaptive_sparse.compressor.jobs import (
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.offload import prune_offloaded
-from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress, search_space
+from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
 from hf_adaptive_sparse.compressor.within import search_within_to_folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -12,14 +11,9 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
-from hf_adaptive_sparse.compressor.pipeline import JOURNAL, ranking_metric
 from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report, save_search
-from hf_adaptive_sparse.compressor.sources import (
-    DataSource,
-    ModelSource,
-    held_out_batches,
-    parameter_bytes,
-)
+from hf_adaptive_sparse.compressor.search_plan import JOURNAL, SearchPlan
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.resources import (
     SparsityReport,
@@ -31,7 +25,6 @@ from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.study import search
 from hf_adaptive_sparse.staging import check_output, staged_folder
 
 
@@ -163,42 +156,21 @@ def search_study(
         ValueError: If an argument or the data are invalid, or the study is not of this search.
         OSError: If the model cannot be found, or the storage cannot be used.
     """
-    shared: dict[str, Any] = {
-        "storage": storage,
-        "study_name": study_name,
-        "metric": metric,
-        "trials": trials,
-        "calibration": calibration,
-        "evaluation": evaluation,
-        "objective": objective,
-        "timeout_seconds": timeout_seconds,
-        "seed": seed,
-        "sampler": sampler,
-    }
-    if workers != 1:
-        job = partial(search_study, space=space, progress=False, **shared)
-        with companions(model, job, workers) as own:
-            return search_study(own, space, progress=progress, **shared)
-    processor = model.load_processor()
-    dense = model.load_dense()
-    batches = (calibration or DataSource()).batches(processor, dense.config, "train")
-    searched, held_out = held_out_batches(evaluation, processor, dense.config)
-    return search(
-        dense,
-        batches,
-        searched,
-        space,
-        held_out=held_out if held_out is not searched else None,
-        metric=ranking_metric(metric),
-        n_trials=trials,
-        objective=objective,
-        timeout_seconds=timeout_seconds,
+    plan = SearchPlan(
+        space=space,
         storage=storage,
         study_name=study_name,
+        metric=metric,
+        trials=trials,
+        calibration=calibration,
+        evaluation=evaluation,
+        objective=objective,
+        timeout_seconds=timeout_seconds,
         seed=seed,
         sampler=sampler,
-        progress=progress,
     )
+    with companions(model, plan.work, workers) as own:
+        return plan.search(plan.load(own), progress=progress)
 
 
 def search_to_folder(

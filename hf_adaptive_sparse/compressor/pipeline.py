@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -11,32 +10,24 @@ from typing import Any, Literal
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.compressor.companions import companions
+from hf_adaptive_sparse.compressor.final_prune import final_config
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_quality
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Quality, get_quality
 from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
-from hf_adaptive_sparse.compressor.sources import (
-    DataSource,
-    ModelSource,
-    held_out_batches,
-    parameter_bytes,
-)
+from hf_adaptive_sparse.compressor.search_plan import JOURNAL, Loaded, SearchPlan
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.compressor.within import save_bound
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.profiles import KVCacheConfig
-from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
-from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.space import FREE, SearchSpace
+from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output, staged_folder
-
-RANKING_METRIC = "lognorm"
-"""What a search ranks with where the chosen metric changes weights while it prunes."""
-
-JOURNAL = "search.journal"
-"""The search's Optuna journal: it outlives a killed run, and the next one resumes from it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +40,7 @@ class CompressionResult:
         report: What was pruned.
         measurements: The dense model's row and the compressed one's, on held-out data.
         search: The search's result; ``None`` where there was nothing to search.
+        within: The smallest budget found within a loss, where one was asked for.
         commit_url: The Hub commit, where it was pushed.
     """
 
@@ -57,6 +49,7 @@ class CompressionResult:
     report: PruningReport
     measurements: tuple[Measurement, ...]
     search: SearchResult | None
+    within: WithinLoss | None
     commit_url: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,6 +61,7 @@ class CompressionResult:
             "measurements": [row.to_dict() for row in self.measurements],
             "best_value": None if self.search is None else self.search.best_value,
             "uniform_value": None if self.search is None else self.search.baseline,
+            "max_loss": None if self.within is None else self.within.to_dict(),
             "commit_url": self.commit_url,
         }
 
@@ -85,6 +79,8 @@ def compress(
     questions: DataSource | None = None,
     objective: ObjectiveSpec = "perplexity",
     timeout_seconds: float | None = None,
+    max_loss: float | None = None,
+    workers: int = 1,
     storage: str | None = None,
     study_name: str | None = None,
     seed: int = 0,
@@ -119,6 +115,11 @@ def compress(
             holds, if it does.
         objective: What the search minimises, see ``has.search``.
         timeout_seconds: Time after which the search starts no further trial.
+        max_loss: Make the smallest checkpoint (or, where the space chooses KV bits alone, the
+            fewest KV bits) whose perplexity on held-out data rises by this at most, 0.005 being
+            0.5 %. Each budget that is tried is pruned as the final one is, so that the bound is
+            that of what is saved; meanwhile a copy of the decoder's weights is in CPU memory.
+        workers: Processes to search with on this machine, this one included.
         storage: Optuna storage URL, or path of a journal. ``None``: a journal beside ``output``.
         study_name: Name of the study there. ``None``: ``"hf-adaptive-sparse"``.
         seed: Seed of the search.
@@ -137,146 +138,145 @@ def compress(
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
     preset = get_quality(quality)
     config = preset.config(config)
-    space = space or preset.space(config)
+    space = space or _default_space(preset, config, max_loss)
+    check_goal(config, space, max_loss, workers)
+    evaluation = evaluation or DataSource(num_samples=64)
+    asked = questions or evaluation
+    plan = SearchPlan(
+        space=space,
+        storage=storage or "",
+        study_name=study_name,
+        metric=config.metric,
+        trials=preset.trials if trials is None else trials,
+        calibration=calibration,
+        evaluation=evaluation,
+        objective=objective,
+        timeout_seconds=timeout_seconds,
+        seed=seed,
+        sampler=sampler,
+        excluded=tuple(config.modules_to_not_convert or ()),
+        max_loss=max_loss,
+        final=config,
+    )
+    with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
+        plan = replace(plan, storage=storage or str(folder / JOURNAL))
+        with companions(origin, plan.work, workers) as own:
+            loaded = plan.load(own)
+            measured = _Measuring(loaded, asked, progress)
+            rows = [measured("dense", 0.0, parameter_bytes(loaded.model))]
+            started = perf_counter()
+            within, result = _search(plan, loaded, progress)
+        config = final_config(config, space, result, data=plan.calibration_data.label)
+        report = apply_config(
+            loaded.model, config, loaded.calibration, loaded.processor, progress=progress
+        )
+        seconds = perf_counter() - started
+        save_model(loaded.model, loaded.processor, folder)
+        config = loaded.model.config.quantization_config
+        size = weight_bytes_on_disk(folder)
+        row = measured("compressed", report.mean_sparsity, size, config, rows[0].match)
+        rows.append(replace(row, seconds=seconds))
+        recipe = Recipe(
+            str(origin.name), plan.calibration_data.label, evaluation.label, seed, push_to_hub
+        )
+        if within is not None:
+            save_bound(within, folder)
+        save_report(
+            folder,
+            loaded.model,
+            report,
+            recipe,
+            processor=loaded.processor,
+            measurements=rows,
+            result=result,
+            bound=None if within is None else str(within),
+        )
+        # The journal moves with the folder; the result must not read it from its old place.
+        result = None if result is None else result.detached()
+        if within is not None and result is not None:
+            within = replace(within, search=result)
+    commit_url = None
+    if push_to_hub is not None:
+        commit_url = push_folder(target, push_to_hub, private=private)
+    return CompressionResult(target, config, report, tuple(rows), result, within, commit_url)
+
+
+def _default_space(preset: Quality, config: SparsityConfig, max_loss: float | None) -> SearchSpace:
+    space = preset.space(config)
+    if max_loss is None or not space.prunes:
+        return space
+    # A budget is what is looked for; the space wants one.
+    return replace(space, target_sparsity=FREE, size_bytes=1)
+
+
+def check_goal(
+    config: SparsityConfig, space: SearchSpace, max_loss: float | None, workers: int
+) -> None:
+    """Check that what is searched, what is pruned in the end, and how, belong together.
+
+    Raises:
+        ValueError: If they do not; the message says what to change.
+    """
     if space.prunes and not space.is_free and space.target != config.target_sparsity:
         raise ValueError(
             f"The config and the space must have one target_sparsity, got "
             f"{config.target_sparsity} and {space.target}."
         )
-    calibration = calibration or DataSource()
-    evaluation = evaluation or DataSource(num_samples=64)
+    if space.size_bytes is not None:
+        if config.checkpoint_format == "dense":
+            raise ValueError(
+                "A budget in bytes on disk needs checkpoint_format='bitmask', got 'dense', which "
+                "stores the removed weights, too. Change one of them."
+            )
+        if config.quantises_weights:
+            raise ValueError(
+                f"A budget in bytes on disk counts the weight bits of the space, got weight_bits="
+                f"{config.weight_bits!r} in the config. Search them instead "
+                "(SearchSpace(weight_bits=...), --search-weight-bits), one width being enough."
+            )
+    if workers != 1 and not space.searches and max_loss is None:
+        raise ValueError(
+            f"There is nothing to search, so workers must be 1, got {workers}. Leave it out."
+        )
 
-    processor = origin.load_processor()
-    dense = origin.load_dense()
-    batches = calibration.batches(processor, dense.config, "train")
-    searched, held_out = held_out_batches(evaluation, processor, dense.config)
-    asked = questions or evaluation
-    records = asked.questions(dense.config, "validation")
 
-    def measured(
+def _search(
+    plan: SearchPlan, loaded: Loaded, progress: bool
+) -> tuple[WithinLoss | None, SearchResult | None]:
+    if plan.max_loss is not None:
+        within = plan.search_within(loaded, progress=progress)
+        return within, within.search
+    if not plan.space.searches:
+        return None, None
+    return None, plan.search(loaded, progress=progress)
+
+
+class _Measuring:
+    """Measures the model, as it is at the time, on the held-out data."""
+
+    def __init__(self, loaded: Loaded, asked: DataSource, progress: bool) -> None:
+        self._loaded, self._asked, self._progress = loaded, asked, progress
+        self._records = asked.questions(loaded.model.config, "validation")
+
+    def __call__(
+        self,
         name: str,
         sparsity: float,
         size: int,
-        kv_cache: KVCacheConfig | None = None,
+        config: SparsityConfig | None = None,
         match: Literal["whole", "prefix"] | None = None,
     ) -> Measurement:
+        kv_cache = None if config is None else config.kv_cache
         return measure(
             name,
-            dense,
-            held_out,
+            self._loaded.model,
+            self._loaded.held_out,
             sparsity=sparsity,
             weight_bytes=size,
-            kv_cache=kv_cache,
-            processor=processor,
-            questions=records,
-            num_questions=asked.num_samples,
+            kv_cache=kv_cache if isinstance(kv_cache, KVCacheConfig) else None,
+            processor=self._loaded.processor,
+            questions=self._records,
+            num_questions=self._asked.num_samples,
             match=match,
-            progress=progress,
+            progress=self._progress,
         )
-
-    rows = [measured("dense", 0.0, parameter_bytes(dense))]
-    with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
-        started = perf_counter()
-        result = None
-        if space.searches:
-            result = search(
-                dense,
-                batches,
-                searched,
-                space,
-                held_out=held_out if held_out is not searched else None,
-                metric=ranking_metric(config.metric),
-                n_trials=preset.trials if trials is None else trials,
-                objective=objective,
-                timeout_seconds=timeout_seconds,
-                storage=storage or str(folder / JOURNAL),
-                study_name=study_name,
-                seed=seed,
-                sampler=sampler,
-                modules_to_not_convert=config.modules_to_not_convert,
-                progress=progress,
-            )
-        config = final_config(config, space, result, data=calibration.label)
-        report = apply_config(dense, config, batches, processor, progress=progress)
-        seconds = perf_counter() - started
-        save_model(dense, processor, folder)
-        config = dense.config.quantization_config
-        kv_cache = config.kv_cache if isinstance(config.kv_cache, KVCacheConfig) else None
-        size = weight_bytes_on_disk(folder)
-        row = measured("compressed", report.mean_sparsity, size, kv_cache, rows[0].match)
-        rows.append(replace(row, seconds=seconds))
-        recipe = Recipe(str(origin.name), calibration.label, evaluation.label, seed, push_to_hub)
-        save_report(
-            folder,
-            dense,
-            report,
-            recipe,
-            processor=processor,
-            measurements=rows,
-            result=result,
-        )
-        # The journal moves with the folder; the result must not read it from its old place.
-        result = None if result is None else result.detached()
-    commit_url = None
-    if push_to_hub is not None:
-        commit_url = push_folder(target, push_to_hub, private=private)
-    return CompressionResult(target, config, report, tuple(rows), result, commit_url)
-
-
-def search_space(
-    config: SparsityConfig,
-    kv_bits: tuple[int, ...] | None = (6, 8),
-    quality: str = DEFAULT_QUALITY,
-) -> SearchSpace:
-    """Return a preset's space at the config's target; a pattern n:m leaves only KV bits to it."""
-    return get_quality(quality).space(config, kv_bits)
-
-
-def ranking_metric(metric: str) -> str:
-    """Return the metric that a search ranks with for a final prune by ``metric``."""
-    return RANKING_METRIC if get_metric(metric).updates_weights else metric
-
-
-def final_config(
-    config: SparsityConfig, space: SearchSpace, result: SearchResult | None, *, data: str
-) -> SparsityConfig:
-    """Return the config of the final prune: the caller's, with the profile that was found.
-
-    Args:
-        config: What the caller asked for.
-        space: The space, which fixes the KV bits where there was nothing to search.
-        result: The search, if there was one.
-        data: Name of the calibration data, recorded in the checkpoint.
-    """
-    ratios, kv_cache, target = config.sparsity, None, config.target_sparsity
-    weight_bits: int | Mapping[str, int] = config.weight_bits
-    provenance = dict(config.provenance)
-    if result is not None:
-        profile = result.best_profile
-        ratios = dict(profile.sparsity.ratios) if profile.sparsity is not None else ratios
-        kv_cache = profile.kv_cache
-        weight_bits = profile.weight_bits if profile.weight_bits is not None else weight_bits
-        provenance |= result.best_config.provenance
-        if space.prunes:
-            target = result.target_sparsity
-        if profile.weight_bits:
-            ratios = ratios or dict.fromkeys(profile.weight_bits, 0.0)
-    else:
-        if space.kv_bits is not None:
-            kv_cache = space.kv_config(space.kv_bits[0], space.kv_bits[0])
-        if space.weight_bits is not None:
-            weight_bits = space.weight_bits[0]
-    return SparsityConfig(
-        target_sparsity=target,
-        metric=config.metric,
-        weight_update=config.weight_update,
-        sparsity=ratios,
-        pattern=config.pattern,
-        calibration=config.calibration,
-        kv_cache=kv_cache,
-        modules_to_not_convert=config.modules_to_not_convert,
-        checkpoint_format=config.checkpoint_format,
-        weight_bits=weight_bits,
-        weight_group_size=config.weight_group_size,
-        provenance=provenance | {"calibration": data},
-    )

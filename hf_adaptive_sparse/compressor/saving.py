@@ -119,6 +119,7 @@ def save_report(
     processor: Any,
     measurements: Sequence[Measurement] = (),
     result: SearchResult | None = None,
+    bound: str | None = None,
 ) -> None:
     """Write profile, history, plots and model card of a pruned model into ``folder``.
 
@@ -130,6 +131,7 @@ def save_report(
         processor: Processor, for the card's example prompt.
         measurements: Measured rows, dense first.
         result: The search, if there was one.
+        bound: What is known of the loss, in words, where a bound on it was asked for.
     """
     config: SparsityConfig = model.config.quantization_config
     kv_cache = config.kv_cache if isinstance(config.kv_cache, KVCacheConfig) else None
@@ -176,5 +178,6 @@ def save_report(
             versions=library_versions(),
             measurements=table_rows(measurements),
             plots=plots,
+            bound=bound,
         ),
     )

@@ -7,12 +7,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from hf_adaptive_sparse.compressor.pipeline import JOURNAL, ranking_metric
+from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.saving import save_search
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
-from hf_adaptive_sparse.search.max_loss import WithinLoss, search_within
+from hf_adaptive_sparse.compressor.search_plan import JOURNAL, SearchPlan
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output, staged_folder
 
 BOUND_FILE = "max_loss.json"
@@ -32,6 +33,7 @@ def search_within_to_folder(
     study_name: str | None = None,
     seed: int = 0,
     sampler: str = DEFAULT_SAMPLER,
+    workers: int = 1,
     overwrite: bool = False,
     progress: bool = True,
 ) -> WithinLoss:
@@ -51,6 +53,7 @@ def search_within_to_folder(
         study_name: Start of the names of the studies there, one per budget.
         seed: Seed of the searches.
         sampler: As for ``has.search``.
+        workers: Processes to search with on this machine, this one included.
         overwrite: Replace what is in ``output`` when the job is done.
         progress: Show progress bars on stderr.
 
@@ -61,34 +64,29 @@ def search_within_to_folder(
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
-    processor = model.load_processor()
-    dense = model.load_dense()
-    batches = (calibration or DataSource()).batches(processor, dense.config, "train")
-    searched, held_out = held_out_batches(evaluation, processor, dense.config)
-    if searched is held_out:
-        raise ValueError(
-            "The evaluation data make a single batch, and the bound needs data that no search saw. "
-            "Give more data, or a smaller batch size."
-        )
     with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
-        found = search_within(
-            dense,
-            batches,
-            searched,
-            held_out,
-            space,
-            max_loss=max_loss,
-            metric=ranking_metric(metric),
-            n_trials=trials,
+        plan = SearchPlan(
+            space=space,
             storage=storage or str(folder / JOURNAL),
             study_name=study_name,
+            metric=metric,
+            trials=trials,
+            calibration=calibration,
+            evaluation=evaluation,
             seed=seed,
             sampler=sampler,
-            progress=progress,
+            max_loss=max_loss,
         )
+        with companions(model, plan.work, workers) as own:
+            found = plan.search_within(plan.load(own), progress=progress)
         save_search(found.search, folder)
-        text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
-        (folder / BOUND_FILE).write_text(text, encoding="utf-8")
+        save_bound(found, folder)
         # The journal moves with the folder; the result must not read it from its old place.
         found = replace(found, search=found.search.detached())
     return found
+
+
+def save_bound(found: WithinLoss, folder: Path) -> None:
+    """Write what was found into ``max_loss.json``."""
+    text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
+    (folder / BOUND_FILE).write_text(text, encoding="utf-8")

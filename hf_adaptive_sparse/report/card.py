@@ -87,6 +87,7 @@ class CardFacts:
         measurements: Rows of the measured table: column -> value.
         formats: Column -> format specification of its numbers.
         plots: Title -> file name inside the folder.
+        bound: Sentences on the loss, where a bound on it was asked for.
         limits: Known limits besides the general ones.
     """
 
@@ -111,6 +112,7 @@ class CardFacts:
     measurements: Sequence[Row] = ()
     formats: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, str] = field(default_factory=dict)
+    bound: str | None = None
     limits: Sequence[str] = ()
 
 
@@ -151,7 +153,8 @@ def model_card(facts: CardFacts) -> str:
     if facts.measurements:
         table = markdown_table(facts.measurements, formats=facts.formats)
         data = f"Measured on {escape_markdown(facts.evaluation)}.\n\n" if facts.evaluation else ""
-        sections.append(f"## Measured\n\n{data}{table}")
+        bound = f"\n\n{escape_markdown(facts.bound)}" if facts.bound else ""
+        sections.append(f"## Measured\n\n{data}{table}{bound}")
     sections.append(f"## How it was made\n\n{_recipe(facts)}")
     sections.extend(
         f"![{escape_markdown(plot)}]({_link(file)})" for plot, file in facts.plots.items()

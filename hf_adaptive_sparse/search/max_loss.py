@@ -5,6 +5,9 @@ evaluation data, for the smallest whose best profile stays within the bound ther
 then held against the dense model on held-out data, which no search saw; if the upper bound of its
 increase passes, the next larger budget is looked at.
 
+Profiles are measured as a search evaluates them, with one-shot masks, or as the model is pruned in
+the end, where the caller says how that is done.
+
 What is bisected need not be monotonic, since a search can be unlucky: a smaller budget than the one
 returned may hold, too. That the one returned holds does not depend on it.
 """
@@ -13,17 +16,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
+from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.comparison import windows_of
+from hf_adaptive_sparse.search.comparison import Loss, windows_of
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
-from hf_adaptive_sparse.search.increase import Batches, Increase, increase_of, losses_under
+from hf_adaptive_sparse.search.increase import Batches, increase_of, losses_under
+from hf_adaptive_sparse.search.indistinct import without_indistinct
 from hf_adaptive_sparse.search.loss_budgets import (
     BYTES,
     budget_text,
@@ -35,11 +41,9 @@ from hf_adaptive_sparse.search.loss_budgets import (
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
+from hf_adaptive_sparse.search.within_loss import CONFIDENCE, WithinLoss
 
 logger = logging.getLogger(__name__)
-
-CONFIDENCE = 0.95
-"""Probability, at least, that the increase of the perplexity is below the bound that is stated."""
 
 LOOKS = 3
 """Budgets that are held against the held-out data at most; the error is shared among them."""
@@ -47,65 +51,9 @@ LOOKS = 3
 FEWEST_WINDOWS = 16
 """Windows that a bound needs."""
 
-
-@dataclass(frozen=True)
-class WithinLoss:
-    """What was found.
-
-    Attributes:
-        search: The search at the smallest budget that holds.
-        budget: That budget.
-        unit: ``"mean KV bits"`` or ``"bytes on disk"``.
-        max_loss: The bound that was asked for.
-        held_out: The increase of the perplexity on the held-out data. Its ``high`` holds with
-            `CONFIDENCE`, however many budgets were looked at.
-        windows: Held-out windows it was measured on.
-        tried: Budget -> increase on the evaluation data, in the order tried.
-        indistinct: Per pair of KV widths that no difference could be measured between: the wider,
-            which was left out, and the narrower.
-    """
-
-    search: SearchResult = field(repr=False)
-    budget: float
-    unit: str
-    max_loss: float
-    held_out: Increase
-    windows: int
-    tried: Mapping[float, float]
-    indistinct: tuple[tuple[int, int], ...]
-
-    def __str__(self) -> str:
-        lines = [
-            f"No difference could be measured between {wide} and {narrow} KV bits: {narrow} taken."
-            for wide, narrow in self.indistinct
-        ]
-        lines.append(
-            f"Smallest found within {self.max_loss:.4%}: {budget_text(self.budget, self.unit)}. "
-            f"Perplexity on {self.windows} held-out windows {self.held_out.mean:+.3%}, below "
-            f"{self.held_out.high:+.3%} at {CONFIDENCE:.0%} confidence."
-        )
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "max_loss": self.max_loss,
-            "budget": self.budget,
-            "unit": self.unit,
-            "study_name": self.search.study.study_name,
-            "held_out": {
-                "increase": self.held_out.mean,
-                "at_most": self.held_out.high,
-                "confidence": CONFIDENCE,
-                "windows": self.windows,
-            },
-            # A budget whose every trial failed has no figure.
-            "tried": [
-                {"budget": budget, "increase": value if math.isfinite(value) else None}
-                for budget, value in self.tried.items()
-            ],
-            "indistinct_kv_bits": [list(pair) for pair in self.indistinct],
-        }
+FinalPrune = Callable[[SearchResult], AbstractContextManager[KVCacheChoice]]
+"""Prunes the searched model with a search's best profile while its context is open; yields the KV
+profile that the model then has."""
 
 
 def search_within(
@@ -120,6 +68,7 @@ def search_within(
     n_trials: int = 50,
     study_name: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
+    final: FinalPrune | None = None,
     **settings: Any,
 ) -> WithinLoss:
     """Find the smallest budget whose best profile stays within a loss.
@@ -128,8 +77,9 @@ def search_within(
     palette, in a free split; any other one for the smallest checkpoint. KV widths that lose nothing
     measurable on the evaluation data against the widest are preferred to it, before all else.
 
-    The bound is on profiles as a search evaluates them, with one-shot masks: what calibrates anew
-    while it prunes makes another model, whose loss is its own.
+    Without ``final`` the bound is on profiles as a search evaluates them, with one-shot masks: what
+    calibrates anew while it prunes makes another model, whose loss is its own. With it, every
+    budget's best profile is pruned so, and the bound is on that.
 
     Args:
         model: The dense model; unchanged afterwards.
@@ -145,6 +95,7 @@ def search_within(
         study_name: Start of the studies' names; each budget has one of its own, so that a storage
             resumes them all.
         modules_to_not_convert: Names or globs of linears that stay dense.
+        final: How a profile is made into a model; ``None``: one-shot masks.
         **settings: As for `search`: storage, seed, sampler, progress, warm_start, ...
 
     Raises:
@@ -164,7 +115,11 @@ def search_within(
     excluded = tuple(modules_to_not_convert or ())
     spaces, unit = spaces_by_budget(model, space, excluded)
     dense = losses_under(model, seen, CompressionProfile())
-    space, indistinct = _drop_indistinct(model, seen, space)
+    indistinct: tuple[tuple[int, int], ...] = ()
+    if len(seen) >= FEWEST_WINDOWS:
+        space, indistinct = without_indistinct(
+            space, lambda profile: losses_under(model, seen, profile)
+        )
     if indistinct:
         spaces, unit = spaces_by_budget(model, space, excluded)
     tokens = sum(count for _, count in dense)
@@ -172,6 +127,7 @@ def search_within(
     budgets = list(spaces)
     tried: dict[float, float] = {}
     found: dict[float, SearchResult] = {}
+    made: dict[float, list[Loss]] = {}
 
     def run(budget: float, trials: int) -> SearchResult:
         suffix = f"{budget:.0f}" if unit == BYTES else f"{budget:g}"
@@ -184,8 +140,17 @@ def search_within(
             n_trials=trials,
             study_name=f"{study_name or STUDY_NAME}-{suffix}",
             modules_to_not_convert=excluded,
+            compare_widths=False,
             **settings,
         )
+
+    def increase_at(budget: float) -> float:
+        if final is None:
+            return found[budget].best_value / perplexity - 1.0
+        with final(found[budget]) as kv_cache:
+            after = _losses(model, seen, kv_cache)
+            made[budget] = _losses(model, unseen, kv_cache)
+        return increase_of(dense, after, CONFIDENCE).mean
 
     def at(budget: float) -> float:
         """Return the increase on the evaluation data of the best profile under a budget."""
@@ -197,7 +162,7 @@ def search_within(
                 found[budget] = run(budget, trials)
             except NothingToChoose:
                 found[budget] = run(budget, 1)
-            tried[budget] = found[budget].best_value / perplexity - 1.0
+            tried[budget] = increase_at(budget)
         except TrialsFailed as error:
             logger.warning("%s does not hold: %s", budget_text(budget, unit), error)
             tried[budget] = math.inf
@@ -215,7 +180,7 @@ def search_within(
     # Which budgets these are depends on the evaluation data alone, so that sharing the error among
     # them is enough.
     for budget in islice((b for b in budgets[first:] if at(b) <= max_loss), LOOKS):
-        losses = losses_under(
+        losses = made.get(budget) or losses_under(
             model,
             unseen,
             found[budget].best_profile,
@@ -232,6 +197,10 @@ def search_within(
                 found[budget], budget, unit, max_loss, increase, len(unseen), tried, indistinct
             )
     raise SearchError(_refusal(max_loss, unit, measured, tried, indistinct))
+
+
+def _losses(model: PreTrainedModel, windows: Batches, kv_cache: KVCacheChoice) -> list[Loss]:
+    return [negative_log_likelihood(model, window, kv_cache) for window in windows]
 
 
 def _refusal(
@@ -256,38 +225,3 @@ def _refusal(
         f"{what}.{left_out} Allow a higher max_loss, more held-out data (the bound gets tighter), "
         "more trials, or wider KV or weight bits."
     )
-
-
-def _drop_indistinct(
-    model: PreTrainedModel, windows: Batches, space: SearchSpace
-) -> tuple[SearchSpace, tuple[tuple[int, int], ...]]:
-    """Leave KV widths out that a narrower one loses nothing measurable against.
-
-    All are compared with the widest, so that small losses from width to width do not add up unseen.
-    """
-    palette = space.kv_bits or ()
-    if len(palette) < 2 or len(windows) < FEWEST_WINDOWS or space.kv_mean_bits is not None:
-        return space, ()
-    losses = {
-        bits: losses_under(model, windows, CompressionProfile(kv_cache=space.kv_config(bits, bits)))
-        for bits in palette
-    }
-    widest, dropped = palette[-1], []
-    for index in range(len(palette) - 1, 0, -1):
-        wide, narrow = palette[index], palette[index - 1]
-        increase = increase_of(losses[widest], losses[narrow], CONFIDENCE)
-        if increase.low > 0.0:
-            break
-        logger.warning(
-            "%d and %d KV bits make no measurable difference on %d windows (%+.4f %%, above "
-            "%+.4f %%): %d is left out.",
-            widest,
-            narrow,
-            len(windows),
-            100 * increase.mean,
-            100 * increase.low,
-            wide,
-        )
-        dropped.append((wide, narrow))
-    kept = palette[: len(palette) - len(dropped)]
-    return replace(space, kv_bits=kept), tuple(dropped)

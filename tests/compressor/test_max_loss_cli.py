@@ -1,4 +1,4 @@
-"""``search --max-loss``: the smallest model or KV cache within a loss, from the command line."""
+"""``--max-loss`` on the command line: the smallest model or KV cache within a loss."""
 
 from __future__ import annotations
 
@@ -104,7 +104,6 @@ def test_the_smallest_model_is_pruned_by_its_profile_to_its_size(
         (["--search-weight-bits", "4,8", "--search-weight-mean", "6"], "--search-weight-mean"),
         (["--objective", "kl"], "got --objective kl"),
         (["--timeout", "5"], "--timeout excludes it"),
-        (["--workers", "2"], "got --workers 2"),
         (["--target-sparsity", "0", "--kv-bits", "none"], "The space is empty"),
         (["--evaluation-samples", "4", *KV_ALONE], "at least 16 held-out windows, got 4"),
     ],
@@ -124,7 +123,29 @@ def test_windows_that_quantise_nothing_are_refused(within):
     assert "fills a block of the KV cache (128 tokens)" in err
 
 
-def test_compress_says_what_to_do_instead(within):
-    code, _, err = within("--max-loss", "0.5%", command="compress")
-    assert code == 2
-    assert "Use search --max-loss, then prune --one-shot --profile" in err
+def test_compress_leaves_the_smallest_model_within_the_loss(within, tmp_path):
+    code, out, err = within(
+        "--max-loss", "20%", "--kv-bits", "none", "--workers", "2", "--json",
+        command="compress", length=32,
+    )  # fmt: skip
+    assert code == 0
+    assert "workers failed" not in err
+    result = json.loads(out)
+    bound = result["max_loss"]
+    assert bound == json.loads((tmp_path / "out/max_loss.json").read_text())
+    assert bound["held_out"]["at_most"] <= 0.2
+    # The bound is of the model that was saved: pruned layer by layer, its weights updated.
+    dense, compressed = (row["perplexity"] for row in result["measurements"])
+    assert compressed / dense - 1 == pytest.approx(bound["held_out"]["increase"], abs=1e-5)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["metric"] == "alps"
+    size = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.9 * bound["budget"] < size <= bound["budget"]
+    assert "95% confidence" in (tmp_path / "out/README.md").read_text()
+
+
+def test_compress_with_a_bound_counts_the_bits_of_what_it_saves(within):
+    for flags in (["--weight-bits", "8"], ["--checkpoint-format", "dense"]):
+        code, _, err = within("--max-loss", "0.5%", *flags, command="compress")
+        assert code == 2
+        assert "A budget in bytes on disk" in err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -157,6 +158,25 @@ def test_a_budget_whose_trials_all_fail_does_not_hold(within, monkeypatch):
     assert found.budget >= 4
     assert math.inf in found.tried.values()
     assert None in [one["increase"] for one in found.to_dict()["tried"]]
+
+
+def test_the_bound_is_that_of_the_final_prune_where_one_is_given(within, tiny_llama):
+    made = []
+
+    @contextlib.contextmanager
+    def final(result):
+        """Keep two bits, whatever was found."""
+        made.append(result.space.kv_mean_bits)
+        yield CACHE.kv_config(2, 2)
+
+    with pytest.raises(SearchError, match="even on the evaluation data"):
+        within(CACHE, 0.03, final=final)
+    assert made
+    found = within(CACHE, 0.9, final=final)
+    held_out = rows(tiny_llama, HELD_OUT, 3)
+    before = perplexity(tiny_llama, held_out, False)
+    after = perplexity(tiny_llama, held_out, CACHE.kv_config(2, 2))
+    assert found.held_out.mean == pytest.approx(after / before - 1, abs=1e-5)
 
 
 def test_the_dense_model_is_measured_as_the_searches_measure(within, tiny_llama):

@@ -1,0 +1,125 @@
+"""The config of the final prune, and trying it on a model that shall stay as it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_quality
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
+from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.pruning.storage import stored_weight
+from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.space import SearchSpace
+
+RANKING_METRIC = "lognorm"
+"""What a search ranks with where the chosen metric changes weights while it prunes."""
+
+
+def search_space(
+    config: SparsityConfig,
+    kv_bits: tuple[int, ...] | None = (6, 8),
+    quality: str = DEFAULT_QUALITY,
+) -> SearchSpace:
+    """Return a preset's space at the config's target; a pattern n:m leaves only KV bits to it."""
+    return get_quality(quality).space(config, kv_bits)
+
+
+def ranking_metric(metric: str) -> str:
+    """Return the metric that a search ranks with for a final prune by ``metric``."""
+    return RANKING_METRIC if get_metric(metric).updates_weights else metric
+
+
+def final_config(
+    config: SparsityConfig, space: SearchSpace, result: SearchResult | None, *, data: str
+) -> SparsityConfig:
+    """Return the config of the final prune: the caller's, with the profile that was found.
+
+    Args:
+        config: What the caller asked for.
+        space: The space, which fixes the KV bits where there was nothing to search.
+        result: The search, if there was one.
+        data: Name of the calibration data, recorded in the checkpoint.
+    """
+    ratios, kv_cache, target = config.sparsity, None, config.target_sparsity
+    weight_bits: int | Mapping[str, int] = config.weight_bits
+    provenance = dict(config.provenance)
+    if result is not None:
+        profile = result.best_profile
+        ratios = dict(profile.sparsity.ratios) if profile.sparsity is not None else ratios
+        kv_cache = profile.kv_cache
+        weight_bits = profile.weight_bits if profile.weight_bits is not None else weight_bits
+        provenance |= result.best_config.provenance
+        if space.prunes:
+            target = result.target_sparsity
+        if profile.weight_bits:
+            ratios = ratios or dict.fromkeys(profile.weight_bits, 0.0)
+    else:
+        if space.kv_bits is not None:
+            kv_cache = space.kv_config(space.kv_bits[0], space.kv_bits[0])
+        if space.weight_bits is not None:
+            weight_bits = space.weight_bits[0]
+    return SparsityConfig(
+        target_sparsity=target,
+        metric=config.metric,
+        weight_update=config.weight_update,
+        sparsity=ratios,
+        pattern=config.pattern,
+        calibration=config.calibration,
+        kv_cache=kv_cache,
+        modules_to_not_convert=config.modules_to_not_convert,
+        checkpoint_format=config.checkpoint_format,
+        weight_bits=weight_bits,
+        weight_group_size=config.weight_group_size,
+        provenance=provenance | {"calibration": data},
+    )
+
+
+@contextlib.contextmanager
+def pruned_for_now(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    batches: Sequence[Mapping[str, torch.Tensor]] | None,
+    processor: Any,
+) -> Iterator[KVCacheChoice]:
+    """Prune a model as `checkpoint.loading.apply_config` does; take it back when the body ends.
+
+    Args:
+        model: The dense model. A copy of its decoder layers' parameters is kept in CPU memory.
+        config: How to prune.
+        batches: Calibration batches.
+        processor: As for `apply_config`.
+
+    Yields:
+        The KV profile that the model would carry, ``False`` if none.
+    """
+    with _restored(decoder_layers(model)[1]):
+        _, resolved = prune_and_resolve(model, config, batches, processor, progress=False)
+        yield resolved.kv_cache or False
+
+
+@contextlib.contextmanager
+def _restored(layers: nn.ModuleList) -> Iterator[None]:
+    stored = list(_stored(layers))
+    kept = [tensor.to("cpu", copy=True) for tensor in stored]
+    try:
+        yield
+    finally:
+        for tensor, values in zip(stored, kept, strict=True):
+            tensor.copy_(values)
+
+
+def _stored(layers: nn.ModuleList) -> Iterator[torch.Tensor]:
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear):  # its weight may lie elsewhere than in its parameter
+            yield stored_weight(module, name)
+        else:
+            yield from (tensor.detach() for tensor in module.parameters(recurse=False))

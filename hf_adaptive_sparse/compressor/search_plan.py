@@ -1,0 +1,159 @@
+"""A search as a value: what each of its workers, in whatever process, loads and does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from hf_adaptive_sparse.calibration.data import Batch
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.final_prune import final_config, pruned_for_now, ranking_metric
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
+from hf_adaptive_sparse.search.max_loss import FinalPrune, search_within
+from hf_adaptive_sparse.search.objectives import ObjectiveSpec
+from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.within_loss import WithinLoss
+
+JOURNAL = "search.journal"
+"""The search's Optuna journal: it outlives a killed run, and the next one resumes from it."""
+
+
+class Loaded(NamedTuple):
+    """What a worker has in memory: the dense model, and the batches.
+
+    ``held_out`` is ``searched`` where the data make a single batch.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    calibration: list[Batch]
+    searched: list[Batch]
+    held_out: list[Batch]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search, the same for all of its workers.
+
+    Attributes:
+        space: What to search.
+        storage: Optuna storage URL, or path of a journal or SQLite file.
+        study_name: Name of the study there, or start of the names. ``None``: the default.
+        metric: Metric of the final prune; one that updates weights is ranked by ``lognorm``.
+        trials: Trials of all workers together; with ``max_loss`` of each budget.
+        calibration: Data to rank on.
+        evaluation: Data to evaluate on: the search sees ``num_samples`` of them, as many others
+            are held out.
+        objective: What is minimised.
+        timeout_seconds: Time after which a worker starts no further trial.
+        seed: Seed of the search.
+        sampler: As for ``has.search``.
+        excluded: Names or globs of linears that stay dense.
+        max_loss: Search the smallest budget within this loss instead.
+        final: How the model will be pruned in the end, where the bound of ``max_loss`` shall be
+            that of the model so made; ``None``: the bound is that of one-shot masks.
+    """
+
+    space: SearchSpace
+    storage: str
+    study_name: str | None = None
+    metric: str = "lognorm"
+    trials: int = 50
+    calibration: DataSource | None = None
+    evaluation: DataSource | None = None
+    objective: ObjectiveSpec = "perplexity"
+    timeout_seconds: float | None = None
+    seed: int = 0
+    sampler: str = DEFAULT_SAMPLER
+    excluded: tuple[str, ...] = ()
+    max_loss: float | None = None
+    final: SparsityConfig | None = None
+
+    def load(self, source: ModelSource) -> Loaded:
+        """Load the model and the data.
+
+        Raises:
+            ValueError: If the data are invalid.
+            OSError: If the model cannot be found.
+        """
+        processor = source.load_processor()
+        model = source.load_dense()
+        calibration = self.calibration_data.batches(processor, model.config, "train")
+        searched, held_out = held_out_batches(self.evaluation, processor, model.config)
+        if self.max_loss is not None and searched is held_out:
+            raise ValueError(
+                "The evaluation data make a single batch, and the bound needs data that no search "
+                "saw. Give more data, or a smaller batch size."
+            )
+        return Loaded(model, processor, calibration, searched, held_out)
+
+    @property
+    def calibration_data(self) -> DataSource:
+        """The calibration data; WikiText-2 where none are named."""
+        return self.calibration or DataSource()
+
+    def search(self, loaded: Loaded, *, progress: bool = True) -> SearchResult:
+        """Carry the search out, together with whoever else works on its study."""
+        held_out = None if loaded.held_out is loaded.searched else loaded.held_out
+        return search(
+            loaded.model,
+            loaded.calibration,
+            loaded.searched,
+            self.space,
+            held_out=held_out,
+            objective=self.objective,
+            timeout_seconds=self.timeout_seconds,
+            modules_to_not_convert=self.excluded,
+            **self._settings(progress),
+        )
+
+    def search_within(self, loaded: Loaded, *, progress: bool = True) -> WithinLoss:
+        """Find the smallest budget within `max_loss`, likewise."""
+        if self.max_loss is None:
+            raise ValueError("max_loss must be set for a search of the smallest budget.")
+        return search_within(
+            loaded.model,
+            loaded.calibration,
+            loaded.searched,
+            loaded.held_out,
+            self.space,
+            max_loss=self.max_loss,
+            modules_to_not_convert=self.excluded,
+            final=self._final_prune(loaded),
+            **self._settings(progress),
+        )
+
+    def work(self, source: ModelSource) -> None:
+        """Do a further worker's share, in a process of its own."""
+        loaded = self.load(source)
+        if self.max_loss is None:
+            self.search(loaded, progress=False)
+        else:
+            self.search_within(loaded, progress=False)
+
+    def _settings(self, progress: bool) -> dict[str, Any]:
+        return {
+            "metric": ranking_metric(self.metric),
+            "n_trials": self.trials,
+            "storage": self.storage,
+            "study_name": self.study_name,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "progress": progress,
+        }
+
+    def _final_prune(self, loaded: Loaded) -> FinalPrune | None:
+        if self.final is None:
+            return None
+        asked = self.final
+
+        def final_prune(result: SearchResult) -> Any:
+            config = final_config(asked, result.space, result, data=self.calibration_data.label)
+            return pruned_for_now(loaded.model, config, loaded.calibration, loaded.processor)
+
+        return final_prune
