@@ -21,6 +21,7 @@ UNLIMITED_CONTEXT = 2**31 - 1
 
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index", "media_placeholder_token_id")
+_OTHER_TOKEN_FIELDS = ("video_token_id", "video_token_index", "audio_token_id", "audio_token_index")
 _KV_HEAD_FIELDS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _WITHOUT_KV = ("linear_attention", "mamba", "conv", "recurrent")
 _INTERLEAVED_QKV = ("codegen",)
@@ -372,3 +373,19 @@ def accepts_images(model_or_config: nn.Module | PretrainedConfig) -> bool:
     config = _config(model_or_config)
     vision = getattr(config, "vision_config", None)
     return vision is not None or image_token_id(config) is not None
+
+
+def accepts_audio(model_or_config: nn.Module | PretrainedConfig) -> bool:
+    """Return whether the model's forward takes sounds beside text."""
+    config = _config(model_or_config)
+    fields = ("audio_config", "audio_token_id", "audio_token_index")
+    return any(getattr(config, field, None) is not None for field in fields)
+
+
+def media_token_ids(model_or_config: nn.Module | PretrainedConfig) -> tuple[int, ...]:
+    """Return the ids that stand for features of images, videos and sounds in ``input_ids``."""
+    config = _config(model_or_config)
+    parts = (config, *(getattr(config, f"{part}_config", None) for part in ("vision", "audio")))
+    fields = (*_IMAGE_TOKEN_FIELDS, *_OTHER_TOKEN_FIELDS)
+    found = (getattr(part, field, None) for part in parts for field in fields)
+    return tuple(dict.fromkeys(token for token in found if isinstance(token, int)))

@@ -245,11 +245,15 @@ def test_card_metadata(tmp_path: Path) -> None:
     metadata, _ = card_of(tmp_path, license="apache-2.0", accepts_images=False)
     assert (metadata["license"], metadata["pipeline_tag"]) == ("apache-2.0", "text-generation")
     assert ModelCard.load(tmp_path / "README.md").data.license == "apache-2.0"
+    metadata, _ = card_of(tmp_path, accepts_images=False, accepts_audio=True)
+    assert metadata["pipeline_tag"] == "audio-text-to-text"
 
 
-@pytest.mark.parametrize("images", [True, False])
-def test_snippet_imports_the_plugin_first(tmp_path: Path, images: bool) -> None:
-    _, body = card_of(tmp_path, accepts_images=images, prompt='USER: <image>\n"What?"')
+@pytest.mark.parametrize(("images", "audio"), [(True, False), (False, False), (False, True)])
+def test_snippet_imports_the_plugin_first(tmp_path: Path, images: bool, audio: bool) -> None:
+    _, body = card_of(
+        tmp_path, accepts_images=images, accepts_audio=audio, prompt='USER: <image>\n"What?"'
+    )
     code = snippet(body)
     tree = ast.parse(code)
     assert isinstance(tree.body[0], ast.Import)

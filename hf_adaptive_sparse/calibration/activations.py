@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_adaptive_sparse.architecture import image_token_id
+from hf_adaptive_sparse.architecture import media_token_ids
 
 T = TypeVar("T")
 
@@ -31,11 +31,12 @@ def token_weights(
         batch: Inputs of the model's forward, with ``input_ids`` ``(batch, seq)`` or
             ``inputs_embeds`` ``(batch, seq, hidden)``, and perhaps ``attention_mask``
             ``(batch, seq)``.
-        config: Config of the model, which names the image token.
-        image_weight: Weight of an image token.
+        config: Config of the model, which names the tokens of images, videos and sounds.
+        image_weight: Weight of such a token.
 
     Returns:
-        ``(batch, seq)``, float32: 0 for padding, ``image_weight`` for image tokens, 1 for text.
+        ``(batch, seq)``, float32: 0 for padding, ``image_weight`` for tokens of images,
+        videos and sounds, 1 for text.
 
     Raises:
         ValueError: If the batch has neither ids nor embeddings, or a mask of another shape.
@@ -51,9 +52,9 @@ def token_weights(
             f"{', '.join(sorted(batch)) or 'nothing'}."
         )
     weights = torch.ones(shape, dtype=torch.float32, device=device)
-    image = image_token_id(config)
-    if ids is not None and image is not None:
-        weights.masked_fill_(ids == image, image_weight)
+    if ids is not None:
+        media = torch.tensor(media_token_ids(config), dtype=ids.dtype, device=ids.device)
+        weights.masked_fill_(torch.isin(ids, media), image_weight)
     mask = batch.get("attention_mask")
     if mask is not None:
         if mask.shape != shape:

@@ -1,7 +1,8 @@
 """Batches for calibration and evaluation, from a dataset's name, a path or a ready list.
 
-`load_batches` is the one way in: it opens the source (`records`), and makes windows of text
-(`text_windows`) or answered visual questions (`questions`) of what it finds.
+`load_batches` is the one way in: it opens the source (`records`), and makes of what it finds
+windows of text (`text_windows`) or answered questions about images, videos or sounds
+(`questions`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from hf_adaptive_sparse.architecture import accepts_images, image_token_id
+from hf_adaptive_sparse.architecture import media_token_ids
+from hf_adaptive_sparse.calibration.media import accepted_media, require_processor
 from hf_adaptive_sparse.calibration.questions import (
     format_question,
     load_processor,
     question_batch,
-    require_image_processor,
 )
 from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
@@ -54,8 +55,8 @@ def load_batches(
     """Make the batches of a calibration or an evaluation.
 
     Text: the lines joined by newlines, tokenised without special tokens, cut into consecutive
-    windows of ``sequence_length`` tokens; the rest is dropped. Visual questions: prompt, answer
-    and end of sequence, padded on the right, with ``labels`` of -100 everywhere but on the answer
+    windows of ``sequence_length`` tokens; the rest is dropped. Questions: prompt, answer and end
+    of sequence, padded on the right, with ``labels`` of -100 everywhere but on the answer
     (see `questions`).
 
     Args:
@@ -76,13 +77,14 @@ def load_batches(
         token: Token for private or gated Hub datasets.
 
     Returns:
-        Batches of ``input_ids`` and ``attention_mask``, both (batch, seq) int64. For visual
-        questions also ``labels`` (batch, seq) int64 and what the processor makes of the images.
+        Batches of ``input_ids`` and ``attention_mask``, both (batch, seq) int64. For
+        questions also ``labels`` (batch, seq) int64 and what the processor makes of the images,
+        videos or sounds.
 
     Raises:
         DataError: If the data cannot be read or do not suffice.
-        ValueError: If an argument is invalid, or the data have images and the processor or the
-            model takes none.
+        ValueError: If an argument is invalid, or the data have images, videos or sounds
+            and the processor takes none.
         TypeError: If a ready batch holds something other than tensors.
     """
     if source is not None and not isinstance(source, str | os.PathLike):
@@ -92,17 +94,18 @@ def load_batches(
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
     shuffle = split == "train" if shuffle is None else shuffle
     records = read_records(
-        source, split, images=accepts_images(config), revision=revision, token=token
+        source, split, media=accepted_media(config), revision=revision, token=token
     )
     pool = None if num_samples is None else num_samples * (POOL_FACTOR if shuffle else 1)
     samples: list[Any]
-    if records.kind == "text":
+    medium = records.medium
+    if medium is None:
         length = window_length(sequence_length, config)
         samples = read_windows(
-            records, processor, length=length, count=pool, image_token=image_token_id(config)
+            records, processor, length=length, count=pool, left_out=media_token_ids(config)
         )
     else:
-        require_image_processor(processor, records.name)
+        require_processor(processor, medium, records.name)
         samples = list(itertools.islice(records, pool))
         if not samples:
             raise DataError(f"{records.name} holds no questions.")
@@ -113,7 +116,7 @@ def load_batches(
         samples = [samples[i] for i in sorted(rng.sample(range(len(samples)), count))]
     if num_samples is not None and len(samples) < num_samples:
         logger.warning("%s holds %d of %d samples.", records.name, len(samples), num_samples)
-    if records.kind == "text":
+    if medium is None:
         return [_window_batch(chunk) for chunk in _chunks(samples, batch_size)]
     return [question_batch(processor, chunk) for chunk in _chunks(samples, batch_size)]
 

@@ -6,7 +6,15 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hf_adaptive_sparse.calibration.tables import IMAGE, DataError, Row, Table
+from hf_adaptive_sparse.calibration.tables import (
+    AUDIO,
+    FRAMES,
+    IMAGE,
+    VIDEO,
+    DataError,
+    Row,
+    Table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +79,25 @@ def _open_hub_dataset(
         name, config, split=split, revision=revision, token=token, streaming=streaming
     )
     features = data.features or {}
-    if isinstance(features.get(IMAGE), datasets.Image):
-        data = data.cast_column(IMAGE, datasets.Image(decode=False))
+    for column in (IMAGE, VIDEO, FRAMES, AUDIO):
+        if column in features:
+            data = data.cast_column(column, _undecoded(features[column]))
     return data
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return the feature that leaves images, videos and sounds encoded.
+
+    Decoding them is left to us, who need no torchcodec for WAV files and decode only what is used.
+    """
+    import datasets
+
+    for kind in (datasets.Image, datasets.Video, datasets.Audio):
+        if isinstance(feature, kind):
+            return kind(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature))
+    return feature
 
 
 def _is_large(download_bytes: int | None) -> bool:

@@ -1,21 +1,34 @@
-r"""Visual questions as a model reads them: prompt, image, answer.
+r"""Questions as a model reads them: an image, a video or a sound in a prompt, then the answer.
 
 The prompt comes from the processor's chat template where it has one, and else is
-``<bos><image>\nQ: {question} A:``. Behind it come a blank (unless the prompt ends in white space
+``<bos><image>\nQ: {question} A:``, with ``<video>`` or ``<audio>`` for ``<image>``, or whatever the
+processor calls them. Behind it come a blank (unless the prompt ends in white space
 already), the answer, and an end of sequence. Prompts are the same in calibration, in perplexity
 and when answers are generated.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from hf_adaptive_sparse.calibration.records import IMAGE, QUESTION, DataError, Row, load_image
+from hf_adaptive_sparse.calibration.media import (
+    MEDIA,
+    Media,
+    Medium,
+    medium_of,
+    placeholder,
+    processed,
+)
+from hf_adaptive_sparse.calibration.records import QUESTION, DataError, Row
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a token that is not scored."""
@@ -42,37 +55,32 @@ def load_processor(
     settings = {"revision": revision or "main", "token": token, "trust_remote_code": False}
     try:
         return AutoProcessor.from_pretrained(name_or_path, **settings)
-    except (OSError, ValueError, ImportError, KeyError):
+    except ImportError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        logger.warning(
+            "The processor of %s needs a package that is not installed; only its tokenizer is "
+            "used, which takes text alone. %s",
+            name_or_path,
+            reason,
+        )
+        return AutoTokenizer.from_pretrained(name_or_path, **settings)
+    except (OSError, ValueError, KeyError):
         # A text model has no processor; what is wrong with one that has, the tokenizer shows too.
         return AutoTokenizer.from_pretrained(name_or_path, **settings)
 
 
-def require_image_processor(processor: Any, data: str) -> None:
-    """Check that a processor takes images.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if getattr(processor, "image_processor", None) is None:
-        raise ValueError(
-            f"{data} holds images, so the model's processor must have an image processor; "
-            f"{type(processor).__name__} has none. Load it with AutoProcessor, or use data with a "
-            "'text' column."
-        )
-
-
 def format_question(
-    processor: Any, question: str, prompt: str | None = None, *, image: bool = True
+    processor: Any, question: str, prompt: str | None = None, *, medium: Medium | None = "image"
 ) -> str:
-    """Return the prompt that asks a question, about one image or none.
+    """Return the prompt that asks a question, about an image, a video, a sound, or nothing.
 
     Args:
         processor: The model's processor.
         question: The question.
         prompt: Text around the question, with ``{question}`` where it goes: the user's message
-            under a chat template (default ``"{question}"``), else all that follows the image
-            token (default `PLAIN_PROMPT`).
-        image: Whether an image comes with the question.
+            under a chat template (default ``"{question}"``), else all that follows the
+            placeholder of the image (default `PLAIN_PROMPT`).
+        medium: What comes with the question; ``None``: nothing.
 
     Raises:
         ValueError: If ``prompt`` lacks ``{question}``.
@@ -82,22 +90,40 @@ def format_question(
     template = prompt if prompt is not None else "{question}" if chat else PLAIN_PROMPT
     if "{question}" not in template:
         raise ValueError(f"prompt must contain {{question}}, got {prompt!r}.")
-    image_token = getattr(processor, "image_token", None)
-    if image_token is None:
-        image_token = getattr(tokenizer, "image_token", None) or "<image>"
-    # A question that spells the image token would ask for a second image.
-    text = template.replace("{question}", question.replace(image_token, "").strip())
+    for other in MEDIA:
+        # A question that spells a placeholder would ask for a second image.
+        question = question.replace(placeholder(processor, other), "")
+    text = template.replace("{question}", question.strip())
     if chat:
-        content = [{"type": "image"}] if image else []
-        content.append({"type": "text", "text": text})
-        messages = [{"role": "user", "content": content}]
-        rendered = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-        return str(rendered)
+        return _rendered(processor, text, medium)
     bos = tokenizer.bos_token
     start = "" if bos is None or _adds_bos(tokenizer) else bos
-    return f"{start}{image_token if image else ''}{text}"
+    return f"{start}{'' if medium is None else placeholder(processor, medium)}{text}"
+
+
+def _rendered(processor: Any, text: str, medium: Medium | None) -> str:
+    """Return the user's message in the chat template.
+
+    Some templates of language models with an added encoder know text only: they leave the medium
+    out, print its description, or fail on a list. They get the placeholder as text.
+    """
+
+    def render(content: list[dict[str, str]] | str) -> str:
+        messages = [{"role": "user", "content": content}]
+        return str(
+            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        )
+
+    said = [{"type": "text", "text": text}]
+    if medium is None:
+        return render(said)
+    content: list[dict[str, str]] = [{"type": medium}, *said]
+    try:
+        rendered = render(content)
+        knows = repr(content) not in rendered and rendered != render(said)
+    except (TypeError, TemplateError):
+        knows = False
+    return rendered if knows else render(f"{placeholder(processor, medium)}{text}")
 
 
 def format_answer(prompt: str, answer: str) -> str:
@@ -106,34 +132,40 @@ def format_answer(prompt: str, answer: str) -> str:
 
 
 def encode_questions(
-    processor: Any, texts: Sequence[str], images: Sequence[Any] | None, padding_side: str
+    processor: Any, texts: Sequence[str], media: Media | None, padding_side: str
 ) -> dict[str, torch.Tensor]:
-    """Run the processor over texts, each with one image or all with none.
+    """Run the processor over texts, each with one image, video or sound, or all with none.
 
     Args:
         processor: The model's processor.
         texts: Prompts, with or without an answer.
-        images: Images of records, one per text; ``None`` if the texts have none.
+        media: What comes with the texts, one for each; ``None``: nothing.
         padding_side: ``"left"`` to generate, ``"right"`` to score.
 
     Returns:
         All tensors of the processor's output: ``input_ids`` and ``attention_mask`` (batch, seq)
         int64, ``pixel_values`` and so on.
+
+    Raises:
+        DataError: If something cannot be opened.
+        ValueError: If the processor needs a package that is not installed.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    media = {} if images is None else {"images": [[load_image(image)] for image in images]}
     # A prompt that begins with bos is complete; the tokenizer would put a second one before it.
     complete = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
+    of_text = {
+        "add_special_tokens": not complete,
+        "padding": True,
+        "padding_side": padding_side,  # some processors have a side of their own by default
+        "truncation": False,
+    }
+    arguments = {} if media is None else media.arguments(processor)
+    # Sounds are padded and cut as their own extractor does by default.
+    heard = media is not None and media.medium == "audio"
+    arguments.update({"text_kwargs": of_text} if heard else of_text)
     with padding(tokenizer, padding_side):
-        encoded = processor(
-            text=list(texts),
-            **media,
-            add_special_tokens=not complete,
-            padding=True,
-            truncation=False,
-            return_tensors="pt",
-        )
-    return {key: value for key, value in encoded.items() if isinstance(value, torch.Tensor)}
+        output = processed(processor, texts, arguments)
+    return {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
 
 
 def question_batch(
@@ -143,8 +175,8 @@ def question_batch(
 
     Args:
         processor: The model's processor.
-        rows: Rows of kind ``"visual_question"``. Of several answers the most frequent is used,
-            of equally frequent ones the first.
+        rows: Questions about images, videos or sounds. Of several answers the most frequent is
+            used, of equally frequent ones the first.
         prompt: See `format_question`.
 
     Returns:
@@ -153,17 +185,19 @@ def question_batch(
         an answer exist, and its loss would drown theirs.
 
     Raises:
-        DataError: If an answer leaves no token to score.
+        DataError: If an answer leaves no token to score, or something cannot be opened.
     """
-    prompts = [format_question(processor, row[QUESTION], prompt) for row in rows]
+    prompts = [
+        format_question(processor, row[QUESTION], prompt, medium=medium_of(row)) for row in rows
+    ]
     answered = [
         text + format_answer(text, most_frequent(row["answers"]))
         for text, row in zip(prompts, rows, strict=True)
     ]
     tokenizer = getattr(processor, "tokenizer", processor)
     eos = tokenizer.eos_token or ""
-    images = [row[IMAGE] for row in rows]
-    batch = encode_questions(processor, [text + eos for text in answered], images, "right")
+    texts = [text + eos for text in answered]
+    batch = encode_questions(processor, texts, Media.of(rows), "right")
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for index, (before, text) in enumerate(zip(prompts, answered, strict=True)):
         count = len(answer_ids(processor, before, text))

@@ -1,25 +1,34 @@
-"""Rows of text or of visual questions, read lazily from a Hub dataset or a local file.
+"""Rows of text, or of questions about something, read lazily from a Hub dataset or a local file.
 
 A source is ``name``, ``name:config`` or ``name:config:split`` on the Hub, or a local ``.parquet``,
 ``.jsonl``, ``.json`` or ``.txt`` file or a folder of parquet files. Rows come one after the other,
-only the columns that are used are read, and images stay encoded until `load_image` opens them, so
-a corpus of any size costs what is taken from it.
+only the columns that are used are read, and images, videos and sounds stay encoded until a batch is
+made of them (`media`), so a corpus of any size costs what is taken from it.
 """
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
-
 from hf_adaptive_sparse.calibration.hub_datasets import hub_table
 from hf_adaptive_sparse.calibration.local_files import FILE_TYPES, local_table
-from hf_adaptive_sparse.calibration.tables import IMAGE, TEXT, DataError, Row, Table
+from hf_adaptive_sparse.calibration.media import MEDIA, PLACE, PLURAL, Medium
+from hf_adaptive_sparse.calibration.pictures import load_image
+from hf_adaptive_sparse.calibration.tables import (
+    AUDIO,
+    FRAMES,
+    IMAGE,
+    TEXT,
+    VIDEO,
+    DataError,
+    Row,
+    Table,
+)
 
 __all__ = [
     "IMAGE",
@@ -42,6 +51,22 @@ DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
 QUESTION = "question"
 ANSWER_COLUMNS = ("answers", "answer", "multiple_choice_answer")
 """Columns an answer is taken from, the first that is there: ten human answers before one."""
+MEDIA_COLUMNS: Mapping[Medium, tuple[str, ...]] = {
+    "image": (IMAGE,),
+    "video": (VIDEO, FRAMES),
+    "audio": (AUDIO,),
+}
+"""Columns a medium is taken from, the first that is there."""
+TRANSCRIPT_COLUMNS = ("transcript", "transcription", "sentence", TEXT)
+"""Columns of what is said in a sound; then `TRANSCRIBE` is the question."""
+TRANSCRIBE = "Transcribe the audio."
+
+Kind = Literal["text", "visual_question", "video_question", "audio_question"]
+_KINDS: Mapping[Medium, Kind] = {
+    "image": "visual_question",
+    "video": "video_question",
+    "audio": "audio_question",
+}
 
 
 @dataclass(frozen=True)
@@ -50,15 +75,20 @@ class Records:
 
     Attributes:
         name: The source, for messages.
-        kind: ``"text"``: rows have ``text`` (str). ``"visual_question"``: rows have ``image``
-            (anything that `load_image` opens), ``question`` (str) and ``answers`` (tuple of str,
-            not empty).
+        kind: ``"text"``: rows have ``text`` (str). Else they have ``question`` (str), ``answers``
+            (tuple of str, not empty), ``place`` (str, for messages) and what is asked about:
+            ``image``, ``video`` or ``audio``, as `media` opens them.
         rows: Starts a new pass over the rows.
     """
 
     name: str
-    kind: Literal["text", "visual_question"]
+    kind: Kind
     rows: Callable[[], Iterator[Row]]
+
+    @property
+    def medium(self) -> Medium | None:
+        """What is asked about; ``None`` for text."""
+        return next((medium for medium, kind in _KINDS.items() if kind == self.kind), None)
 
     def __iter__(self) -> Iterator[Row]:
         return self.rows()
@@ -68,7 +98,7 @@ def read_records(
     source: str | os.PathLike[str] | Iterable[Row] | None,
     split: str = "train",
     *,
-    images: bool = True,
+    media: Collection[Medium] = MEDIA,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Records:
@@ -79,18 +109,18 @@ def read_records(
             path of a local file or folder, or an iterable of rows.
         split: Split of a Hub dataset that names none itself. Local files have no splits; in a
             folder, files whose name begins with the split are preferred.
-        images: Whether visual questions are wanted. They win over a ``text`` column if so and are
-            ignored otherwise.
+        media: What the model takes. Questions about these win over a ``text`` column; others are
+            ignored.
         revision: Revision of a Hub dataset.
         token: Token for private or gated Hub datasets.
 
     Returns:
-        Records of text or of visual questions.
+        Records of text or of questions.
 
     Raises:
         DataError: If the source cannot be read or has no usable columns.
     """
-    return _select(open_table(source, split, revision=revision, token=token), images)
+    return _select(open_table(source, split, revision=revision, token=token), media)
 
 
 def open_table(
@@ -127,23 +157,41 @@ def _looks_like_path(source: str) -> bool:
 # Which columns are used
 
 
-def _select(table: Table, images: bool) -> Records:
+def _select(table: Table, media: Collection[Medium] = MEDIA) -> Records:
     answer = next((c for c in ANSWER_COLUMNS if c in table.columns), None)
-    asks = answer is not None and IMAGE in table.columns and QUESTION in table.columns
-    if asks and images:
-        return Records(table.name, "visual_question", lambda: _questions(table, str(answer)))
+    asks = answer is not None and QUESTION in table.columns
+    shown = {
+        medium: column
+        for medium in MEDIA
+        if (column := _first(MEDIA_COLUMNS[medium], table)) is not None
+    }
+    for medium, column in shown.items():
+        if medium not in media:
+            continue
+        columns: tuple[str | None, str] | None = (QUESTION, str(answer)) if asks else None
+        if columns is None and medium == "audio":
+            said = _first(TRANSCRIPT_COLUMNS, table)
+            columns = None if said is None else (None, said)
+        if columns is not None:
+            rows = partial(_questions, table, medium, column, *columns)
+            return Records(table.name, _KINDS[medium], rows)
     if TEXT in table.columns:
         return Records(table.name, "text", lambda: _texts(table))
     found = f"{table.name} has the columns {', '.join(table.columns) or '(none)'}"
-    if asks:
+    if asks and shown:
+        about = " or ".join(PLURAL[medium] for medium in shown)
         raise DataError(
-            f"{found}: images and questions, but the model takes no images. Use data with a "
-            "'text' column."
+            f"{found}: questions about {about}, but the model takes none. Use data with a 'text' "
+            "column."
         )
     raise DataError(
-        f"Data must have a column 'text', or the columns 'image', 'question' and 'answer' (or "
-        f"'answers'); {found}."
+        "Data must have a column 'text', or the columns 'image', 'video', 'frames' or 'audio' with "
+        f"'question' and 'answer' (or 'answers'); {found}."
     )
+
+
+def _first(names: Iterable[str], table: Table) -> str | None:
+    return next((name for name in names if name in table.columns), None)
 
 
 def _texts(table: Table) -> Iterator[Row]:
@@ -159,15 +207,35 @@ def _texts(table: Table) -> Iterator[Row]:
         yield {TEXT: text}
 
 
-def _questions(table: Table, answer: str) -> Iterator[Row]:
-    for number, row in enumerate(table.scan([IMAGE, QUESTION, answer])):
+def _questions(
+    table: Table, medium: Medium, column: str, question: str | None, answer: str
+) -> Iterator[Row]:
+    wanted = [column, *([] if question is None else [question]), answer]
+    for number, row in enumerate(table.scan(wanted)):
         answers = read_answers(row.get(answer))
-        if row.get(IMAGE) is None or not isinstance(row.get(QUESTION), str) or not answers:
+        asked = TRANSCRIBE if question is None else row.get(question)
+        lacking = {
+            column: row.get(column) is None,
+            str(question): not isinstance(asked, str),
+            answer: not answers,
+        }
+        if any(lacking.values()):
+            names = " and ".join(repr(name) for name, lacks in lacking.items() if lacks)
             raise DataError(
-                f"Every row must have an image, a question and an answer; row {number} of "
-                f"{table.name} lacks one."
+                f"Every row must have {_article(column)}, a question and an answer; row {number} "
+                f"of {table.name} lacks one: nothing usable in {names}."
             )
-        yield {IMAGE: row_image(table, row), QUESTION: row[QUESTION], "answers": answers}
+        shown = row[column] if table.folder is None else _resolve(row[column], table.folder)
+        yield {
+            medium: shown,
+            QUESTION: asked,
+            "answers": answers,
+            PLACE: f"Column {column!r} of row {number} of {table.name}",
+        }
+
+
+def _article(column: str) -> str:
+    return {IMAGE: "an image", AUDIO: "a sound"}.get(column, "a video")
 
 
 def row_image(table: Table, row: Row) -> Any:
@@ -194,39 +262,12 @@ def read_answers(value: Any) -> tuple[str, ...]:
     return ()
 
 
-def _resolve(image: Any, folder: Path) -> Any:
-    if isinstance(image, str):
-        return folder / image
-    if isinstance(image, Mapping) and image.get("bytes") is None and image.get("path"):
-        return folder / str(image["path"])
-    return image
-
-
-def load_image(image: Any) -> Image.Image:
-    """Open an image of a record.
-
-    Args:
-        image: A PIL image, encoded bytes, a path, or ``{"bytes": ..., "path": ...}``.
-
-    Returns:
-        The image in RGB.
-
-    Raises:
-        DataError: If it cannot be opened.
-    """
-    try:
-        if isinstance(image, Mapping):
-            encoded = image.get("bytes")
-            image = encoded if encoded is not None else image.get("path")
-        if isinstance(image, bytes):
-            image = Image.open(io.BytesIO(image))
-        elif isinstance(image, str | os.PathLike):
-            image = Image.open(image)
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"An image cannot be opened: {error}") from error
-    raise DataError(
-        "An image must be a PIL image, encoded bytes, a path, or {'bytes', 'path'}; got "
-        f"{type(image).__name__}."
-    )
+def _resolve(value: Any, folder: Path) -> Any:
+    """Place relative paths in the folder: of an image, a sound, a video, or each frame of one."""
+    if isinstance(value, str):
+        return folder / value
+    if isinstance(value, Mapping) and value.get("path") and value.get("bytes") is None:
+        return value if value.get("array") is not None else folder / str(value["path"])
+    if isinstance(value, list):
+        return [_resolve(frame, folder) for frame in value]
+    return value

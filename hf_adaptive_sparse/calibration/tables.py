@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 TEXT = "text"
-IMAGE = "image"
+IMAGE: Final = "image"
+VIDEO: Final = "video"
+FRAMES = "frames"
+AUDIO: Final = "audio"
 
 Row = Mapping[str, Any]
 
@@ -25,7 +28,7 @@ class Table:
         name: The source, for messages.
         columns: Names of its columns.
         scan: Starts a pass over the rows, given the columns that are wanted.
-        folder: What relative paths of images in it refer to.
+        folder: What relative paths of images, videos and sounds in it refer to.
     """
 
     name: str

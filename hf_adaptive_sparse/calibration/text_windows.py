@@ -8,7 +8,7 @@ not used: those before them are the tokens that the whole text gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def read_windows(
     *,
     length: int,
     count: int | None,
-    image_token: int | None = None,
+    left_out: Sequence[int] = (),
 ) -> list[torch.Tensor]:
     """Return the first windows of a text.
 
@@ -62,8 +62,8 @@ def read_windows(
         processor: Processor or tokenizer.
         length: Tokens per window.
         count: Windows at most; ``None`` for all.
-        image_token: An id that stands for image features. Text that spells it out ("<image>")
-            would ask the model for an image, so its tokens are left out.
+        left_out: Ids that stand for features of images, videos or sounds. Text that spells one
+            out ("<image>") would ask the model for an image, so these tokens are left out.
 
     Returns:
         Windows of shape (length,), int64.
@@ -77,7 +77,7 @@ def read_windows(
     target = None if wanted is None else CHARACTERS_PER_TOKEN * wanted
     while True:
         ended = _take(lines, text, target)
-        ids = encode(processor, "\n".join(text), image_token)
+        ids = encode(processor, "\n".join(text), left_out)
         if ended or wanted is None or target is None:
             break
         ids = ids[: max(0, len(ids) - SEAM_TOKENS)]
@@ -105,8 +105,8 @@ def _take(lines: Iterator[str], text: list[str], target: int | None) -> bool:
     return False
 
 
-def encode(processor: Any, text: str, image_token: int | None = None) -> torch.Tensor:
-    """Tokenise a text without special tokens.
+def encode(processor: Any, text: str, left_out: Sequence[int] = ()) -> torch.Tensor:
+    """Tokenise a text without special tokens, and leave out the given ids.
 
     Returns:
         Ids of shape (tokens,), int64.
@@ -115,4 +115,4 @@ def encode(processor: Any, text: str, image_token: int | None = None) -> torch.T
     # verbose=False: a corpus is longer than the context, and is cut afterwards.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.tensor(ids, dtype=torch.int64)
-    return tokens if image_token is None else tokens[tokens != image_token]
+    return tokens[~torch.isin(tokens, torch.tensor(left_out, dtype=torch.int64))]

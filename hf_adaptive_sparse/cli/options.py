@@ -128,7 +128,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions",
         metavar="DATA",
-        help="visual questions to answer: columns image, question, answer",
+        help="questions to answer: columns image (or video, audio), question, answer",
     )
 
 

@@ -13,7 +13,13 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import accepts_images, kv_widths, prunable_linears
+from hf_adaptive_sparse.architecture import (
+    accepts_audio,
+    accepts_images,
+    kv_widths,
+    prunable_linears,
+)
+from hf_adaptive_sparse.calibration.media import takes
 from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.measuring import Measurement
@@ -155,15 +161,20 @@ def save_report(
             num_layers=len(widths),
         )
         plots["Ratio and KV bits per layer"] = "profile.png"
-    images = accepts_images(model)
-    question = "What is in the picture?"
+    images, sounds = accepts_images(model), accepts_audio(model)
+    prompt = None
+    if images:
+        prompt = format_question(processor, "What is in the picture?")
+    elif sounds and takes(processor, "audio"):
+        prompt = format_question(processor, "What do you hear?", medium="audio")
     write_model_card(
         folder,
         facts=CardFacts(
             base_model=recipe.base_model,
             accepts_images=images,
+            accepts_audio=sounds,
             repo_id=recipe.repo_id,
-            prompt=format_question(processor, question) if images else None,
+            prompt=prompt,
             checkpoint_format=config.checkpoint_format,
             target_sparsity=config.target_sparsity,
             achieved_sparsity=report.mean_sparsity,

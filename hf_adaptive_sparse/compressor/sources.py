@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from hf_adaptive_sparse.architecture import accepts_images
 from hf_adaptive_sparse.calibration.data import Batch, Records, Source, load_batches, read_records
+from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 
@@ -46,7 +49,7 @@ class ModelSource:
     device_map: str | None = None
 
     def load(self, sparsity_config: SparsityConfig | None = None) -> PreTrainedModel:
-        """Load the model in evaluation mode: a vision-language model, else a causal one.
+        """Load the model in evaluation mode: one that sees or hears, else a causal one.
 
         Args:
             sparsity_config: How a compressed model is loaded (runtime, KV profile).
@@ -160,16 +163,20 @@ class DataSource:
         )
 
     def questions(self, config: PreTrainedConfig, split: str) -> Records | None:
-        """Return the visual questions in the source, or ``None`` if it holds text or batches."""
+        """Return the questions about images, videos or sounds, ``None`` of text or batches."""
         if not isinstance(self.source, str | os.PathLike):
             return None
-        records = read_records(self.source, split, images=accepts_images(config))
+        records = read_records(self.source, split, media=accepted_media(config))
         return None if records.kind == "text" else records
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
-    images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    hears = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if hears and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def split_held_out(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -34,7 +34,7 @@ def perplexity(
         model: A model with a language head. Its mode (train, eval) is restored.
         batches: Inputs of the forward, each with ``input_ids`` (batch, seq) int64. Scored are the
             ``labels`` where a batch has them, else every token that has one before it; never
-            padding and never image tokens.
+            padding and never tokens of images, videos or sounds.
         kv_cache: ``None``: quantise keys and values as the model's own config says, if it does.
             ``False``: do not. A `KVCacheConfig`: as this one says.
         progress: Show a progress bar.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import cache_argument, image_token_id
+from hf_adaptive_sparse.architecture import cache_argument, media_token_ids
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, evaluating, new_cache, to_model
 
 IGNORED = -100
@@ -80,7 +80,7 @@ def predict(
         ValueError: If the batch has neither labels nor input_ids.
     """
     inputs = to_model(model, batch)
-    targets = scored_targets(inputs, image_token_id(model.config))
+    targets = scored_targets(inputs, media_token_ids(model.config))
     inputs.pop("labels", None)
     if not bool((targets != IGNORED).any()):
         return None
@@ -92,7 +92,7 @@ def predict(
     return Predictions(logits[:, :-1], targets.to(logits.device))
 
 
-def scored_targets(inputs: Mapping[str, torch.Tensor], image_token: int | None) -> torch.Tensor:
+def scored_targets(inputs: Mapping[str, torch.Tensor], media_tokens: Sequence[int]) -> torch.Tensor:
     """Return the token each position but the last has to predict, (batch, seq - 1) int64.
 
     Raises:
@@ -111,6 +111,7 @@ def scored_targets(inputs: Mapping[str, torch.Tensor], image_token: int | None) 
     if mask is not None and mask.ndim == 2:
         # The first real token after left padding has nothing before it to be predicted from.
         targets[(mask[:, 1:] == 0) | (mask[:, :-1] == 0)] = IGNORED
-    if ids is not None and image_token is not None:
-        targets[ids[:, 1:] == image_token] = IGNORED
+    if ids is not None:
+        media = torch.tensor(media_tokens, dtype=ids.dtype, device=ids.device)
+        targets[torch.isin(ids[:, 1:], media)] = IGNORED
     return targets

@@ -1,4 +1,4 @@
-"""Visual question answering: generate answers, and score them as the VQA evaluation does.
+"""Questions about images, videos and sounds: generate answers, and score them as VQA does.
 
 An answer is what the model generates greedily up to its end of sequence, cut at the first newline
 (behind it, a model writes its next question). Some models were never taught to end an answer: what
@@ -18,13 +18,18 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from hf_adaptive_sparse.architecture import accepts_images, cache_argument
+from hf_adaptive_sparse.architecture import cache_argument
+from hf_adaptive_sparse.calibration.media import (
+    Media,
+    accepted_media,
+    medium_of,
+    require_processor,
+)
 from hf_adaptive_sparse.calibration.questions import (
     answer_ids,
     encode_questions,
     format_answer,
     format_question,
-    require_image_processor,
 )
 from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
 from hf_adaptive_sparse.evaluation.forward import (
@@ -94,9 +99,9 @@ def vqa_accuracy(
     """Ask the model the questions and compare its answers with the human ones.
 
     Args:
-        model: A vision-language model.
+        model: A model that takes images, videos or sounds.
         processor: Its processor.
-        records: Visual questions: records, or a source as `read_records` takes it.
+        records: Questions about them: records, or a source as `read_records` takes it.
         kv_cache: ``None``: the model's own KV profile, if any; ``False``: none; a `KVCacheConfig`:
             that one.
         batch_size: Questions generated for together, padded on the left.
@@ -112,8 +117,9 @@ def vqa_accuracy(
         progress: Show a progress bar.
 
     Raises:
-        DataError: If the data hold no visual questions.
-        ValueError: If the model or the processor takes no images, or an argument is invalid.
+        DataError: If the data hold no questions.
+        ValueError: If the model or the processor does not take what they are about, or an argument
+            is invalid.
     """
     if match not in ("whole", "prefix", "auto"):
         raise ValueError(f"match must be 'whole', 'prefix' or 'auto', got {match!r}.")
@@ -121,19 +127,21 @@ def vqa_accuracy(
     for name, value in (*limits, ("num_samples", num_samples)):
         if value is not None and (isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
-    if not accepts_images(model):
+    media = accepted_media(model.config)
+    if not media:
         raise ValueError(
-            f"Visual questions need a model that takes images; {type(model).__name__} takes none."
+            "Questions need a model that takes images, videos or sounds; "
+            f"{type(model).__name__} takes none."
         )
     started = time.perf_counter()
     if not isinstance(records, Records):
-        records = read_records(records, split)
-    if records.kind != "visual_question":
+        records = read_records(records, split, media=media)
+    if records.medium is None:
         raise DataError(
-            "Visual questions need the columns 'image', 'question' and 'answer' (or 'answers'); "
-            f"{records.name} has text."
+            "Questions need the columns 'image' (or 'video', 'frames', 'audio'), 'question' and "
+            f"'answer' (or 'answers'); {records.name} has text."
         )
-    require_image_processor(processor, records.name)
+    require_processor(processor, records.medium, records.name)
     scores: dict[Match, float] = {"whole": 0.0, "prefix": 0.0}
     answers: list[GeneratedAnswer] = []
     rows = itertools.islice(records, num_samples)
@@ -189,7 +197,7 @@ def _prefix_accuracy(
 
 def _answer_lengths(processor: Any, row: Mapping[str, Any], prompt: str | None) -> list[int]:
     """Return the tokens of each human answer behind the prompt."""
-    text = format_question(processor, row["question"], prompt)
+    text = format_question(processor, row["question"], prompt, medium=medium_of(row))
     counted = {
         answer: len(answer_ids(processor, text, text + format_answer(text, answer)))
         for answer in set(row["answers"])
@@ -213,20 +221,19 @@ def generate_answers(
     """Generate an answer to each question, greedily, as one left-padded batch.
 
     Args:
-        model: A vision-language model.
+        model: A model that takes images, videos or sounds.
         processor: Its processor.
-        rows: Rows with ``image`` and ``question``; all with an image, or all with ``None``.
+        rows: Rows with ``question`` and ``image``, ``video`` or ``audio``; all with the same, or
+            all with ``None``.
         kv_cache: As for `vqa_accuracy`.
         max_new_tokens: Tokens per answer at most.
         prompt: See `format_question`.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    images = None if rows[0]["image"] is None else [row["image"] for row in rows]
-    prompts = [
-        format_question(processor, row["question"], prompt, image=images is not None)
-        for row in rows
-    ]
-    encoded = encode_questions(processor, prompts, images, "left")
+    media = Media.of(rows)
+    medium = None if media is None else media.medium
+    prompts = [format_question(processor, row["question"], prompt, medium=medium) for row in rows]
+    encoded = encode_questions(processor, prompts, media, "left")
     inputs = to_model(model, encoded)
     settings = _greedy(model, tokenizer, max_new_tokens)
     with evaluating(model):

@@ -52,6 +52,21 @@ output = model.generate(**inputs, max_new_tokens=32)
 print(processor.batch_decode(output, skip_special_tokens=True)[0])
 """
 
+_SOUND_SNIPPET = """\
+import hf_adaptive_sparse  # first: it teaches transformers to read this checkpoint
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers.audio_utils import load_audio
+
+repo = {repo}
+processor = AutoProcessor.from_pretrained(repo)
+model = AutoModelForMultimodalLM.from_pretrained(repo, dtype="auto")
+
+sound = load_audio("sound.wav", sampling_rate=16000)
+inputs = processor(audio=sound, text={prompt}, return_tensors="pt").to(dtype=model.dtype)
+output = model.generate(**inputs, max_new_tokens=32)
+print(processor.batch_decode(output, skip_special_tokens=True)[0])
+"""
+
 _WHY_IMPORT = """\
 The import comes first because transformers does not look for plugins by itself: without it the
 checkpoint still loads, with a warning, but its pruned weights are **initialised at random**."""
@@ -68,6 +83,7 @@ class CardFacts:
     Attributes:
         base_model: Hub id of the dense model, or the path it was read from (not published).
         accepts_images: Whether the model takes images besides text.
+        accepts_audio: Whether it takes sounds.
         repo_id: Where the model is going to be; None: the snippet has a placeholder.
         license: License identifier of the base model where it has one.
         prompt: Prompt of the usage snippet.
@@ -93,6 +109,7 @@ class CardFacts:
 
     base_model: str | None = None
     accepts_images: bool = False
+    accepts_audio: bool = False
     repo_id: str | None = None
     license: str | None = None
     prompt: str | None = None
@@ -170,7 +187,7 @@ def _metadata(facts: CardFacts) -> str:
             base_model=base,
             library_name="transformers",
             license=facts.license,
-            pipeline_tag="image-text-to-text" if facts.accepts_images else "text-generation",
+            pipeline_tag=_usage(facts)[0],
             tags=list(TAGS),
         ).to_yaml()
     )
@@ -210,12 +227,20 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _snippet(facts: CardFacts) -> str:
-    template = _IMAGE_SNIPPET if facts.accepts_images else _TEXT_SNIPPET
-    default = "<image>\nWhat is in the picture?" if facts.accepts_images else "Once upon a time"
+    _, template, default = _usage(facts)
     return template.format(
         repo=json.dumps(facts.repo_id or "path/to/this/folder"),
         prompt=json.dumps(facts.prompt or default),
     )
+
+
+def _usage(facts: CardFacts) -> tuple[str, str, str]:
+    """Return the Hub's name of what the model does, the snippet that does it, and its prompt."""
+    if facts.accepts_images:
+        return "image-text-to-text", _IMAGE_SNIPPET, "<image>\nWhat is in the picture?"
+    if facts.accepts_audio:
+        return "audio-text-to-text", _SOUND_SNIPPET, "<audio>\nWhat do you hear?"
+    return "text-generation", _TEXT_SNIPPET, "Once upon a time"
 
 
 def _why_import(facts: CardFacts) -> str:

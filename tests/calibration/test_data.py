@@ -86,7 +86,7 @@ def test_questions(question_file: Path, tiny_llava) -> None:
 
 
 def test_images_and_text_models(question_file: Path, text_file: Path, tiny_llava) -> None:
-    with pytest.raises(ValueError, match="takes no images"):
+    with pytest.raises(ValueError, match="about images, but the model takes none"):
         load_batches(question_file, make_llava_processor(), config=llama_config())
     with pytest.raises(ValueError, match=r"image processor; \w+ has none"):
         load_batches(question_file, make_tokenizer(), config=tiny_llava.config)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaProcessor
 
+from hf_adaptive_sparse.calibration.media import Media
 from hf_adaptive_sparse.calibration.questions import (
     encode_questions,
     format_question,
@@ -72,6 +76,20 @@ def test_labels_are_the_answers(options: dict) -> None:
         assert labels[length - 1] == -100
 
 
+def test_labels_are_the_answers_where_a_processor_pads_on_the_left() -> None:
+    class PadsLeft(LlavaProcessor):  # as InternVL's processor, whatever its tokenizer is set to
+        text_kwargs: ClassVar[dict[str, str]] = {"padding_side": "left"}
+
+    processor = make_llava_processor()
+    processor.__class__ = PadsLeft
+    batch = question_batch(processor, rows("no", "a red square"))
+    for ids, labels, answer in zip(
+        batch["input_ids"], batch["labels"], ("no", "a red square"), strict=True
+    ):
+        assert processor.tokenizer.decode(ids[labels != -100]) == f" {answer}"
+    assert batch["attention_mask"][:, 0].all()
+
+
 def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:
     processor = make_llava_processor()
     batch = question_batch(processor, rows("no"), "\n{question}\n")
@@ -82,7 +100,7 @@ def test_left_padding_and_restored_tokenizer() -> None:
     processor = make_llava_processor(pad=False)
     before = processor.tokenizer.padding_side
     prompts = [format_question(processor, r["question"]) for r in rows("a", "b")]
-    batch = encode_questions(processor, prompts, [r["image"] for r in rows("a", "b")], "left")
+    batch = encode_questions(processor, prompts, Media.of(rows("a", "b")), "left")
     assert batch["attention_mask"][0, 0] == 0
     assert batch["attention_mask"][:, -1].all()
     assert processor.tokenizer.padding_side == before

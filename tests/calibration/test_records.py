@@ -79,14 +79,14 @@ def test_answer_columns(answer: dict, expected: tuple[str, ...]) -> None:
 
 def test_images_win_where_the_model_takes_them() -> None:
     rows = [{"image": png(), "question": "q?", "answer": "a", "text": "words"}]
-    assert read_records(rows, images=True).kind == "visual_question"
-    assert read_records(rows, images=False).kind == "text"
+    assert read_records(rows).kind == "visual_question"
+    assert read_records(rows, media=()).kind == "text"
 
 
 def test_images_for_a_model_that_takes_none() -> None:
     rows = [{"image": png(), "question": "q?", "answer": "a"}]
-    with pytest.raises(DataError, match="takes no images"):
-        read_records(rows, images=False)
+    with pytest.raises(DataError, match="images, but the model takes none"):
+        read_records(rows, media=())
 
 
 def test_image_forms(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ class TestHub:
         pq.write_table(pa.table({"text": TEXTS, "n": [1, 2, 3]}), data / "train-0.parquet")
         monkeypatch.chdir(tmp_path)
         table = hub_table("things", "train", None, None)
-        assert [r["text"] for r in _select(table, images=True)] == TEXTS
+        assert [r["text"] for r in _select(table)] == TEXTS
         assert next(iter(table.scan(["text"]))).keys() == {"text"}
         with pytest.raises(DataError, match=r"split 'validation'|cannot be read"):
             hub_table("things", "validation", None, None)

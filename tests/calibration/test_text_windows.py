@@ -55,7 +55,7 @@ def test_no_special_tokens_and_no_image_tokens() -> None:
     rows = [{"text": "an <image> tag in a line of text"}] * 50
     tokenizer = make_llava_processor(adds_bos=True)
     windows = torch.cat(
-        read_windows(read_records(rows), tokenizer, length=16, count=20, image_token=4)
+        read_windows(read_records(rows), tokenizer, length=16, count=20, left_out=(4,))
     )
     assert not (windows == 4).any()
     assert not (windows == 1).any()

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import accepts_images
-from hf_adaptive_sparse.calibration.questions import require_image_processor
+from hf_adaptive_sparse.calibration.media import require_processor
 from hf_adaptive_sparse.calibration.records import DataError, Row, open_table
 
 # The benchmarks register themselves.
@@ -77,7 +77,7 @@ def run_task(
             raise ValueError(
                 f"{name} needs a model that takes images; {type(model).__name__} takes none."
             )
-        require_image_processor(processor, name)
+        require_processor(processor, "image", name)
     table = open_table(task.default_data if data is None else data, "validation", token=token)
     task.check_columns(table)
     about = {

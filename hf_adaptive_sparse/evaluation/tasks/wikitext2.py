@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import image_token_id
+from hf_adaptive_sparse.architecture import media_token_ids
 from hf_adaptive_sparse.calibration.records import TEXT, Records, Table
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError
@@ -44,7 +44,7 @@ class WikiText2(Task):
             processor,
             length=window_length(setting.sequence_length, model.config),
             count=None,
-            image_token=image_token_id(model.config),
+            left_out=media_token_ids(model.config),
         )
         for index, window in enumerate(windows):
             yield Item(str(index), window)
