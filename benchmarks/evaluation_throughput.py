@@ -10,6 +10,7 @@ take turns; the figure is the ratio of the median times.
 from __future__ import annotations
 
 import argparse
+import io
 import statistics
 import tempfile
 import time
@@ -19,22 +20,24 @@ from typing import Any
 
 import torch
 from environment import shared, write_result
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.calibration.records import read_records
-from hf_adaptive_sparse.evaluation.tasks import Setting, run_task
+from hf_adaptive_sparse.evaluation.tasks.run import run_task
+from hf_adaptive_sparse.evaluation.tasks.task import Setting
 
 TARGET = 0.9
 NEW_TOKENS = 8
 
 
 def rows(count: int) -> Iterator[dict[str, Any]]:
-    """Yield questions in the columns of VQAv2, images still encoded, as the Hub's tables are."""
+    """Yield questions in the columns of VQAv2."""
     records = read_records(shared("data/easy-vqa/evaluation.parquet"), "validation")
     for number, row in zip(range(count), records, strict=False):
         yield {
-            "image": row["image"],
+            "image": Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"),
             "question": row["question"],
             "answers": list(row["answers"]) * 10,
             "question_id": number,

@@ -67,15 +67,17 @@ def staged_folder(
 
 
 @contextmanager
-def resumable_folder(output: Path, state_name: str, *, overwrite: bool = False) -> Iterator[Path]:
+def resumable_folder(
+    output: Path, state_names: tuple[str, ...], *, overwrite: bool = False
+) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``output`` if the body succeeds.
 
-    If it does not, everything in it stays for the next run, which finds it where the state file is
-    there; without that the folder is emptied first.
+    If it does not, everything in it stays for the next run, which finds it where one of the state
+    files is there; without any the folder is emptied first.
 
     Args:
         output: The folder to make.
-        state_name: Name of the file that says how far a run came.
+        state_names: Names of the files that say how far a run came.
         overwrite: Replace what is in ``output``; otherwise it must be missing or empty.
 
     Raises:
@@ -83,7 +85,7 @@ def resumable_folder(output: Path, state_name: str, *, overwrite: bool = False) 
     """
     check_output(output, overwrite=overwrite)
     partial = output.with_name(output.name + ".partial")
-    if not (partial / state_name).is_file():
+    if not any((partial / name).is_file() for name in state_names):
         _clear(partial, ())
     _make(partial)
     yield partial

@@ -57,8 +57,46 @@ def prune_offloaded(
     target = Path(output)
     check_output(target, overwrite=overwrite)
     empty = model.load_empty()
-    files = WeightFiles(empty, _folder(model))
+    files = weight_files(model, empty)
     processor = model.load_processor()
+    data = calibration or DataSource()
+    batches = None
+    if config.needs_calibration:
+        batches = data.batches(processor, empty.config, "train")
+    with resumable_folder(target, (STATE_NAME,), overwrite=overwrite) as folder:
+        report = prune_into(
+            folder, files, empty, config, batches, processor=processor, progress=progress
+        )
+        recipe = Recipe(str(model.name), None if batches is None else data.label, None, seed)
+        save_report(folder, empty, report, recipe, processor=processor)
+        weight_bytes = weight_bytes_on_disk(folder)
+    return PrunedFolder(target, report, parameter_bytes(empty), weight_bytes)
+
+
+def prune_into(
+    folder: Path,
+    files: WeightFiles,
+    empty: PreTrainedModel,
+    config: SparsityConfig,
+    batches: list[Batch] | None,
+    *,
+    processor: Any = None,
+    progress: bool = True,
+) -> PruningReport:
+    """Prune a dense checkpoint into a folder that may hold an interrupted run of the same.
+
+    Args:
+        folder: Where weights, configs and processor go.
+        files: The dense checkpoint, from `weight_files`.
+        empty: The model, from `ModelSource.load_empty`; afterwards it carries the resolved config.
+        config: How to prune.
+        batches: Calibration batches, if it needs any.
+        processor: The processor, or ``None``.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        ValueError: As `prune_offloaded`.
+    """
     ratios = resolve_ratios(
         empty,
         config.target_sparsity,
@@ -66,36 +104,27 @@ def prune_offloaded(
         config.modules_to_not_convert,
         config.pattern,
     )
-    data = calibration or DataSource()
-    batches = None
-    if config.needs_calibration:
-        batches = data.batches(processor, empty.config, "train")
-    sequential = config.calibration is None or config.calibration.sequential
-    with resumable_folder(target, STATE_NAME, overwrite=overwrite) as folder:
-        layers = OffloadedLayers(
-            empty,
-            files,
-            folder,
-            _formats(config, ratios),
-            _fingerprint(config, files, batches),
-            sequential=sequential,
-        )
+    layers = OffloadedLayers(
+        empty,
+        files,
+        folder,
+        _formats(config, ratios),
+        _fingerprint(config, files, batches),
+        sequential=config.calibration is None or config.calibration.sequential,
+    )
 
-        def prune(whole: PreTrainedModel, **settings: Any) -> PruningReport:
-            return _prune_rest(whole, layers, **settings)
+    def prune(whole: PreTrainedModel, **settings: Any) -> PruningReport:
+        return _prune_rest(whole, layers, **settings)
 
-        report, resolved = prune_and_resolve(
-            empty, config, batches, processor, progress=progress, pruner=prune
-        )
-        layers.finish()
-        attach(empty, resolved)
-        _save_configs(empty, folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
-        recipe = Recipe(str(model.name), None if batches is None else data.label, None, seed)
-        save_report(folder, empty, report, recipe, processor=processor)
-        weight_bytes = weight_bytes_on_disk(folder)
-    return PrunedFolder(target, report, parameter_bytes(empty), weight_bytes)
+    report, resolved = prune_and_resolve(
+        empty, config, batches, processor, progress=progress, pruner=prune
+    )
+    layers.finish()
+    attach(empty, resolved)
+    _save_configs(empty, folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return report
 
 
 def _prune_rest(
@@ -117,13 +146,24 @@ def _prune_rest(
     return replace(report, modules=tuple(modules))
 
 
-def _folder(model: ModelSource) -> Path:
-    """Return the folder of a checkpoint; what is on the Hub is downloaded."""
-    if Path(model.name).is_dir():
-        return Path(model.name)
-    wanted = ["*.json", "*.safetensors"]
+def weight_files(model: ModelSource, empty: PreTrainedModel) -> WeightFiles:
+    """Return the files of a dense checkpoint; what is on the Hub is downloaded.
+
+    Args:
+        model: The dense model.
+        empty: The same, from `ModelSource.load_empty`.
+
+    Raises:
+        CheckpointError: If it has no safetensors files, or transformers assembles weights of it
+            from several tensors.
+    """
     name, revision = os.fspath(model.name), model.revision
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    if Path(name).is_dir():
+        return WeightFiles(empty, Path(name))
+    wanted = ["*.json", "*.safetensors"]
+    return WeightFiles(
+        empty, Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    )
 
 
 def _formats(
