@@ -17,8 +17,10 @@ from hf_adaptive_sparse.cli.options import (
     SEARCHED,
     add_command,
     add_final_prune,
+    add_offload,
     add_output,
     add_questions,
+    check_offload,
 )
 from hf_adaptive_sparse.cli.space_arguments import space_of
 from hf_adaptive_sparse.compressor import compress, search_space
@@ -33,7 +35,7 @@ def add_compress(commands: Any) -> None:
     parser = add_command(
         commands, "compress", run_compress, "Search, prune and save: the whole method"
     )
-    for add in (_add_quality, add_output, *SEARCHED, add_final_prune, add_questions):
+    for add in (_add_quality, add_output, *SEARCHED, add_final_prune, add_offload, add_questions):
         add(parser)
     parser.set_defaults(metric=None, trials=None)
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to this Hub repo")
@@ -53,6 +55,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(options: argparse.Namespace) -> Answer:
     """Search, prune, save, and push if asked."""
+    check_offload(options)
     config = config_of(options)
     result = compress(
         model_of(options),
@@ -73,6 +76,7 @@ def run_compress(options: argparse.Namespace) -> Answer:
         seed=options.seed,
         sampler=options.sampler,
         overwrite=options.overwrite,
+        offload=options.offload,
         push_to_hub=options.push_to_hub,
         private=options.private,
         progress=not options.no_progress,

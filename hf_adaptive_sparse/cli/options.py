@@ -98,6 +98,26 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_offload(parser: argparse.ArgumentParser) -> None:
+    """Add where the weights are while the model is pruned."""
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="leave the weights in the checkpoint's files and hold one decoder layer in memory at "
+        "a time: slower, and an interrupted run goes on with the layer it had reached",
+    )
+
+
+def check_offload(options: argparse.Namespace) -> None:
+    """Check `add_offload` against `add_model`.
+
+    Raises:
+        ValueError: If both say where the model is.
+    """
+    if options.offload and options.device_map is not None:
+        raise ValueError("Give --offload or --device-map, not both: it computes on the CPU.")
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add the calibration data."""
     parser.add_argument(

@@ -7,7 +7,14 @@ from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.inputs import calibration_of, config_of, model_of
-from hf_adaptive_sparse.cli.options import CALIBRATED, add_command, add_final_prune, add_output
+from hf_adaptive_sparse.cli.options import (
+    CALIBRATED,
+    add_command,
+    add_final_prune,
+    add_offload,
+    add_output,
+    check_offload,
+)
 from hf_adaptive_sparse.compressor import prune_offloaded, prune_to_folder
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.report import format_bytes
@@ -18,14 +25,8 @@ def add_prune(commands: Any) -> None:
     parser = add_command(
         commands, "prune", run_prune, "Prune at uniform ratios, or by a profile, and save"
     )
-    for add in (add_output, *CALIBRATED, add_final_prune):
+    for add in (add_output, *CALIBRATED, add_final_prune, add_offload):
         add(parser)
-    parser.add_argument(
-        "--offload",
-        action="store_true",
-        help="keep one decoder layer in memory at a time: slower to read, and an interrupted run "
-        "goes on with the layer it had reached",
-    )
     parser.add_argument(
         "--profile", metavar="FILE", help="profile.json of a search, instead of uniform ratios"
     )
@@ -49,8 +50,7 @@ def run_prune(options: argparse.Namespace) -> Answer:
         sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
         kv_cache, weight_bits = profile.kv_cache, profile.weight_bits
     config = config_of(options, sparsity=sparsity, kv_cache=kv_cache, weight_bits=weight_bits)
-    if options.offload and options.device_map is not None:
-        raise ValueError("Give --offload or --device-map, not both: it computes on the CPU.")
+    check_offload(options)
     prune = prune_offloaded if options.offload else prune_to_folder
     result = prune(
         model_of(options),

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch, Records
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.search_plan import Loaded
+from hf_adaptive_sparse.compressor.sources import DataSource
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.resources import kv_bytes_per_token
@@ -102,3 +105,46 @@ def measure(
         seconds=seconds,
         match=matched,
     )
+
+
+class Measuring:
+    """Measures a model on the held-out data."""
+
+    def __init__(self, loaded: Loaded, asked: DataSource, progress: bool) -> None:
+        self._held_out, self._processor = loaded.held_out, loaded.processor
+        self._asked, self._progress = asked, progress
+        self._records = asked.questions(loaded.model.config, "validation")
+
+    def __call__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        sparsity: float,
+        size: int,
+        config: SparsityConfig | None = None,
+        match: Literal["whole", "prefix"] | None = None,
+    ) -> Measurement:
+        """Measure one model.
+
+        Args:
+            name: Name of the row.
+            model: The model as it will be used.
+            sparsity: As for `measure`.
+            size: Bytes of its weights on disk.
+            config: The config that it carries, with its KV profile.
+            match: As for `measure`.
+        """
+        kv_cache = None if config is None else config.kv_cache
+        return measure(
+            name,
+            model,
+            self._held_out,
+            sparsity=sparsity,
+            weight_bytes=size,
+            kv_cache=kv_cache if isinstance(kv_cache, KVCacheConfig) else None,
+            processor=self._processor,
+            questions=self._records,
+            num_questions=self._asked.num_samples,
+            match=match,
+            progress=self._progress,
+        )

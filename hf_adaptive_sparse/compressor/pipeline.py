@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.compressor.checks import check_goal, on_cpu
 from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.final_prune import final_config
-from hf_adaptive_sparse.compressor.measuring import Measurement, measure
+from hf_adaptive_sparse.compressor.finishing import (
+    finish_from_disk,
+    finish_in_memory,
+    output_folder,
+)
+from hf_adaptive_sparse.compressor.measuring import Measurement, Measuring
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Quality, get_quality
-from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
+from hf_adaptive_sparse.compressor.saving import Recipe, save_report
 from hf_adaptive_sparse.compressor.search_plan import JOURNAL, Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.compressor.within import save_bound
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
-from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
 from hf_adaptive_sparse.search.within_loss import WithinLoss
-from hf_adaptive_sparse.staging import check_output, staged_folder
+from hf_adaptive_sparse.staging import check_output
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ def compress(
     seed: int = 0,
     sampler: str = DEFAULT_SAMPLER,
     overwrite: bool = False,
+    offload: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
     progress: bool = True,
@@ -125,6 +131,10 @@ def compress(
         seed: Seed of the search.
         sampler: As for ``has.search``.
         overwrite: Replace what is in ``output`` when the job is done.
+        offload: For a model larger than the memory, on the CPU. The search reads the weights from
+            the checkpoint's files, which stay mapped, and holds only the order in which they may
+            go (4 bytes for each weight within the range of the ratios, a bit for each of all); the
+            final prune is `prune_offloaded`, and resumes at the layer it had reached.
         push_to_hub: Repo id to push to.
         private: Make the pushed repo private.
         progress: Show progress bars on stderr.
@@ -140,6 +150,8 @@ def compress(
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
+    if offload:
+        origin = on_cpu(origin, max_loss)
     evaluation = evaluation or DataSource(num_samples=64)
     asked = questions or evaluation
     plan = SearchPlan(
@@ -158,23 +170,28 @@ def compress(
         max_loss=max_loss,
         final=config,
     )
-    with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
+    with output_folder(target, offload=offload, overwrite=overwrite) as folder:
         plan = replace(plan, storage=storage or str(folder / JOURNAL))
         with companions(origin, plan.work, workers) as own:
             loaded = plan.load(own)
-            measured = _Measuring(loaded, asked, progress)
-            rows = [measured("dense", 0.0, parameter_bytes(loaded.model))]
+            measured = Measuring(loaded, asked, progress)
+            rows = [measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))]
             started = perf_counter()
             within, result = _search(plan, loaded, progress)
         config = final_config(config, space, result, data=plan.calibration_data.label)
-        report = apply_config(
-            loaded.model, config, loaded.calibration, loaded.processor, progress=progress
-        )
+        data, processor = loaded.calibration, loaded.processor
+        if offload:
+            del loaded  # and with it the mapped files
+            gc.collect()
+            done = finish_from_disk(origin, config, data, processor, folder, progress=progress)
+        else:
+            done = finish_in_memory(
+                loaded.model, config, data, processor, folder, progress=progress
+            )
         seconds = perf_counter() - started
-        save_model(loaded.model, loaded.processor, folder)
-        config = loaded.model.config.quantization_config
+        config, report = done.described.config.quantization_config, done.report
         size = weight_bytes_on_disk(folder)
-        row = measured("compressed", report.mean_sparsity, size, config, rows[0].match)
+        row = measured("compressed", done.model, report.mean_sparsity, size, config, rows[0].match)
         rows.append(replace(row, seconds=seconds))
         recipe = Recipe(
             str(origin.name), plan.calibration_data.label, evaluation.label, seed, push_to_hub
@@ -183,10 +200,10 @@ def compress(
             save_bound(within, folder)
         save_report(
             folder,
-            loaded.model,
+            done.described,
             report,
             recipe,
-            processor=loaded.processor,
+            processor=processor,
             measurements=rows,
             result=result,
             bound=None if within is None else str(within),
@@ -209,37 +226,6 @@ def _default_space(preset: Quality, config: SparsityConfig, max_loss: float | No
     return replace(space, target_sparsity=FREE, size_bytes=1)
 
 
-def check_goal(
-    config: SparsityConfig, space: SearchSpace, max_loss: float | None, workers: int
-) -> None:
-    """Check that what is searched, what is pruned in the end, and how, belong together.
-
-    Raises:
-        ValueError: If they do not; the message says what to change.
-    """
-    if space.prunes and not space.is_free and space.target != config.target_sparsity:
-        raise ValueError(
-            f"The config and the space must have one target_sparsity, got "
-            f"{config.target_sparsity} and {space.target}."
-        )
-    if space.size_bytes is not None:
-        if config.checkpoint_format == "dense":
-            raise ValueError(
-                "A budget in bytes on disk needs checkpoint_format='bitmask', got 'dense', which "
-                "stores the removed weights, too. Change one of them."
-            )
-        if config.quantises_weights:
-            raise ValueError(
-                f"A budget in bytes on disk counts the weight bits of the space, got weight_bits="
-                f"{config.weight_bits!r} in the config. Search them instead "
-                "(SearchSpace(weight_bits=...), --search-weight-bits), one width being enough."
-            )
-    if workers != 1 and not space.searches and max_loss is None:
-        raise ValueError(
-            f"There is nothing to search, so workers must be 1, got {workers}. Leave it out."
-        )
-
-
 def _search(
     plan: SearchPlan, loaded: Loaded, progress: bool
 ) -> tuple[WithinLoss | None, SearchResult | None]:
@@ -249,34 +235,3 @@ def _search(
     if not plan.space.searches:
         return None, None
     return None, plan.search(loaded, progress=progress)
-
-
-class _Measuring:
-    """Measures the model, as it is at the time, on the held-out data."""
-
-    def __init__(self, loaded: Loaded, asked: DataSource, progress: bool) -> None:
-        self._loaded, self._asked, self._progress = loaded, asked, progress
-        self._records = asked.questions(loaded.model.config, "validation")
-
-    def __call__(
-        self,
-        name: str,
-        sparsity: float,
-        size: int,
-        config: SparsityConfig | None = None,
-        match: Literal["whole", "prefix"] | None = None,
-    ) -> Measurement:
-        kv_cache = None if config is None else config.kv_cache
-        return measure(
-            name,
-            self._loaded.model,
-            self._loaded.held_out,
-            sparsity=sparsity,
-            weight_bytes=size,
-            kv_cache=kv_cache if isinstance(kv_cache, KVCacheConfig) else None,
-            processor=self._loaded.processor,
-            questions=self._records,
-            num_questions=self._asked.num_samples,
-            match=match,
-            progress=self._progress,
-        )

@@ -15,7 +15,13 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint import offloaded
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
-from hf_adaptive_sparse.compressor import DataSource, ModelSource, prune_offloaded, prune_to_folder
+from hf_adaptive_sparse.compressor import (
+    DataSource,
+    ModelSource,
+    compress,
+    prune_offloaded,
+    prune_to_folder,
+)
 from hf_adaptive_sparse.compressor.saving import save_model
 from hf_adaptive_sparse.pruning import layerwise
 from hf_adaptive_sparse.staging import OutputError
@@ -191,6 +197,55 @@ def test_an_output_that_is_not_empty_is_left_alone(source, questions, tmp_path):
         offload(source, output, questions)
     offload(source, output, questions, overwrite=True)
     assert not (output / "mine").exists()
+
+
+def test_the_whole_job_gives_what_it_gives_in_memory_and_goes_on_where_it_was(
+    source, text_file, tmp_path, monkeypatch
+):
+    data = DataSource(text_file, num_samples=6, sequence_length=32, batch_size=2)
+    settings = {"calibration": data, "evaluation": data, "trials": 3, "progress": False}
+    expected = compress(source, tmp_path / "memory", **settings)
+
+    output, write = tmp_path / "disk", offloaded.write_shard
+
+    def dying(path, tensors):
+        if "-00003-of" in path.name:
+            raise KeyboardInterrupt
+        return write(path, tensors)
+
+    monkeypatch.setattr(offloaded, "write_shard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, output, offload=True, **settings)
+    assert not output.exists()
+    written = []
+    monkeypatch.setattr(
+        offloaded, "write_shard", lambda path, tensors: written.append(path) or write(path, tensors)
+    )
+    found = compress(source, output, offload=True, **settings)
+    assert [path.name[:11] for path in written] == ["model-00003", "model-00004", "model-00005"]
+    assert_same_model(tmp_path / "memory", output)
+    assert found.search.best_value == expected.search.best_value
+    assert [row.sparsity for row in found.measurements] == [
+        row.sparsity for row in expected.measurements
+    ]
+    for mine, other in zip(found.measurements, expected.measurements, strict=True):
+        assert mine.perplexity == pytest.approx(other.perplexity, rel=1e-5)
+    assert not list(tmp_path.glob("*.partial"))
+    named = {path.name for path in output.iterdir() if not path.name.startswith("model")}
+    assert named == {
+        path.name for path in (tmp_path / "memory").iterdir() if not path.name.startswith("model")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [({}, {"max_loss": 0.01}, "max_loss"), ({"device_map": "cuda:0"}, {}, "device_map")],
+)
+def test_the_whole_job_refuses_what_needs_the_model_in_memory(
+    source, questions, tmp_path, change, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        compress(replace(source, **change), tmp_path / "out", offload=True, **options)
 
 
 def test_saving_may_consume_the_model(tiny_llama, text_batches, tmp_path):

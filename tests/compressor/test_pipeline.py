@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor import DataSource, compress, pipeline
+from hf_adaptive_sparse.compressor import DataSource, compress, finishing
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.staging import OutputError
 
@@ -86,18 +86,18 @@ def test_a_failure_after_the_search_resumes_it_and_leaves_no_half_output(
 
     arguments = {"trials": 3, "calibration": data, "evaluation": data, "progress": False}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "save_model", fail)
+        patch.setattr(finishing, "save_model", fail)
         with pytest.raises(RuntimeError, match="killed here"):
             compress(llava_folder, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
     left = tmp_path / "out.partial"
-    assert [path.name for path in left.iterdir()] == [pipeline.JOURNAL]
+    assert [path.name for path in left.iterdir()] == [finishing.JOURNAL]
 
-    before = (left / pipeline.JOURNAL).read_text()
+    before = (left / finishing.JOURNAL).read_text()
     result = compress(llava_folder, tmp_path / "out", **arguments)
     assert len(result.search.history) == 3
     # No trial was run again: the journal holds what it held, but for the study being opened.
-    after = (tmp_path / "out" / pipeline.JOURNAL).read_text()
+    after = (tmp_path / "out" / finishing.JOURNAL).read_text()
     assert after.startswith(before)
     assert after.count('"op_code":4') == before.count('"op_code":4') == 3
 

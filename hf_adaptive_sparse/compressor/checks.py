@@ -1,0 +1,59 @@
+"""Whether what a job is asked for can be had together; checked before any work is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.search.space import SearchSpace
+
+
+def on_cpu(model: ModelSource, max_loss: float | None) -> ModelSource:
+    """Return the model as a job reads it that leaves the weights in their files.
+
+    Raises:
+        ValueError: If the job needs them in memory.
+    """
+    if max_loss is not None:
+        raise ValueError(
+            f"max_loss={max_loss} prunes for each size that it tries, which needs the model in "
+            "memory: leave out offload, or give a budget (target_sparsity, size_bytes) instead."
+        )
+    if model.device_map is not None:
+        raise ValueError(
+            f"Offloading leaves the weights on disk and computes on the CPU, got device_map="
+            f"{model.device_map!r}. Give one of them."
+        )
+    return replace(model, device_map="cpu")
+
+
+def check_goal(
+    config: SparsityConfig, space: SearchSpace, max_loss: float | None, workers: int
+) -> None:
+    """Check that what is searched, what is pruned in the end, and how, belong together.
+
+    Raises:
+        ValueError: If they do not; the message says what to change.
+    """
+    if space.prunes and not space.is_free and space.target != config.target_sparsity:
+        raise ValueError(
+            f"The config and the space must have one target_sparsity, got "
+            f"{config.target_sparsity} and {space.target}."
+        )
+    if space.size_bytes is not None:
+        if config.checkpoint_format == "dense":
+            raise ValueError(
+                "A budget in bytes on disk needs checkpoint_format='bitmask', got 'dense', which "
+                "stores the removed weights, too. Change one of them."
+            )
+        if config.quantises_weights:
+            raise ValueError(
+                f"A budget in bytes on disk counts the weight bits of the space, got weight_bits="
+                f"{config.weight_bits!r} in the config. Search them instead "
+                "(SearchSpace(weight_bits=...), --search-weight-bits), one width being enough."
+            )
+    if workers != 1 and not space.searches and max_loss is None:
+        raise ValueError(
+            f"There is nothing to search, so workers must be 1, got {workers}. Leave it out."
+        )
