@@ -1,9 +1,9 @@
 """Products with a sparse weight: chooses the kernel. Other packages call nothing but this.
 
-A few tokens go through a kernel that reads the sparse weight itself (``sparse_native``); many go by
-tiles through torch's matrix product (``sparse_tiles``), as do a few where there is no kernel, which
-is said once. Nothing here records a gradient; the layer that calls this does, with
-``input_gradient``.
+A few tokens go through a kernel that reads the sparse weight itself (``sparse_native`` on the CPU,
+``triton_sparse`` on a GPU); many go by tiles through torch's matrix product (``sparse_tiles``), as
+do a few where there is no kernel or it fails, which is said once. Nothing here records a gradient;
+the layer that calls this does, with ``input_gradient``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import logging
 
 import torch
 
-from hf_adaptive_sparse.kernels import sparse_native, sparse_tiles
+from hf_adaptive_sparse.kernels import sparse_native, sparse_tiles, triton_sparse
 from hf_adaptive_sparse.kernels.library import describe
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
 
 KERNEL_TOKENS = 8
-"""Tokens up to which a kernel is meant to beat decompression and torch's matrix product."""
+"""Tokens up to which the CPU's is meant to beat decompression and torch's matrix product."""
 
 
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,14 +43,8 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         _check(bias, "bias", rows, weight)
     with torch.no_grad():
         tokens = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
-        few = tokens.shape[0] <= KERNEL_TOKENS
-        if weight.scales is not None and weight.dtype == torch.float32:
-            few = False  # the kernel rounds x to 15 bits, which float32 models can tell
-        if few and sparse_native.is_supported(weight):
-            output = sparse_native.linear(tokens, weight, bias)
-        else:
-            if few:
-                _say_why_not(weight.device.type)
+        output = _few_tokens(tokens, weight, bias)
+        if output is None:
             output = sparse_tiles.linear(tokens, weight, bias)
         return output.view(*x.shape[:-1], rows)
 
@@ -73,6 +67,25 @@ def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor
     with torch.no_grad():
         flat = gradient.reshape(gradient.shape[:-1].numel(), rows)
         return sparse_tiles.input_gradient(flat, weight).view(*gradient.shape[:-1], columns)
+
+
+def _few_tokens(
+    x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the product by a kernel that reads the sparse weight; None: by tiles, rather."""
+    few = x.shape[0] <= KERNEL_TOKENS
+    if weight.scales is not None and weight.dtype == torch.float32 and weight.device.type == "cpu":
+        few = False  # the kernel rounds x to 15 bits, which float32 models can tell
+    if few and sparse_native.is_supported(weight):
+        return sparse_native.linear(x, weight, bias)
+    if x.shape[0] <= triton_sparse.MAX_TOKENS and triton_sparse.is_supported(weight):
+        try:
+            return triton_sparse.linear(x, weight, bias)
+        except triton_sparse.LaunchError as error:
+            triton_sparse.say_what_failed(str(error))
+    elif few:
+        _say_why_not(weight.device.type)
+    return None
 
 
 @functools.cache

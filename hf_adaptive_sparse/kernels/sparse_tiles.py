@@ -3,6 +3,10 @@
 Rows of the weight are decompressed into a buffer of at most ``TILE_BYTES``, tile after tile, and
 each tile goes through the matrix product that torch has for the device. With hundreds of tokens
 that product takes so long that decompressing hardly shows, and no dense copy of the weight exists.
+
+On a GPU all of it is enqueued on the current stream, in order: a tile is overwritten after the
+product that reads it. Tiles are larger there, and equal, because a product of few rows leaves most
+of the device idle.
 """
 
 from __future__ import annotations
@@ -12,11 +16,16 @@ from collections.abc import Iterator
 
 import torch
 
-from hf_adaptive_sparse.kernels import sparse_native
+from hf_adaptive_sparse.kernels import sparse_native, triton_sparse
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 TILE_BYTES = 16 << 20
 """Bytes of a tile at most, unless a single row is longer."""
+
+GPU_TILE_BYTES = 64 << 20
+"""The same on a GPU, unless ``_GPU_ROWS`` rows are longer: tiles are whole multiples of those."""
+
+_GPU_ROWS = 128  # that a program of a matrix product takes
 
 _buffers = threading.local()
 
@@ -53,18 +62,36 @@ def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor
 def _tiles(weight: SparseWeight) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield first row, last row + 1 and the decompressed rows, which the next tile overwrites."""
     rows, columns = weight.shape
-    row_bytes = max(1, columns * weight.dtype.itemsize)
-    step = min(rows, max(1, TILE_BYTES // row_bytes))
+    step = _tile_rows(weight)
     buffer = _buffer(step * columns, weight.dtype, weight.device).view(step, columns)
-    native = sparse_native.is_supported(weight)
     for start in range(0, rows, max(1, step)):
         stop = min(rows, start + step)
         tile = buffer[: stop - start]
-        if native:
-            sparse_native.decompress(weight, start, stop, tile)
-        else:
-            tile.copy_(weight.dense_rows(start, stop))
+        _decompress(weight, start, stop, tile)
         yield start, stop, tile
+
+
+def _tile_rows(weight: SparseWeight) -> int:
+    rows, columns = weight.shape
+    row_bytes = max(1, columns * weight.dtype.itemsize)
+    if weight.device.type == "cpu":
+        return min(rows, max(1, TILE_BYTES // row_bytes))
+    most = max(1, GPU_TILE_BYTES // row_bytes // _GPU_ROWS) * _GPU_ROWS
+    tiles = max(1, -(-rows // most))
+    return min(rows, -(-rows // (tiles * _GPU_ROWS)) * _GPU_ROWS)
+
+
+def _decompress(weight: SparseWeight, start: int, stop: int, tile: torch.Tensor) -> None:
+    if sparse_native.is_supported(weight):
+        sparse_native.decompress(weight, start, stop, tile)
+        return
+    if triton_sparse.is_supported(weight):
+        try:
+            triton_sparse.decompress(weight, start, stop, tile)
+            return
+        except triton_sparse.LaunchError as error:
+            triton_sparse.say_what_failed(str(error))
+    tile.copy_(weight.dense_rows(start, stop))
 
 
 def _buffer(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

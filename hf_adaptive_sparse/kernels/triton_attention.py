@@ -9,18 +9,18 @@ kernels on CPU tensors, for tests.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
-import importlib.util
 import math
-import os
 from types import ModuleType
 
 import torch
 
 from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 from hf_adaptive_sparse.kernels.packed import PackedCache
-from hf_adaptive_sparse.kernels.triton_plan import Call, channel_groups, interprets, prepare
+from hf_adaptive_sparse.kernels.triton_device import LaunchError, is_available, launch, serves
+from hf_adaptive_sparse.kernels.triton_plan import Call, channel_groups, prepare
+
+__all__ = ["LaunchError", "attend", "is_available", "is_supported"]
 
 MAX_QUERIES = 64
 """Queries per head up to which reading packed codes is meant to beat decoding them.
@@ -33,29 +33,14 @@ MAX_GROUPS = 32
 """Groups of channels per head: each is a row of the matrix product."""
 
 _SPLITS_AT_ONCE = 16
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 in the matrix units, asynchronous copies
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class LaunchError(RuntimeError):
-    """Triton could not compile or launch a kernel; what the cache holds is untouched."""
-
-
-def is_available() -> bool:
-    """Return whether Triton is installed, wanted, and has a device, or interprets.
-
-    ``HF_ADAPTIVE_SPARSE_KERNEL=none`` switches it off like the native kernels.
-    """
-    if torch.cuda.is_available():
-        return _serves(torch.device("cuda", torch.cuda.current_device()))
-    return _serves(torch.device("cpu"))
 
 
 def is_supported(query: torch.Tensor, cache: PackedCache, mask: torch.Tensor | None) -> bool:
     """Return whether ``attend`` can take these; see there."""
     keys, values, device = cache.blocks.keys, cache.blocks.values, query.device
     return (
-        _serves(device)
+        serves(device)
         and query.dtype in _DTYPES
         and cache.raw_keys.dtype == cache.raw_values.dtype == query.dtype
         and cache.raw_keys.device == cache.raw_values.device == device
@@ -129,21 +114,12 @@ def attend(
 
 
 _failures: dict[object, str] = {}
-"""Kernels that cannot be had on a device, and why; compiling one takes seconds."""
+"""Kernels that cannot be had on a device, and why."""
 
 
 def _launch(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
     kernel = (output.device, output.dtype, *sorted(call.constants.items()))
-    if kernel not in _failures:
-        try:
-            _run(output, call, partial)
-            return
-        except torch.OutOfMemoryError:  # of the device's memory, by no fault of the kernel
-            raise
-        except Exception as error:  # whatever compilers, assemblers and drivers raise
-            _failures[kernel] = f"{type(error).__name__}: {error}"
-            raise LaunchError(_failures[kernel]) from error
-    raise LaunchError(_failures[kernel])
+    launch(_failures, kernel, lambda: _run(output, call, partial))
 
 
 def _run(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
@@ -165,21 +141,3 @@ def _run(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
 def _kernels() -> ModuleType:
     # Not at the head of this module: Triton is optional and slow to import.
     return importlib.import_module("hf_adaptive_sparse.kernels.triton_kernels")
-
-
-def _serves(device: torch.device) -> bool:
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "none" or not _is_installed():
-        return False
-    if device.type == "cuda":
-        return _is_recent(device)
-    return device.type == "cpu" and interprets()
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _is_recent(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY

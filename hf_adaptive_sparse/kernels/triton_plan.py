@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 
 from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
+from hf_adaptive_sparse.kernels.triton_device import interprets, processors
 
 _MATRIX_ROWS = 16  # rows, and summed elements, that a matrix product has at least
 _MOST_ROWS = 32
 _PROGRAMS_PER_PROCESSOR = 4
-_INTERPRETED_PROCESSORS = 2
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
 
 
@@ -110,11 +109,6 @@ class Call:
     grid: tuple[int, int]
 
 
-def interprets() -> bool:
-    """Return whether Triton is asked to interpret, on CPU tensors, instead of to compile."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def channel_groups(cache: PackedCache) -> int:
     """Return the groups of channels of a head, of keys or values, whichever has more."""
     key_dim, value_dim = cache.raw_keys.shape[-1], cache.raw_values.shape[-1]
@@ -140,7 +134,7 @@ def prepare(
     kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
     keys, values = _with_rows(cache.blocks.keys), _with_rows_of_values(cache.blocks.values)
     raw_keys, raw_values = _rows(cache.raw_keys, 2), _rows(cache.raw_values, 2)
-    cut = plan(query, cache, _processors(query.device))
+    cut = plan(query, cache, processors(query.device))
     raw_length = raw_keys.shape[2]
     splits = cut.block_splits + (raw_length > 0)
     starts, encoded = query, keys.codes.shape[2] * cache.blocks.block_length
@@ -208,13 +202,6 @@ def prepare(
         options["maxnreg"] = cut.registers
     grid = (batch * kv_heads * cut.row_tiles, splits)
     return Call(arguments, constants, options, grid), partial
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _INTERPRETED_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.lru_cache(maxsize=8)

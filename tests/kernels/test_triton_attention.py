@@ -6,7 +6,6 @@ same contract holds the compiled kernels.
 """
 
 import dataclasses
-import importlib
 import importlib.util
 import logging
 import os
@@ -37,54 +36,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is optional and not installed here", allow_module_level=True)
-
-
-def is_triton(name):
-    return name == "triton" or name.startswith("triton.")
-
-
-@pytest.fixture(scope="session")
-def interpreted():
-    """The kernels and Triton, imported for the interpreter, apart from those of the process.
-
-    Triton decides when functions are decorated, its own at its import, and other libraries import
-    it early.
-    """
-    own = [f"hf_adaptive_sparse.kernels.triton_{name}" for name in ("kernels", "rows")]
-    before = {
-        name: module for name, module in sys.modules.items() if is_triton(name) or name in own
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        for name in before:
-            if not name.startswith("triton._C"):  # native code is loaded once
-                patch.delitem(sys.modules, name)
-        importlib.import_module("triton.language")
-        imported = importlib.import_module(own[0])
-        modules = {name: module for name, module in sys.modules.items() if is_triton(name)}
-        # By hand, since the patch would put back what it takes out: a submodule of the
-        # interpreter's Triton would then answer for the process's own.
-        for name in {*own, *modules}:
-            del sys.modules[name]
-    sys.modules.update(before)
-    return imported, modules
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    if request.param == "cuda":
-        yield torch.device("cuda")
-        return
-    kernels, modules = request.getfixturevalue("interpreted")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_attention, "_kernels", lambda: kernels)
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    known = set(sys.modules)
-    yield torch.device("cpu")
-    for name in set(sys.modules) - known:
-        if is_triton(name):  # imported on the way, as the interpreter's
-            del sys.modules[name]
 
 
 def make_cache(
@@ -374,7 +325,7 @@ def test_tiny_and_large_values(device, dtype, size):
 
 def test_far_more_programs_than_rows(device, monkeypatch):
     """Many splits, more than are joined at once."""
-    monkeypatch.setattr(triton_plan, "_processors", lambda device: 40)
+    monkeypatch.setattr(triton_plan, "processors", lambda device: 40)
     made = make_cache(blocks=21, block=32, raw=3, key_bits=6, kv_heads=1)
     check(device, made, make_query(made[0], heads=1))
 

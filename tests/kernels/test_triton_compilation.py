@@ -20,13 +20,16 @@ import traceback
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from hf_adaptive_sparse.kernels import triton_kernels, triton_plan
+from hf_adaptive_sparse.kernels import (
+    triton_kernels, triton_plan, triton_sparse, triton_sparse_kernels
+)
 from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache, PackedKeys, PackedValues
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 NAMES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.uint8: "*u8", torch.int32: "*i32",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
 }
 
 def compile_for(capability, function, arguments, constants, options):
@@ -72,12 +75,41 @@ def shared_bytes(case):
         capability, triton_kernels.split_kernel, call.arguments, call.constants, call.options
     )
 
+class Recorder:  # takes launches as the kernels would
+    def __init__(self):
+        self.launches = []
+
+    def __getattr__(self, name):
+        self.name = name
+        return self
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, num_warps, **constants):
+        self.launches.append((self.name, arguments, constants, {"num_warps": num_warps}))
+
+def shared_bytes_of_sparse(case):
+    dense = torch.randn(64, case["columns"]).relu().to(getattr(torch, case["dtype"]))
+    weight = SparseWeight.from_dense(dense, case.get("bits"), case.get("group"))
+    recorder = Recorder()
+    triton_sparse._kernels = lambda: recorder
+    if case["tokens"]:
+        triton_sparse.linear(dense[:case["tokens"]], weight, dense[0, :64])
+    else:
+        triton_sparse.decompress(weight, 0, 64, dense)
+    return max(
+        compile_for(case["capability"], getattr(triton_sparse_kernels, name), *launch)
+        for name, *launch in recorder.launches
+    )
+
 for line in sys.stdin:
     case = json.loads(line)
     if "lengths" in case:
         case["lengths"] = tuple(case["lengths"])
     try:
-        print(json.dumps(shared_bytes(case)), flush=True)
+        compiled = shared_bytes_of_sparse if "tokens" in case else shared_bytes
+        print(json.dumps(compiled(case)), flush=True)
     except Exception:
         print(json.dumps(traceback.format_exc()[-3000:]), flush=True)
 """
@@ -110,6 +142,12 @@ CASES = [
     {"capability": 80, "dtype": "bfloat16", "head_dim": 256, "bits": 8, "lengths": [128, 7]},
     {"capability": 90, "dtype": "float32", "head_dim": 64, "bits": 6},
     {"capability": 80, "dtype": "float32", "head_dim": 256, "bits": 3, "key_mode": "token"},
+    {"capability": 90, "dtype": "bfloat16", "columns": 4096, "tokens": 1},
+    {"capability": 80, "dtype": "float16", "columns": 1032, "tokens": 1, "bits": 4, "group": 96},
+    {"capability": 80, "dtype": "bfloat16", "columns": 1024, "tokens": 5, "bits": 8, "group": 64},
+    {"capability": 90, "dtype": "float32", "columns": 1024, "tokens": 3},
+    {"capability": 90, "dtype": "bfloat16", "columns": 4096, "tokens": 0, "bits": 4},
+    {"capability": 80, "dtype": "float32", "columns": 4096, "tokens": 0, "bits": 8},
 ]
 
 

@@ -1,0 +1,60 @@
+"""Triton's kernels for tests without a GPU: by its interpreter, apart from the process's own."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from hf_adaptive_sparse.kernels import triton_attention, triton_sparse
+
+KERNELS = "hf_adaptive_sparse.kernels.triton_"
+OWN = [f"{KERNELS}{name}" for name in ("rows", "kernels", "sparse_rows", "sparse_kernels")]
+
+
+def is_triton(name):
+    return name == "triton" or name.startswith("triton.")
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """The kernels and Triton, imported for the interpreter, apart from those of the process.
+
+    Triton decides when functions are decorated, its own at its import, and other libraries import
+    it early.
+    """
+    before = {
+        name: module for name, module in sys.modules.items() if is_triton(name) or name in OWN
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in before:
+            if not name.startswith("triton._C"):  # native code is loaded once
+                patch.delitem(sys.modules, name)
+        importlib.import_module("triton.language")
+        imported = [importlib.import_module(name) for name in OWN]
+        modules = {name: module for name, module in sys.modules.items() if is_triton(name)}
+        # By hand, since the patch would put back what it takes out: a submodule of the
+        # interpreter's Triton would then answer for the process's own.
+        for name in {*OWN, *modules}:
+            del sys.modules[name]
+    sys.modules.update(before)
+    return imported, modules
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    (_, attention, _, sparse), modules = request.getfixturevalue("interpreted")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_attention, "_kernels", lambda: attention)
+    monkeypatch.setattr(triton_sparse, "_kernels", lambda: sparse)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    known = set(sys.modules)
+    yield torch.device("cpu")
+    for name in set(sys.modules) - known:
+        if is_triton(name):  # imported on the way, as the interpreter's
+            del sys.modules[name]

@@ -1,0 +1,224 @@
+"""Triton's kernels of sparse weights are held to the readable reference, as those of the cache are.
+
+By the interpreter, and with ``-m gpu`` on a CUDA device. Every format is in the matrix; shapes and
+tiles take turns in it, because the interpreter is slow.
+"""
+
+import importlib.util
+import itertools
+import logging
+import types
+
+import pytest
+import torch
+
+from hf_adaptive_sparse.kernels import (
+    sparse_linear,
+    sparse_native,
+    sparse_tiles,
+    triton_sparse,
+    triton_sparse_plan,
+)
+from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
+from hf_adaptive_sparse.kernels.triton_sparse_plan import Tile
+from hf_adaptive_sparse.packing import sparse_weight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.runtime import operator
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is optional and not installed here", allow_module_level=True)
+
+FORMATS = [
+    (dtype, bits, group)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for bits, group in ((None, None), (8, None), (8, 96), (4, None), (4, 128))
+]
+SHAPES = itertools.cycle([(6, 200), (5, 31), (5, 288), (6, 513), (4, 64), (3, 1), (5, 100)])
+TILES = itertools.cycle([Tile(4, 64, 1), Tile(8, 128, 4), Tile(2, 1024, 1)])
+CASES = [(*format, next(SHAPES), next(TILES)) for format in FORMATS]
+
+
+def make_sparse(shape, dtype, bits=None, group=None, seed=0):
+    """Half of the weights of each row, of the first none, and of the last all."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator)
+    weight[torch.rand(shape, generator=generator) < 0.5] = 0
+    weight[0] = 0
+    weight[-1] = torch.randn(shape[1], generator=generator)
+    return SparseWeight.from_dense(weight.to(dtype), bits, group)
+
+
+def make_x(tokens, columns, dtype, seed=1):
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(x, weight, device, bias=None):
+    """Errors come from sums in float32 and from rounding the output."""
+    expected = reference(x, weight, bias)
+    given = None if bias is None else bias.to(device)
+    found = triton_sparse.linear(x.to(device), weight.to(device), given).cpu()
+    assert found.dtype == x.dtype
+    assert found.is_contiguous()
+    sizes = x.float().abs() @ weight.to_dense(torch.float32).abs().T
+    rounding = 2e-6 * sizes + torch.finfo(x.dtype).eps * expected.abs()
+    assert ((found.float() - expected).abs() <= rounding + torch.finfo(x.dtype).tiny).all()
+
+
+@pytest.mark.parametrize(("dtype", "bits", "group", "shape", "tile"), CASES)
+def test_products(device, monkeypatch, dtype, bits, group, shape, tile):
+    monkeypatch.setattr(triton_sparse, "vector_tiles", lambda weight: [tile])
+    weight = make_sparse(shape, dtype, bits, group)
+    check(make_x(1, shape[1], dtype), weight, device)
+    check(make_x(3, shape[1], dtype), weight, device, make_x(1, shape[0], dtype)[0])
+
+
+@pytest.mark.parametrize(("dtype", "bits", "group", "shape", "tile"), CASES)
+def test_decompression_is_exact(device, monkeypatch, dtype, bits, group, shape, tile):
+    monkeypatch.setattr(triton_sparse, "decompress_tile", lambda weight: tile)
+    weight = make_sparse(shape, dtype, bits, group)
+    for start, stop in ((0, shape[0]), (1, shape[0] - 1)):
+        found = torch.full((stop - start, shape[1]), 7.0, dtype=dtype, device=device)
+        triton_sparse.decompress(weight.to(device), start, stop, found)
+        expected = weight.dense_rows(start, stop)
+        if device.type == "cpu" and dtype == torch.bfloat16 and bits is not None:
+            # Triton's interpreter cuts float32 to bfloat16, where devices round.
+            expected = (expected.view(torch.int32) & -65536).view(torch.float32)
+        assert torch.equal(found.cpu(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_splits_of_the_columns(device, monkeypatch, bits):
+    """Each part of the columns counts what the parts before it took."""
+    monkeypatch.setattr(triton_sparse_plan, "processors", lambda device: 2)
+    monkeypatch.setattr(triton_sparse_plan, "_TOKENS_COLUMNS", 64)
+    weight = make_sparse((5, 700), torch.float16, bits)
+    plan = triton_sparse_plan.tokens_plan(weight, 17)
+    assert (plan.splits, plan.tokens) == (11, 32)
+    check(make_x(17, 700, torch.float16), weight, device)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_offsets_of_64_bits_and_unaligned_tensors(device, monkeypatch, bits):
+    monkeypatch.setattr(sparse_weight, "offset_dtype", lambda nnz: torch.int64)
+    weight = make_sparse((4, 96), torch.float32, bits).to(device)
+    assert weight.row_offsets.dtype == torch.int64
+    shifted = torch.empty(weight.bitmask.numel() + 1, dtype=torch.uint8, device=device)
+    mask = shifted[1:].view_as(weight.bitmask).copy_(weight.bitmask)
+    parts = (mask, weight.values, weight.row_offsets, weight.scales)
+    moved = SparseWeight(weight.shape, *parts)
+    x = torch.randn(2, 192, device=device)[:, ::2]
+    found = triton_sparse.linear(x, moved)
+    torch.testing.assert_close(found, triton_sparse.linear(x.contiguous(), weight))
+
+
+def test_what_is_not_finite_stays_so(device):
+    weight = make_sparse((4, 100), torch.bfloat16).to(device)
+    x = make_x(1, 100, torch.bfloat16).to(device)
+    x[0, 17] = torch.inf
+    assert not triton_sparse.linear(x, weight).isfinite().any()  # zeros too, as in a dense product
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty_weights(device, shape):
+    weight = SparseWeight.from_dense(torch.zeros(shape)).to(device)
+    x, bias = torch.ones(1, shape[1], device=device), torch.ones(shape[0], device=device)
+    assert torch.equal(triton_sparse.linear(x, weight, bias), bias.expand(1, -1))
+
+
+def test_the_operator_reaches_the_kernels(device, monkeypatch):
+    """One and a few tokens by products, many by tiles that are decompressed in a kernel."""
+    monkeypatch.setattr(sparse_native, "is_supported", lambda weight: False)
+    monkeypatch.setattr(sparse_tiles, "TILE_BYTES", 2 * 70 * 4)
+    names = ("vector_kernel", "tokens_kernel", "decompress_kernel")
+    kernels, seen = triton_sparse._kernels(), []
+
+    class Watched:
+        def __getattr__(self, name):
+            seen.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(triton_sparse, "_kernels", Watched)
+    weight = make_sparse((6, 70), torch.float32)
+    for tokens in (1, 2, triton_sparse.MAX_TOKENS + 1):
+        x = make_x(tokens, 70, torch.float32)
+        found = operator.linear(x.to(device), weight.to(device), None).cpu()
+        torch.testing.assert_close(found, reference(x, weight))
+    assert set(seen) & set(names) == set(names)
+
+
+def test_a_kernel_that_fails_is_told_once_and_replaced(device, monkeypatch, caplog):
+    tries = []
+
+    class Broken:
+        def __getattr__(self, name):
+            return self
+
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *arguments, **constants):
+            tries.append(constants)
+            raise RuntimeError("out of resource: registers")
+
+    monkeypatch.setattr(sparse_native, "is_supported", lambda weight: False)
+    monkeypatch.setattr(triton_sparse, "_failures", {})
+    monkeypatch.setattr(triton_sparse, "_kernels", Broken)
+    triton_sparse.say_what_failed.cache_clear()
+    weight, x = make_sparse((6, 70), torch.float32), make_x(1, 70, torch.float32)
+    with caplog.at_level(logging.WARNING, logger=triton_sparse.__name__):
+        for _ in range(3):
+            found = sparse_linear.linear(x.to(device), weight.to(device)).cpu()
+    torch.testing.assert_close(found, reference(x, weight))
+    assert len(tries) == 2  # the product, and decompression in its place: once each
+    assert [r.getMessage() for r in caplog.records if "registers" in r.getMessage()]
+    assert len(caplog.records) == 1
+
+
+def test_the_environment_switches_it_off(device, monkeypatch):
+    weight = make_sparse((4, 64), torch.float32).to(device)
+    assert triton_sparse.is_supported(weight)
+    monkeypatch.setenv("HF_ADAPTIVE_SPARSE_KERNEL", "none")
+    assert not triton_sparse.is_supported(weight)
+
+
+def test_the_fastest_tile_is_measured_once(monkeypatch):
+    """Of tiles that run; the first failing is a failure, and small weights are not measured."""
+    tiles, ran = [Tile(1, 1024, 1), Tile(2, 1024, 1), Tile(4, 1024, 4)], []
+    seconds = dict(zip(tiles, (3.0, 0.0, 2.0), strict=True))
+
+    def run(tile):
+        ran.append(tile)
+        if tile is tiles[1]:
+            raise RuntimeError("out of resource")
+
+    def measure(function):
+        function()
+        return seconds[ran[-1]]
+
+    monkeypatch.setattr(triton_sparse, "_fastest", {})
+    monkeypatch.setattr(triton_sparse, "_can_measure", lambda device: True)
+    monkeypatch.setattr(triton_sparse, "_seconds", measure)
+    monkeypatch.setattr(triton_sparse, "vector_tiles", lambda weight: tiles)
+    large = types.SimpleNamespace(shape=(1024, 1024), device=torch.device("cuda"))
+    assert triton_sparse._tile("large", large, run) == tiles[2]
+    count = len(ran)
+    assert triton_sparse._tile("large", large, run) == tiles[2]
+    assert len(ran) == count
+    small = types.SimpleNamespace(shape=(64, 64), device=torch.device("cuda"))
+    assert triton_sparse._tile("small", small, run) == tiles[0]
+    assert len(ran) == count
+
+
+def test_tiles_on_a_gpu_are_equal_and_whole():
+    """By shape and device alone; 16-bit values."""
+    for rows, columns, expected in (
+        (11008, 4096, 5504),
+        (4096, 11008, 2048),
+        (8192, 28672, 1024),
+        (100, 4096, 100),
+        (0, 64, 0),
+    ):
+        weight = types.SimpleNamespace(
+            shape=(rows, columns), dtype=torch.bfloat16, device=torch.device("cuda")
+        )
+        assert sparse_tiles._tile_rows(weight) == expected
