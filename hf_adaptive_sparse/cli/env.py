@@ -13,7 +13,7 @@ from hf_adaptive_sparse.checkpoint.config import RUNTIMES
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.options import add_command
 from hf_adaptive_sparse.compressor.saving import library_versions
-from hf_adaptive_sparse.kernels import triton_attention
+from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 
 DEPENDENCIES = ("accelerate", "datasets", "huggingface_hub", "optimum-quanto", "optuna")
@@ -36,7 +36,8 @@ def run_env(_options: argparse.Namespace) -> Answer:
     devices += [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     kernels = {"KV cache, CPU": describe_kernels(), "sparse weights": ", ".join(RUNTIMES)}
     if torch.cuda.is_available():
-        kernels["KV cache, GPU"] = "Triton" if triton_attention.is_available() else "torch"
+        on_gpu = "Triton" if triton_device.is_available() else "torch"
+        kernels |= {"KV cache, GPU": on_gpu, "sparse weights, GPU": on_gpu}
     data = {
         "platform": platform.platform(),
         "versions": versions,

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.space_arguments import space_of, widths
 from hf_adaptive_sparse.compressor import search_space
+from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.version import __version__
 
@@ -156,6 +158,14 @@ def test_env_says_which_path_is_in_use(capsys) -> None:
     assert found["versions"]["hf_adaptive_sparse"] == __version__
     assert found["kernels"]["KV cache, CPU"] == describe_kernels()
     assert "optuna" in run(capsys, "env")[1]
+
+
+@pytest.mark.parametrize(("available", "path"), [(True, "Triton"), (False, "torch")])
+def test_env_says_what_computes_on_a_gpu(capsys, monkeypatch, available: bool, path: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_device, "is_available", lambda: available)
+    kernels = json.loads(run(capsys, "env", "--json")[1])["kernels"]
+    assert kernels["sparse weights, GPU"] == kernels["KV cache, GPU"] == path
 
 
 def test_kv_bits_of_the_command_line() -> None:
