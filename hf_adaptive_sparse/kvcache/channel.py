@@ -11,10 +11,11 @@ that metadata take 32 / T bits per element: 0.25 at T = 128.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
+from hf_adaptive_sparse.kernels.encoding import Format
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import KEY_FITS, scale_ends
 from hf_adaptive_sparse.kvcache.rounding import (
@@ -49,6 +50,12 @@ class ChannelCodec(Codec):
     """
 
     bits: int
+    parts_type: ClassVar[type[Parts]] = ChannelParts
+
+    @property
+    def kernel_format(self) -> Format:
+        """See ``Codec.kernel_format``."""
+        return Format("channel", self.bits, fits=KEY_FITS.get(self.bits, 0))
 
     def encode(self, blocks: torch.Tensor, what: str) -> ChannelParts:
         """Quantise and pack ``blocks``; see ``Codec.encode``."""

@@ -26,8 +26,11 @@ At 2 and 3 bits the scale may end a little inside the extremes, see ``fitting``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
+
+from hf_adaptive_sparse.kernels.encoding import Format
 
 Parts = tuple[torch.Tensor, ...]
 """Named tuples in truth; each codec has its own."""
@@ -38,9 +41,16 @@ class Codec(ABC):
 
     Attributes:
         bits: Bits per element: 2, 3, 4, 6 or 8.
+        parts_type: The named tuple that ``encode`` returns.
     """
 
     bits: int
+    parts_type: ClassVar[type[Parts]]
+
+    @property
+    def kernel_format(self) -> Format | None:
+        """What native kernels call this codec; None where they do not know it."""
+        return None
 
     @abstractmethod
     def encode(self, blocks: torch.Tensor, what: str) -> Parts:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_adaptive_sparse.kvcache.rounding import inverse_step
+
 KEY_FITS = {2: 1, 3: 6}
 """Steps for keys per channel, by bits; 0 for those not named."""
 
@@ -39,18 +41,37 @@ def scale_ends(
     lowest, highest = elements.amin(dim, keepdim=True), elements.amax(dim, keepdim=True)
     low, high = lowest, highest
     if steps:
-        mean = elements.mean(dim, keepdim=True)
+        count = elements.shape[dim]
+        mean = sum_in_halves(elements, dim) / count
         centred = elements - mean
     for _ in range(steps):
         step = (high - low) / (2**bits - 1)
-        inverse = torch.where(step > 0, step, torch.ones_like(step)).reciprocal()
-        codes = ((elements - low) * inverse).round_().clamp_(0, 2**bits - 1)
-        mean_code = codes.mean(dim, keepdim=True)
+        codes = ((elements - low) * inverse_step(step)).round_().clamp_(0, 2**bits - 1)
+        mean_code = sum_in_halves(codes, dim) / count
         codes -= mean_code
-        variance = codes.square().sum(dim, keepdim=True)
-        fitted = codes.mul_(centred).sum(dim, keepdim=True) / variance
+        variance = sum_in_halves(codes.square(), dim)
+        fitted = sum_in_halves(codes.mul_(centred), dim) / variance
         step = torch.where((variance > 0) & (fitted > 0), fitted, step)
         begin = torch.where(step > 0, mean - step * mean_code, low)
         low, high = torch.maximum(begin, lowest), begin + step * (2**bits - 1)
         high = torch.minimum(high, highest)
     return low.squeeze(dim), high.squeeze(dim)
+
+
+def sum_in_halves(elements: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the sum along ``dim``, which stays as a dimension of 1.
+
+    The second half is added to the first until one element is left: an order that kernels can
+    follow to the last bit, unlike that of ``torch.sum``, which depends on the processor.
+    """
+    count = elements.shape[dim]
+    while count > 1:
+        half = (count + 1) // 2
+        first, second = elements.split((half, count - half), dim)
+        if count % 2:
+            paired, middle = first.split((half - 1, 1), dim)
+            elements = torch.cat([paired + second, middle], dim)
+        else:
+            elements = first + second
+        count = half
+    return elements

@@ -7,10 +7,11 @@ Size of a head of a block of T tokens, with ``groups = ceil(head_dim / min(group
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
+from hf_adaptive_sparse.kernels.encoding import Format
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import scale_ends
 from hf_adaptive_sparse.kvcache.rounding import (
@@ -49,6 +50,12 @@ class GroupCodec(Codec):
 
     bits: int
     group_size: int
+    parts_type: ClassVar[type[Parts]] = GroupParts
+
+    @property
+    def kernel_format(self) -> Format:
+        """See ``Codec.kernel_format``."""
+        return Format("group", self.bits, self.group_size)
 
     def encode(self, blocks: torch.Tensor, what: str) -> GroupParts:
         """Quantise and pack ``blocks``; see ``Codec.encode``."""

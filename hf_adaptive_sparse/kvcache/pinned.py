@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_adaptive_sparse.kernels.packed import PackedBlocks
+from hf_adaptive_sparse.kvcache.coding import decode_blocks
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 
 
@@ -78,15 +79,16 @@ class Pinned:
         raw, codec, lengths = self.raw, self.blocks.codec, self.blocks.lengths
         if codec is None or not lengths:
             return raw[:, :, self.skip :]
-        shape = (self.blocks.block_length, raw.shape[-1])
-        blocks = codec.decode(self.blocks.parts, shape, raw.dtype)
-        if self.blocks.has_short_ones:
-            pieces = [blocks[:, :, i, :length] for i, length in enumerate(lengths)]
-        else:
-            pieces = [blocks.flatten(2, 3)]
-        if self.sinks:
-            pieces.insert(0, raw[:, :, : self.sinks])
-        if raw.shape[-2] > self.sinks:
-            pieces.append(raw[:, :, self.sinks :])
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
+        batch, kv_heads, raw_tokens, head_dim = raw.shape
+        sinks, end = self.sinks, self.sinks + self.blocks.length
+        whole = raw.new_empty((batch, kv_heads, self.blocks.length + raw_tokens, head_dim))
+        whole[:, :, :sinks] = raw[:, :, :sinks]
+        whole[:, :, end:] = raw[:, :, sinks:]
+        decode_blocks(
+            codec,
+            self.blocks.parts,
+            self.blocks.block_length,
+            whole[:, :, sinks:end],
+            lengths if self.blocks.has_short_ones else None,
+        )
         return whole[:, :, self.skip :]

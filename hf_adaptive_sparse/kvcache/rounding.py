@@ -16,17 +16,20 @@ def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def round_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the smallest values of the 16-bit ``dtype`` that are not below ``values``."""
+    """Return the smallest values of the 16-bit ``dtype`` that are not below ``values``.
+
+    A zero has no sign: which one ``amin`` finds among both depends on the processor.
+    """
     rounded = values.to(dtype)
     below = (rounded.to(values.dtype) < values).to(torch.int16)
     # One bit pattern further is the next float away from zero, and towards it for negative ones.
     towards = torch.where(rounded < 0, -below, below)
-    return (rounded.view(torch.int16) + towards).view(dtype)
+    return (rounded.view(torch.int16) + towards).view(dtype) + 0.0
 
 
 def round_down(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the largest values of the 16-bit ``dtype`` that are not above ``values``."""
-    return -round_up(-values, dtype)
+    return 0.0 - round_up(-values, dtype)
 
 
 def check_finite(extent: torch.Tensor, states: torch.Tensor, what: str) -> None:
@@ -70,8 +73,14 @@ def to_codes(
         bits: Bits per code.
     """
     step, minimum = step.to(elements.dtype), minimum.to(elements.dtype)
+    codes = (elements - minimum).mul_(inverse_step(step))
+    return codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def inverse_step(step: torch.Tensor) -> torch.Tensor:
+    """Return ``1 / step``, 1 for a step of 0, and finite for the smallest ones as well."""
     inverse = torch.where(step > 0, step, torch.ones_like(step)).reciprocal_()
-    return (elements - minimum).mul_(inverse).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return inverse.clamp_(max=torch.finfo(step.dtype).max)
 
 
 def from_codes(

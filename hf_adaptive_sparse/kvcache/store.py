@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_adaptive_sparse.kvcache.buffer import RowBuffer
+from hf_adaptive_sparse.kvcache.coding import encode_blocks
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
-
-ENCODED_AT_ONCE = 1 << 18
-"""Elements encoded at once, but one block of every head at least: 1 MiB of them in float32."""
 
 
 class Addition(NamedTuple):
@@ -233,16 +231,9 @@ class TokenStore:
             buffer.transform(function)
         self._blocks = None
 
-    @torch.no_grad()
-    def _encode(self, codec: Codec, states: torch.Tensor, what: str) -> Any:
+    def _encode(self, codec: Codec, states: torch.Tensor, what: str) -> Parts:
         missing = -states.shape[-2] % self.block_length
         if missing:  # copies of the last token change no step and no minimum
             filler = states[:, :, -1:].expand(-1, -1, missing, -1)
             states = torch.cat([states, filler], dim=-2)
-        blocks = states.unflatten(-2, (-1, self.block_length))
-        # A few blocks at a time: what encoding computes with in between stays in the caches.
-        count = max(1, ENCODED_AT_ONCE // max(1, blocks[:, :, :1].numel()))
-        pieces = [codec.encode(some, what) for some in blocks.split(count, dim=2)]
-        if len(pieces) == 1:
-            return pieces[0]
-        return type(pieces[0])(*(torch.cat(part, dim=2) for part in zip(*pieces, strict=True)))
+        return encode_blocks(codec, states.unflatten(-2, (-1, self.block_length)), what)

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
+from hf_adaptive_sparse.kernels.encoding import Format
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import VALUE_FITS
 from hf_adaptive_sparse.kvcache.grouped import group_count, group_ends, spread_groups
@@ -71,6 +72,14 @@ class TransposedCodec(Codec):
 
     bits: int
     group_size: int
+    parts_type: ClassVar[type[Parts]] = TransposedParts
+
+    @property
+    def kernel_format(self) -> Format:
+        """See ``Codec.kernel_format``."""
+        return Format(
+            "transposed", self.bits, self.group_size, VALUE_FITS.get(self.bits, 0)
+        )
 
     def encode(self, blocks: torch.Tensor, what: str) -> TransposedParts:
         """Quantise and pack ``blocks``; see ``Codec.encode``."""

@@ -1,0 +1,194 @@
+"""Blocks of keys and values into bytes and back, in native code, to the last bit as in torch.
+
+The formats and their readable references are ``kvcache/channel.py``, ``grouped.py`` and
+``transposed.py``. Only shapes, dtypes and addresses pass to the library (see ``csrc/encode.h``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
+from hf_adaptive_sparse.packing.bits import packed_size_bytes
+
+MAX_CODES = 1024
+"""Tokens of a block and channels of a head that kernels take at most."""
+
+_LAYOUTS = {"channel": 0, "group": 1, "transposed": 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_METADATA_DTYPES = {
+    torch.float32: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float16,
+}
+_STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
+_REFUSED = 4
+
+_Int = ctypes.c_int64
+_Address = ctypes.c_void_p
+
+
+class Format(NamedTuple):
+    """How a codec stores blocks.
+
+    Attributes:
+        layout: "channel", "group" or "transposed": whose parts they are.
+        bits: 2, 3, 4, 6 or 8.
+        group: Channels that share a step; None where tokens do.
+        fits: Steps of least squares that place the scale, see ``kvcache/fitting.py``.
+    """
+
+    layout: str
+    bits: int
+    group: int | None = None
+    fits: int = 0
+
+
+class _Call(ctypes.Structure):
+    """``has_encode_call`` of ``csrc/encode.h``, field by field."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("batch", "heads", "blocks", "tokens", "width")),
+        *((name, _Int) for name in ("format", "bits", "group", "fits", "dtype")),
+        ("states", _Address),
+        ("state_strides", _Int * 4),
+        ("lengths", _Address),
+        ("codes", _Address),
+        ("code_strides", _Int * 3),
+        ("metadata", _Address * 3),
+        ("metadata_strides", _Int * 3 * 3),
+        ("threads", _Int),
+    )
+
+
+def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None:
+    """Return the parts of ``blocks``, or None where that is for torch.
+
+    It is for torch where no kernel serves these blocks, and where they cannot be stored (NaN, Inf,
+    spans that overflow): torch says what is wrong.
+
+    Args:
+        blocks: ``(batch, kv_heads, blocks, tokens, head_dim)``: float32, bfloat16 or float16 on the
+            CPU, up to ``MAX_CODES`` tokens and channels.
+        how: The codec's format.
+
+    Returns:
+        New tensors ``(batch, kv_heads, blocks, ...)``, contiguous, as the codec has them.
+    """
+    if not _is_served(blocks.dtype, blocks.device, blocks.shape[3], blocks.shape[4]):
+        return None
+    if blocks.numel() == 0 or blocks.requires_grad:
+        return None
+    if blocks.stride(4) != 1:
+        blocks = blocks.contiguous()
+    parts = _empty_parts(blocks, how)
+    call = _describe(how, parts, blocks.shape[3], blocks.shape[4], blocks.dtype)
+    call.states = blocks.data_ptr()
+    call.state_strides = blocks.stride()[:4]
+    return parts if _run("has_encode", call) else None
+
+
+def decode(
+    parts: Sequence[torch.Tensor],
+    how: Format,
+    block_length: int,
+    output: torch.Tensor,
+    lengths: Sequence[int] | None = None,
+) -> bool:
+    """Write what ``parts`` stand for to ``output``; False, and nothing done, where torch has to.
+
+    Args:
+        parts: Tensors ``(batch, kv_heads, blocks, ...)``, as the codec has them.
+        how: The codec's format.
+        block_length: Tokens of a block as it was encoded.
+        output: ``(batch, kv_heads, tokens, head_dim)`` of the states' dtype.
+        lengths: Tokens to write of each block, from its start; None: all. Blocks follow each other.
+    """
+    width = output.shape[3]
+    if not _is_served(output.dtype, output.device, block_length, width) or output.stride(3) != 1:
+        return False
+    expected = _shapes(how, block_length, width)
+    kept = _METADATA_DTYPES[output.dtype]
+    for part, shape in zip(parts, expected, strict=True):
+        if part.dtype not in (torch.uint8, kept) or part.device != output.device:
+            return False
+        if part.shape[3:] != shape or not part[0, 0, 0].is_contiguous():
+            return False
+    call = _describe(how, parts, block_length, width, output.dtype)
+    call.states = output.data_ptr()
+    strides = output.stride()
+    call.state_strides = (strides[0], strides[1], 0, strides[2])
+    array = None if lengths is None else (_Int * len(lengths))(*lengths)
+    call.lengths = None if array is None else ctypes.addressof(array)
+    return _run("has_decode", call)
+
+
+def _is_served(dtype: torch.dtype, device: torch.device, tokens: int, width: int) -> bool:
+    return (
+        dtype in _DTYPES
+        and device.type == "cpu"
+        and 1 <= tokens <= MAX_CODES
+        and 1 <= width <= MAX_CODES
+        and active_path() is not None
+    )
+
+
+def _shapes(how: Format, tokens: int, width: int) -> tuple[tuple[int, ...], ...]:
+    """Return the parts' shapes behind batch, heads and blocks."""
+    if how.layout == "channel":
+        return (tokens, packed_size_bytes(width, how.bits)), (width,), (width,)
+    groups = -(-width // min(how.group or width, width))
+    if how.layout == "group":
+        return (tokens, packed_size_bytes(width, how.bits)), (tokens, groups), (tokens, groups)
+    codes = (width, packed_size_bytes(tokens, how.bits))
+    return codes, (groups, tokens), (groups, tokens), (4,)
+
+
+def _empty_parts(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...]:
+    """Allocate what ``encode`` fills."""
+    kept = _METADATA_DTYPES[blocks.dtype]
+    dtypes = (torch.uint8, kept, kept)
+    if how.layout == "transposed":
+        dtypes = (torch.uint8, torch.uint8, torch.uint8, kept)
+    shapes = _shapes(how, blocks.shape[3], blocks.shape[4])
+    return tuple(
+        blocks.new_empty((*blocks.shape[:3], *shape), dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+
+
+def _describe(
+    how: Format, parts: Sequence[torch.Tensor], tokens: int, width: int, dtype: torch.dtype
+) -> _Call:
+    """Fill in all but the states."""
+    codes, *metadata = parts
+    call = _Call()
+    call.batch, call.heads, call.blocks = codes.shape[:3]
+    call.tokens, call.width = tokens, width
+    call.format = _LAYOUTS[how.layout]
+    call.bits = how.bits
+    call.group = min(how.group or width, width)
+    call.fits = how.fits
+    call.dtype = _DTYPES[dtype]
+    call.codes = codes.data_ptr()
+    call.code_strides = codes.stride()[:3]
+    for i, part in enumerate(metadata):
+        call.metadata[i] = part.data_ptr()
+        call.metadata_strides[i] = part.stride()[:3]
+    call.threads = torch.get_num_threads()
+    return call
+
+
+def _run(function: str, call: _Call) -> bool:
+    """Return whether the library did it; False if it refused the states."""
+    loaded, path = library(), active_path()
+    if loaded is None or path is None:
+        return False
+    status: int = getattr(loaded, function)(PATHS[path], ctypes.byref(call))
+    if status not in (0, _REFUSED):
+        raise RuntimeError(f"The encoding kernel failed: {_STATUS.get(status, status)}.")
+    return status == 0

@@ -1,0 +1,61 @@
+"""Blocks encoded and decoded by the native kernels where these serve, by the codec where not.
+
+Both give the same bits; the codecs, in torch, are the readable form of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_adaptive_sparse.kernels import encoding
+from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+
+ENCODED_AT_ONCE = 1 << 18
+"""Elements that torch encodes at once, one block of every head at least: 1 MiB in float32."""
+
+
+@torch.no_grad()
+def encode_blocks(codec: Codec, blocks: torch.Tensor, what: str) -> Parts:
+    """Return the parts of ``blocks``; see ``Codec.encode``."""
+    how = codec.kernel_format
+    parts = None if how is None else encoding.encode(blocks, how)
+    if parts is not None:
+        return codec.parts_type(*parts)
+    # A few blocks at a time: what encoding computes with in between stays in the caches.
+    count = max(1, ENCODED_AT_ONCE // max(1, blocks[:, :, :1].numel()))
+    pieces = [codec.encode(some, what) for some in blocks.split(count, dim=2)]
+    if len(pieces) == 1:
+        return pieces[0]
+    return codec.parts_type(*(torch.cat(part, dim=2) for part in zip(*pieces, strict=True)))
+
+
+@torch.no_grad()
+def decode_blocks(
+    codec: Codec,
+    parts: Parts,
+    block_length: int,
+    output: torch.Tensor,
+    lengths: Sequence[int] | None = None,
+) -> None:
+    """Write the states of blocks, one behind the other, to ``output``.
+
+    Args:
+        codec: What encoded them.
+        parts: ``(batch, kv_heads, blocks, ...)`` each.
+        block_length: Tokens of a block as it was encoded.
+        output: ``(batch, kv_heads, tokens, head_dim)`` in the model's dtype.
+        lengths: Tokens of each block that count, from its start; None: all.
+    """
+    how = codec.kernel_format
+    if how is not None and encoding.decode(parts, how, block_length, output, lengths):
+        return
+    blocks = codec.decode(parts, (block_length, output.shape[-1]), output.dtype)
+    if lengths is None:
+        output.copy_(blocks.flatten(2, 3))
+        return
+    start = 0
+    for i, length in enumerate(lengths):
+        output[:, :, start : start + length] = blocks[:, :, i, :length]
+        start += length
