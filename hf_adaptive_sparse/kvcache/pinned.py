@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_adaptive_sparse.kernels.packed import PackedBlocks
-from hf_adaptive_sparse.kvcache.coding import decode_blocks
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+from hf_adaptive_sparse.kvcache.coding import decode_blocks
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_adaptive_sparse.kvcache.buffer import RowBuffer
-from hf_adaptive_sparse.kvcache.coding import encode_blocks
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+from hf_adaptive_sparse.kvcache.coding import encode_blocks
 from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
 
 

@@ -77,9 +77,7 @@ class TransposedCodec(Codec):
     @property
     def kernel_format(self) -> Format:
         """See ``Codec.kernel_format``."""
-        return Format(
-            "transposed", self.bits, self.group_size, VALUE_FITS.get(self.bits, 0)
-        )
+        return Format("transposed", self.bits, self.group_size, VALUE_FITS.get(self.bits, 0))
 
     def encode(self, blocks: torch.Tensor, what: str) -> TransposedParts:
         """Quantise and pack ``blocks``; see ``Codec.encode``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from hf_adaptive_sparse.kernels import encoding, library
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
 from hf_adaptive_sparse.kvcache.coding import decode_blocks, encode_blocks
 from hf_adaptive_sparse.kvcache.grouped import GroupCodec
+from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.transposed import TransposedCodec
 
 PATHS = library.available_paths()
@@ -73,3 +75,69 @@ def test_parts_and_states_are_those_of_torch(path, name, dtype):
         output = torch.full_like(states, 77)
         assert encoding.decode(found, codec.kernel_format, tokens, output)
         assert_same_bits(output, states)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_short_blocks_are_written_side_by_side(path, name):
+    codec = CODECS[name](6, 64)
+    blocks = make_blocks(32, 40, torch.bfloat16)
+    lengths = (32, 1, 19)
+    parts = encode_blocks(codec, blocks, "keys")
+    expected = [
+        codec.decode(parts, (32, 40), blocks.dtype)[:, :, i, :n] for i, n in enumerate(lengths)
+    ]
+    output = blocks.new_zeros(2, 60, 3, 40).transpose(1, 2)  # room behind, tokens outermost
+    decode_blocks(codec, parts, 32, output[:, :, 4:56], lengths)
+    assert_same_bits(output[:, :, 4:56].contiguous(), torch.cat(expected, dim=2))
+    assert not output[:, :, :4].any()
+    assert not output[:, :, 56:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CODECS)
+def test_what_cannot_be_stored_is_refused_in_torchs_words(path, name, dtype):
+    for bits, value in itertools.product((2, 4, 8), (float("nan"), float("inf"), -float("inf"))):
+        codec = CODECS[name](bits, 16)
+        blocks = torch.randn(1, 2, 2, 16, 40).to(dtype)
+        blocks[0, 1, 1, 15, 39] = value
+        assert encoding.encode(blocks, codec.kernel_format) is None
+        with pytest.raises(ValueError, match=r"keys of layer 3 must be finite"):
+            encode_blocks(codec, blocks, "keys of layer 3")
+    if dtype != torch.float16:
+        blocks[0, 1, 1, 14:, 38:] = torch.finfo(dtype).max * torch.tensor([[1, -1], [-1, 1]])
+        assert encoding.encode(blocks, codec.kernel_format) is None
+        with pytest.raises(ValueError, match="span more than"):
+            encode_blocks(codec, blocks, "keys")
+
+
+def test_other_dtypes_and_sizes_are_for_torch(path):
+    codec = ChannelCodec(8)
+    for blocks in (torch.randn(1, 1, 1, 4, 8).double(), torch.randn(1, 1, 1, 1025, 2)):
+        assert encoding.encode(blocks, codec.kernel_format) is None
+        parts = encode_blocks(codec, blocks, "keys")
+        tokens, width = blocks.shape[3:]
+        output = torch.empty_like(blocks[:, :, 0])
+        decode_blocks(codec, parts, tokens, output)
+        assert torch.equal(output, codec.decode(parts, (tokens, width), blocks.dtype)[:, :, 0])
+
+
+@pytest.mark.parametrize("key_mode", ["channel", "token"])
+def test_a_layer_holds_the_same_with_and_without_kernels(path, key_mode, monkeypatch):
+    """A prompt, tokens one by one through a flush, a crop into a block, and on."""
+    held = []
+    for chosen in (path, "none"):
+        monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, chosen)
+        layer = AdaptiveQuantizedLayer(6, 3, 32, 16, key_mode=key_mode, sink_length=3)
+        generator = torch.Generator().manual_seed(0)
+        for tokens, removed in ((70, 0), *((1, 0),) * 16, (5, -30), (40, 0)):
+            states = torch.randn(2, 2, 2, tokens, 48, generator=generator).to(torch.bfloat16)
+            layer.update(*states)
+            layer.crop(removed)
+        parts = [part for store in layer.stores() for part in (*store.parts, store.raw)]
+        held.append([*parts, *layer.decode()])
+    for native, reference in zip(*held, strict=True):
+        assert_same_bits(native, reference)
+
+
+def test_the_call_structure_is_that_of_the_library():
+    assert library.library().has_encode_call_size_bytes() == ctypes.sizeof(encoding._Call)
