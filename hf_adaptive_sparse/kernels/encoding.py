@@ -151,9 +151,8 @@ def _shapes(how: Format, tokens: int, width: int) -> tuple[tuple[int, ...], ...]
 def _empty_parts(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...]:
     """Allocate what ``encode`` fills."""
     kept = _METADATA_DTYPES[blocks.dtype]
-    dtypes = (torch.uint8, kept, kept)
-    if how.layout == "transposed":
-        dtypes = (torch.uint8, torch.uint8, torch.uint8, kept)
+    eight = torch.uint8
+    dtypes = (eight, eight, eight, kept) if how.layout == "transposed" else (eight, kept, kept)
     shapes = _shapes(how, blocks.shape[3], blocks.shape[4])
     return tuple(
         blocks.new_empty((*blocks.shape[:3], *shape), dtype=dtype)
