@@ -26,7 +26,8 @@ INTRODUCTION = """# Families of models
 A tiny random model of each family, fed what is named beside it, goes through: pruning with
 `lognorm` calibrated on its features, exact counts, saving, loading bit for bit, and `generate()`
 with the adaptive cache, which at 16 bits must give the scores of transformers' own. Loaded with
-`runtime="sparse"`, every pruned weight stays sparse and the scores are those of the dense runtime.
+`runtime="sparse"`, every pruned linear stays sparse (experts are decompressed) and the scores are
+those of the dense runtime.
 
 """
 

@@ -13,8 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_adaptive_sparse.experts import ExpertStack, expert_stacks
+
+Prunable = nn.Linear | ExpertStack
+"""What is pruned as a whole: a linear's matrix, or one kind of matrix of a layer's experts."""
 
 UNLIMITED_CONTEXT = 2**31 - 1
 """What `context_length` returns for a model whose config names no limit."""
@@ -127,14 +133,15 @@ def linear_role(name: str, layers_name: str) -> str:
     return ".".join(part for part in inner if not part.isdigit())
 
 
-def prunable_linears(
+def prunable_weights(
     model: nn.Module, modules_to_not_convert: Iterable[str] | None = ()
-) -> dict[str, nn.Linear]:
-    """Return the linears whose weights are counted and pruned, in layer order.
+) -> dict[str, Prunable]:
+    """Return the weights that are counted and pruned, in layer order.
 
-    These are the ``nn.Linear`` inside the decoder layers of the language model. Vision tower,
-    projector, embeddings and output head lie outside; linears whose weight is shared with another
-    module, or is stored in something else than floating point of shape (out, in), are left out.
+    These are the ``nn.Linear`` inside the decoder layers of the language model, and the 3-D
+    parameters that hold the matrices of a layer's experts. Vision tower, projector, embeddings and
+    output head lie outside; weights that are shared with another module, or stored in something
+    else than floating point of shape (out, in), are left out.
 
     Args:
         model: The model.
@@ -142,17 +149,21 @@ def prunable_linears(
             all that lies below it.
 
     Returns:
-        Runtime module name -> module.
+        Runtime name -> linear or stack of experts: a linear by its module's name, a stack by its
+        parameter's (``"model.layers.0.mlp.experts.down_proj"``).
 
     Raises:
-        ValueError: If there are no decoder layers, no linears in them, or an exclusion matches
-            none of them.
+        ValueError: If there are no decoder layers, nothing prunable in them, or an exclusion
+            matches none of it.
     """
     layers_name, layers = decoder_layers(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Prunable] = {}
     for name, module in layers.named_modules(prefix=layers_name):
         if not isinstance(module, nn.Linear):
+            for stack in expert_stacks(module):
+                if stack.weight.is_floating_point() and uses[id(stack.weight)] == 1:
+                    found[f"{name}.{stack.key}"] = stack
             continue
         weight = module.weight
         plain = tuple(weight.shape) == (module.out_features, module.in_features)
@@ -171,11 +182,45 @@ def prunable_linears(
     return {name: module for name, module in found.items() if name not in excluded}
 
 
+def prunable_linears(
+    model: nn.Module, modules_to_not_convert: Iterable[str] | None = ()
+) -> dict[str, nn.Linear]:
+    """Return those of the `prunable_weights` that are linears; arguments and errors are its own."""
+    weights = prunable_weights(model, modules_to_not_convert)
+    return {name: module for name, module in weights.items() if isinstance(module, nn.Linear)}
+
+
+def parameter_name(name: str, weight: Prunable) -> str:
+    """Return the name of the parameter of a prunable weight that goes by ``name``."""
+    return name if isinstance(weight, ExpertStack) else f"{name}.weight"
+
+
+def weight_place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """Return where the weight lies that goes by a name, whether it may be pruned or not.
+
+    Args:
+        model: The model.
+        name: Runtime name of a linear, or of a 3-D parameter.
+
+    Returns:
+        The module that owns the parameter, and its name there; ``None`` if there is none.
+    """
+    owner_name, _, key = name.rpartition(".")
+    try:
+        owner = model.get_submodule(owner_name)
+    except AttributeError:
+        return None
+    found = getattr(owner, key, None)
+    if isinstance(found, nn.Linear):
+        return found, "weight"
+    return (owner, key) if isinstance(found, torch.Tensor) and found.ndim == 3 else None
+
+
 def fused_rows(model: nn.Module, name: str) -> tuple[int, ...]:
     """Return the rows of each matrix that one prunable linear stacks along its outputs.
 
     Query, key and value in one (Phi-3's ``qkv_proj``), gate and up in one (``gate_up_proj``);
-    one entry for a linear that is a single matrix.
+    one entry for a linear that is a single matrix. Experts have `ExpertStack.fused_rows`.
 
     Args:
         model: The model.
@@ -219,12 +264,15 @@ def match_names(pattern: str, names: Iterable[str], what: str) -> list[str]:
 
 
 def dense_expert_weights(model: nn.Module) -> list[str]:
-    """Return the names of 3-D expert parameters in the decoder layers, which stay dense."""
+    """Return the names of 3-D expert parameters in the decoder layers that stay dense.
+
+    They look like experts, but lie in a way that `expert_stacks` does not know.
+    """
     layers_name, layers = decoder_layers(model)
     return [
         f"{name}.{key}"
         for name, module in layers.named_modules(prefix=layers_name)
-        if not isinstance(module, _CONVOLUTIONS)
+        if not isinstance(module, _CONVOLUTIONS) and not expert_stacks(module)
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.shape[0] > 1 and min(parameter.shape[1:]) > 1
     ]

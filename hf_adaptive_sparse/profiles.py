@@ -32,6 +32,10 @@ KV_BITS = (2, 3, 4, 6, 8, 16)
 KV_KEY_MODES = ("channel", "token")
 """How keys may share scales: per channel over the tokens of a block, or per token in groups."""
 
+MIN_EXPERT_TOKENS = 32
+"""Calibration tokens that an expert must have seen to be pruned by them: with so many, the norm of
+an input feature is known to about an eighth of itself."""
+
 Bits = int | tuple[int, ...]
 
 _FIRST_KV_FORM = {"key_bits", "value_bits", "group_size", "residual_length"}
@@ -310,6 +314,8 @@ class CalibrationConfig:
             (``True``) or of the dense ones (``False``, "one-shot").
         image_weight: Weight of an image token in the activation statistics; text tokens weigh 1.
         seed: Seed of the choice of samples.
+        min_expert_tokens: Experts that saw fewer calibration tokens are scored without data, and
+            named in the report.
     """
 
     dataset: str | None = None
@@ -319,9 +325,10 @@ class CalibrationConfig:
     sequential: bool = True
     image_weight: float = 1.0
     seed: int = 0
+    min_expert_tokens: int = MIN_EXPERT_TOKENS
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
+        for name in ("num_samples", "batch_size", "min_expert_tokens"):
             object.__setattr__(self, name, _check_count(getattr(self, name), name))
         if self.sequence_length is not None:
             length = _check_count(self.sequence_length, "sequence_length")

@@ -31,6 +31,7 @@ from hf_adaptive_sparse.architecture import (
     linear_role,
     num_decoder_layers,
     prunable_linears,
+    prunable_weights,
 )
 from tests.families.catalogue import PHI
 from tests.families.tiny_models import tiny_config, tiny_model
@@ -141,11 +142,22 @@ def test_conv1d_models_have_no_prunable_linears():
         prunable_linears(on_meta("gpt2", AutoModelForCausalLM, n_layer=2))
 
 
-def test_expert_weights_are_named_and_left_dense():
+def test_experts_are_prunable_where_their_layout_is_known():
     model = on_meta("mixtral", AutoModelForCausalLM, num_hidden_layers=2)
-    experts = dense_expert_weights(model)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in experts
     assert len(prunable_linears(model)) == 8
+    weights = prunable_weights(model)
+    assert list(weights)[4:6] == [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.down_proj",
+    ]
+    stack = weights["model.layers.0.mlp.experts.gate_up_proj"]
+    assert (stack.count, stack.out_features, stack.in_features) == (8, 28672, 4096)
+    assert stack.fused_rows == (14336, 14336)
+    assert len(prunable_weights(model, ["*.experts.*"])) == 12 - 4
+    assert dense_expert_weights(model) == []
+    with torch.device("meta"):
+        other = tiny_model("jetmoe")
+    assert "model.layers.0.mlp.input_linear.weight" in dense_expert_weights(other)
     # A short convolution is 3-D as well, but no expert.
     assert dense_expert_weights(on_meta("mamba", AutoModelForCausalLM, num_hidden_layers=2)) == []
 

@@ -1,4 +1,4 @@
-"""Statistics of what flows into the linears: norms per input feature, and Hessians.
+"""Statistics of what flows into the prunable weights: norms per input feature, and Hessians.
 
 One context manager places the hooks and takes them away. Which tokens count, and how much, is given
 to the statistics for each batch (`InputStatistics.token_weights`), never looked up elsewhere.
@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_adaptive_sparse.architecture import media_token_ids
+from hf_adaptive_sparse.architecture import Prunable, media_token_ids
+from hf_adaptive_sparse.calibration.expert_inputs import ExpertInputs, watched_experts
+from hf_adaptive_sparse.experts import ExpertStack
 
 T = TypeVar("T")
 
@@ -74,6 +76,7 @@ class InputStatistic:
         squares: ``(in,)``, float64: weighted sum of squares.
         hessian: ``(in, in)``, float32: weighted ``Σ x xᵀ``; ``None`` unless asked for.
         tokens: Sum of the weights of all inputs.
+        rows: Inputs that were counted, whatever their weight.
     """
 
     def __init__(self, owner: str, width: int, hessian: bool, device: torch.device) -> None:
@@ -83,7 +86,25 @@ class InputStatistic:
         self.squares = torch.zeros(width, dtype=wide, device=device)
         self.hessian = torch.zeros(width, width, device=device) if hessian else None
         self.tokens = 0.0
+        self.rows = 0
         self._made: object | None = None
+
+    @classmethod
+    def without_data(
+        cls, owner: str, width: int, hessian: bool, device: torch.device
+    ) -> InputStatistic:
+        """Return what stands for inputs that nothing is known of: all features alike, unrelated."""
+        known = cls(owner, width, False, device)
+        known.squares.fill_(1.0)
+        known.tokens = 1.0
+        if hessian:
+            known.hessian = torch.eye(width, device=device)
+        return known
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """``‖X_j‖₂`` over all counted tokens: ``(in,)``, float32."""
+        return self.squares.sqrt().to(torch.float32)
 
     def add_(self, inputs: torch.Tensor, weights: torch.Tensor | None) -> None:
         """Add inputs.
@@ -104,6 +125,7 @@ class InputStatistic:
                 counted = part > 0
                 if not bool(counted.all()):
                     rows, part = rows[counted], part[counted]
+            self.rows += rows.shape[0]
             values = rows.to(torch.float32)
             if part is not None:
                 self.tokens += float(part.sum(dtype=torch.float64))
@@ -139,7 +161,8 @@ class InputStatistics:
     """Collects the statistics of a set of linears while the model runs; see `collect_inputs`.
 
     Linears that are handed the very same tensor one after the other (query, key and value; gate and
-    up) share one statistic.
+    up) share one statistic. Each expert of a stack has one of its own, of the tokens that were sent
+    to it.
 
     Attributes:
         token_weights: ``(batch, seq)``, float32: how much each token of the batch now running
@@ -147,8 +170,9 @@ class InputStatistics:
             (experts, encoder states) count 1 each.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], hessian: bool = False) -> None:
+    def __init__(self, weights: Mapping[str, Prunable], hessian: bool = False) -> None:
         self.token_weights: torch.Tensor | None = None
+        linears = {n: m for n, m in weights.items() if isinstance(m, nn.Linear)}
         self._names: dict[nn.Module, str] = {module: name for name, module in linears.items()}
         self._hessian = hessian
         self._statistics: dict[str, InputStatistic] = {}
@@ -170,16 +194,30 @@ class InputStatistics:
                 "ones in another; their statistics cannot be told apart."
             )
         if known is None:
-            known = InputStatistic(name, inputs.shape[-1], self._hessian, inputs.device)
-            self._statistics[name] = known
+            known = self._statistics[name] = self._new(name, inputs)
         rows = inputs.reshape(-1, inputs.shape[-1])
-        weights = self.token_weights
-        if weights is not None and weights.numel() == rows.shape[0]:
-            weights = weights.reshape(-1).to(rows.device)
-        else:
-            weights = None
-        known.add_(rows, weights)
+        known.add_(rows, self.row_weights(rows))
         self._last = args[0], known
+
+    def row_weights(self, rows: torch.Tensor, copies: int = 1) -> torch.Tensor | None:
+        """Return the weights ``(rows,)`` of the batch's tokens, if these are so many copies."""
+        weights = self.token_weights
+        if weights is None or weights.numel() * copies != rows.shape[0]:
+            return None
+        return weights.reshape(-1).to(rows.device).repeat(copies)
+
+    def add(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Add inputs of one expert's matrix; arguments as for `InputStatistic.add_`."""
+        if name not in self._statistics:
+            self._statistics[name] = self._new(name, rows)
+        self._statistics[name].add_(rows, weights)
+
+    def rows(self, name: str) -> int:
+        """Return how many inputs were counted."""
+        return self._statistics[name].rows if name in self._statistics else 0
+
+    def _new(self, name: str, inputs: torch.Tensor) -> InputStatistic:
+        return InputStatistic(name, inputs.shape[-1], self._hessian, inputs.device)
 
     def forget_inputs(self) -> None:
         """Let go of the last input, which is held to recognise it."""
@@ -211,26 +249,32 @@ class InputStatistics:
         Raises:
             ValueError: If no calibration token reached the linear.
         """
-        return self.statistic(name).squares.sqrt().to(torch.float32)
+        return self.statistic(name).norm
 
 
 @contextmanager
 def collect_inputs(
-    linears: Mapping[str, nn.Linear], hessian: bool = False
+    weights: Mapping[str, Prunable], hessian: bool = False
 ) -> Iterator[InputStatistics]:
-    """Collect statistics of the inputs of ``linears`` while the context is open.
+    """Collect statistics of the inputs of ``weights`` while the context is open.
 
     Args:
-        linears: Name -> module.
-        hessian: Also sum ``x xᵀ``: ``in * in`` float32 per distinct input.
+        weights: Name -> linear or stack of experts.
+        hessian: Also sum ``x xᵀ``: ``in * in`` float32 per distinct input, and per expert.
 
     Yields:
         The statistics; set their ``token_weights`` before each batch. They stay readable after.
+        Those of expert ``e`` of a stack go by `expert_name`.
     """
-    statistics = InputStatistics(linears, hessian)
+    statistics = InputStatistics(weights, hessian)
     handles: list[torch.utils.hooks.RemovableHandle] = []
+    linears = [module for module in weights.values() if isinstance(module, nn.Linear)]
+    stacks = {n: module for n, module in weights.items() if isinstance(module, ExpertStack)}
     try:
-        handles.extend(m.register_forward_pre_hook(statistics.hook) for m in linears.values())
+        handles.extend(module.register_forward_pre_hook(statistics.hook) for module in linears)
+        for experts, names in watched_experts(stacks):
+            hook = ExpertInputs(experts, names, statistics)
+            handles.append(experts.module.register_forward_hook(hook, with_kwargs=True))
         yield statistics
     finally:
         for handle in handles:

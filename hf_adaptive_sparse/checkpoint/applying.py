@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.architecture import Prunable, prunable_weights
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -94,6 +94,7 @@ def prune_and_resolve(
     quantiser = LayerQuantiser(
         model, {name: (bits, config.group_size_at(bits)) for name, bits in weight_bits.items()}
     )
+    weights = prunable_weights(model, config.modules_to_not_convert) if ratios else {}
     if removes and config.needs_calibration:
         _check_calibration(config, source)
         ready = None if source is None or isinstance(source, str | CalibrationConfig) else source
@@ -118,21 +119,25 @@ def prune_and_resolve(
             batches=batches,
             sequential=settings.sequential,
             image_weight=settings.image_weight,
+            min_expert_tokens=settings.min_expert_tokens,
             progress=progress,
             on_layer=quantiser.layer_,
         )
     else:
-        report = _nothing_removed(model, config, ratios)
+        report = _nothing_removed(weights, config)
     quantiser.rest_()
     resolved = SparsityConfig(
-        target_sparsity=_target(model, config, ratios),
+        target_sparsity=_target(weights, config, ratios),
         metric=config.metric,
         sparsity=ratios,
         pattern=config.pattern,
         kv_cache=kv_cache,
         modules_to_not_convert=config.modules_to_not_convert,
         checkpoint_format=config.checkpoint_format,
-        provenance=_provenance(model, config, source, settings, batches, hub_arguments or {}),
+        provenance={
+            **_provenance(model, config, source, settings, batches, hub_arguments or {}),
+            **_starved(report),
+        },
         **_optional_fields(config, weight_bits),
     )
     return report, resolved
@@ -160,12 +165,14 @@ def _optional_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> 
     return fields
 
 
-def _nothing_removed(
-    model: PreTrainedModel, config: SparsityConfig, ratios: Mapping[str, float]
-) -> PruningReport:
-    modules = tuple(
-        ModuleReport(name, model.get_submodule(name).weight.numel(), 0, 0.0) for name in ratios
-    )
+def _starved(report: PruningReport) -> dict[str, Any]:
+    """Return what the provenance says of experts that too few calibration tokens reached."""
+    starved = {name: list(experts) for name, experts in report.experts_without_data.items()}
+    return {"experts_without_data": starved} if starved else {}
+
+
+def _nothing_removed(weights: Mapping[str, Prunable], config: SparsityConfig) -> PruningReport:
+    modules = tuple(ModuleReport(n, w.weight.numel(), 0, 0.0) for n, w in weights.items())
     return PruningReport(modules, config.metric, config.pattern, 0.0, config.weight_update)
 
 
@@ -189,12 +196,13 @@ def _settings(source: object, fallback: CalibrationConfig | None) -> Calibration
     return replace(settings, dataset=source) if isinstance(source, str) else settings
 
 
-def _target(model: PreTrainedModel, config: SparsityConfig, ratios: Mapping[str, float]) -> float:
+def _target(
+    weights: Mapping[str, Prunable], config: SparsityConfig, ratios: Mapping[str, float]
+) -> float:
     """Return the target; where only a profile was given, its parameter-weighted mean."""
     if not config.sparsity or "target_sparsity" in config.passed:
         return config.target_sparsity
-    linears = prunable_linears(model, config.modules_to_not_convert)
-    return SparsityProfile(ratios).mean({n: m.weight.numel() for n, m in linears.items()})
+    return SparsityProfile(ratios).mean({n: w.weight.numel() for n, w in weights.items()})
 
 
 def _provenance(

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name, weight_name
+
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-
-VALUES_SUFFIX = ".weight_values"
-BITMASK_SUFFIX = ".weight_bitmask"
-SCALES_SUFFIX = ".weight_scales"
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that is read; the safetensors library has the same limit."""
@@ -67,8 +65,8 @@ class CompressedModule:
     """What headers alone tell of one compressed weight.
 
     Attributes:
-        name: The module's name in the file.
-        rows: Rows of the weight.
+        name: The name in the file of a linear, or of a stack of experts.
+        rows: Rows of the weight, of all experts.
         columns_at_most: Columns of the weight, or up to 7 more: whole bytes of the bitmask.
         nnz: Weights that are kept; with codes of 4 bits this, or one less.
         size_bytes: Bytes of values, bitmask and scales together.
@@ -241,35 +239,36 @@ def shard_names(index: bytes, file: str) -> list[str]:
 
 
 def compressed_summary(headers: Mapping[str, TensorHeader]) -> dict[str, CompressedModule]:
-    """Return what the headers tell of each compressed weight, by its module's name in the file.
+    """Return what the headers tell of each compressed weight, by its name in the file.
 
     Raises:
         CheckpointError: If values, bitmask or scales are missing or of the wrong kind.
     """
     summary = {}
     for key, mask in headers.items():
-        if not key.endswith(BITMASK_SUFFIX):
+        parsed = parse_tensor_name(key)
+        if parsed is None or parsed[1] != "bitmask":
             continue
-        name = key.removesuffix(BITMASK_SUFFIX)
-        values = headers.get(name + VALUES_SUFFIX)
+        values_key, scales_key = (tensor_name(parsed[0], kind) for kind in ("values", "scales"))
+        values, scales = headers.get(values_key), headers.get(scales_key)
         if values is None:
-            raise CheckpointError(f"{mask.file}: {key!r} has no {name + VALUES_SUFFIX!r}.")
-        if mask.dtype != "U8" or len(mask.shape) != 2 or len(values.shape) != 1:
+            raise CheckpointError(f"{mask.file}: {key!r} has no {values_key!r}.")
+        if mask.dtype != "U8" or len(mask.shape) not in (2, 3) or len(values.shape) != 1:
             raise CheckpointError(
-                f"{mask.file}: {key!r} must be U8 (out, bytes) and its values (nnz,), got "
-                f"{mask.dtype} {list(mask.shape)} and {list(values.shape)}."
+                f"{mask.file}: {key!r} must be U8 (out, bytes), or (experts, out, bytes), and its "
+                f"values (nnz,), got {mask.dtype} {list(mask.shape)} and {list(values.shape)}."
             )
-        scales = headers.get(name + SCALES_SUFFIX)
         codes = values.dtype in ("I8", "U8")
         if codes != (scales is not None):
             raise CheckpointError(
                 f"{values.file}: {values.name!r} is {values.dtype}, which "
-                f"{'needs' if codes else 'has no'} {name + SCALES_SUFFIX!r}."
+                f"{'needs' if codes else 'has no'} {scales_key!r}."
             )
-        rows, row_bytes = mask.shape
+        *leading, row_bytes = mask.shape
+        name = weight_name(parsed[0])
         summary[name] = CompressedModule(
             name=name,
-            rows=rows,
+            rows=math.prod(leading),
             columns_at_most=row_bytes * 8,
             nnz=values.numel * (2 if values.dtype == "U8" else 1),
             size_bytes=mask.size_bytes + values.size_bytes + (scales.size_bytes if scales else 0),

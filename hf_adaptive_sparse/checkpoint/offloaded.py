@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hf_adaptive_sparse.checkpoint.weight_files import (
     write_json,
     write_shard,
 )
+from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import (
     restored_weight,
     stored_kinds,
@@ -47,7 +48,8 @@ class OffloadedLayers(LayerResidence):
     in memory.
 
     Attributes:
-        removed: Module name -> weights that went, of all layers that are done.
+        removed: Name of a weight -> weights that went, of all layers that are done.
+        starved: Name of a stack of experts -> those that were pruned without data, likewise.
         most_resident_bytes: The most bytes of layers that were in memory at once.
     """
 
@@ -67,14 +69,14 @@ class OffloadedLayers(LayerResidence):
             model: The model, on the meta device; it is filled.
             source: The dense checkpoint.
             folder: Folder to write to; a state of an earlier run in it is continued.
-            formats: Module name -> bits of its values (16, 8 or 4) and columns per scale, of the
-                modules whose weights are stored compressed.
+            formats: Parameter name -> bits of its values (16, 8 or 4) and columns per scale, of the
+                parameters that are stored compressed.
             fingerprint: What a run depends on, plain JSON types. An earlier state with another one
                 is not used.
             sequential: Layers that are done run as they are pruned; False: as they were.
         """
         self._model, self._source, self._folder = model, source, folder
-        self._formats = {f"{name}.weight": how for name, how in formats.items()}
+        self._formats = dict(formats)
         self._fingerprint = dict(fingerprint)
         self._sequential = sequential
         self._prefix, layers = decoder_layers(model)
@@ -83,6 +85,7 @@ class OffloadedLayers(LayerResidence):
         self._done: set[int] = set()
         self._resident: int | None = None
         self.removed: dict[str, int] = {}
+        self.starved: dict[str, list[int]] = {}
         self.most_resident_bytes = 0
         self._resume()
         inside = self._prefix + "."
@@ -119,17 +122,20 @@ class OffloadedLayers(LayerResidence):
             empty_(self._model, names)
             self._resident = None
 
-    def keep(self, index: int, removed: Mapping[str, int]) -> None:
+    def keep(
+        self, index: int, removed: Mapping[str, int], starved: Mapping[str, Sequence[int]]
+    ) -> None:
         """See `LayerResidence.keep`: write the layer's shard, then the state."""
         tensors: dict[str, torch.Tensor] = {}
         state = self._model.get_submodule(f"{self._prefix}.{index}").state_dict()
         for name in self._names(index):
-            key, tensor = self._source.stored[name].name, state[name[len(self._layer(index)) :]]
+            key, tensor = self._key(name), state[name[len(self._layer(index)) :]]
             if name in self._formats:
                 tensors |= stored_tensors(key, tensor, *self._formats[name])
             else:
                 tensors[key] = tensor
         self.removed |= removed
+        self.starved |= {name: list(experts) for name, experts in starved.items()}
         self._done.add(index)
         self._write(index + 1, tensors)
 
@@ -138,12 +144,20 @@ class OffloadedLayers(LayerResidence):
         for index in range(self._count):
             if index not in self._done:
                 with self.resident(index):
-                    self.keep(index, {})
+                    self.keep(index, {}, {})
         write_index(self._folder, self._shards)
         (self._folder / STATE_NAME).unlink()
 
     def _layer(self, index: int) -> str:
         return f"{self._prefix}.{index}."
+
+    def _key(self, name: str) -> str:
+        """Return the name that a parameter is written under: that in the files it was read from.
+
+        What is compressed of experts goes by its own name: no renaming knows it by another.
+        """
+        stacked = name in self._formats and not name.endswith(".weight")
+        return name if stacked else self._source.stored[name].name
 
     def _names(self, index: int) -> list[str]:
         return [name for name in self._source.stored if name.startswith(self._layer(index))]
@@ -160,11 +174,11 @@ class OffloadedLayers(LayerResidence):
         tensors = {}
         with safe_open(self._folder / self._file(index + 1), framework="pt") as file:
             for name in names:
-                key = self._source.stored[name].name
+                key = self._key(name)
                 if name in self._formats:
-                    columns = self._model.get_parameter(name).shape[1]
+                    columns = self._model.get_parameter(name).shape[-1]
                     bits, group_size = self._formats[name]
-                    stored = {k: file.get_tensor(f"{key}_{k}") for k in stored_kinds(bits)}
+                    stored = {k: file.get_tensor(tensor_name(key, k)) for k in stored_kinds(bits)}
                     tensors[name] = restored_weight(stored, columns, bits, group_size)
                 else:
                     tensors[name] = file.get_tensor(key).clone()
@@ -179,6 +193,7 @@ class OffloadedLayers(LayerResidence):
                 "fingerprint": self._fingerprint,
                 "done": sorted(self._done),
                 "removed": self.removed,
+                "starved": self.starved,
                 "shards": self._shards,
             },
         )
@@ -198,5 +213,6 @@ class OffloadedLayers(LayerResidence):
             logger.warning("The unfinished run in %s was another one; it starts anew.", path.parent)
             return
         self._shards, self.removed = state["shards"], state["removed"]
+        self.starved = state.get("starved", {})
         self._done = set(state["done"])
         logger.info("Going on with layer %d of %d.", len(self._done), self._count)

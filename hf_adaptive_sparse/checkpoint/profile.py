@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -15,17 +15,39 @@ from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 
-def storable_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linears whose weight belongs to them alone, by runtime name."""
+def storable_weights(model: nn.Module) -> dict[str, str]:
+    """Return the weights that can be stored compressed, which belong to one module alone.
+
+    Returns:
+        Runtime name of a linear -> that of its parameter; name of a stack of experts -> the same.
+    """
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     tied: set[str] = set(getattr(model, "all_tied_weights_keys", None) or ())
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = f"{name}.weight"
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found |= {key: key for key, parameter in parameters.items() if parameter.ndim == 3}
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and uses[id(module.weight)] == 1
-        and f"{name}.weight" not in tied
+        name: key
+        for name, key in found.items()
+        if key not in tied and (key not in parameters or uses[id(parameters[key])] == 1)
     }
+
+
+def parameter_formats(
+    model: nn.Module, config: SparsityConfig
+) -> dict[str, tuple[int, int | None]]:
+    """Return the value formats of a config by the names of a model's parameters."""
+    keys = storable_weights(model)
+    return {keys.get(n, f"{n}.weight"): form for n, form in config.value_formats.items()}
+
+
+def linear_formats(model: nn.Module, config: SparsityConfig) -> dict[str, tuple[int, int | None]]:
+    """Return the value formats of a config, of linears alone, by the names of the modules."""
+    keys = storable_weights(model)
+    return {n: form for n, form in config.value_formats.items() if keys.get(n) != n}
 
 
 def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
@@ -46,14 +68,14 @@ def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
             "The config of a compressed checkpoint must name the pruned modules and their ratios "
             "in 'sparsity'; it does not. Save the model again with save_pretrained."
         )
-    linears = storable_linears(model)
+    weights = storable_weights(model)
     names: dict[str, str] = {}
     for name in config.sparsity:
-        local = _local_name(name, linears, model.base_model_prefix)
+        local = _local_name(name, weights, model.base_model_prefix)
         if local is None or local in names.values():
             raise CheckpointError(
                 f"The checkpoint's sparsity names {name!r}, which is no linear of "
-                f"{type(model).__name__}. Names look like: {', '.join(list(linears)[:3])}."
+                f"{type(model).__name__}. Names look like: {', '.join(list(weights)[:3])}."
             )
         names[name] = local
     if not isinstance(config.weight_bits, int):
@@ -96,14 +118,14 @@ def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[
     return {name: width for name, width in bits.items() if width < 16}
 
 
-def _local_name(name: str, linears: dict[str, nn.Linear], prefix: str) -> str | None:
-    if name in linears:
+def _local_name(name: str, weights: Collection[str], prefix: str) -> str | None:
+    if name in weights:
         return name
     parts = name.split(".")
     for start in range(len(parts)):
         tail = ".".join(parts[start:])
         for candidate in (tail, f"{prefix}.{tail}"):
-            if candidate in linears:
+            if candidate in weights:
                 return candidate
     return None
 

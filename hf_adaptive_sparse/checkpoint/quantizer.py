@@ -3,7 +3,8 @@
 In transformers' terms the plugin is a quantizer. In the dense runtime the loaded model consists of
 plain ``nn.Linear``; only `hf_quantizer` stays on it, which compresses what ``save_pretrained``
 writes, and the flags by which transformers refuses casts are taken off again. In the sparse runtime
-the linears are replaced while they are empty, and the files' tensors go straight into them.
+the linears are replaced while they are empty, and the files' tensors go straight into them; stacks
+of experts are decompressed in either runtime.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_a
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.profile import (
+    linear_formats,
+    parameter_formats,
     per_layer_kv_cache,
     rename_for_model,
-    storable_linears,
+    storable_weights,
 )
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
+from hf_adaptive_sparse.packing.stored_names import leaf_names, tensor_name, weight_name
 from hf_adaptive_sparse.packing.stored_weight import (
     restored_weight,
     stored_kinds,
@@ -61,9 +65,7 @@ hub_arguments: ContextVar[Mapping[str, Any]] = ContextVar("hub_arguments", defau
 class AdaptiveSparseQuantizer(HfQuantizer):
     """Loads, prunes and saves models with a `SparsityConfig`."""
 
-    serialized_names = {  # noqa: RUF012
-        "weight": ["weight_values", "weight_bitmask", "weight_scales"]
-    }
+    serialized_names = {"weight": leaf_names("weight")}  # noqa: RUF012
 
     def __init__(self, quantization_config: SparsityConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -124,6 +126,9 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         self.device = main_device(device_map)
         if self.pre_quantized:
             rename_for_model(model, config)
+            # Besides linears, the stacks of experts that are compressed, by the parameters' names.
+            leaves = {key.rpartition(".")[2] for key in parameter_formats(model, config)}
+            self.serialized_names = {leaf: leaf_names(leaf) for leaf in sorted({"weight", *leaves})}
             config.kv_cache = per_layer_kv_cache(model, config)
         else:
             check_before_loading(model, config)
@@ -138,21 +143,24 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         renamings are known; so it is here that linears become sparse ones, still empty.
         """
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        files, formats = self.checkpoint_files, self.quantization_config.value_formats
+        files, formats = self.checkpoint_files, parameter_formats(model, self.quantization_config)
         if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
             return conversions
         values = validate_checkpoint(model, files, formats, conversions)
         if not self._runs_sparse(model):
             return conversions
+        linears = linear_formats(model, self.quantization_config)
         with torch.device("meta"):
             replace_by_empty_(
                 model,
                 {
-                    name: StoredWeight(values[name].numel * (2 if bits == 4 else 1), bits, group)
-                    for name, (bits, group) in formats.items()
+                    name: StoredWeight(
+                        values[f"{name}.weight"].numel * (2 if bits == 4 else 1), bits, group
+                    )
+                    for name, (bits, group) in linears.items()
                 },
             )
-        return [conversion for conversion in conversions if not _is_ours(conversion)]
+        return [c for c in conversions if not (_is_ours(c) and c.target_patterns == ["weight"])]
 
     def _process_model_after_weight_loading(
         self,
@@ -171,7 +179,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             except BitmaskError as error:
                 raise CheckpointError(f"{name}.weight: {error}") from error
         if not loaded and self._runs_sparse(model):
-            compress_(model, config.value_formats)
+            compress_(model, linear_formats(model, config))
         choice = self.runtime_choice
         attach(model, config)
         model.hf_quantizer.runtime_choice = choice
@@ -180,13 +188,21 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     def _runs_sparse(self, model: PreTrainedModel) -> bool:
         """Decide the runtime, once, and say why."""
         config = self.quantization_config
-        formats = config.value_formats
+        formats = linear_formats(model, config)
         shapes = {n: tuple(model.get_submodule(n).weight.shape) for n in formats}
         dtype = model.get_submodule(next(iter(formats))).weight.dtype if formats else model.dtype
         weights = CompressedWeights(shapes, formats, config.sparsity or {}, dtype)
         self.runtime_choice = choose_runtime(config.runtime, weights, self.device)
         logger.info("Runtime: %s, because %s.", *astuple(self.runtime_choice))
-        return self.runtime_choice.runtime == "sparse"
+        sparse = self.runtime_choice.runtime == "sparse"
+        dense_experts = len(config.value_formats) - len(formats)
+        if sparse and dense_experts:
+            logger.warning(
+                "The sparse runtime keeps linears compressed; %d weights of experts are "
+                "decompressed and take their dense size in memory.",
+                dense_experts,
+            )
+        return sparse
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
         """Make every weight plain: what ``model.dequantize()`` asks for."""
@@ -205,10 +221,9 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False) or not config.compressed_modules:
             return None, {}
         dense: dict[str, torch.Tensor] = model.state_dict()
-        formats = config.value_formats
-        compressed = {f"{name}.weight" for name in formats}
+        formats = parameter_formats(model, config)
         sparse = {f"{name}.weight" for name in sparse_linears(model)}
-        for key in sorted(compressed - sparse - dense.keys()):
+        for key in sorted(formats.keys() - sparse - dense.keys()):
             raise CheckpointError(
                 f"The model's sparsity profile names {key!r}, which it does not have. If modules "
                 "were renamed or replaced, call hf_adaptive_sparse.prune again."
@@ -217,19 +232,19 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         state = {}
         for key in list(dense):
             weight = dense.pop(key)
-            if key not in compressed:
+            if key not in formats:
                 state[key] = weight
                 continue
             if weight.device.type == "meta":
                 weight = load_offloaded_parameter(model, key)
-            state |= stored_tensors(key, weight, *formats[key.removesuffix(".weight")])
+            state |= stored_tensors(key, weight, *formats[key])
             if self.consumes_model and key not in sparse:
                 empty_(model, [key])
         return state, {}
 
 
 class DecompressWeight(ConversionOps):
-    """``weight_values``, ``weight_bitmask`` and, with codes, ``weight_scales`` to ``weight``."""
+    """Values, bitmask and, with codes, scales to the weight; `packing.stored_names` names them."""
 
     def __init__(self, hf_quantizer: AdaptiveSparseQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -248,8 +263,7 @@ class DecompressWeight(ConversionOps):
         """Decompress one weight.
 
         Args:
-            input_dict: ``"weight_values"``, ``"weight_bitmask"`` and, with codes,
-                ``"weight_scales"``, one tensor each.
+            input_dict: Values, bitmask and, with codes, scales, one tensor each.
             source_patterns: Their names.
             target_patterns: The name of the weight.
             kwargs: ``full_layer_name``, the weight's runtime name, and ``model``.
@@ -258,17 +272,20 @@ class DecompressWeight(ConversionOps):
             CheckpointError: If one is missing, or they do not make this weight.
         """
         name: str = kwargs["full_layer_name"]
-        rows, columns = kwargs["model"].get_parameter(name).shape
-        config, module = self.hf_quantizer.quantization_config, name.removesuffix(".weight")
+        *leading, columns = kwargs["model"].get_parameter(name).shape
+        config, module = self.hf_quantizer.quantization_config, weight_name(name)
         bits = config.value_bits(module)
         try:
-            tensors = {kind: _only(input_dict[f"weight_{kind}"]) for kind in stored_kinds(bits)}
-            shape = tuple(tensors["bitmask"].shape)
+            tensors = {
+                kind: _only(input_dict[tensor_name(name.rpartition(".")[2], kind)])
+                for kind in stored_kinds(bits)
+            }
+            shape = list(tensors["bitmask"].shape)
             # The model's shape first: it bounds what is allocated.
-            if shape != (rows, row_bytes(columns)):
+            if shape != [*leading, row_bytes(columns)]:
                 raise BitmaskError(
-                    f"the bitmask of a weight [{rows}, {columns}] must be "
-                    f"[{rows}, {row_bytes(columns)}], got {list(shape)}."
+                    f"the bitmask of a weight {[*leading, columns]} must be "
+                    f"{[*leading, row_bytes(columns)]}, got {shape}."
                 )
             return {name: restored_weight(tensors, columns, bits, config.group_size(module))}
         except KeyError as missing:
@@ -302,12 +319,12 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
             "None. hf_adaptive_sparse.prune(model, config) prunes and fills it in."
         )
     sparse = sparse_linears(model)
-    linears = {**storable_linears(model), **sparse}
+    weights = {**storable_weights(model), **sparse}
     for name in config.sparsity:
-        if name not in linears:
+        if name not in weights:
             raise ValueError(
                 f"sparsity names {name!r}, which is no nn.Linear with a weight of its own in "
-                f"{type(model).__name__}. Names look like: {', '.join(list(linears)[:3])}."
+                f"{type(model).__name__}. Names look like: {', '.join(list(weights)[:3])}."
             )
     model.config.quantization_config = config
     share_profile(model)

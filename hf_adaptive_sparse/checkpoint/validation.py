@@ -21,19 +21,17 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hf_adaptive_sparse.checkpoint.headers import (
-    BITMASK_SUFFIX,
-    SCALES_SUFFIX,
-    VALUES_SUFFIX,
     CheckpointError,
     TensorHeader,
     merge_headers,
     read_file_header,
 )
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, popcount, row_bytes
+from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name
 from hf_adaptive_sparse.packing.weight_codes import group_count
 
 Formats = Mapping[str, tuple[int, int | None]]
-"""Module name -> bits of its values (16, 8 or 4), and columns that share a scale."""
+"""Parameter name -> bits of its values (16, 8 or 4), and columns that share a scale."""
 
 _CODES = {8: "I8", 4: "U8"}
 _SCALES = ("F32", "F16", "BF16")
@@ -76,11 +74,11 @@ def validate_checkpoint(
     Args:
         model: The skeleton the files will be loaded into, on the meta device.
         files: The safetensors files.
-        formats: Runtime names of the modules whose weights are stored compressed, and how.
+        formats: Runtime names of the parameters that are stored compressed, and how.
         conversions: transformers' renamings and converters for this load.
 
     Returns:
-        Runtime name of each compressed module -> its stored values.
+        Runtime name of each compressed parameter -> its stored values.
 
     Raises:
         CheckpointError: If a file is damaged, a tensor is missing, surplus or of another shape, a
@@ -94,7 +92,7 @@ def validate_checkpoint(
     _check_shapes(model, stored, formats)
     _check_bitmasks(model, stored)
     _check_scales(stored)
-    return {name.removesuffix(".weight"): header for name, header in stored.values.items()}
+    return stored.values
 
 
 def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]) -> _Stored:
@@ -113,12 +111,13 @@ def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequen
             stored.surplus.append(header)
         elif source is None:
             stored.plain[name] = header
-        elif key.endswith(VALUES_SUFFIX):
-            stored.values[name] = header
-        elif key.endswith(BITMASK_SUFFIX):
-            stored.bitmasks[name] = header
-        elif key.endswith(SCALES_SUFFIX):
-            stored.scales[name] = header
+        elif (parsed := parse_tensor_name(key)) is not None:
+            kinds = {
+                "values": stored.values,
+                "bitmask": stored.bitmasks,
+                "scales": stored.scales,
+            }
+            kinds[parsed[1]][name] = header
         else:
             first = targets[source][0]
             stored.converted.update(name.replace(first, target) for target in targets[source])
@@ -126,7 +125,7 @@ def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequen
 
 
 def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
-    wanted = {f"{module}.weight": bits for module, (bits, _) in formats.items()}
+    wanted = {name: bits for name, (bits, _) in formats.items()}
     for name in sorted(wanted):
         kinds = {"values": stored.values, "bitmask": stored.bitmasks, "scales": stored.scales}
         for kind, found in kinds.items():
@@ -135,14 +134,12 @@ def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
             plain = stored.plain.get(name)
             seen = f"{plain.file} stores it dense" if plain else f"{where} does not hold it"
             raise CheckpointError(
-                f"The config says that {name!r} is compressed, so {name}_{kind} is needed, but "
-                f"{seen}."
+                f"The config says that {name!r} is compressed, so {tensor_name(name, kind)} is "
+                f"needed, but {seen}."
             )
-        if name in stored.plain:
-            header = stored.plain[name]
-            raise CheckpointError(
-                f"{header.file}: {header.name!r} is stored both dense and compressed."
-            )
+        if name in stored.plain or name in stored.converted:
+            header = stored.plain.get(name, stored.values[name])
+            raise CheckpointError(f"{header.file}: {name!r} is stored both dense and compressed.")
     for name, header in {**stored.values, **stored.bitmasks}.items():
         if name not in wanted:
             raise CheckpointError(
@@ -179,7 +176,7 @@ def _check_names(model: Any, stored: _Stored, headers: Iterable[TensorHeader], w
             )
         return
     made_up = sum(expected[name].numel() for name in missing)
-    declared = sum(h.size_bytes * (8 if h.name.endswith(BITMASK_SUFFIX) else 1) for h in headers)
+    declared = sum(h.size_bytes * (8 if h.name.endswith("_bitmask") else 1) for h in headers)
     if made_up > declared:
         raise CheckpointError(
             f"{where} lacks tensors of {made_up} elements that {type(model).__name__} needs, more "
@@ -215,15 +212,16 @@ def _check_shapes(model: nn.Module, stored: _Stored, formats: Formats) -> None:
                 f"model's {name!r} is {list(shape)}."
             )
     for name, mask in stored.bitmasks.items():
-        rows, columns = expected[name].shape
+        *leading, columns = expected[name].shape
+        numel = expected[name].numel()
         values = stored.values[name]
-        if mask.dtype != "U8" or mask.shape != (rows, row_bytes(columns)):
+        if mask.dtype != "U8" or list(mask.shape) != [*leading, row_bytes(columns)]:
             raise CheckpointError(
-                f"{mask.file}: tensor {mask.name!r} must be U8 [{rows}, {row_bytes(columns)}] for "
-                f"a weight [{rows}, {columns}], got {mask.dtype} {list(mask.shape)}."
+                f"{mask.file}: tensor {mask.name!r} must be U8 {[*leading, row_bytes(columns)]} "
+                f"for a weight {[*leading, columns]}, got {mask.dtype} {list(mask.shape)}."
             )
-        bits, group_size = formats[name.removesuffix(".weight")]
-        most = rows * columns if bits != 4 else (rows * columns + 1) // 2
+        bits, group_size = formats[name]
+        most = numel if bits != 4 else (numel + 1) // 2
         wanted = _FLOATS if bits == 16 else (_CODES[bits],)
         if values.dtype not in wanted or len(values.shape) != 1 or values.numel > most:
             kind = "floating point" if bits == 16 else f"{_CODES[bits]} ({bits}-bit codes)"
@@ -234,10 +232,10 @@ def _check_shapes(model: nn.Module, stored: _Stored, formats: Formats) -> None:
         if bits == 16:
             continue
         scales, groups = stored.scales[name], group_count(columns, group_size)
-        if scales.dtype not in _SCALES or scales.shape != (rows, groups):
+        if scales.dtype not in _SCALES or list(scales.shape) != [*leading, groups]:
             raise CheckpointError(
-                f"{scales.file}: tensor {scales.name!r} must be floating point [{rows}, {groups}], "
-                f"got {scales.dtype} {list(scales.shape)}."
+                f"{scales.file}: tensor {scales.name!r} must be floating point "
+                f"{[*leading, groups]}, got {scales.dtype} {list(scales.shape)}."
             )
 
 
@@ -253,7 +251,7 @@ def _check_bitmasks(model: nn.Module, stored: _Stored) -> None:
             with safe_open(file, framework="pt") as handle:
                 for name in names:
                     key = stored.bitmasks[name].name
-                    bitmask = handle.get_tensor(key)
+                    bitmask = handle.get_tensor(key).flatten(0, -2)
                     values = stored.values[name]
                     kept = popcount(bitmask)
                     nibbles = values.dtype == _CODES[4]
@@ -264,7 +262,7 @@ def _check_bitmasks(model: nn.Module, stored: _Stored) -> None:
                             f"{' bytes of two' if nibbles else ''}; the two must agree."
                         )
                     try:
-                        check_bitmask(bitmask, expected[name].shape[1])
+                        check_bitmask(bitmask, expected[name].shape[-1])
                     except BitmaskError as error:
                         raise CheckpointError(f"{file}: tensor {key!r}: {error}") from error
 

@@ -60,7 +60,8 @@ class WeightFiles:
                 raise CheckpointError(
                     f"{header.file}: transformers assembles {name!r} from several tensors, such as "
                     f"{key!r}, which reading layer by layer does not support. Prune this model "
-                    "without --offload, or save it with save_pretrained of this version first."
+                    "without --offload, or load it and save it as it is in memory first: "
+                    "model.save_pretrained(folder, save_original_format=False)."
                 )
             if name in expected:
                 self.stored[name] = header

@@ -13,7 +13,12 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, layer_index, prunable_linears
+from hf_adaptive_sparse.architecture import (
+    decoder_layers,
+    layer_index,
+    parameter_name,
+    prunable_weights,
+)
 from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -26,6 +31,7 @@ from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.pruning.apply import prune_model
+from hf_adaptive_sparse.pruning.experts import experts_without_data
 from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
 from hf_adaptive_sparse.staging import check_output, resumable_folder
@@ -108,7 +114,7 @@ def prune_into(
         empty,
         files,
         folder,
-        _formats(config, ratios),
+        _formats(empty, config, ratios),
         _fingerprint(config, files, batches),
         sequential=config.calibration is None or config.calibration.sequential,
     )
@@ -138,12 +144,16 @@ def _prune_rest(
     layers_name, _ = decoder_layers(model)
     rest = {n: r for n, r in ratios.items() if layer_index(n, layers_name) not in layers.done}
     report = prune_model(model, ratios=rest, residence=layers, **settings)
-    linears = prunable_linears(model)
+    weights = prunable_weights(model)
     modules = (
-        ModuleReport(name, linears[name].weight.numel(), layers.removed.get(name, 0), ratio)
+        ModuleReport(name, weights[name].weight.numel(), layers.removed.get(name, 0), ratio)
         for name, ratio in ratios.items()
     )
-    return replace(report, modules=tuple(modules))
+    return replace(
+        report,
+        modules=tuple(modules),
+        experts_without_data=experts_without_data(layers.starved, warn=False),
+    )
 
 
 def weight_files(model: ModelSource, empty: PreTrainedModel) -> WeightFiles:
@@ -167,17 +177,18 @@ def weight_files(model: ModelSource, empty: PreTrainedModel) -> WeightFiles:
 
 
 def _formats(
-    config: SparsityConfig, ratios: Mapping[str, float]
+    model: PreTrainedModel, config: SparsityConfig, ratios: Mapping[str, float]
 ) -> dict[str, tuple[int, int | None]]:
     """Return how the weights are stored that are stored compressed, as `value_formats` will."""
     if config.checkpoint_format != "bitmask":
         return {}
-    bits = resolve_weight_bits(config, ratios)
-    return {
-        name: (bits.get(name, 16), config.group_size_at(bits.get(name, 16)))
-        for name, ratio in ratios.items()
-        if ratio > 0 or name in bits
-    }
+    bits, weights = resolve_weight_bits(config, ratios), prunable_weights(model)
+    formats = {}
+    for name, ratio in ratios.items():
+        if ratio > 0 or name in bits:
+            width = bits.get(name, 16)
+            formats[parameter_name(name, weights[name])] = width, config.group_size_at(width)
+    return formats
 
 
 def _save_configs(model: PreTrainedModel, folder: Path) -> None:

@@ -17,7 +17,7 @@ from hf_adaptive_sparse.architecture import (
     accepts_audio,
     accepts_images,
     kv_widths,
-    prunable_linears,
+    prunable_weights,
 )
 from hf_adaptive_sparse.calibration.media import takes
 from hf_adaptive_sparse.calibration.questions import format_question
@@ -156,7 +156,7 @@ def save_report(
         plot_profile(
             profile,
             folder / "profile.png",
-            numel={name: linear.weight.numel() for name, linear in prunable_linears(model).items()},
+            numel={name: weight.weight.numel() for name, weight in prunable_weights(model).items()},
             target_sparsity=config.target_sparsity,
             num_layers=len(widths),
         )

@@ -14,7 +14,13 @@ from torch import nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from hf_adaptive_sparse.architecture import kv_heads, kv_widths, prunable_linears
+from hf_adaptive_sparse.architecture import (
+    Prunable,
+    kv_heads,
+    kv_widths,
+    parameter_name,
+    prunable_weights,
+)
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
@@ -121,14 +127,14 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
     config = _our_config(model)
     formats = {} if config is None else config.value_formats
     reports, counted = [], set()
-    for name, module in _counted_linears(model, config).items():
+    for name, module in _counted_weights(model, config).items():
         if isinstance(module, SparseLinear):
-            _check_in_memory(module.weight_bitmask, name)
+            _check_in_memory(module.weight_bitmask, f"{name}.weight")
             weight = module.sparse_weight.to_dense()
             memory, stored = module.memory_bytes, module.memory_bytes - module.offset_bytes
             counted |= {id(p) for n, p in module.named_parameters() if n != "bias"}
         else:
-            _check_in_memory(module.weight, name)
+            _check_in_memory(module.weight, parameter_name(name, module))
             weight = module.weight.detach()
             memory = weight.numel() * weight.element_size()
             stored = _stored_bytes(weight, *formats[name]) if name in formats else memory
@@ -139,30 +145,36 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
     return SparsityReport(tuple(reports), "bitmask" if formats else "dense", other)
 
 
-def _counted_linears(model: nn.Module, config: SparsityConfig | None) -> dict[str, nn.Linear]:
-    """Return the prunable linears, plain or compressed in memory, in the model's order."""
+def _counted_weights(model: nn.Module, config: SparsityConfig | None) -> dict[str, Prunable]:
+    """Return the prunable weights, plain or compressed in memory, in the model's order."""
     sparse = sparse_linears(model)
     try:
-        plain = prunable_linears(model, config.modules_to_not_convert if config else ())
+        plain = prunable_weights(model, config.modules_to_not_convert if config else ())
     except ValueError:
         if not sparse:
             raise
         plain = {}  # all of them are compressed
-    known: dict[str, nn.Linear] = {**plain, **sparse}
-    return {name: known[name] for name, _ in model.named_modules() if name in known}
+    known: dict[str, Prunable] = {**plain, **sparse}
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+
+    def place(name: str) -> int:
+        # A stack of experts lies where its module does.
+        return places[name] if name in places else places[name.rpartition(".")[0]]
+
+    return {name: known[name] for name in sorted(known, key=place)}
 
 
 def _check_in_memory(tensor: torch.Tensor, name: str) -> None:
     if tensor.device.type == "meta":
         raise ValueError(
-            f"Zeros can only be counted in weights that are in memory; {name}.weight is "
+            f"Zeros can only be counted in weights that are in memory; {name} is "
             "offloaded. Load the model without offloading."
         )
 
 
 def _stored_bytes(weight: torch.Tensor, bits: int, group_size: int | None) -> int:
     """Return the bytes that a plain weight takes in a checkpoint of the bitmask format."""
-    rows, columns = weight.shape
+    rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
     width = weight.element_size()
     # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
     nnz = int(weight.view(_BYTES_VIEWS[width]).count_nonzero())

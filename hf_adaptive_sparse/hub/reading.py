@@ -7,15 +7,13 @@ the widths in the model's config; where neither tells, the ratio is given as bou
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import (
-    BITMASK_SUFFIX,
-    SCALES_SUFFIX,
-    VALUES_SUFFIX,
     CompressedModule,
     TensorHeader,
     compressed_summary,
@@ -29,6 +27,7 @@ from hf_adaptive_sparse.hub.source import (
     read_config,
     read_tensors,
 )
+from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, weight_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 
@@ -102,9 +101,10 @@ def _modules(
     recorded = config.sparsity or {}
     compressed = compressed_summary(tensors)
     for name in tensors:
-        if name.endswith(VALUES_SUFFIX) and name.removesuffix(VALUES_SUFFIX) not in compressed:
+        parsed = parse_tensor_name(name)
+        if parsed and parsed[1] == "values" and weight_name(parsed[0]) not in compressed:
             raise ValueError(f"{source.name} is damaged: the tensor {name!r} has no bitmask.")
-    plain = {n.removesuffix(".weight"): h for n, h in tensors.items() if n.endswith(".weight")}
+    plain = {weight_name(n): h for n, h in tensors.items() if len(h.shape) in (2, 3)}
     by_ending = {True: _by_ending(compressed), False: _by_ending(plain)}
     unclaimed, modules = dict(compressed), []
     for name, ratio in recorded.items():
@@ -118,7 +118,7 @@ def _modules(
                 f"{source.name} is incomplete: {CONFIG_NAME} records that {name!r} is compressed, "
                 "but the files hold no bitmask of it."
             )
-        elif stem is not None and len(plain[stem].shape) == 2:
+        elif stem is not None:
             modules.append(_plain_module(name, plain[stem], ratio))
     modules += [
         _compressed_module(name, module, None, widths, source) for name, module in unclaimed.items()
@@ -127,10 +127,10 @@ def _modules(
 
 
 def _plain_module(name: str, header: TensorHeader, ratio: float) -> ModuleInspection:
-    rows, columns = header.shape
+    *leading, columns = header.shape
     return ModuleInspection(
         name=name,
-        rows=rows,
+        rows=math.prod(leading),
         columns=(columns, columns),
         nnz=None,
         recorded_ratio=ratio,
@@ -211,30 +211,30 @@ def _stored_name(name: str, by_ending: Mapping[tuple[str, ...], list[str]]) -> s
     """Return the name in the files of a module, as some models rename their weights when saved.
 
     Of the stored names that share the longest run of last parts, the one that shares most of the
-    other parts too: a vision tower's layers end like the language model's.
+    other parts too: a vision tower's layers end like the language model's. Where that run does not
+    reach back to the layer (Mixtral's experts), it has two parts and the layer's number is shared.
     """
     parts = name.split(".")
     for start in range(len(parts)):
         found = by_ending.get(tuple(parts[start:]))
         if found is not None:
+            numbers = [part for part in parts if part.isdecimal()]
             reaches_layer = any(part.isdecimal() for part in parts[start:])
             if start and not reaches_layer:
+                same = [n for n in found if [p for p in n.split(".") if p.isdecimal()] == numbers]
+                found = same if len(parts) - start > 1 else []
+            if not found:
                 return None
             return max(found, key=lambda stored: len({*stored.split(".")} & {*parts}))
     return None
 
 
 def _size_by_kind(tensors: Mapping[str, TensorHeader]) -> dict[str, int]:
-    kinds = {
-        VALUES_SUFFIX: "kept values",
-        BITMASK_SUFFIX: "bitmasks",
-        SCALES_SUFFIX: "scales",
-        "": "other weights",
-    }
-    sizes = dict.fromkeys(kinds.values(), 0)
+    kinds = {"values": "kept values", "bitmask": "bitmasks", "scales": "scales"}
+    sizes = dict.fromkeys((*kinds.values(), "other weights"), 0)
     for name, header in tensors.items():
-        kind = next(kind for suffix, kind in kinds.items() if name.endswith(suffix))
-        sizes[kind] += header.size_bytes
+        parsed = parse_tensor_name(name)
+        sizes["other weights" if parsed is None else kinds[parsed[1]]] += header.size_bytes
     return {kind: size for kind, size in sizes.items() if size or kind != "scales"}
 
 

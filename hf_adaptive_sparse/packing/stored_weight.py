@@ -8,6 +8,7 @@ import torch
 
 from hf_adaptive_sparse.packing.bitmask import compress, decompress
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.stored_names import tensor_name
 
 
 def stored_tensors(
@@ -17,15 +18,20 @@ def stored_tensors(
 
     Args:
         key: Name of the weight in the checkpoint.
-        weight: ``(out, in)``; of any floating-point dtype with 16 bits.
+        weight: ``(out, in)``, or ``(experts, out, in)``, of which bitmask and scales keep the first
+            dimension; of any floating-point dtype with 16 bits.
         bits: Bits of the values: 16 (the weight's own dtype), 8 or 4.
         group_size: Columns per scale, of codes; ``None``: one scale per row.
     """
+    rows = weight.detach().flatten(0, -2)
     if bits == 16:  # of any dtype, float64 included
-        values, bitmask = compress(weight)
-        return {f"{key}_values": values, f"{key}_bitmask": bitmask}
-    tensors = SparseWeight.from_dense(weight.detach(), bits, group_size).tensors()
-    return {f"{key}_{kind}": tensor for kind, tensor in tensors.items()}
+        tensors = dict(zip(stored_kinds(bits), compress(rows), strict=True))
+    else:
+        tensors = SparseWeight.from_dense(rows, bits, group_size).tensors()
+    return {
+        tensor_name(key, kind): t if kind == "values" else t.unflatten(0, weight.shape[:-1])
+        for kind, t in tensors.items()
+    }
 
 
 def stored_kinds(bits: int) -> tuple[str, ...]:
@@ -36,7 +42,7 @@ def stored_kinds(bits: int) -> tuple[str, ...]:
 def restored_weight(
     tensors: Mapping[str, torch.Tensor], columns: int, bits: int, group_size: int | None
 ) -> torch.Tensor:
-    """Return the weight ``(out, columns)`` that stored tensors make.
+    """Return the weight ``(out, columns)``, or with experts, that stored tensors make.
 
     Args:
         tensors: The tensors, by their `stored_kinds`.
@@ -47,6 +53,8 @@ def restored_weight(
     Raises:
         BitmaskError: If they do not make one.
     """
+    shape = (*tensors["bitmask"].shape[:-1], columns)
+    rows = {k: t if t.ndim < 3 else t.flatten(0, -2) for k, t in tensors.items()}
     if bits == 16:
-        return decompress(tensors["values"], tensors["bitmask"], columns)
-    return SparseWeight.from_tensors(columns, group_size=group_size, **tensors).to_dense()
+        return decompress(rows["values"], rows["bitmask"], columns).view(shape)
+    return SparseWeight.from_tensors(columns, group_size=group_size, **rows).to_dense().view(shape)

@@ -10,10 +10,18 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, fused_rows, layer_index
+from hf_adaptive_sparse.architecture import (
+    Prunable,
+    decoder_layers,
+    fused_rows,
+    layer_index,
+    parameter_name,
+)
+from hf_adaptive_sparse.experts import ExpertStack
+from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
+from hf_adaptive_sparse.pruning.experts import experts_without_data, prune_experts_
 from hf_adaptive_sparse.pruning.layerwise import layer_statistics
 from hf_adaptive_sparse.pruning.masking import MaskedModel, masked
 from hf_adaptive_sparse.pruning.method import PruningMethod
@@ -22,14 +30,15 @@ from hf_adaptive_sparse.pruning.patterns import Pattern, parse_pattern
 from hf_adaptive_sparse.pruning.preparation import (
     Batches,
     check_batches,
-    named_linears,
+    named_weights,
     progress_bar,
     warn_of_experts,
 )
+from hf_adaptive_sparse.pruning.ranking import removal_count
 from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
 from hf_adaptive_sparse.pruning.residence import EVERYWHERE, LayerResidence
-from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
+from hf_adaptive_sparse.pruning.storage import check_sound, stored_weight
 
 __all__ = [
     "MaskedModel",
@@ -52,6 +61,7 @@ def prune_model(
     batches: Batches | None = None,
     sequential: bool = True,
     image_weight: float = 1.0,
+    min_expert_tokens: int = MIN_EXPERT_TOKENS,
     hidden_states_device: str | torch.device = "cpu",
     progress: bool = True,
     residence: LayerResidence = EVERYWHERE,
@@ -59,7 +69,8 @@ def prune_model(
 ) -> PruningReport:
     """Set the least valuable weights of a model to zero, in place.
 
-    Each linear loses exactly ``round(ratio * numel)`` weights (n:m: n stay of every m). Parameters
+    Each linear, and each stack of experts, loses exactly ``round(ratio * numel)`` weights (n:m: n
+    stay of every m); of a stack, every expert the same number, give or take one. Parameters
     stay the objects they are; buffers, biases and everything that ``ratios`` does not name stay
     untouched. Weights are checked before any is modified; should activations turn out NaN or
     infinite, the layers before the one that is named are pruned already.
@@ -76,6 +87,7 @@ def prune_model(
         sequential: Each layer is calibrated on the output of the pruned layers before it; False:
             on that of the dense ones ("one-shot").
         image_weight: Weight of an image token in the statistics; a text token weighs 1.
+        min_expert_tokens: Experts that saw fewer calibration tokens are scored without data.
         hidden_states_device: Where hidden states wait between layers.
         progress: Show a progress bar.
         residence: Brings each layer into memory for its turn, and keeps it when it is pruned.
@@ -84,7 +96,7 @@ def prune_model(
             later layers are calibrated on it; it may change the layer's weights further.
 
     Returns:
-        What went, per linear.
+        What went, per linear and stack of experts.
 
     Raises:
         ValueError: If a name, ratio, metric or pattern is invalid, calibration is missing or empty,
@@ -93,17 +105,18 @@ def prune_model(
     started = time.perf_counter()
     method, parsed = PruningMethod.of(metric, weight_update), parse_pattern(pattern)
     layers_name, _ = decoder_layers(model)
-    linears = named_linears(model, ratios)
-    targets = {name: parsed.check(ratios[name], f"ratio of {name!r}") for name in linears}
+    weights = named_weights(model, ratios)
+    targets = {name: parsed.check(ratios[name], f"ratio of {name!r}") for name in weights}
     check_batches(method, batches)
     warn_of_experts(model)
-    by_layer: dict[int, dict[str, nn.Linear]] = {}
-    for name, module in linears.items():
+    by_layer: dict[int, dict[str, Prunable]] = {}
+    for name, weight in weights.items():
         if targets[name] > 0:
             if residence is EVERYWHERE:
-                check_finite(stored_weight(module, name), name)
-            by_layer.setdefault(layer_index(name, layers_name), {})[name] = module
-    removed = dict.fromkeys(linears, 0)
+                check_sound(weight, name)
+            by_layer.setdefault(layer_index(name, layers_name), {})[name] = weight
+    removed = dict.fromkeys(weights, 0)
+    starved: dict[str, tuple[int, ...]] = {}
     with progress_bar(len(by_layer), f"Pruning ({method})", progress) as bar:
         for index, statistics in layer_statistics(
             model,
@@ -117,28 +130,44 @@ def prune_model(
             residence=residence,
         ):
             if residence is not EVERYWHERE:
-                for name, module in by_layer[index].items():
-                    check_finite(stored_weight(module, name), name)
-            for name, module in by_layer[index].items():
-                weight = stored_weight(module, name)
-                rows = fused_rows(model, name)
-                removed[name] = method.prune_(weight, name, targets[name], parsed, statistics, rows)
+                for name, weight in by_layer[index].items():
+                    check_sound(weight, name)
+            for name, weight in by_layer[index].items():
+                stored, ratio = stored_weight(weight, name), targets[name]
+                if isinstance(weight, ExpertStack):
+                    removed[name], starved[name] = prune_experts_(
+                        weight, stored, name, ratio, method, parsed, statistics, min_expert_tokens
+                    )
+                    continue
+                removed[name] = method.prune_(
+                    stored,
+                    parameter_name(name, weight),
+                    removal_count(stored.numel(), ratio),
+                    parsed,
+                    None if statistics is None else statistics.statistic(name),
+                    fused_rows(model, name),
+                )
             gone = sum(removed[name] for name in by_layer[index])
-            size = sum(module.weight.numel() for module in by_layer[index].values())
+            size = sum(weight.weight.numel() for weight in by_layer[index].values())
             if on_layer is not None:
                 on_layer(index)
-            residence.keep(index, {name: removed[name] for name in by_layer[index]})
+            residence.keep(
+                index,
+                {name: removed[name] for name in by_layer[index]},
+                {name: starved[name] for name in by_layer[index] if starved.get(name)},
+            )
             if statistics is not None:
                 statistics.release()
             bar.set_postfix(layer=index, sparsity=f"{gone / size:.4f}")
             bar.update()
     return PruningReport(
         modules=tuple(
-            ModuleReport(name, module.weight.numel(), removed[name], targets[name])
-            for name, module in linears.items()
+            ModuleReport(name, weight.weight.numel(), removed[name], targets[name])
+            for name, weight in weights.items()
         ),
         metric=metric,
         pattern=str(parsed),
         weight_update=weight_update,
+        experts_without_data=experts_without_data(starved),
         seconds=time.perf_counter() - started,
     )

@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.architecture import Prunable
 from hf_adaptive_sparse.calibration.activations import (
     InputStatistics,
     collect_inputs,
     token_weights,
 )
 from hf_adaptive_sparse.calibration.replay import DecoderReplay
+from hf_adaptive_sparse.experts import ExpertStack
+from hf_adaptive_sparse.pruning.experts import check_hessians
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.preparation import Batches
 from hf_adaptive_sparse.pruning.residence import EVERYWHERE, LayerResidence
@@ -22,7 +24,7 @@ from hf_adaptive_sparse.pruning.residence import EVERYWHERE, LayerResidence
 
 def layer_statistics(
     model: PreTrainedModel,
-    by_layer: Mapping[int, Mapping[str, nn.Linear]],
+    by_layer: Mapping[int, Mapping[str, Prunable]],
     method: PruningMethod,
     batches: Batches | None,
     *,
@@ -49,6 +51,9 @@ def layer_statistics(
             "Calibration needs at least one token that is not padding and has a weight above 0; "
             f"the {len(batches)} batches hold none."
         )
+    if method.needs_hessian:
+        for members in by_layer.values():
+            check_hessians(w for w in members.values() if isinstance(w, ExpertStack))
     bar.set_postfix_str("dense forward")
     with residence.resident(0):
         replay = DecoderReplay(
@@ -57,11 +62,11 @@ def layer_statistics(
     last = max(by_layer)
     for index in range(last + 1):
         with residence.resident(index):
-            linears = by_layer.get(index)
-            if linears is None:
+            found = by_layer.get(index)
+            if found is None:
                 replay.run_layer(index, advance=True)
                 continue
-            with collect_inputs(linears, hessian=method.needs_hessian) as statistics:
+            with collect_inputs(found, hessian=method.needs_hessian) as statistics:
 
                 def weigh(batch: int, statistics: InputStatistics = statistics) -> None:
                     statistics.forget_inputs()

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.packing.bitmask import pack_mask, unpack_mask
+from hf_adaptive_sparse.pruning.covering import uncovered_after
 from hf_adaptive_sparse.pruning.ranking import Ranking
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,16 +30,18 @@ def zeroed(weight: torch.Tensor, removed: torch.Tensor, table: torch.Tensor) -> 
     is what keeps a search trial close to the time of a plain evaluation.
 
     Args:
-        weight: ``(out, in)``, a floating dtype of 1, 2, 4 or 8 bytes.
-        removed: ``(out, ceil(in / 8))``, uint8: bitmask, little-endian bit order.
+        weight: ``(out, in)``, or one more dimension of experts; a floating dtype of 1, 2, 4 or 8
+            bytes.
+        removed: ``(rows, ceil(columns / 8))``, uint8: bitmask, little-endian bit order; a row for
+            each row of the weight, of all experts.
         table: ``mask_table(weight.dtype)``.
 
     Returns:
-        ``(out, in)`` in the weight's dtype, without gradient.
+        The weight's shape and dtype, without gradient.
     """
     bits = _INTEGERS[weight.dtype.itemsize]
     masks = table.index_select(0, removed.view(-1).to(torch.int32)).view(bits)
-    kept = masks.view(weight.shape[0], -1)[:, : weight.shape[1]]
+    kept = masks.view(*weight.shape[:-1], -1)[..., : weight.shape[-1]]
     return weight.detach().view(bits).bitwise_and(kept).view(weight.dtype)
 
 
@@ -60,6 +64,14 @@ class _Mask(nn.Module):
         self.keeps = False
         self.kept: torch.Tensor | None = None
         self._table: torch.Tensor | None = None
+
+    def keep_from_here(self, module: nn.Module, inputs: object) -> None:
+        """Forward pre-hook of experts: what they read one by one is masked once per forward."""
+        self.keeps = True
+
+    def keep_until_here(self, module: nn.Module, inputs: object, output: object) -> None:
+        """Forward hook that ends what `keep_from_here` began."""
+        self.keeps, self.kept = False, None
 
     def set_removed(self, removed: torch.Tensor) -> None:
         self.removed, self.kept = removed, None
@@ -149,58 +161,60 @@ def masked(
 
     Args:
         model: The model.
-        rankings: Module name -> ranking, as `rank_model` returns them.
-        keep_bytes: Masked weights kept at most, in bytes, first linears first: what is kept is not
+        rankings: Name of a linear or stack of experts -> ranking, as `rank_model` returns them.
+        keep_bytes: Masked weights kept at most, in bytes, first weights first: what is kept is not
             masked anew in every forward.
 
     Yields:
         The handle that sets ratios; until then the model is dense.
 
     Raises:
-        ValueError: If a name is no linear of the model, its shape differs from the ranking's, it is
+        ValueError: If a name is no weight of the model, its shape differs from the ranking's, it is
             masked already (contexts do not nest), or its weight is offloaded.
     """
-    modules = dict(model.named_modules())
-    linears: dict[str, nn.Linear] = {}
-    for name, ranking in rankings.items():
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            raise ValueError(f"rankings must name linears of the model; {name!r} is none.")
-        if parametrize.is_parametrized(module, "weight"):
-            raise ValueError(
-                f"{name!r} is masked or parametrized already; masked() does not nest. Leave the "
-                "outer context first, or call apply() on its handle."
-            )
-        if tuple(module.weight.shape) != ranking.shape:
-            raise ValueError(
-                f"The ranking of {name!r} is for shape {ranking.shape}; the weight has "
-                f"{tuple(module.weight.shape)}."
-            )
-        if module.weight.is_meta:
-            raise ValueError(
-                f"The weight of {name!r} is offloaded; masks need it in memory. Load the model "
-                "without offloading."
-            )
-        linears[name] = module
+    places = {
+        name: _checked_place(model, name, ranking.shape) for name, ranking in rankings.items()
+    }
     masks: dict[str, _Mask] = {}
-    order: dict[str, list[str]] = {name: list(m._parameters) for name, m in linears.items()}
-    try:
-        for name, module in linears.items():
-            masks[name] = _Mask()
-            masks[name].keeps = module.weight.nbytes <= keep_bytes
-            keep_bytes -= module.weight.nbytes if masks[name].keeps else 0
-            parametrize.register_parametrization(module, "weight", masks[name], unsafe=True)
-        yield MaskedModel(rankings, masks)
-    finally:
-        for name in masks:
-            _uncover_(linears[name], order[name])
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    with uncovered_after(places.values()):
+        try:
+            for name, (module, key) in places.items():
+                weight, mask = getattr(module, key), _Mask()
+                mask.keeps = weight.nbytes <= keep_bytes
+                keep_bytes -= weight.nbytes if mask.keeps else 0
+                if weight.ndim == 3 and not mask.keeps:
+                    handles.append(module.register_forward_pre_hook(mask.keep_from_here))
+                    handles.append(
+                        module.register_forward_hook(mask.keep_until_here, always_call=True)
+                    )
+                masks[name] = mask
+                parametrize.register_parametrization(module, key, mask, unsafe=True)
+            yield MaskedModel(rankings, masks)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def _uncover_(module: nn.Linear, order: list[str]) -> None:
-    if parametrize.is_parametrized(module, "weight"):
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    # The weight came back last; optimizers and state dicts go by order.
-    parameters = dict(module._parameters)
-    module._parameters.clear()
-    for key in order:
-        module._parameters[key] = parameters[key]
+def _checked_place(model: nn.Module, name: str, shape: tuple[int, int]) -> tuple[nn.Module, str]:
+    """Return module and key of a weight that may be masked."""
+    place = weight_place(model, name)
+    if place is None:
+        raise ValueError(f"rankings must name linears of the model; {name!r} is none.")
+    module, key = place
+    if parametrize.is_parametrized(module, key):
+        raise ValueError(
+            f"{name!r} is masked or parametrized already; masked() does not nest. Leave the "
+            "outer context first, or call apply() on its handle."
+        )
+    weight = getattr(module, key)
+    if (weight.shape[:-1].numel(), weight.shape[-1]) != shape:
+        raise ValueError(
+            f"The ranking of {name!r} is for shape {shape}; the weight has {tuple(weight.shape)}."
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"The weight of {name!r} is offloaded; masks need it in memory. Load the model "
+            "without offloading."
+        )
+    return place

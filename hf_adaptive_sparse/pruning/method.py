@@ -1,4 +1,4 @@
-"""How one linear is pruned: a metric for what goes, perhaps a weight update for what stays."""
+"""How one matrix is pruned: a metric for what goes, perhaps a weight update for what stays."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_adaptive_sparse.calibration.activations import InputStatistics
+from hf_adaptive_sparse.calibration.activations import InputStatistic
 from hf_adaptive_sparse.pruning.metrics import Metric, get_metric, score_stacked
 from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import Pattern
-from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
+from hf_adaptive_sparse.pruning.ranking import count_mask, mask_from_scores
 from hf_adaptive_sparse.pruning.solvers import SOLVERS, WEIGHT_UPDATES, check_weight_update
 from hf_adaptive_sparse.pruning.storage import check_finite
 
@@ -57,19 +57,19 @@ class PruningMethod:
         self,
         weight: torch.Tensor,
         name: str,
-        ratio: float,
+        count: int,
         pattern: Pattern,
-        statistics: InputStatistics | None,
+        inputs: InputStatistic | None,
         rows: Sequence[int] = (),
     ) -> int:
         """Prune one weight in place.
 
         Args:
             weight: ``(out, in)``, any floating dtype.
-            name: Name of its linear.
-            ratio: Fraction that goes.
+            name: Its name, for messages.
+            count: Weights to remove; ignored where a pattern says what goes.
             pattern: The pattern.
-            statistics: Statistics of the linear's inputs; ``None`` only for data-free methods.
+            inputs: Statistics of its inputs; ``None`` only for data-free methods.
             rows: Rows of the matrices that the weight stacks, if there are several.
 
         Returns:
@@ -80,27 +80,29 @@ class PruningMethod:
         """
         if self.metric.updates_weights:
             solver = SOLVERS[self.metric.name]
-            count = removal_count(weight.numel(), ratio)
-            updated, removed = solver(weight, _loss(statistics, name), count, pattern)
+            updated, removed = solver(weight, _loss(inputs, name), count, pattern)
         else:
-            norm = None if statistics is None else statistics.input_norm(name)
+            norm = None if inputs is None else inputs.norm
             scores = score_stacked(self.metric, weight, norm, rows)
-            removed = mask_from_scores(scores, ratio, self.metric.grouping, pattern)
+            if pattern.ratio is None:
+                removed = count_mask(scores, count, self.metric.grouping)
+            else:
+                removed = mask_from_scores(scores, pattern.ratio, pattern=pattern)
             del scores
             if self.weight_update is None:
                 # Never by multiplication: that leaves -0.0, which the checkpoint format keeps.
                 weight.masked_fill_(removed, 0.0)
                 return int(removed.sum())
             update = WEIGHT_UPDATES[self.weight_update]
-            updated = update(weight, removed, _loss(statistics, name))
+            updated = update(weight, removed, _loss(inputs, name))
         check_finite(updated, name)
         weight.copy_(updated)
         weight.masked_fill_(removed, 0.0)
         return int(removed.sum())
 
 
-def _loss(statistics: InputStatistics | None, name: str) -> OutputLoss:
-    """Return the output loss of a linear, shared with those that read the same tensor."""
-    if statistics is None:
-        raise ValueError(f"Updating the weights of {name!r} needs calibration data, got none.")
-    return statistics.statistic(name).turned_into(OutputLoss)
+def _loss(inputs: InputStatistic | None, name: str) -> OutputLoss:
+    """Return the output loss of a weight, shared with those that read the same tensor."""
+    if inputs is None:
+        raise ValueError(f"Updating {name!r} needs calibration data, got none.")
+    return inputs.turned_into(OutputLoss)

@@ -7,11 +7,19 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, fused_rows, prunable_linears
-from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
+from hf_adaptive_sparse.architecture import decoder_layers, fused_rows, prunable_weights
+from hf_adaptive_sparse.calibration.activations import (
+    InputStatistics,
+    collect_inputs,
+    token_weights,
+)
 from hf_adaptive_sparse.calibration.replay import evaluation_mode, run_decoder
+from hf_adaptive_sparse.experts import ExpertStack
+from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
+from hf_adaptive_sparse.pruning.expert_ranking import ExpertRanking
+from hf_adaptive_sparse.pruning.experts import expert_inputs, experts_without_data
 from hf_adaptive_sparse.pruning.method import PruningMethod
-from hf_adaptive_sparse.pruning.metrics import get_metric, score_stacked
+from hf_adaptive_sparse.pruning.metrics import Metric, get_metric, score_stacked
 from hf_adaptive_sparse.pruning.preparation import (
     Batches,
     check_batches,
@@ -19,7 +27,7 @@ from hf_adaptive_sparse.pruning.preparation import (
     warn_of_experts,
 )
 from hf_adaptive_sparse.pruning.ranking import Ranking
-from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
+from hf_adaptive_sparse.pruning.storage import check_sound, stored_weight
 
 
 def rank_model(
@@ -31,9 +39,10 @@ def rank_model(
     metric: str = "lognorm",
     modules_to_not_convert: Iterable[str] | None = None,
     image_weight: float = 1.0,
+    min_expert_tokens: int = MIN_EXPERT_TOKENS,
     progress: bool = True,
 ) -> dict[str, Ranking]:
-    """Rank the weights of all prunable linears once, for every ratio in a range.
+    """Rank all prunable weights once, for every ratio in a range.
 
     One pass of the dense model over the batches ("one-shot"); the model is not changed. Holds 4
     bytes per weight ranked inside the range and one bit per weight.
@@ -46,38 +55,80 @@ def rank_model(
         metric: Name of a registered metric that scores weights (not ``sparsegpt``).
         modules_to_not_convert: Names or globs left out.
         image_weight: Weight of an image token in the statistics.
+        min_expert_tokens: Experts that saw fewer calibration tokens are scored without data.
         progress: Show a progress bar.
 
     Returns:
-        Runtime module name -> ranking, in layer order.
+        Runtime name -> ranking, in layer order.
 
     Raises:
         ValueError: If an argument is invalid, or weights or activations are NaN or infinite.
     """
     chosen = get_metric(metric)
-    linears = prunable_linears(model, modules_to_not_convert)
+    weights = prunable_weights(model, modules_to_not_convert)
     if chosen.updates_weights:
-        chosen.score(next(iter(linears.values())).weight, None)
+        chosen.score(next(iter(weights.values())).weight, None)
     check_batches(PruningMethod(chosen), batches)
     warn_of_experts(model)
-    for name, module in linears.items():
-        check_finite(stored_weight(module, name), name)
+    for name, weight in weights.items():
+        check_sound(weight, name)
     _, layers = decoder_layers(model)
-    steps = len(linears) + (len(batches or ()) if chosen.needs_calibration else 0)
+    steps = len(weights) + (len(batches or ()) if chosen.needs_calibration else 0)
     rankings: dict[str, Ranking] = {}
+    starved: dict[str, tuple[int, ...]] = {}
     with progress_bar(steps, f"Ranking ({metric})", progress) as bar:
-        norms: dict[str, torch.Tensor | None] = dict.fromkeys(linears)
+        known: InputStatistics | None = None
         if chosen.needs_calibration:
-            with collect_inputs(linears) as statistics, evaluation_mode(model):
+            with collect_inputs(weights) as known, evaluation_mode(model):
                 for batch in batches or ():
-                    statistics.token_weights = token_weights(batch, model.config, image_weight)
+                    known.token_weights = token_weights(batch, model.config, image_weight)
                     run_decoder(model, batch, stop_after=layers)
-                    statistics.forget_inputs()
+                    known.forget_inputs()
                     bar.update()
-            norms |= {name: statistics.input_norm(name) for name in linears}
-        for name, module in linears.items():
-            rows = fused_rows(model, name)
-            scores = score_stacked(chosen, stored_weight(module, name), norms[name], rows)
-            rankings[name] = Ranking(scores, low, high, chosen.grouping)
+        for name, weight in weights.items():
+            stored = stored_weight(weight, name)
+            if isinstance(weight, ExpertStack):
+                scores = _ExpertScores(weight, stored, name, chosen, known, min_expert_tokens)
+                rankings[name] = ExpertRanking(weight, scores, low, high, chosen.grouping)
+                starved[name] = tuple(scores.starved)
+            else:
+                norm = None if known is None else known.input_norm(name)
+                found = score_stacked(chosen, stored, norm, fused_rows(model, name))
+                rankings[name] = Ranking(found, low, high, chosen.grouping)
             bar.update()
+    experts_without_data(starved)
     return rankings
+
+
+class _ExpertScores:
+    """Scores the matrices of a stack, one expert at a time."""
+
+    def __init__(
+        self,
+        stack: ExpertStack,
+        stored: torch.Tensor,
+        name: str,
+        metric: Metric,
+        known: InputStatistics | None,
+        min_tokens: int,
+    ) -> None:
+        self._stack, self._stored, self._name = stack, stored, name
+        self._metric, self._known, self._min_tokens = metric, known, min_tokens
+        self.starved: list[int] = []
+
+    def __call__(self, expert: int) -> torch.Tensor:
+        norm = None
+        if self._known is not None:
+            inputs, of_data = expert_inputs(
+                self._stack,
+                self._name,
+                expert,
+                self._known,
+                hessian=False,
+                min_tokens=self._min_tokens,
+            )
+            norm = inputs.norm
+            if not of_data:
+                self.starved.append(expert)
+        matrix = self._stack.read(self._stored, expert)
+        return score_stacked(self._metric, matrix, norm, self._stack.fused_rows)

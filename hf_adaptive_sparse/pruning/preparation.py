@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_adaptive_sparse.architecture import dense_expert_weights, prunable_linears
+from hf_adaptive_sparse.architecture import Prunable, dense_expert_weights, prunable_weights
 from hf_adaptive_sparse.pruning.method import PruningMethod
 
 logger = logging.getLogger(__name__)
@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 Batches = Sequence[Mapping[str, torch.Tensor]]
 
 
-def named_linears(model: nn.Module, ratios: Mapping[str, float]) -> dict[str, nn.Linear]:
-    """Return the prunable linears that ``ratios`` names, in layer order.
+def named_weights(model: nn.Module, ratios: Mapping[str, float]) -> dict[str, Prunable]:
+    """Return the prunable weights that ``ratios`` names, in layer order.
 
     Raises:
         ValueError: If it names anything else.
     """
-    linears = prunable_linears(model)
-    unknown = [name for name in ratios if name not in linears]
+    weights = prunable_weights(model)
+    unknown = [name for name in ratios if name not in weights]
     if unknown:
         raise ValueError(
             f"ratios must name prunable linears of the model; {unknown[0]!r} is none. Names look "
-            f"like: {', '.join(list(linears)[:4])}. Globs are resolved by resolve_ratios()."
+            f"like: {', '.join(list(weights)[:4])}. Globs are resolved by resolve_ratios()."
         )
-    return {name: module for name, module in linears.items() if name in ratios}
+    return {name: weight for name, weight in weights.items() if name in ratios}
 
 
 def check_batches(method: PruningMethod, batches: Batches | None) -> None:
@@ -61,12 +61,12 @@ def _words(method: PruningMethod) -> str:
 
 
 def warn_of_experts(model: nn.Module) -> None:
-    """Say once that expert weights stay dense, where the model has any."""
+    """Say once that some expert weights stay dense, where their layout is not known."""
     experts = dense_expert_weights(model)
     if experts:
         logger.warning(
-            "%d expert weights (such as %s) are 3-D parameters, not linears: they stay dense and "
-            "are not counted.",
+            "%d expert weights (such as %s) are 3-D parameters in a layout that is not known: they "
+            "stay dense and are not counted.",
             len(experts),
             experts[0],
         )

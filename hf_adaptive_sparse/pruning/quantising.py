@@ -1,7 +1,7 @@
 """Weights seen through their codes of 8 or 4 bits, without changing them: what a search evaluates.
 
-What a linear computes with is ``decode(encode(weight))`` of the very codes that a checkpoint
-stores, worked out where the weight is used, under the masks that lie over it.
+What a weight is used as is ``decode(encode(weight))`` of the very codes that a checkpoint stores,
+worked out where the weight is used, under the masks that lie over it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, decode, encode
+from hf_adaptive_sparse.pruning.covering import uncovered_after
 
 
 def through_codes(weight: torch.Tensor, bits: int, group_size: int | None) -> torch.Tensor:
-    """Return the weight that a checkpoint gives back, ``(out, in)`` in its dtype.
+    """Return the weight that a checkpoint gives back, in its shape and dtype.
 
     Args:
-        weight: ``(out, in)``, finite; 0 stays 0.
+        weight: ``(out, in)``, or one more dimension of experts; finite. 0 stays 0.
         bits: 8 or 4.
         group_size: Columns that share a scale; ``None``: one scale per row.
     """
-    codes, scales = encode(weight, bits, group_size)
-    return decode(codes, scales, bits, group_size).to(weight.dtype)
+    codes, scales = encode(weight.flatten(0, -2), bits, group_size)
+    return decode(codes, scales, bits, group_size).to(weight.dtype).view(weight.shape)
 
 
 class _Codes(nn.Module):
@@ -72,40 +74,29 @@ class QuantisedModel:
 
 @contextmanager
 def quantised(model: nn.Module, names: Iterable[str]) -> Iterator[QuantisedModel]:
-    """See the weights of linears through codes while the context is open.
+    """See weights through codes while the context is open.
 
-    May be opened inside `masked`, not around it. On exit the linears have no parametrization left,
+    May be opened inside `masked`, not around it. On exit the weights have no parametrization left,
     masks included; the parameters are the objects that they were.
 
     Args:
         model: The model.
-        names: Its linears.
+        names: Names of linears and of stacks of experts.
 
     Yields:
         The handle that sets the bits; until then nothing is quantised.
 
     Raises:
-        ValueError: If a name is no linear of the model.
+        ValueError: If a name is no weight of the model.
     """
-    modules = dict(model.named_modules())
-    linears: dict[str, nn.Linear] = {}
+    places: dict[str, tuple[nn.Module, str]] = {}
     for name in names:
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
+        place = weight_place(model, name)
+        if place is None:
             raise ValueError(f"names must be those of linears of the model; {name!r} is none.")
-        linears[name] = module
-    codes = {name: _Codes() for name in linears}
-    order = {name: list(module._parameters) for name, module in linears.items()}
-    try:
-        for name, module in linears.items():
-            parametrize.register_parametrization(module, "weight", codes[name], unsafe=True)
+        places[name] = place
+    codes = {name: _Codes() for name in places}
+    with uncovered_after(places.values()):
+        for name, (module, key) in places.items():
+            parametrize.register_parametrization(module, key, codes[name], unsafe=True)
         yield QuantisedModel(codes)
-    finally:
-        for name, module in linears.items():
-            if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            parameters = dict(module._parameters)
-            module._parameters.clear()
-            # The weight came back last; a mask around this context restores its own order.
-            for key in (*order[name], *(key for key in parameters if key not in order[name])):
-                module._parameters[key] = parameters[key]

@@ -173,6 +173,56 @@ def _lowest(groups: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
 
 
+def removal_order(
+    scores: torch.Tensor, first: int, last: int, grouping: Grouping
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what goes at first, and in which order the others go.
+
+    Args:
+        scores: ``(out, in)``, float32, >= 0, no NaN; contiguous.
+        first: Weights that go anyway.
+        last: Weights that go at most.
+        grouping: As for `mask_from_scores`.
+
+    Returns:
+        ``(out, in)``, bool: the first that go; and ``(last - first,)``, int32 or int64: flat
+        indices of the others, next to go first.
+    """
+    below = count_mask(scores, first, grouping)
+    dtype = torch.int32 if scores.numel() <= _INT32_MAX else torch.int64
+    if first == last:
+        return below, torch.empty(0, dtype=dtype, device=scores.device)
+    if grouping == "row":
+        return below, _order_by_rows(scores, first, last, dtype)
+    inside = count_mask(scores, last, grouping).logical_and_(~below)
+    places = inside.view(-1).nonzero().view(-1)
+    by_score = scores.reshape(-1)[places].argsort(stable=True)
+    return below, places[by_score].to(dtype)
+
+
+def _order_by_rows(scores: torch.Tensor, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+    # The order is by (rank within the row, score, column, row): rank by rank, because a row
+    # loses its k-th weight only after every row has lost its (k-1)-th.
+    rows, columns = scores.shape
+    start, stop = first // rows, -(-last // rows)
+    sorted_columns = torch.cat(
+        [
+            scores[part].argsort(dim=1, stable=True)[:, start:stop].to(torch.int32)
+            for part in _row_chunks(rows, columns)
+        ]
+    )
+    order = torch.empty((stop - start) * rows, dtype=dtype, device=scores.device)
+    for ranks in _row_chunks(stop - start, rows):
+        place = sorted_columns[:, ranks].long()
+        values = scores.gather(1, place).t().contiguous()
+        place = place.t().contiguous()
+        row = _lexsort(values, place)
+        flat = row * columns + place.gather(1, row)
+        order[ranks.start * rows : ranks.stop * rows] = flat.reshape(-1).to(dtype)
+    offset = start * rows
+    return order[first - offset : last - offset].clone()
+
+
 class Ranking:
     """The weights of one linear in order of removal, for ratios in ``[low, high]``.
 
@@ -196,47 +246,21 @@ class Ranking:
         Raises:
             ValueError: If not ``0 <= low <= high < 1``.
         """
+        rows, columns = scores.shape
+        self._set_range((rows, columns), low, high)
+        below, self.order = removal_order(scores, self._first, self._last, grouping)
+        self.always_removed = pack_mask(below)
+
+    def _set_range(self, shape: tuple[int, int], low: float, high: float) -> None:
         self.low, self.high = check_ratio(low, "low"), check_ratio(high, "high")
         if low > high:
             raise ValueError(f"low must be at most high, got low={low!r} and high={high!r}.")
-        rows, columns = scores.shape
-        self.shape = (rows, columns)
-        self._first = removal_count(scores.numel(), low)
-        self._last = removal_count(scores.numel(), high)
-        below = count_mask(scores, self._first, grouping)
-        self.always_removed = pack_mask(below)
-        dtype = torch.int32 if scores.numel() <= _INT32_MAX else torch.int64
-        if self._first == self._last:
-            self.order = torch.empty(0, dtype=dtype, device=scores.device)
-        elif grouping == "tensor":
-            inside = count_mask(scores, self._last, grouping).logical_and_(~below)
-            places = inside.view(-1).nonzero().view(-1)
-            by_score = scores.reshape(-1)[places].argsort(stable=True)
-            self.order = places[by_score].to(dtype)
-        else:
-            self.order = self._order_by_rows(scores, dtype)
+        self.shape = shape
+        self._first, self._last = (removal_count(self.numel, ratio) for ratio in (low, high))
 
-    def _order_by_rows(self, scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        # The order is by (rank within the row, score, column, row): rank by rank, because a row
-        # loses its k-th weight only after every row has lost its (k-1)-th.
-        rows, columns = self.shape
-        start, stop = self._first // rows, -(-self._last // rows)
-        sorted_columns = torch.cat(
-            [
-                scores[part].argsort(dim=1, stable=True)[:, start:stop].to(torch.int32)
-                for part in _row_chunks(rows, columns)
-            ]
-        )
-        order = torch.empty((stop - start) * rows, dtype=dtype, device=scores.device)
-        for ranks in _row_chunks(stop - start, rows):
-            place = sorted_columns[:, ranks].long()
-            values = scores.gather(1, place).t().contiguous()
-            place = place.t().contiguous()
-            row = _lexsort(values, place)
-            flat = row * columns + place.gather(1, row)
-            order[ranks.start * rows : ranks.stop * rows] = flat.reshape(-1).to(dtype)
-        offset = start * rows
-        return order[self._first - offset : self._last - offset].clone()
+    @property
+    def _index_dtype(self) -> torch.dtype:
+        return torch.int32 if self.numel <= _INT32_MAX else torch.int64
 
     @property
     def nbytes(self) -> int:

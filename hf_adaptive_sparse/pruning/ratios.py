@@ -1,4 +1,4 @@
-"""From a target, names and globs to one ratio per prunable linear."""
+"""From a target, names and globs to one ratio per prunable weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from hf_adaptive_sparse.architecture import match_names, prunable_linears
+from hf_adaptive_sparse.architecture import match_names, prunable_weights
 from hf_adaptive_sparse.profiles import check_ratio
 from hf_adaptive_sparse.pruning.patterns import Pattern, parse_pattern
 
@@ -18,7 +18,7 @@ def resolve_ratios(
     modules_to_not_convert: Iterable[str] | None = None,
     pattern: str | Pattern = "unstructured",
 ) -> dict[str, float]:
-    """Return the ratio of every prunable linear.
+    """Return the ratio of every prunable linear and stack of experts.
 
     Without ``sparsity`` every linear takes ``target_sparsity``. With it, ``sparsity`` alone
     decides: an exact module name wins over a glob or the name of a containing module, among those
@@ -39,18 +39,18 @@ def resolve_ratios(
         ValueError: If a ratio is invalid or against the pattern, or a name or glob matches nothing.
     """
     parsed = parse_pattern(pattern)
-    linears = prunable_linears(model, modules_to_not_convert)
+    weights = prunable_weights(model, modules_to_not_convert)
     if sparsity is None:
         ratio = parsed.check(target_sparsity, "target_sparsity")
-        return dict.fromkeys(linears, ratio)
+        return dict.fromkeys(weights, ratio)
     check_ratio(target_sparsity, "target_sparsity")
-    ratios = dict.fromkeys(linears, 0.0)
+    ratios = dict.fromkeys(weights, 0.0)
     exact: dict[str, float] = {}
     for key, value in sparsity.items():
         ratio = parsed.check(value, f"sparsity of {key!r}")
-        if key in linears:
+        if key in weights:
             exact[key] = ratio
         else:
-            for name in match_names(key, linears, "sparsity"):
+            for name in match_names(key, weights, "sparsity"):
                 ratios[name] = ratio
     return ratios | exact

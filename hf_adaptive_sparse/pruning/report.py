@@ -1,17 +1,18 @@
-"""What a prune did: per linear, how many weights went."""
+"""What a prune did: per linear and stack of experts, how many weights went."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One linear.
+    """One linear, or one stack of experts.
 
     Attributes:
-        name: Runtime module name.
+        name: Runtime name of the module, or of the experts' parameter.
         numel: Its weights.
         removed: Weights set to zero.
         target: The ratio that was asked for.
@@ -30,14 +31,16 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """All linears that were given a ratio, 0 included: they are the denominator.
+    """All weights that were given a ratio, 0 included: they are the denominator.
 
     Attributes:
-        modules: One report per linear, in layer order.
+        modules: One report per linear or stack of experts, in layer order.
         metric: Name of the metric.
         pattern: ``"unstructured"`` or ``"n:m"``.
         seconds: Wall-clock time.
         weight_update: Name of the update of the kept weights, if there was one.
+        experts_without_data: Module of experts -> those of them that saw too few calibration tokens
+            and were scored without.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -45,6 +48,7 @@ class PruningReport:
     pattern: str
     seconds: float
     weight_update: str | None = None
+    experts_without_data: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
@@ -83,5 +87,6 @@ class PruningReport:
             "removed": self.removed,
             "mean_sparsity": self.mean_sparsity,
             "target_sparsity": self.target_sparsity,
+            "experts_without_data": {n: list(e) for n, e in self.experts_without_data.items()},
             "modules": [asdict(module) | {"ratio": module.ratio} for module in self.modules],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 
@@ -15,12 +15,15 @@ class LayerResidence(ABC):
         """Hold the weights of a layer in memory while the context is open."""
 
     @abstractmethod
-    def keep(self, index: int, removed: Mapping[str, int]) -> None:
+    def keep(
+        self, index: int, removed: Mapping[str, int], starved: Mapping[str, Sequence[int]]
+    ) -> None:
         """Take a resident layer as it is now: it is pruned.
 
         Args:
             index: The layer.
-            removed: Module name -> weights that went.
+            removed: Name of a weight -> weights that went.
+            starved: Name of a stack of experts -> those that were pruned without data.
         """
 
 
@@ -28,7 +31,9 @@ class _Everywhere(LayerResidence):
     def resident(self, index: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def keep(self, index: int, removed: Mapping[str, int]) -> None:
+    def keep(
+        self, index: int, removed: Mapping[str, int], starved: Mapping[str, Sequence[int]]
+    ) -> None:
         """Nothing to do: the model holds it."""
 
 

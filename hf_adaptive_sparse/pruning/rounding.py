@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, layer_index
+from hf_adaptive_sparse.architecture import (
+    decoder_layers,
+    layer_index,
+    parameter_name,
+    prunable_weights,
+)
 from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
 from hf_adaptive_sparse.runtime.conversion import quantise_
 
@@ -25,14 +31,14 @@ class LayerQuantiser:
 
         Args:
             model: The model.
-            formats: Module name -> bits of its values (8 or 4), and columns per scale.
+            formats: Name of a weight -> bits of its values (8 or 4), and columns per scale.
         """
-        self._model = model
+        self._weights = prunable_weights(model) if formats else {}
         self._layers_name, _ = decoder_layers(model)
         self._waiting = dict(formats)
 
     def layer_(self, index: int) -> None:
-        """Round the linears of one layer.
+        """Round the weights of one layer.
 
         Raises:
             ValueError: If a weight is NaN or infinite, or cannot be modified in place.
@@ -47,11 +53,15 @@ class LayerQuantiser:
             ValueError: As `layer_`.
         """
         for name in list(self._waiting):
-            linear = self._model.get_submodule(name)
-            if not linear.weight.is_meta or hasattr(linear, "_hf_hook"):
+            weight = self._weights[name]
+            owner = weight if isinstance(weight, nn.Linear) else weight.experts.module
+            if not weight.weight.is_meta or hasattr(owner, "_hf_hook"):
                 self._round(name)
 
     def _round(self, name: str) -> None:
-        weight = stored_weight(self._model.get_submodule(name), name)
-        check_finite(weight, name)
-        quantise_(weight, *self._waiting.pop(name))
+        weight = self._weights[name]
+        stored = stored_weight(weight, name)
+        check_finite(stored, parameter_name(name, weight))
+        how = self._waiting.pop(name)
+        for matrix in stored if stored.ndim == 3 else (stored,):
+            quantise_(matrix, *how)

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.architecture import Prunable, parameter_name, prunable_weights
 from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
 from hf_adaptive_sparse.packing.sparse_weight import size_bytes
+from hf_adaptive_sparse.packing.stored_names import KINDS, tensor_name
 from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.search.byte_sizes import format_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
@@ -42,17 +43,19 @@ _SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class LinearBytes:
-    """The formats of one prunable linear.
+    """The formats of one prunable weight.
 
     Attributes:
-        rows: Its outputs.
-        columns: Its inputs.
+        rows: Its outputs; of experts, the rows of all of them.
+        columns: Its inputs; of transposed experts, their outputs.
         value_bytes: Bytes of a weight in the model's dtype, which the scales have, too.
+        plain_in_memory: The sparse runtime holds it decompressed, as it does experts.
     """
 
     rows: int
     columns: int
     value_bytes: int
+    plain_in_memory: bool = False
 
     @property
     def numel(self) -> int:
@@ -61,7 +64,7 @@ class LinearBytes:
 
     def in_memory(self, kept: int, bits: int) -> int:
         """Return the bytes the sparse runtime holds: a plain weight where nothing is removed."""
-        if kept == self.numel and bits == OWN_DTYPE:
+        if self.plain_in_memory or (kept == self.numel and bits == OWN_DTYPE):
             return self.numel * self.value_bytes
         groups = self._groups(bits)
         return size_bytes(
@@ -137,8 +140,8 @@ class ByteBudget:
             space: A space with a limit in bytes.
             modules_to_not_convert: Names or globs of linears that stay dense.
         """
-        linears = prunable_linears(model, modules_to_not_convert)
-        counted = {id(linear.weight) for linear in linears.values()}
+        weights = prunable_weights(model, modules_to_not_convert)
+        counted = {id(weight.weight) for weight in weights.values()}
         memory = [t for t in _tensors(model, persistent=False).values() if id(t) not in counted]
         stored = _tensors(model, persistent=True)
         disk = [t for t in stored.values() if id(t) not in counted]
@@ -146,13 +149,16 @@ class ByteBudget:
         return cls(
             linears={
                 name: LinearBytes(
-                    linear.out_features, linear.in_features, linear.weight.element_size()
+                    weight.weight.shape[:-1].numel(),
+                    weight.weight.shape[-1],
+                    weight.weight.element_size(),
+                    plain_in_memory=not isinstance(weight, nn.Linear),
                 )
-                for name, linear in linears.items()
+                for name, weight in weights.items()
             },
             other_memory=sum(t.numel() * t.element_size() for t in memory),
             other_disk=sum(t.numel() * t.element_size() for t in disk)
-            + _header_bytes(stored, linears, quantised=space.weight_bits is not None),
+            + _header_bytes(stored, weights, quantised=space.weight_bits is not None),
             cache=None if fit is None else CacheBytes.of(model, space),
             fit_bytes=fit,
             size_bytes=_limit(space.size_bytes),
@@ -223,21 +229,24 @@ def _tensors(model: nn.Module, *, persistent: bool) -> dict[str, torch.Tensor]:
 
 
 def _header_bytes(
-    stored: Mapping[str, torch.Tensor], linears: Mapping[str, nn.Linear], *, quantised: bool
+    stored: Mapping[str, torch.Tensor], weights: Mapping[str, Prunable], *, quantised: bool
 ) -> int:
     """Return the bytes of the files' headers at most."""
     total = sum(t.numel() * t.element_size() for t in stored.values())
     digits = len(str(total))
-    pruned = ("_values", "_bitmask", *(("_scales",) if quantised else ()))
+    kinds = KINDS if quantised else KINDS[:-1]
 
     def entries() -> Iterator[int]:
-        compressed = {f"{name}.weight" for name in linears}
+        compressed = {parameter_name(name, weight) for name, weight in weights.items()}
         for name, tensor in stored.items():
-            parts = pruned if name in compressed else ("",)
+            names = [tensor_name(name, kind) for kind in kinds] if name in compressed else [name]
+            if name in compressed and tensor.ndim == 3:
+                # Where nothing is removed, transformers writes each expert's gate and up alone.
+                names += [f"{name}.{len(tensor)}.weight"] * (2 * len(tensor))
             shape = list(tensor.shape) or [1]
-            for part in parts:
+            for stored_name in names:
                 value = {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
-                text = json.dumps({name + part: value}, separators=(",", ":"))
+                text = json.dumps({stored_name: value}, separators=(",", ":"))
                 yield len(text) + 2 * digits + _NAME_SLACK
 
     shards = 1 + math.ceil(total / _SHARD_BYTES)

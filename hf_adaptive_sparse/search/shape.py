@@ -14,7 +14,7 @@ from hf_adaptive_sparse.architecture import (
     kv_widths,
     layer_index,
     linear_role,
-    prunable_linears,
+    prunable_weights,
 )
 from hf_adaptive_sparse.search.bit_allocation import BitAllocation
 from hf_adaptive_sparse.search.byte_budget import ByteBudget
@@ -24,11 +24,11 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that share a choice.
+    """Linears and stacks of experts that share a choice.
 
     Attributes:
         label: Its name in a trial's parameters: ``block_2``, ``layer_7``, ``block_2_mlp.up_proj``.
-        names: The linears.
+        names: Their names.
         span: First and last decoder layer.
     """
 
@@ -104,14 +104,14 @@ class ModelShape:
         budget = ByteBudget.of(model, space, excluded) if space.in_bytes else None
         if not space.prunes and space.weight_bits is None:
             return cls((), (), None, {}, kv, tuple(widths), budget, len(layers))
-        linears = prunable_linears(model, excluded)
-        if not linears:
+        weights = prunable_weights(model, excluded)
+        if not weights:
             raise ValueError(
                 "No linear is left to prune: modules_to_not_convert excludes all of them. Exclude "
                 "fewer, or search the KV bits alone (target_sparsity=None)."
             )
-        numel = {name: linear.weight.numel() for name, linear in linears.items()}
-        blocks = _blocks(linears, layers_name, space, len(layers))
+        numel = {name: weight.weight.numel() for name, weight in weights.items()}
+        blocks = _blocks(weights, layers_name, space, len(layers))
         groups = blocks
         if space.granularity.endswith("-projection"):
             groups = tuple(part for block in blocks for part in _by_role(block, layers_name))

@@ -28,6 +28,7 @@ from hf_adaptive_sparse.staging import OutputError
 from tests.families.catalogue import FAMILIES
 from tests.families.matrix import make_batch
 from tests.families.tiny_models import tiny_model
+from tests.processors import make_llava_processor
 
 CONFIG = has.SparsityConfig(
     sparsity={"*.mlp.*": 0.6, "*.layers.0.self_attn.*": 0.3},
@@ -103,6 +104,27 @@ def test_the_result_is_that_of_memory_bit_for_bit(source, questions, tmp_path, c
     assert shards == stored.keys()
     extra = {p.name for p in disk.iterdir()} ^ {p.name for p in memory.iterdir()}
     assert {name for name in extra if not name.startswith("model")} == set()
+
+
+def test_experts_are_pruned_as_in_memory(tmp_path):
+    model = tiny_model("mixtral")
+    config = has.SparsityConfig(calibration=has.CalibrationConfig(min_expert_tokens=21))
+    ids = torch.randint(100, 160, (1, 40), generator=torch.Generator().manual_seed(0))
+    data = DataSource([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    for name, original in (("dense", False), ("per-expert", True)):
+        model.save_pretrained(tmp_path / name, save_original_format=original)
+        make_llava_processor().tokenizer.save_pretrained(tmp_path / name)
+    dense = ModelSource(tmp_path / "dense")
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    expected = prune_to_folder(dense, memory, config, calibration=data, progress=False)
+    found = offload(dense, disk, data, config)
+    loaded = [type(model).from_pretrained(folder).state_dict() for folder in (memory, disk)]
+    assert all(torch.equal(tensor, loaded[1][name]) for name, tensor in loaded[0].items())
+    assert found.report.experts_without_data == expected.report.experts_without_data != {}
+    shards = [load_file(path) for path in sorted(disk.glob("*.safetensors"))]
+    assert "model.layers.1.mlp.experts.sparse_down_proj_bitmask" in shards[2]
+    with pytest.raises(CheckpointError, match="save_original_format=False"):
+        offload(ModelSource(tmp_path / "per-expert"), tmp_path / "other", data, config)
 
 
 def test_one_layer_is_in_memory_at_a_time(source, questions, tmp_path, monkeypatch):

@@ -13,7 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.architecture import cache_argument, dense_expert_weights
+from hf_adaptive_sparse.architecture import (
+    cache_argument,
+    dense_expert_weights,
+    prunable_linears,
+    prunable_weights,
+)
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
@@ -68,13 +73,19 @@ def run(family: Family, folder: Path) -> Outcome:
     """Prune, count, save, load and generate; whatever does not hold is an AssertionError."""
     model = tiny_model(family.model_type, family.changes)
     batch = make_batch(family, model)
-    config = has.SparsityConfig(target_sparsity=RATIO, kv_cache=CACHE)
+    config = has.SparsityConfig(
+        target_sparsity=RATIO,
+        kv_cache=CACHE,
+        calibration=has.CalibrationConfig(min_expert_tokens=1),  # a prompt is all there is
+    )
     try:
         report = has.prune(model, config, [batch], progress=False)
     except ValueError as refusal:
         return Outcome("refused", str(refusal).partition(" (")[0])
+    weights = prunable_weights(model)
+    assert [entry.name for entry in report.modules] == list(weights)
     for entry in report.modules:
-        weight = model.get_submodule(entry.name).weight
+        weight = weights[entry.name].weight
         assert int((weight == 0).sum()) == entry.removed == round(RATIO * weight.numel())
     model.save_pretrained(folder)
     loaded = type(model).from_pretrained(folder).eval()
@@ -84,7 +95,7 @@ def run(family: Family, folder: Path) -> Outcome:
     if experts:
         limits.append("expert weights stay dense")
     cache = check_generation(loaded, batch)
-    check_sparse_runtime(loaded, folder, batch, report)
+    check_sparse_runtime(loaded, folder, batch)
     own = [isinstance(layer, AdaptiveQuantizedLayer) for layer in cache.layers]
     assert any(own)
     if not all(own):
@@ -127,13 +138,11 @@ def check_generation(model: PreTrainedModel, batch: Mapping[str, Any]) -> Adapti
     return own[-1]
 
 
-def check_sparse_runtime(
-    dense: PreTrainedModel, folder: Path, batch: Mapping[str, Any], report: has.PruningReport
-) -> None:
-    """Load with the weights kept sparse in memory: every pruned one is, and the scores stay."""
+def check_sparse_runtime(dense: PreTrainedModel, folder: Path, batch: Mapping[str, Any]) -> None:
+    """Load with the weights kept sparse in memory: every linear is, and the scores stay."""
     config = has.SparsityConfig(runtime="sparse")
     sparse = type(dense).from_pretrained(folder, sparsity_config=config).eval()
-    assert set(sparse_linears(sparse)) == {entry.name for entry in report.modules}
+    assert set(sparse_linears(sparse)) == set(prunable_linears(dense))
     expected, found = (generate(model, batch) for model in (dense, sparse))
     assert torch.allclose(
         found.logits[0], expected.logits[0], atol=0.01 * float(expected.logits[0].std())

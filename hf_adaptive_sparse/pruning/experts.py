@@ -1,0 +1,147 @@
+"""Pruning the matrices of a layer's experts: each by the tokens that were sent to it.
+
+A stack of experts has one ratio. Of its ``numel`` weights exactly ``round(ratio * numel)`` go, the
+same number from every expert, give or take one: the first experts lose the one more. Within an
+expert the rule is that of a linear.
+
+An expert that saw fewer than ``min_tokens`` calibration tokens is scored without them, as if all
+its inputs were alike: what the metric becomes without data. With n tokens, the norm of an input
+feature is known to about 1 / sqrt(2 n) of itself: to an eighth at 32, which is about what the
+features of one layer differ by, so that fewer tokens would add more noise than they tell.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from hf_adaptive_sparse.calibration.activations import InputStatistic, InputStatistics
+from hf_adaptive_sparse.calibration.expert_inputs import expert_name
+from hf_adaptive_sparse.experts import ExpertStack
+from hf_adaptive_sparse.pruning.method import PruningMethod
+from hf_adaptive_sparse.pruning.patterns import Pattern
+from hf_adaptive_sparse.pruning.ranking import removal_count
+
+logger = logging.getLogger(__name__)
+
+HESSIAN_BYTES = 8 << 30
+"""Bytes of Hessians of one layer's experts at most; beyond, pruning by them is refused."""
+
+_LISTED = 8
+
+
+def expert_counts(stack: ExpertStack, ratio: float) -> list[int]:
+    """Return how many weights each expert loses."""
+    base, owed = divmod(removal_count(stack.weight.numel(), ratio), stack.count)
+    return [base + (expert < owed) for expert in range(stack.count)]
+
+
+def expert_inputs(
+    stack: ExpertStack,
+    name: str,
+    expert: int,
+    statistics: InputStatistics,
+    *,
+    hessian: bool,
+    min_tokens: int,
+) -> tuple[InputStatistic, bool]:
+    """Return the statistics to prune one expert's matrix by, and whether they are of data."""
+    key = expert_name(name, expert)
+    if statistics.rows(key) >= min_tokens:
+        return statistics.statistic(key), True
+    device = stack.weight.device
+    return InputStatistic.without_data(key, stack.in_features, hessian, device), False
+
+
+def prune_experts_(
+    stack: ExpertStack,
+    stored: torch.Tensor,
+    name: str,
+    ratio: float,
+    method: PruningMethod,
+    pattern: Pattern,
+    statistics: InputStatistics | None,
+    min_tokens: int,
+) -> tuple[int, tuple[int, ...]]:
+    """Prune the matrices of a stack in place, one after the other.
+
+    Args:
+        stack: The stack.
+        stored: Its parameter's data.
+        name: Its name.
+        ratio: Fraction that goes.
+        method: How it is chosen.
+        pattern: The pattern.
+        statistics: Statistics of the inputs; ``None`` only for data-free methods.
+        min_tokens: Tokens below which an expert is pruned without data.
+
+    Returns:
+        How many weights went, and the experts that were pruned without data though there are some.
+    """
+    removed, starved = 0, []
+    for expert, count in enumerate(expert_counts(stack, ratio)):
+        inputs = None
+        if statistics is not None:
+            inputs, known = expert_inputs(
+                stack,
+                name,
+                expert,
+                statistics,
+                hessian=method.needs_hessian,
+                min_tokens=min_tokens,
+            )
+            if not known:
+                starved.append(expert)
+        matrix = stack.read(stored, expert)
+        key = expert_name(name, expert)
+        removed += method.prune_(matrix, key, count, pattern, inputs, stack.fused_rows)
+        stack.write_(stored, expert, matrix)
+    return removed, tuple(starved)
+
+
+def check_hessians(stacks: Iterable[ExpertStack]) -> None:
+    """Refuse to collect the Hessians of one layer's experts where they would not fit.
+
+    Raises:
+        ValueError: If they take more than `HESSIAN_BYTES`.
+    """
+    total = sum(4 * stack.count * stack.in_features**2 for stack in stacks)
+    if total > HESSIAN_BYTES:
+        raise ValueError(
+            f"The Hessians of one layer's experts would take {total / 2**30:.1f} GiB, and at most "
+            f"{HESSIAN_BYTES >> 30} GiB are used for them. Use a metric without a weight update, "
+            "such as 'lognorm', or leave the experts dense: modules_to_not_convert=['*.experts.*']."
+        )
+
+
+def experts_without_data(
+    starved: Mapping[str, Sequence[int]], *, warn: bool = True
+) -> dict[str, list[int]]:
+    """Return module of experts -> experts pruned without data.
+
+    Args:
+        starved: Name of a stack -> its experts that were.
+        warn: Name them in the log.
+    """
+    found: dict[str, list[int]] = {}
+    for name, experts in starved.items():
+        if experts:
+            found.setdefault(name.rpartition(".")[0], sorted(experts))
+    if found and warn:
+        shown = "; ".join(f"{n}: {_numbers(e)}" for n, e in list(found.items())[:_LISTED])
+        more = f"; and in {len(found) - _LISTED} more layers" if len(found) > _LISTED else ""
+        logger.warning(
+            "%d experts saw too few calibration tokens and were scored without data: %s%s. More "
+            "calibration data reaches more of them.",
+            sum(map(len, found.values())),
+            shown,
+            more,
+        )
+    return found
+
+
+def _numbers(experts: list[int]) -> str:
+    listed = ", ".join(map(str, experts[:_LISTED]))
+    return listed + (f" and {len(experts) - _LISTED} more" if len(experts) > _LISTED else "")
