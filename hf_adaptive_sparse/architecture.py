@@ -141,7 +141,8 @@ def prunable_weights(
     These are the ``nn.Linear`` inside the decoder layers of the language model, and the 3-D
     parameters that hold the matrices of a layer's experts. Vision tower, projector, embeddings and
     output head lie outside; weights that are shared with another module, or stored in something
-    else than floating point of shape (out, in), are left out.
+    else than floating point of shape (out, in), are left out, and linears with a forward of their
+    own.
 
     Args:
         model: The model.
@@ -164,6 +165,9 @@ def prunable_weights(
             for stack in expert_stacks(module):
                 if stack.weight.is_floating_point() and uses[id(stack.weight)] == 1:
                     found[f"{name}.{stack.key}"] = stack
+            continue
+        # A router that is a linear by descent returns choices: nothing may stand in for it.
+        if type(module).forward is not nn.Linear.forward:
             continue
         weight = module.weight
         plain = tuple(weight.shape) == (module.out_features, module.in_features)

@@ -162,6 +162,13 @@ def test_experts_are_prunable_where_their_layout_is_known():
     assert dense_expert_weights(on_meta("mamba", AutoModelForCausalLM, num_hidden_layers=2)) == []
 
 
+def test_routers_that_are_linears_by_descent_are_left_alone():
+    with torch.device("meta"):
+        model = tiny_model("phimoe")
+    assert isinstance(model.model.layers[0].mlp.router, nn.Linear)
+    assert not [name for name in prunable_linears(model) if "router" in name]
+
+
 def test_encoders_inside_the_decoder_are_not_its_layers():
     layers = {"audio_config.num_blocks": 1, "audio_config.intermediate_size": 4096}
     with torch.device("meta"):

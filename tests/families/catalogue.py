@@ -190,6 +190,8 @@ PHI = {
     "audio_config.depthwise_separable_out_channel": 32,
     "audio_config.nemo_conv_channels": 32,
 }
+FULL = {"layer_types": ["full_attention"] * 2}
+ARIA = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
 GRID = {"image_grid_pinpoints": [[SIZE, 64]]}
 VIDEO = "video_token_id"
 AUDIO = "audio_token_id"
@@ -262,6 +264,15 @@ FAMILIES = [
         tokens=0,
     ),
     Family("ovis2", "image", picture),
+    Family(
+        "aria",
+        "image",
+        picture,
+        {
+            **{f"text_config.{key}": value for key, value in ARIA.items()},
+            "projector_patch_to_query_dict": {16: 4},
+        },
+    ),
     Family(
         "florence2",
         "image",
@@ -350,6 +361,44 @@ FAMILIES = [
     Family("qwen3_moe", "text", text),
     Family("mistral", "text", text),
     Family("mixtral", "text", text),
+    Family("qwen2_moe", "text", text),
+    Family("olmoe", "text", text),
+    Family("granitemoe", "text", text),
+    Family("phimoe", "text", text),
+    Family("glm4_moe", "text", text, {"n_group": 1, "topk_group": 1}),
+    Family("minimax_m2", "text", text),
+    Family("ernie4_5_moe", "text", text, {"moe_num_experts": 4, "moe_k": 2}),
+    Family(
+        "deepseek_v3",
+        "text",
+        text,
+        {
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "head_dim": 4,
+        },
+    ),
+    Family("gpt_oss", "text", text, FULL),
+    Family(
+        "llama4_text",
+        "text",
+        text,
+        {
+            **FULL,
+            "intermediate_size_mlp": 48,
+            "no_rope_layers": [1, 1],
+            "moe_layers": [0, 1],
+        },
+    ),
+    Family("nemotron_h", "text", text),
+    Family("jetmoe", "text", text),
     Family("phi3", "text", text),
     Family("gpt2", "text", text),
     Family("opt", "text", text),
