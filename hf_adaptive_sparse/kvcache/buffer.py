@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from hf_adaptive_sparse.kvcache.reserve import Reserve
+
 GROWTH = 64
 """A full buffer grows by 1/64 of itself at least: slack stays below 2 %, appending is O(1)."""
+
+LONG_ROW_BYTES = 1024
+"""Rows of a head that are longer need not be neighbours: who reads one reads several pages."""
 
 
 class RowBuffer:
@@ -17,7 +23,9 @@ class RowBuffer:
     ``max(step, capacity / 64)`` rows, so that n appends copy O(n) rows in all. Rows dropped from
     the front are reclaimed when the buffer fills up: for a window of constant size it is a ring
     whose turn is one copy of the window. Growing and reclaiming move the rows to new storage, and
-    what was handed out before keeps the old one, unchanged.
+    what was handed out before keeps the old one, unchanged. Long rows on the CPU lie with all heads
+    of a row side by side, in reserved address space, and move only when they have grown eightfold:
+    with steps of 1/64, each row would otherwise be copied 64 times.
 
     The contents carry no autograd graph, and are ordinary tensors even when filled under
     ``torch.inference_mode``, so that a cache filled there can be continued outside.
@@ -30,12 +38,17 @@ class RowBuffer:
     def __init__(self, template: torch.Tensor, step: int) -> None:
         self.step = step
         self._first, self._end = 0, 0
+        self._reserve: Reserve | None = None
         with torch.inference_mode(False):
             self._storage = torch.zeros(
                 (*template.shape[:2], 0, *template.shape[3:]),
                 dtype=template.dtype,
                 device=template.device,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave reserved address space out of copies, whose rows are elsewhere."""
+        return self.__dict__ | {"_reserve": None}
 
     @property
     def length(self) -> int:
@@ -108,7 +121,7 @@ class RowBuffer:
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the storage by ``function`` of it: a selection along the batch, or a move."""
         with torch.inference_mode(False), torch.no_grad():
-            self._storage = function(self._storage)
+            self._storage, self._reserve = function(self._storage), None
 
     def _make_room(self, count: int) -> None:
         needed = self.length + count
@@ -117,11 +130,30 @@ class RowBuffer:
         self._move_to(max(needed, self.capacity if self._first else 0))
 
     def _move_to(self, capacity: int) -> None:
+        held = self.rows
         with torch.inference_mode(False), torch.no_grad():
-            storage = self._storage.new_empty(
-                (*self._storage.shape[:2], capacity, *self._storage.shape[3:])
-            )
-            storage[:, :, : self.length] = self.rows
-            storage[:, :, self.length :] = 0
-        self._first, self._end = 0, self.length
-        self._storage = storage
+            if self._reserve is not None and not self._first and 0 < capacity <= self._reserve.rows:
+                self._storage = _by_head(self._reserve.take(capacity))
+                return
+            self._storage = self._allocate(capacity)
+            self._storage[:, :, : held.shape[2]] = held
+            self._storage[:, :, held.shape[2] :] = 0
+        self._first, self._end = 0, held.shape[2]
+
+    def _allocate(self, capacity: int) -> torch.Tensor:
+        batch, kv_heads, _, *row = shape = self._storage.shape
+        self._reserve = None
+        head_bytes = torch.Size(row).numel() * self._storage.itemsize
+        if capacity and head_bytes > LONG_ROW_BYTES and self._storage.is_cpu:
+            try:
+                self._reserve = Reserve(capacity, (batch, kv_heads, *row), self._storage.dtype)
+            except OSError:  # ordinary memory does as well, with more copies
+                pass
+            else:
+                return _by_head(self._reserve.take(capacity))
+        return self._storage.new_empty((*shape[:2], capacity, *row))
+
+
+def _by_head(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows ``(rows, batch, kv_heads, ...)`` as ``(batch, kv_heads, rows, ...)``."""
+    return rows.movedim(0, 2)

@@ -64,7 +64,7 @@ def _store_state(store: TokenStore) -> dict[str, Any]:
         "raw": store.raw.clone(),
         "sinks": store.sinks,
         "lengths": list(store.lengths),
-        "parts": [part.clone() for part in store.parts],
+        "parts": [part.clone(memory_format=torch.contiguous_format) for part in store.parts],
     }
 
 

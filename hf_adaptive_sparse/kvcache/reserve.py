@@ -1,0 +1,47 @@
+"""Address space for tensors that grow where they are: only what they cover takes memory."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+
+import torch
+
+FACTOR = 8
+"""Address space is taken for so many times the rows that are wanted first."""
+
+
+class Reserve:
+    """Zeroed memory in which rows ``(rows, *shape)`` are made one by one, without moving.
+
+    The system gives pages to what is written only: rows which no tensor covers cost nothing.
+    Memory goes back when the last tensor in it does.
+
+    Args:
+        rows: Rows wanted first.
+        shape: Of a row.
+        dtype: Of its elements.
+
+    Raises:
+        OSError: If the system has no such memory, or gives no more of it.
+    """
+
+    def __init__(self, rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if sys.platform != "linux":
+            raise OSError("Memory is reserved on Linux only.")
+        self._shape, self._dtype = shape, dtype
+        self._row_elements = torch.Size(shape).numel()
+        self.rows = FACTOR * rows
+        size_bytes = self.rows * self._row_elements * dtype.itemsize
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        self._memory = mmap.mmap(-1, max(1, size_bytes), flags=flags)
+        # A huge page would be given as a whole to the first of its bytes that is written.
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+
+    def take(self, rows: int) -> torch.Tensor:
+        """Return the first 1 to ``self.rows`` rows, ``(rows, *shape)``: the memory, no copy."""
+        count = rows * self._row_elements
+        return torch.frombuffer(self._memory, dtype=self._dtype, count=count).view(
+            rows, *self._shape
+        )
