@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 SENSITIVITY = "sensitivity"
 """Study attribute: what was measured of the groups of linears."""
 
+FREE_REACH = 0.1
+"""How far from the uniform ratio groups are probed where the range is that of a free mean."""
+
 KV_SENSITIVITY = "kv_sensitivity"
 """Study attribute: what was measured of the layers' keys and values."""
 
@@ -66,11 +69,17 @@ def suggest_start(
 
 
 def _ratios(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> Sensitivity | None:
-    if not space.searches_sparsity or space.is_free or len(shape.groups) < 2:
+    if not space.searches_sparsity or len(shape.groups) < 2:
         return None
     groups = {group.label: group.names for group in shape.groups}
-    low, high = space.grid
-    return measure_sensitivity(evaluator, groups, low=low, high=high, target=space.target)
+    target, (low, high) = space.target, space.grid
+    if space.is_free:
+        # The mean is what the uniform profile takes to meet the budget.
+        target = evaluator.uniform.mean_sparsity or 0.0
+        low, high = max(space.low, target - FREE_REACH), min(space.high, target + FREE_REACH)
+        if not low < target - space.step < target + space.step < high:
+            return None
+    return measure_sensitivity(evaluator, groups, low=low, high=high, target=target)
 
 
 def _kv(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> KVSensitivity | None:

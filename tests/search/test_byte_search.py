@@ -86,6 +86,19 @@ def test_every_trial_under_a_limit_in_bytes_meets_it(run):
     assert result.history[0]["uniform"]
 
 
+def test_a_free_mean_starts_from_what_each_block_minds_too(run):
+    space = SearchSpace(target_sparsity="free", blocks=4, size_bytes=330_000, kv_bits=None)
+    result = run(space, n_trials=2)
+    measured = result.study.user_attrs["sensitivity"]
+    uniform, start = result.history
+    assert measured["target"] == uniform["mean_sparsity"]
+    assert measured["low"] < measured["target"] < measured["high"]
+    felt = [max(pair) for pair in zip(measured["strengths"], measured["errors"], strict=True)]
+    ratios = start["block_ratios"]
+    assert ratios[felt.index(max(felt))] == min(ratios) < max(ratios)
+    assert 0.999 * 330_000 <= start["bytes"]["size_bytes"] <= 330_000
+
+
 def test_an_impossible_limit_is_refused_before_anything_is_ranked(run, monkeypatch):
     from hf_adaptive_sparse.search import evaluator
 
