@@ -89,10 +89,10 @@ class OffloadedLayers(LayerResidence):
         self.most_resident_bytes = 0
         self._resume()
         inside = self._prefix + "."
-        self._outside = [n for n in source.stored if not n.startswith(inside)]
+        self._outside = [n for n in source.names if not n.startswith(inside)]
         if self._file(0) not in self._shards:
-            headers = [source.stored[name] for name in self._outside] + source.others
-            self._write(0, source.read(headers))
+            headers = [header for name in self._outside for header in source.headers(name)]
+            self._write(0, source.read(headers + source.others))
         self._fill(self._outside)
         model.tie_weights()
 
@@ -128,13 +128,16 @@ class OffloadedLayers(LayerResidence):
         """See `LayerResidence.keep`: write the layer's shard, then the state."""
         tensors: dict[str, torch.Tensor] = {}
         state = self._model.get_submodule(f"{self._prefix}.{index}").state_dict()
+        self.removed |= removed
         for name in self._names(index):
             key, tensor = self._key(name), state[name[len(self._layer(index)) :]]
             if name in self._formats:
                 tensors |= stored_tensors(key, tensor, *self._formats[name])
+            elif self._untouched(name):
+                tensors |= self._source.read(self._source.headers(name))
             else:
+                self._source.check_own_name(name)
                 tensors[key] = tensor
-        self.removed |= removed
         self.starved |= {name: list(experts) for name, experts in starved.items()}
         self._done.add(index)
         self._write(index + 1, tensors)
@@ -154,26 +157,34 @@ class OffloadedLayers(LayerResidence):
     def _key(self, name: str) -> str:
         """Return the name that a parameter is written under: that in the files it was read from.
 
-        What is compressed of experts goes by its own name: no renaming knows it by another.
+        What was assembled, and what is compressed of experts, goes by its own name.
         """
         stacked = name in self._formats and not name.endswith(".weight")
-        return name if stacked else self._source.stored[name].name
+        if stacked or name not in self._source.stored:
+            return name
+        return self._source.stored[name].name
+
+    def _untouched(self, name: str) -> bool:
+        """Whether a parameter that is assembled is written as the tensors that it was read from."""
+        if name in self._formats or not self._source.assembled(name):
+            return False
+        return not self.removed.get(name)
 
     def _names(self, index: int) -> list[str]:
-        return [name for name in self._source.stored if name.startswith(self._layer(index))]
+        return [name for name in self._source.names if name.startswith(self._layer(index))]
 
     def _file(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self._count + 1:05d}.safetensors"
 
     def _fill(self, names: list[str]) -> None:
-        headers = {name: self._source.stored[name] for name in names}
-        found = self._source.read(headers.values())
-        fill_(self._model, {name: found[header.name] for name, header in headers.items()})
+        fill_(self._model, self._source.parameters(names))
 
     def _fill_pruned(self, index: int, names: list[str]) -> None:
-        tensors = {}
+        tensors = self._source.parameters(n for n in names if self._untouched(n))
         with safe_open(self._folder / self._file(index + 1), framework="pt") as file:
             for name in names:
+                if name in tensors:
+                    continue
                 key = self._key(name)
                 if name in self._formats:
                     columns = self._model.get_parameter(name).shape[-1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,11 +27,25 @@ from hf_adaptive_sparse.checkpoint.headers import (
 )
 
 
+@dataclass(frozen=True)
+class _Assembly:
+    """A parameter that transformers makes of several tensors, or by a conversion of one.
+
+    Attributes:
+        converter: How.
+        parts: The tensors, each with the pattern of the converter that it matches.
+    """
+
+    converter: WeightConverter
+    parts: list[tuple[TensorHeader, str]] = field(default_factory=list)
+
+
 class WeightFiles:
     """The safetensors files of a dense checkpoint.
 
     Attributes:
-        stored: Runtime name -> where its tensor lies, and what it is called there.
+        stored: Runtime name -> where its tensor lies, and what it is called there; of parameters
+            that are stored as they are.
         others: Tensors that no parameter of the model takes.
     """
 
@@ -42,44 +58,91 @@ class WeightFiles:
 
         Raises:
             CheckpointError: If there are no safetensors files, one is damaged, a parameter is not
-                in them, or transformers assembles a parameter from several tensors.
+                in them, or transformers assembles one that is no stack of experts.
         """
-        self._folder = folder
+        self._model, self._folder = model, folder
+        self._assembled: dict[str, _Assembly] = {}
         self.stored: dict[str, TensorHeader] = {}
         self.others: list[TensorHeader] = []
         expected = model.state_dict()
+        self._shapes = {name: tensor.shape for name, tensor in expected.items()}
         conversions = get_model_conversion_mapping(model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        by_source = {source: c for c in converters for source in c.source_patterns}
         prefix = model.base_model_prefix
         for key, header in read_headers(folder).items():
             name, source = rename_source_key(key, renamings, converters, prefix, expected)
             if name not in expected and key in expected:
                 name, source = key, None
-            if source is not None:
+            if source is not None and not self._can_assemble(name, by_source[source]):
                 raise CheckpointError(
-                    f"{header.file}: transformers assembles {name!r} from several tensors, such as "
-                    f"{key!r}, which reading layer by layer does not support. Prune this model "
+                    f"{header.file}: transformers makes {name!r} of {key!r} by a conversion, which "
+                    "reading layer by layer supports of experts alone. Prune this model "
                     "without --offload, or load it and save it as it is in memory first: "
                     "model.save_pretrained(folder, save_original_format=False)."
                 )
-            if name in expected:
+            if source is not None:
+                assembly = self._assembled.setdefault(name, _Assembly(by_source[source]))
+                assembly.parts.append((header, source))
+            elif name in expected:
                 self.stored[name] = header
             else:
                 self.others.append(header)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        missing = sorted(expected.keys() - self.stored.keys() - {*tied, *tied.values()})
+        missing = sorted(expected.keys() - {*self.names, *tied, *tied.values()})
         if missing:
             raise CheckpointError(
                 f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}."
             )
 
+        # What a converter would take for its own when it is loaded under its runtime name.
+        self._converted_again = {
+            name
+            for name in self._assembled
+            if rename_source_key(name, renamings, converters, prefix, expected) != (name, None)
+        }
+
+    def _can_assemble(self, name: str, converter: WeightConverter) -> bool:
+        shape = self._shapes.get(name)
+        return shape is not None and len(shape) == 3 and len(converter.target_patterns) == 1
+
+    def assembled(self, name: str) -> bool:
+        """Return whether a parameter is made by a conversion."""
+        return name in self._assembled
+
+    def check_own_name(self, name: str) -> None:
+        """Refuse an assembled parameter that could not be stored as it is, under its own name.
+
+        Raises:
+            CheckpointError: If a conversion would be applied to it when it is loaded.
+        """
+        if name in self._converted_again:
+            raise CheckpointError(
+                f"{name!r} cannot be written in the dense format layer by layer: transformers "
+                "would convert it again when it is loaded. Use checkpoint_format='bitmask', or "
+                "prune without --offload."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Runtime names of all parameters that the files hold."""
+        return [*self.stored, *self._assembled]
+
+    def headers(self, name: str) -> list[TensorHeader]:
+        """Return the tensors that a parameter is stored as."""
+        if name in self.stored:
+            return [self.stored[name]]
+        return [header for header, _ in self._assembled[name].parts]
+
     def digest(self) -> str:
         """Return a digest of what the files hold, by their headers, sizes and times of change."""
         summary = hashlib.sha256()
-        for name, header in sorted(self.stored.items()):
-            summary.update(f"{name} {header.name} {header.dtype} {header.shape}".encode())
-        for file in sorted({Path(h.file).name for h in (*self.stored.values(), *self.others)}):
+        for name in sorted(self.names):
+            for header in self.headers(name):
+                summary.update(f"{name} {header.name} {header.dtype} {header.shape}".encode())
+        held = [header for name in self.names for header in self.headers(name)]
+        for file in sorted({Path(h.file).name for h in (*held, *self.others)}):
             status = (self._folder / file).stat()
             summary.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
         return summary.hexdigest()
@@ -96,6 +159,43 @@ class WeightFiles:
                     # A copy: what the file is mapped to goes away with the handle.
                     found[header.name] = handle.get_tensor(header.name).clone()
         return found
+
+    def parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return parameters by their runtime names, as the model holds them.
+
+        Raises:
+            CheckpointError: If what is assembled has another shape than the model's parameter.
+        """
+        names = list(names)
+        plain = self.read(self.stored[name] for name in names if name in self.stored)
+        found = {n: plain[self.stored[n].name] for n in names if n in self.stored}
+        for name in names:
+            if name in self._assembled:
+                found[name] = self._assemble(name)
+        return found
+
+    def _assemble(self, name: str) -> torch.Tensor:
+        assembly, read = self._assembled[name], self.read(self.headers(name))
+        converter = copy.deepcopy(assembly.converter)
+        # The order in which transformers stacks experts: by number.
+        for header, source in sorted(assembly.parts, key=lambda part: _natural(part[0].name)):
+            converter.add_tensor(name, header.name, source, read.pop(header.name))
+        made = converter.convert(name, model=self._model, config=self._model.config)
+        found = made.get(name)
+        tensor: torch.Tensor | None = found[0] if isinstance(found, list) else found
+        shape = self._shapes[name]
+        if tensor is None or tensor.shape != shape:
+            raise CheckpointError(
+                f"{self._folder}: what transformers makes of {assembly.parts[0][0].name!r} and "
+                f"{len(assembly.parts) - 1} others must be {name!r} {list(shape)}, got "
+                f"{list(made) if tensor is None else list(tensor.shape)}."
+            )
+        return tensor
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return what sorts names by the numbers in them."""
+    return [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")]
 
 
 def fill_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -57,8 +57,8 @@ def prune_offloaded(
     Arguments, result and errors are those of `prune_to_folder`; besides:
 
     Raises:
-        CheckpointError: If the checkpoint has no safetensors files, or transformers assembles
-            weights of it from several tensors.
+        CheckpointError: If the checkpoint has no safetensors files, or transformers makes
+            weights of it, other than experts, by a conversion.
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
@@ -164,8 +164,8 @@ def weight_files(model: ModelSource, empty: PreTrainedModel) -> WeightFiles:
         empty: The same, from `ModelSource.load_empty`.
 
     Raises:
-        CheckpointError: If it has no safetensors files, or transformers assembles weights of it
-            from several tensors.
+        CheckpointError: If it has no safetensors files, or transformers makes weights of it,
+            other than experts, by a conversion.
     """
     name, revision = os.fspath(model.name), model.revision
     if Path(name).is_dir():

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint import offloaded
+from hf_adaptive_sparse.checkpoint import offloaded, weight_files
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
 from hf_adaptive_sparse.compressor import (
@@ -106,25 +107,50 @@ def test_the_result_is_that_of_memory_bit_for_bit(source, questions, tmp_path, c
     assert {name for name in extra if not name.startswith("model")} == set()
 
 
-def test_experts_are_pruned_as_in_memory(tmp_path):
-    model = tiny_model("mixtral")
-    config = has.SparsityConfig(calibration=has.CalibrationConfig(min_expert_tokens=21))
+@pytest.fixture
+def tokens() -> DataSource:
     ids = torch.randint(100, 160, (1, 40), generator=torch.Generator().manual_seed(0))
-    data = DataSource([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
-    for name, original in (("dense", False), ("per-expert", True)):
-        model.save_pretrained(tmp_path / name, save_original_format=original)
-        make_llava_processor().tokenizer.save_pretrained(tmp_path / name)
-    dense = ModelSource(tmp_path / "dense")
-    memory, disk = tmp_path / "memory", tmp_path / "disk"
-    expected = prune_to_folder(dense, memory, config, calibration=data, progress=False)
-    found = offload(dense, disk, data, config)
+    return DataSource([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["tensor per expert", "stacked"])
+@pytest.mark.parametrize("changes", [{}, {"checkpoint_format": "dense"}, {"weight_bits": 8}])
+def test_experts_are_pruned_as_in_memory(tokens, tmp_path, original, changes):
+    model, folder = tiny_model("mixtral"), tmp_path / "source"
+    config = has.SparsityConfig(
+        sparsity={"*.layers.1.*": 0.5},
+        calibration=has.CalibrationConfig(min_expert_tokens=21),
+        **changes,
+    )
+    model.save_pretrained(folder, save_original_format=original)
+    make_llava_processor().tokenizer.save_pretrained(folder)
+    source, memory, disk = ModelSource(folder), tmp_path / "memory", tmp_path / "disk"
+    expected = prune_to_folder(source, memory, config, calibration=tokens, progress=False)
+    found = offload(source, disk, tokens, config)
     loaded = [type(model).from_pretrained(folder).state_dict() for folder in (memory, disk)]
     assert all(torch.equal(tensor, loaded[1][name]) for name, tensor in loaded[0].items())
     assert found.report.experts_without_data == expected.report.experts_without_data != {}
-    shards = [load_file(path) for path in sorted(disk.glob("*.safetensors"))]
-    assert "model.layers.1.mlp.experts.sparse_down_proj_bitmask" in shards[2]
-    with pytest.raises(CheckpointError, match="save_original_format=False"):
-        offload(ModelSource(tmp_path / "per-expert"), tmp_path / "other", data, config)
+
+
+def test_interrupted_runs_name_all_experts_without_data(tokens, tmp_path, monkeypatch):
+    folder, config = tmp_path / "source", has.SparsityConfig()
+    tiny_model("mixtral").save_pretrained(folder)
+    make_llava_processor().tokenizer.save_pretrained(folder)
+    keep = OffloadedLayers.keep
+
+    def dies(self, index, *args):
+        if index == 1:
+            raise KeyboardInterrupt
+        keep(self, index, *args)
+
+    monkeypatch.setattr(OffloadedLayers, "keep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        offload(ModelSource(folder), tmp_path / "out", tokens, config)
+    monkeypatch.setattr(OffloadedLayers, "keep", keep)
+    report = offload(ModelSource(folder), tmp_path / "out", tokens, config).report
+    assert report.experts_without_data == {
+        f"model.layers.{index}.mlp.experts": [0, 1, 2, 3] for index in range(2)
+    }
 
 
 def test_one_layer_is_in_memory_at_a_time(source, questions, tmp_path, monkeypatch):
@@ -292,13 +318,11 @@ def test_a_compressed_model_and_one_without_safetensors_are_refused(source, ques
         offload(source, tmp_path / "again", questions)
 
 
-def test_weights_made_of_several_tensors_are_refused(text_file, tmp_path):
-    folder = tmp_path / "mixtral"
-    tiny_model("mixtral").save_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"assembles .* from several tensors"):
-        prune_offloaded(
-            ModelSource(folder), tmp_path / "out", has.SparsityConfig(metric="magnitude")
-        )
+def test_weights_made_by_a_conversion_are_refused(source, questions, tmp_path, monkeypatch):
+    split = WeightConverter("self_attn.q_proj.weight", ["a.weight", "b.weight"], [Chunk(dim=0)])
+    monkeypatch.setattr(weight_files, "get_model_conversion_mapping", lambda model: [split])
+    with pytest.raises(CheckpointError, match=r"by a conversion.*save_original_format=False"):
+        offload(source, tmp_path / "out", questions)
 
 
 SAMPLE = ["llama", "gemma3", "qwen2_vl", "mllama", "opt", "granite_speech (audio)"]
