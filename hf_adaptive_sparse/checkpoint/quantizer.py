@@ -75,6 +75,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         """Let go of each weight when it is compressed to be saved: the model is of no use after,
         and never in memory twice."""
         self.device: torch.device | None = None
+        self.row_offsets: Mapping[str, torch.Tensor] = {}
+        """Of weights that are being loaded, by module name: counted when the files are checked."""
         self.runtime_choice = RuntimeChoice("dense", "the model was pruned in memory")
 
     def is_serializable(self) -> bool:
@@ -146,7 +148,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         files, formats = self.checkpoint_files, parameter_formats(model, self.quantization_config)
         if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
             return conversions
-        values = validate_checkpoint(model, files, formats, conversions)
+        checked = validate_checkpoint(model, files, formats, conversions)
         if not self._runs_sparse(model):
             return conversions
         linears = linear_formats(model, self.quantization_config)
@@ -155,11 +157,14 @@ class AdaptiveSparseQuantizer(HfQuantizer):
                 model,
                 {
                     name: StoredWeight(
-                        values[f"{name}.weight"].numel * (2 if bits == 4 else 1), bits, group
+                        checked[f"{name}.weight"].values.numel * (2 if bits == 4 else 1),
+                        bits,
+                        group,
                     )
                     for name, (bits, group) in linears.items()
                 },
             )
+        self.row_offsets = {name: checked[f"{name}.weight"].row_offsets for name in linears}
         return [c for c in conversions if not (_is_ours(c) and c.target_patterns == ["weight"])]
 
     def _process_model_after_weight_loading(
@@ -175,7 +180,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         loaded = sparse_linears(model)
         for name, module in loaded.items():
             try:
-                module.settle()
+                module.settle(self.row_offsets.get(name))
             except BitmaskError as error:
                 raise CheckpointError(f"{name}.weight: {error}") from error
         if not loaded and self._runs_sparse(model):

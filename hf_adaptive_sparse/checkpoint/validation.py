@@ -26,7 +26,8 @@ from hf_adaptive_sparse.checkpoint.headers import (
     merge_headers,
     read_file_header,
 )
-from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, popcount, row_bytes
+from hf_adaptive_sparse.kernels.sparse_linear import count_row_offsets
+from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, row_bytes
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name
 from hf_adaptive_sparse.packing.weight_codes import group_count
 
@@ -63,12 +64,25 @@ class _Stored:
         return {*self.plain, *self.values, *self.bitmasks, *self.scales, *self.converted}
 
 
+@dataclass(frozen=True)
+class CheckedWeight:
+    """A compressed weight in the files.
+
+    Attributes:
+        values: Its stored values.
+        row_offsets: Values before each row, from its bitmask: ``(rows + 1,)``.
+    """
+
+    values: TensorHeader
+    row_offsets: torch.Tensor
+
+
 def validate_checkpoint(
     model: nn.Module,
     files: Sequence[str],
     formats: Formats,
     conversions: Iterable[Any],
-) -> dict[str, TensorHeader]:
+) -> dict[str, CheckedWeight]:
     """Check that safetensors files hold exactly the model, compressed where its config says so.
 
     Args:
@@ -78,7 +92,7 @@ def validate_checkpoint(
         conversions: transformers' renamings and converters for this load.
 
     Returns:
-        Runtime name of each compressed parameter -> its stored values.
+        Runtime name of each compressed parameter -> what was found out about it.
 
     Raises:
         CheckpointError: If a file is damaged, a tensor is missing, surplus or of another shape, a
@@ -90,9 +104,9 @@ def validate_checkpoint(
     _check_compressed(stored, formats, where)
     _check_names(model, stored, headers.values(), where)
     _check_shapes(model, stored, formats)
-    _check_bitmasks(model, stored)
+    offsets = _check_bitmasks(model, stored)
     _check_scales(stored)
-    return stored.values
+    return {name: CheckedWeight(h, offsets[name]) for name, h in stored.values.items()}
 
 
 def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]) -> _Stored:
@@ -239,12 +253,11 @@ def _check_shapes(model: nn.Module, stored: _Stored, formats: Formats) -> None:
             )
 
 
-def _check_bitmasks(model: nn.Module, stored: _Stored) -> None:
-    """Read the bitmasks, one at a time, and count their bits."""
+def _check_bitmasks(model: nn.Module, stored: _Stored) -> dict[str, torch.Tensor]:
+    """Read the bitmasks, one at a time, and count their bits: values before each row."""
     expected = model.state_dict()
-    by_file: dict[str, list[str]] = defaultdict(list)
-    for name, header in stored.bitmasks.items():
-        by_file[header.file].append(name)
+    offsets: dict[str, torch.Tensor] = {}
+    by_file = _by_file(stored.bitmasks)
     # The skeleton is made under torch.device("meta"); the bitmasks are real.
     with torch.device("cpu"):
         for file, names in by_file.items():
@@ -253,7 +266,8 @@ def _check_bitmasks(model: nn.Module, stored: _Stored) -> None:
                     key = stored.bitmasks[name].name
                     bitmask = handle.get_tensor(key).flatten(0, -2)
                     values = stored.values[name]
-                    kept = popcount(bitmask)
+                    offsets[name] = count_row_offsets(bitmask)
+                    kept = int(offsets[name][-1])
                     nibbles = values.dtype == _CODES[4]
                     if (kept + 1) // 2 != values.numel if nibbles else kept != values.numel:
                         raise CheckpointError(
@@ -265,19 +279,29 @@ def _check_bitmasks(model: nn.Module, stored: _Stored) -> None:
                         check_bitmask(bitmask, expected[name].shape[-1])
                     except BitmaskError as error:
                         raise CheckpointError(f"{file}: tensor {key!r}: {error}") from error
+    return offsets
 
 
 def _check_scales(stored: _Stored) -> None:
     """Read the scales, one tensor at a time, and refuse what cannot scale."""
     with torch.device("cpu"):
-        for header in stored.scales.values():
-            with safe_open(header.file, framework="pt") as handle:
-                scales = handle.get_tensor(header.name)
-            if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-                raise CheckpointError(
-                    f"{header.file}: tensor {header.name!r} holds scales that are negative, "
-                    "infinite or NaN; the file is damaged."
-                )
+        for file, names in _by_file(stored.scales).items():
+            with safe_open(file, framework="pt") as handle:
+                for key in (stored.scales[name].name for name in names):
+                    scales = handle.get_tensor(key)
+                    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+                        raise CheckpointError(
+                            f"{file}: tensor {key!r} holds scales that are negative, infinite or "
+                            "NaN; the file is damaged."
+                        )
+
+
+def _by_file(headers: Mapping[str, TensorHeader]) -> dict[str, list[str]]:
+    """Return the names of parameters by the file that their tensor lies in."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, header in headers.items():
+        names[header.file].append(name)
+    return names
 
 
 def _listing(names: Iterable[str], at_most: int = 3) -> str:

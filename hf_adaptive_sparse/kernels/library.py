@@ -2,7 +2,8 @@
 
 The library is an optional part of the package: without it, or with a processor it does not know,
 everything works in torch. ``HF_ADAPTIVE_SPARSE_KERNEL`` chooses a path: ``portable``, ``avx2``,
-``avx512``, ``neon``, ``none`` (torch only), or ``auto``, the fastest that this processor has.
+``avx512``, ``amx``, ``neon``, ``none`` (torch only), or ``auto``, the fastest that this processor
+has.
 A cache that is in use asks again whenever a block of tokens has filled up.
 """
 
@@ -22,10 +23,10 @@ ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
 LIBRARY = "_kernels.so"
 ABI_VERSION = 3
 
-PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
+PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 """Names of the paths and their numbers in the library."""
 
-_FASTEST_FIRST = ("avx512", "avx2", "neon", "portable")
+_FASTEST_FIRST = ("amx", "avx512", "avx2", "neon", "portable")
 
 
 class KernelError(OSError):

@@ -15,12 +15,10 @@ import torch
 
 from hf_adaptive_sparse.kernels import sparse_native, sparse_tiles, triton_sparse
 from hf_adaptive_sparse.kernels.library import describe
+from hf_adaptive_sparse.packing import sparse_weight
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
-
-KERNEL_TOKENS = 8
-"""Tokens up to which the CPU's is meant to beat decompression and torch's matrix product."""
 
 
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,7 +71,7 @@ def _few_tokens(
     x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return the product by a kernel that reads the sparse weight; None: by tiles, rather."""
-    few = x.shape[0] <= KERNEL_TOKENS
+    few = x.shape[0] <= sparse_native.tokens_that_pay(weight)
     if weight.scales is not None and weight.dtype == torch.float32 and weight.device.type == "cpu":
         few = False  # the kernel rounds x to 15 bits, which float32 models can tell
     if few and sparse_native.is_supported(weight):
@@ -86,6 +84,18 @@ def _few_tokens(
     elif few:
         _say_why_not(weight.device.type)
     return None
+
+
+def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor:
+    """Return the number of values before each row, and of all: ``(rows + 1,)``, int32 or int64.
+
+    Args:
+        bitmask: uint8 ``(rows, bytes)``.
+    """
+    counted = None
+    if bitmask.device.type == "cpu" and bitmask.dtype == torch.uint8 and bitmask.dim() == 2:
+        counted = sparse_native.count_row_offsets(bitmask)
+    return sparse_weight.count_row_offsets(bitmask) if counted is None else counted
 
 
 @functools.cache

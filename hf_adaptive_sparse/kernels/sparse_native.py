@@ -11,10 +11,13 @@ import ctypes
 import torch
 
 from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype
 
-MAX_TOKENS = 16
-"""Tokens of one call at most."""
+MAX_TOKENS = 32
+"""Tokens that the library takes at once; more are split."""
+
+_TOKENS, _AMX_TOKENS = 8, 128
+_AMX_GROUPS = 64  # columns: groups are to be a multiple
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
@@ -48,6 +51,21 @@ def is_supported(weight: SparseWeight) -> bool:
     return weight.device.type == "cpu" and weight.dtype in _DTYPES and active_path() is not None
 
 
+def tokens_that_pay(weight: SparseWeight) -> int:
+    """Return the tokens up to which ``linear`` is meant to beat tiles and torch's matrix product.
+
+    That is settled by the processor, not measured. Row by row, a kernel takes as long again for
+    every token, and is overtaken at about eight. The matrix unit (AMX) takes 32 tokens in hardly
+    more time than one, and up to 128 reads the weight four times and is still ahead of tiles; it
+    does so for values in bfloat16, and for codes in whole groups of 64 columns.
+    """
+    if active_path() != "amx":
+        return _TOKENS
+    if weight.scales is None:
+        return _AMX_TOKENS if weight.dtype == torch.bfloat16 else _TOKENS
+    return _AMX_TOKENS if (weight.group_size or _AMX_GROUPS) % _AMX_GROUPS == 0 else _TOKENS
+
+
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``x @ W.T + bias`` for a few tokens.
 
@@ -57,7 +75,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     ``max |x| / 65534 * sum |w|`` per such segment.
 
     Args:
-        x: ``(tokens, columns)``, 1 to ``MAX_TOKENS`` tokens, in the weight's dtype, on the CPU.
+        x: ``(tokens, columns)`` in the weight's dtype, on the CPU.
         weight: ``(rows, columns)``, contiguous tensors; see ``is_supported``.
         bias: ``(rows,)`` in that dtype, or None.
 
@@ -72,13 +90,14 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     if bias is not None:
         bias = bias.contiguous()
     call = _describe(weight)
-    call.tokens = x.shape[0]
-    call.x = x.data_ptr()
     call.x_stride = x.stride(0)
     call.bias = None if bias is None else bias.data_ptr()
-    call.output = output.data_ptr()
     call.output_stride = weight.shape[0]
-    _run("has_sparse_linear", call)
+    for start in range(0, x.shape[0], MAX_TOKENS):
+        call.tokens = min(MAX_TOKENS, x.shape[0] - start)
+        call.x = x.data_ptr() + start * x.stride(0) * x.element_size()
+        call.output = output.data_ptr() + start * weight.shape[0] * x.element_size()
+        _run("has_sparse_linear", call)
     return output
 
 
@@ -98,6 +117,24 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
     call.first_row, call.last_row = start, stop
     call.output, call.output_stride = output.data_ptr(), output.stride(0)
     _run("has_sparse_dense", call)
+
+
+def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor | None:
+    """Return the offsets of a contiguous bitmask in memory; None where there is no library."""
+    loaded = library()
+    if loaded is None or not bitmask.is_contiguous():
+        return None
+    rows, row_bytes = bitmask.shape
+    offsets = torch.empty(rows + 1, dtype=torch.int64, device="cpu")
+    status = loaded.has_row_offsets(
+        _Address(bitmask.data_ptr()),
+        _Int(rows),
+        _Int(row_bytes),
+        _Address(offsets.data_ptr()),
+        _Int(torch.get_num_threads()),
+    )
+    _check(status)
+    return offsets.to(offset_dtype(int(offsets[-1])))
 
 
 def _describe(weight: SparseWeight) -> _Call:
@@ -121,6 +158,9 @@ def _run(function: str, call: _Call) -> None:
     loaded, path = library(), active_path()
     if loaded is None or path is None:
         raise ValueError("There is no native library here; `is_supported` says so beforehand.")
-    status = getattr(loaded, function)(PATHS[path], ctypes.byref(call))
+    _check(getattr(loaded, function)(PATHS[path], ctypes.byref(call)))
+
+
+def _check(status: int) -> None:
     if status:
         raise RuntimeError(f"The sparse kernel failed: {_STATUS.get(status, status)}.")

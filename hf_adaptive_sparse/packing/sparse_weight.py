@@ -77,6 +77,21 @@ def size_bytes(
     return (nnz * bits + 7) // 8 + rows * groups * scale_bytes + index
 
 
+def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor:
+    """Return the number of values before each row, and of all: ``(rows + 1,)``, int32 or int64.
+
+    ``kernels.sparse_linear.count_row_offsets`` does the same faster, where it can.
+
+    Args:
+        bitmask: uint8 ``(rows, bytes)``.
+    """
+    ends = row_popcounts(bitmask).cumsum(0)
+    total = int(ends[-1]) if ends.numel() else 0
+    offsets = torch.zeros(len(ends) + 1, dtype=offset_dtype(total), device=bitmask.device)
+    offsets[1:] = ends
+    return offsets
+
+
 @dataclass(frozen=True, eq=False)
 class SparseWeight:
     """One weight, sparse.
@@ -127,7 +142,8 @@ class SparseWeight:
                     f"{VALUE_BITS[weight.dtype]} bits have no scales."
                 )
             values, bitmask = compress(weight)
-            return cls((weight.shape[0], weight.shape[1]), bitmask, values, _offsets(bitmask))
+            offsets = count_row_offsets(bitmask)
+            return cls((weight.shape[0], weight.shape[1]), bitmask, values, offsets)
         pieces = [
             _encode_rows(weight[start:stop], bits, group_size)
             for start, stop in _chunks(*weight.shape)
@@ -135,7 +151,7 @@ class SparseWeight:
         masks, codes, scales = (torch.cat(part) for part in zip(*pieces, strict=True))
         values = weight_codes.pack_codes(codes, bits)
         shape = (weight.shape[0], weight.shape[1])
-        return cls(shape, masks, values, _offsets(masks), scales, group_size)
+        return cls(shape, masks, values, count_row_offsets(masks), scales, group_size)
 
     @classmethod
     def from_tensors(
@@ -146,8 +162,9 @@ class SparseWeight:
         values: torch.Tensor,
         scales: torch.Tensor | None = None,
         group_size: int | None = None,
+        row_offsets: torch.Tensor | None = None,
     ) -> SparseWeight:
-        """Take the tensors of ``tensors()``, checked; the offsets are computed.
+        """Take the tensors of ``tensors()``, checked.
 
         Args:
             columns: Columns of the weight.
@@ -156,6 +173,8 @@ class SparseWeight:
                 ``(ceil(nnz / 2),)``, codes of 4 bits.
             scales: With codes: ``(rows, groups)`` in float32, bfloat16 or float16.
             group_size: With codes: columns per scale; None: one per row.
+            row_offsets: What ``count_row_offsets`` returned for this bitmask, which is believed;
+                None: it is called here.
 
         Raises:
             BitmaskError: If shapes, dtypes or devices do not fit, the bitmask sets a bit after the
@@ -170,7 +189,7 @@ class SparseWeight:
                 f"{tuple(values.shape)}."
             )
         shape = (bitmask.shape[0], columns)
-        offsets = _offsets(bitmask)
+        offsets = count_row_offsets(bitmask) if row_offsets is None else row_offsets
         weight = cls(shape, bitmask.contiguous(), values.contiguous(), offsets, scales, group_size)
         _check_count(weight)
         _check_scales(weight)
@@ -244,15 +263,6 @@ class SparseWeight:
             codes = self.values[first:last]
         dense = decompress(codes, bitmask, columns)
         return weight_codes.decode(dense, self.scales[start:stop], self.bits, self.group_size)
-
-
-def _offsets(bitmask: torch.Tensor) -> torch.Tensor:
-    counts = row_popcounts(bitmask)
-    ends = counts.cumsum(0)
-    total = int(ends[-1]) if ends.numel() else 0
-    offsets = torch.zeros(len(ends) + 1, dtype=offset_dtype(total), device=bitmask.device)
-    offsets[1:] = ends
-    return offsets
 
 
 def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_adaptive_sparse.kernels.sparse_linear import count_row_offsets
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES, group_count
@@ -151,14 +152,17 @@ class SparseLinear(nn.Linear):
             setattr(self, f"weight_{name}", FrozenParameter(tensor.detach()))
         self.row_offsets = weight.row_offsets
 
-    def settle(self) -> None:
+    def settle(self, row_offsets: torch.Tensor | None = None) -> None:
         """Check what was loaded into the parameters, and make the offsets that follow from it.
+
+        Args:
+            row_offsets: The offsets, where the bitmask has been counted already.
 
         Raises:
             BitmaskError: If they do not make one weight.
         """
         if not self.weight_bitmask.is_meta and not self.weight_values.is_meta:
-            self.set_weight(self._checked())
+            self.set_weight(self._checked(row_offsets))
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -243,13 +247,16 @@ class SparseLinear(nn.Linear):
             f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}"
         )
 
-    def _checked(self) -> SparseWeight:
+    def _checked(self, row_offsets: torch.Tensor | None = None) -> SparseWeight:
+        if row_offsets is None:
+            row_offsets = count_row_offsets(self.weight_bitmask.detach())
         return SparseWeight.from_tensors(
             self.in_features,
             bitmask=self.weight_bitmask.detach(),
             values=self.weight_values.detach(),
             scales=None if self.weight_scales is None else self.weight_scales.detach(),
             group_size=self.group_size,
+            row_offsets=row_offsets.to(self.weight_bitmask.device),
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

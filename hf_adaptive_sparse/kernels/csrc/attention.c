@@ -15,6 +15,7 @@ static has_task_function function_of(int variant) {
     switch (variant) {
 #if defined(__x86_64__)
         case HAS_AVX2: return has_task_avx2;
+        case HAS_AMX: /* which attention has no use for */
         case HAS_AVX512: return has_task_avx512;
 #endif
 #if defined(__aarch64__)

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "numbers.h"
 #include "threads.h"
 
 uint8_t has_expand_pairs[256][16], has_expand_bytes[256][8];
@@ -29,6 +30,9 @@ static const has_sparse_variant *variant_of(int variant) {
     if (!has_supports(variant)) return NULL;
     switch (variant) {
 #if defined(__x86_64__)
+#if HAS_BUILDS_AMX
+        case HAS_AMX: return &has_sparse_amx;
+#endif
         case HAS_AVX512: /* Ice Lake can expand, but has no bfloat16 product. */
             if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
                 return &has_sparse_avx512;
@@ -54,13 +58,12 @@ static int has_bad_sizes(const has_sparse_call *call) {
            (call->offset_bytes != 4 && call->offset_bytes != 8);
 }
 
-/* Columns that share a step of x: 256 at most, so that sums of products fit 32 bits, a multiple of
- * 32, and a part of every group. */
+/* Columns that share a step of x: 256 at most, so that sums of products fit 32 bits, and a part of
+ * every group. */
 static int64_t segment_of(int64_t group_size) {
-    if (group_size == 0) return 256;
-    for (int64_t segment = 256; segment > 32; segment -= 32)
-        if (group_size % segment == 0) return segment;
-    return 32;
+    int64_t segment = 256;
+    while (group_size % segment != 0) segment /= 2;
+    return segment;
 }
 
 typedef struct {
@@ -81,12 +84,66 @@ static int multiply_rows(void *argument, int64_t i) {
     return HAS_OK;
 }
 
-/* Rows of about 64 KB of dense 16-bit weights to a task: threads stay even, and few rows begin
- * without what is ahead of them in the cache. */
+/* Tasks of at least about 64 KB of dense 16-bit weights: threads stay even, and few rows begin
+ * without what is ahead of them in the cache. Where rows go together, the first of every task wait
+ * for memory, so that tasks are longer. */
 static int run(range *r) {
+    int64_t rows = r->last - r->first, together = r->x == NULL ? 1 : r->variant->rows;
     r->step = 32768 / r->call->columns + 1;
-    int64_t count = (r->last - r->first + r->step - 1) / r->step;
-    return has_run(multiply_rows, r, count, r->call->threads);
+    int64_t tasks = 8 * (r->call->threads > 1 ? r->call->threads : 1);
+    if (together > 1 && r->step < rows / tasks) r->step = rows / tasks;
+    r->step = (r->step + together - 1) / together * together;
+    return has_run(multiply_rows, r, (rows + r->step - 1) / r->step, r->call->threads);
+}
+
+typedef struct {
+    const uint8_t *bitmask;
+    int64_t rows, row_bytes, step, *counts;
+} counting;
+
+HAS_INLINE void count_bits(const counting *c, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const uint8_t *mask = c->bitmask + row * c->row_bytes;
+        int64_t i = 0, count = 0;
+        for (; i + 8 <= c->row_bytes; i += 8) {
+            uint64_t word;
+            memcpy(&word, mask + i, sizeof word);
+            count += __builtin_popcountll(word);
+        }
+        for (; i < c->row_bytes; i++) count += __builtin_popcount(mask[i]);
+        c->counts[row] = count;
+    }
+}
+
+#if defined(__x86_64__)
+__attribute__((target("popcnt"))) static void count_bits_by_popcnt(const counting *c, int64_t first,
+                                                                   int64_t last) {
+    count_bits(c, first, last);
+}
+#endif
+
+static int count_rows(void *argument, int64_t i) {
+    const counting *c = argument;
+    int64_t first = i * c->step, last = first + c->step < c->rows ? first + c->step : c->rows;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("popcnt")) {
+        count_bits_by_popcnt(c, first, last);
+        return HAS_OK;
+    }
+#endif
+    count_bits(c, first, last);
+    return HAS_OK;
+}
+
+/* offsets[row] = set bits of all rows before it, for row 0 to rows. */
+HAS_EXPORT int has_row_offsets(const uint8_t *bitmask, int64_t rows, int64_t row_bytes,
+                               int64_t *offsets, int64_t threads) {
+    if (rows < 0 || row_bytes < 0) return HAS_BAD_ARGUMENT;
+    counting c = {bitmask, rows, row_bytes, 65536 / (row_bytes + 1) + 1, offsets + 1};
+    offsets[0] = 0;
+    int status = has_run(count_rows, &c, (rows + c.step - 1) / c.step, threads);
+    for (int64_t row = 0; row < rows; row++) offsets[row + 1] += offsets[row];
+    return status;
 }
 
 /* output[token][row] = sum over columns of x[token][column] * weight[row][column] + bias[row] */

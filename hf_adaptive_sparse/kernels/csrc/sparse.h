@@ -6,7 +6,7 @@
 #include "attention.h"
 
 /* Columns that are expanded at a time, tokens of one call, and lanes of a partial sum. */
-enum { HAS_SPARSE_BLOCK = 512, HAS_SPARSE_TOKENS = 16, HAS_SPARSE_LANES = 16 };
+enum { HAS_SPARSE_BLOCK = 512, HAS_SPARSE_TOKENS = 32, HAS_SPARSE_LANES = 16 };
 
 /* Mirrored field by field in sparse_native.py. */
 typedef struct {
@@ -42,6 +42,8 @@ typedef struct {
 typedef struct {
     /* 1 where bfloat16 x stays as it is, 0 where it is widened. */
     int takes_bfloat16;
+    /* Rows that are multiplied at a time. */
+    int64_t rows;
     /* Fill the codes and steps of x, or widen it. */
     void (*prepare)(const has_sparse_call *call, const has_sparse_x *x);
     /* Multiply rows first to last - 1 with all tokens. */
@@ -52,7 +54,7 @@ typedef struct {
 } has_sparse_variant;
 
 extern const has_sparse_variant has_sparse_portable, has_sparse_avx2, has_sparse_avx512,
-    has_sparse_neon;
+    has_sparse_amx, has_sparse_neon;
 
 /* For a byte of the mask: which bytes of the next 8 values of 2 bytes, or of 1 byte, go to each of
  * its 8 columns; 0x80 or more where there is none. */

@@ -7,6 +7,7 @@
 #define TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
 #define VARIANT(name) name##_avx2
 #define TAKES_BFLOAT16 0
+#define FOURS 1
 
 #include <immintrin.h>
 

@@ -12,6 +12,7 @@
                           "prefer-vector-width=512")))
 #define VARIANT(name) name##_avx512
 #define TAKES_BFLOAT16 1
+#define FOURS 16
 
 #include <immintrin.h>
 
@@ -75,26 +76,28 @@ FORCED int64_t expand_8(const uint8_t *mask, const int8_t *values, int64_t at, i
     return next - values - at;
 }
 
-/* Five bytes in each 64-bit lane hold its eight codes, whichever half of a byte they begin in. */
+/* Five bytes in each 64-bit lane hold its eight codes, whichever half of a byte they begin in. A
+ * code is taken with the four bits below it, which are then cleared: that leaves its sign where it
+ * is, and 16 times its value. */
+#define FOURS_OF_EVEN 0x1814100c0804003c
+#define FOURS_OF_ODD 0x1c1814100c080400
+
 FORCED int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t at, int64_t n,
                         void *out) {
     const __m512i lanes = _mm512_set_epi64(
         0x202020201f1e1d1c, 0x1c1c1c1c1b1a1918, 0x1818181817161514, 0x1414141413121110,
         0x101010100f0e0d0c, 0x0c0c0c0c0b0a0908, 0x0808080807060504, 0x0404040403020100);
-    const __m512i even = _mm512_set1_epi64(0x1c1814100c080400);
-    const __m512i low = _mm512_set1_epi8(15);
-    const __m512i signs = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+    const __m512i shifts[2] = {_mm512_set1_epi64(FOURS_OF_EVEN), _mm512_set1_epi64(FOURS_OF_ODD)};
+    const __m512i upper = _mm512_set1_epi8((char)0xf0);
     int64_t next = at;
     for (int64_t i = 0; i < n; i += 64) {
         uint64_t word = mask_word(mask, i);
         const uint8_t *from = values + next / 2;
         _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
         __m512i packed = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(from));
-        /* Computed, since a branch would be predicted wrongly every second time. */
-        __m512i shifts = _mm512_add_epi8(even, _mm512_set1_epi8((char)(next % 2 * 4)));
-        __m512i codes = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, packed), low);
-        codes = _mm512_shuffle_epi8(signs, codes);
+        /* Looked up, since a branch would be predicted wrongly every second time. */
+        __m512i codes = _mm512_multishift_epi64_epi8(shifts[next % 2], packed);
+        codes = _mm512_and_si512(codes, upper);
         _mm512_storeu_si512((int8_t *)out + i, _mm512_maskz_expand_epi8(word, codes));
         next += _mm_popcnt_u64(word);
     }
@@ -146,5 +149,9 @@ FORCED void add_codes(const int8_t *codes, const int16_t *x, int64_t n, float fa
 }
 
 #include "sparse_body.h"
+
+#if HAS_BUILDS_AMX
+#include "sparse_amx.h"
+#endif
 
 #endif

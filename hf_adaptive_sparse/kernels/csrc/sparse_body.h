@@ -15,7 +15,7 @@
  * Defined by the variant, all with n a multiple of 64 and masks and values readable as far as said:
  *     expand_32, _16, _8, _4 (mask, values, at, n, out)   out[i] = mask bit i ? next value : 0, the
  *         first being number `at`; returns how many were taken. Up to 64 values after the last are
- *         read and dropped. Bytes for 8; 4 bits give int8 too.
+ *         read and dropped. Bytes for 8; 4 bits give int8 too, FOURS (1 or 16) times the code.
  *     add_floats(a, x, n, sums), add_codes(codes, x_codes, n, factor, sums)
  *         add products to HAS_SPARSE_LANES sums; the second times factor.
  *     add_bfloat16 (a, x, n, sums)                        where TAKES_BFLOAT16. */
@@ -51,9 +51,9 @@ HAS_INLINE int64_t group_columns(const has_sparse_call *call) {
     return call->group_size ? call->group_size : call->columns;
 }
 
-/* What a code of this group counts: its scale over the largest code. */
-HAS_INLINE double unit_of(const has_sparse_call *call, int64_t group) {
-    int limit = call->bits == 8 ? 127 : 7;
+/* What a code of this group counts: its scale over the largest code, as it is multiplied. */
+HAS_INLINE double unit_of(const has_sparse_call *call, int64_t group, int fours) {
+    int limit = call->bits == 8 ? 127 : 7 * fours;
     if (call->dtype == HAS_FLOAT32) return (double)((const float *)call->scales)[group] / limit;
     return number_at(call->scales, group, call->dtype) / (float)limit;
 }
@@ -94,6 +94,28 @@ static TARGET inline __attribute__((always_inline)) int64_t expand(
     }
 }
 
+/* Round at most 256 numbers to codes; returns their step, NaN where one is NaN or an infinity. */
+static TARGET float round_segment(const void *numbers, int64_t n, int64_t dtype, int16_t *codes) {
+    float a[256];
+    uint32_t highest = 0; /* bits of numbers >= 0 are in the order of the numbers, NaN last */
+    widen(numbers, n, dtype, a);
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t size = has_bits_of_float(a[i]) & 0x7fffffffu;
+        highest = size > highest ? size : highest;
+    }
+    float largest = has_float_of_bits(highest);
+    if (highest >= 0x7f800000u || largest < 1e-30f) {
+        memset(codes, 0, (size_t)n * sizeof *codes);
+        return highest >= 0x7f800000u ? NAN : 0.0f;
+    }
+    float inverse = 32767.0f / largest;
+    for (int64_t i = 0; i < n; i++) {
+        float scaled = a[i] * inverse;
+        codes[i] = (int16_t)(int32_t)(scaled + copysignf(0.5f, scaled));
+    }
+    return largest / 32767.0f;
+}
+
 static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
     int narrow = call->dtype == HAS_BFLOAT16 && TAKES_BFLOAT16;
     int64_t columns = call->columns, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
@@ -103,25 +125,10 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
         if (call->bits <= 8) {
             int16_t *codes = (int16_t *)x->numbers + start;
             for (int64_t s = 0; s < x->segments; s++) {
-                float a[256], highest = 0.0f, bad = 0.0f;
                 int64_t first = s * x->segment;
                 int64_t n = columns - first < x->segment ? columns - first : x->segment;
-                widen(row + first * item_bytes, n, call->dtype, a);
-                for (int64_t i = 0; i < n; i++) {
-                    float size = fabsf(a[i]);
-                    highest = size > highest ? size : highest;
-                    bad += a[i] * 0.0f; /* NaN once there is a NaN or an infinity */
-                }
-                float inverse = highest < 1e-30f || bad != 0.0f ? 0.0f : 32767.0f / highest;
                 x->steps[token * x->segments + s] =
-                    bad != bad ? bad : inverse == 0.0f ? 0.0f : highest / 32767.0f;
-                if (bad != bad)
-                    memset(codes + first, 0, (size_t)n * sizeof *codes);
-                else
-                    for (int64_t i = 0; i < n; i++) {
-                        float scaled = a[i] * inverse;
-                        codes[first + i] = (int16_t)(int32_t)(scaled + copysignf(0.5f, scaled));
-                    }
+                    round_segment(row + first * item_bytes, n, call->dtype, codes + first);
             }
             memset(codes + columns, 0, (size_t)rest * sizeof *codes);
         } else if (narrow) {
@@ -157,7 +164,7 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
                 group++;
                 group_end += size;
             }
-            float unit = (float)unit_of(call, group);
+            float unit = (float)unit_of(call, group, FOURS);
             for (int64_t t = 0; t < call->tokens; t++)
                 add_codes((const int8_t *)block, (const int16_t *)x->numbers + t * x->stride + column,
                           n, unit * x->steps[t * x->segments + s], sums[t]);
@@ -231,8 +238,10 @@ static TARGET inline __attribute__((always_inline)) void decompress_codes(
     for (int64_t column = 0; column < call->columns; column += step) {
         int64_t n = call->columns - column < step ? call->columns - column : step;
         at += expand(call, mask + column / 8, n, at, bits, block);
-        double exact = unit_of(call, row * groups + column / size);
+        double exact = unit_of(call, row * groups + column / size, 1);
         float unit = (float)exact;
+        if (bits == 4)
+            for (int64_t i = 0; i < n; i++) block[i] /= FOURS;
         if (call->dtype == HAS_FLOAT32) /* in double, as weight_codes.py has it and why */
             for (int64_t i = 0; i < n; i++) ((float *)out)[column + i] = (float)(block[i] * exact);
         else if (call->dtype == HAS_BFLOAT16)
@@ -260,4 +269,4 @@ static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_
     }
 }
 
-const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, prepare, multiply, decompress};
+const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, 1, prepare, multiply, decompress};

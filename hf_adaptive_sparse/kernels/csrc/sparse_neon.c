@@ -4,6 +4,7 @@
 #define TARGET
 #define VARIANT(name) name##_neon
 #define TAKES_BFLOAT16 0
+#define FOURS 1
 
 #include <arm_neon.h>
 

@@ -2,6 +2,7 @@
 #define TARGET
 #define VARIANT(name) name##_portable
 #define TAKES_BFLOAT16 0
+#define FOURS 1
 
 #include "numbers.h"
 #include "sparse.h"

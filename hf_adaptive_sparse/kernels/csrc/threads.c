@@ -1,11 +1,34 @@
 /* Choice of path and threads. */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 #include "threads.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
+
+#if HAS_BUILDS_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
+
+#if HAS_BUILDS_AMX
+static int amx_granted;
+
+/* Linux lends the registers of AMX to a process, all of its threads, once it has asked. */
+static void ask_for_amx(void) {
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned a, b, c, d, wanted = 1u << 22 | 1u << 24 | 1u << 25; /* bfloat16, tiles, int8 */
+    amx_granted = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & wanted) == wanted &&
+                  syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+
+static int has_amx(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, ask_for_amx);
+    return amx_granted;
+}
+#endif
 
 HAS_EXPORT int has_supports(int variant) {
     switch (variant) {
@@ -18,6 +41,11 @@ HAS_EXPORT int has_supports(int variant) {
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#if HAS_BUILDS_AMX
+        case HAS_AMX: /* processors that have it have all of this as well */
+            return has_supports(HAS_AVX512) && __builtin_cpu_supports("avx512vbmi2") &&
+                   __builtin_cpu_supports("avx512bf16") && has_amx();
+#endif
 #endif
 #if defined(__aarch64__)
         case HAS_NEON: return 1;

@@ -10,7 +10,14 @@
 #define HAS_EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { HAS_PORTABLE, HAS_AVX2, HAS_AVX512, HAS_NEON };
+enum { HAS_PORTABLE, HAS_AVX2, HAS_AVX512, HAS_NEON, HAS_AMX };
+
+/* Whether the compiler knows AMX, and the system is one whose permission for it can be asked for. */
+#if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define HAS_BUILDS_AMX 1
+#else
+#define HAS_BUILDS_AMX 0
+#endif
 
 /* 1 if this processor runs the variant. */
 HAS_EXPORT int has_supports(int variant);
