@@ -53,6 +53,7 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/open_questions.py
+	$(BIN)/python benchmarks/media_transfer.py
 	$(BIN)/python benchmarks/solver_cost.py
 	$(BIN)/python benchmarks/search_cost.py
 	$(BIN)/python benchmarks/search.py

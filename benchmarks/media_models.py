@@ -17,7 +17,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,17 @@ AUDIO_CHAT = (
 
 
 class FramesByPillow(LlavaNextVideoVideoProcessor):
-    """LLaVA-NeXT-Video's video processor without torchvision: each frame as CLIP takes an image."""
+    """LLaVA-NeXT-Video's video processor without torchvision: each frame as CLIP takes an image.
+
+    Frames must have `IMAGE_SIZE`, as all of ours do.
+    """
 
     def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
         """Return ``pixel_values_videos``, float32 ``(videos, frames, 3, height, width)``."""
-        square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        clip = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=square)
-        pixels = [clip(images=list(v), return_tensors="pt")["pixel_values"] for v in videos]
-        return BatchFeature({"pixel_values_videos": torch.stack(pixels)})
+        clip = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+        frames = [frame for video in videos for frame in video]
+        pixels = clip(images=frames, return_tensors="pt")["pixel_values"]
+        return BatchFeature({"pixel_values_videos": pixels.unflatten(0, (len(videos), -1))})
 
 
 class ClipProcessor(LlavaNextVideoProcessor):
@@ -222,13 +225,13 @@ KINDS: Mapping[str, Kind] = {
         clip_lesson,
         video_model,
         video_processor,
-        Recipe(steps=300, batch=10, pictures=3, text_tokens=256),
+        Recipe(steps=600, batch=10, pictures=3, text_tokens=256),
     ),
     "audio": Kind(
         sound_lesson,
         audio_model,
         audio_processor,
-        Recipe(steps=160, batch=16, pictures=0, text_tokens=256),
+        Recipe(steps=400, batch=16, pictures=0, text_tokens=256),
     ),
 }
 
@@ -280,10 +283,16 @@ def _share_right(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return float((logits[:, :-1].argmax(-1) == labels[:, 1:])[asked].float().mean())
 
 
-def trained(name: str, work: Path, recipe: Recipe | None = None) -> Path:
-    """Return the folder of a trained model; train it there unless it is there already."""
+def trained(name: str, work: Path, steps: int | None = None) -> Path:
+    """Return the folder of a trained model; train it there unless it is there already.
+
+    Args:
+        name: Of `KINDS`.
+        work: Folder for the trained models.
+        steps: Other than the recipe's.
+    """
     kind = KINDS[name]
-    recipe = recipe or kind.recipe
+    recipe = kind.recipe if steps is None else replace(kind.recipe, steps=steps)
     folder = work / f"{name}-{recipe.seed}"
     wanted = json.dumps(asdict(recipe))
     note = folder / "recipe.json"
@@ -303,9 +312,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=list(KINDS))
     parser.add_argument("--work", type=Path, required=True, help="folder for the trained models")
+    parser.add_argument("--steps", type=int, help="of training; default: the recipe's")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(trained(options.name, options.work))
+    print(trained(options.name, options.work, options.steps))
 
 
 if __name__ == "__main__":

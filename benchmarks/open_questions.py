@@ -82,17 +82,8 @@ class Setting:
     def masks(self, metric: str = "lognorm") -> Iterator[OneShot]:
         """Yield the model under masks by a metric; dense until a ratio is set."""
         model = self.inputs.source.load_dense()
-        rankings = rank_model(
-            model,
-            self.inputs.data.calibration,
-            low=0.0,
-            high=0.95,
-            metric=metric,
-            progress=False,
-        )
-        weights = {name: m.weight.data for name, m in prunable_linears(model).items()}
-        with masked(model, rankings) as handle:
-            yield OneShot(model, weights, handle)
+        with one_shot_masks(model, self.inputs.data.calibration, metric) as one_shot:
+            yield one_shot
 
 
 @dataclass(frozen=True)
@@ -112,6 +103,17 @@ class OneShot:
     def uniform(self, ratio: float) -> None:
         """Give every linear one ratio."""
         self.handle.apply(dict.fromkeys(self.weights, ratio))
+
+
+@contextmanager
+def one_shot_masks(
+    model: PreTrainedModel, calibration: Sequence[Batch], metric: str = "lognorm"
+) -> Iterator[OneShot]:
+    """Rank the model's weights, and yield it under masks; dense until a ratio is set."""
+    rankings = rank_model(model, calibration, low=0.0, high=0.95, metric=metric, progress=False)
+    weights = {name: m.weight.data for name, m in prunable_linears(model).items()}
+    with masked(model, rankings) as handle:
+        yield OneShot(model, weights, handle)
 
 
 def ratios_of(result: SearchResult) -> dict[str, float]:
