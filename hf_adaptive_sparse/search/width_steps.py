@@ -64,19 +64,25 @@ class WidthStep:
         return cls(data["part"], tuple(data["wide"]), data["narrow"], increase)
 
     def __str__(self) -> str:
-        *others, last = (*sorted(self.wide, reverse=True), self.narrow)
-        widths = f"{', '.join(map(str, others))} and {last} {self.part} bits"
+        wide = " and ".join(map(str, sorted(self.wide, reverse=True)))
         figures = (
             f"with {self.narrow} the best profile's perplexity changes by "
             f"{self.increase.mean:+.3%}, {{}} at {CONFIDENCE:.0%} confidence"
         )
         if self.is_same:
             bound = figures.format(f"at most {self.increase.high:+.3%}")
-            return f"{widths} do not differ measurably here: {bound} ({MARGIN:.2%} counts as none)."
+            return (
+                f"{wide} and {self.narrow} {self.part} bits do not differ measurably here: {bound} "
+                f"({MARGIN:.2%} counts as none)."
+            )
         if self.increase.low > 0.0:
-            return f"{widths} differ: {figures.format(f'at least {self.increase.low:+.3%}')}."
-        bounds = f"between {self.increase.low:+.3%} and {self.increase.high:+.3%}"
-        return f"{widths} cannot be told apart on these data: {figures.format(bounds)}."
+            bound = figures.format(f"at least {self.increase.low:+.3%}")
+            return f"{self.narrow} {self.part} bits lose measurably against {wide}: {bound}."
+        bounds = figures.format(f"between {self.increase.low:+.3%} and {self.increase.high:+.3%}")
+        return (
+            f"Whether {self.narrow} {self.part} bits lose against {wide} cannot be told on these "
+            f"data: {bounds}."
+        )
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_under_a_ceiling_in_bytes_the_narrower_is_taken(run, costs, tmp_path):
     assert result.best_config.kv_cache == result.best_profile.kv_cache
     same, other, last = result.narrowing.lines
     assert same.startswith("8 and 4 KV bits do not differ")
-    assert other.startswith("8 and 2 KV bits differ: with 2")
+    assert other.startswith("2 KV bits lose measurably against 8: with 2")
     assert last.startswith("The narrower are taken, which saves ")
     # Its files and its report say the same.
     result.save(tmp_path)
@@ -110,10 +110,10 @@ def test_under_a_ceiling_in_bytes_the_narrower_is_taken(run, costs, tmp_path):
 @pytest.mark.parametrize(
     ("loss", "noise", "said"),
     [
-        (0.02, 0.0, "8 and 6 KV bits differ: with 6"),
-        (0.0, 0.01, "8 and 6 KV bits cannot be told apart on these data"),
-        (MARGIN * 1.01, 0.0, "8 and 6 KV bits differ"),
-        (math.nan, 0.0, "8 and 6 KV bits differ"),
+        (0.02, 0.0, "6 KV bits lose measurably against 8: with 6"),
+        (0.0, 0.01, "Whether 6 KV bits lose against 8 cannot be told on these data"),
+        (MARGIN * 1.01, 0.0, "6 KV bits lose measurably against 8"),
+        (math.nan, 0.0, "6 KV bits lose measurably against 8"),
     ],
 )
 def test_widths_that_differ_or_cannot_be_told_apart_are_kept(run, costs, loss, noise, said):
