@@ -319,6 +319,8 @@ class TestReading:
             read_study(journal)
         with pytest.raises(SearchError, match="was not made by hf_adaptive_sparse"):
             read_study(journal, "other")
+        # A folder says itself which of them its result is of.
+        assert read_study(study_folder).name == "hf-adaptive-sparse"
 
     def test_another_name_than_the_folders_is_refused(self, study_folder):
         (study_folder / "search.journal").unlink()

@@ -105,7 +105,7 @@ def read_study(source: str | os.PathLike[str], name: str | None = None) -> Study
     Args:
         source: Folder that ``search`` or ``compress`` wrote, journal or SQLite file, or storage
             URL.
-        name: Name of the study; ``None``: the only one there is.
+        name: Name of the study; ``None``: the one that a folder's result is of, else the only one.
 
     Raises:
         StorageError: If there is no such folder or file, or the storage cannot be used.
@@ -118,6 +118,9 @@ def read_study(source: str | os.PathLike[str], name: str | None = None) -> Study
         if path.is_dir():
             if not (path / JOURNAL).is_file():
                 return _from_file(path, name)
+            if name is None and (path / HISTORY_FILE).is_file():
+                # A search within a loss leaves a study per budget; this is the one that counts.
+                name = SearchResult.load_history(path)["study_name"]
             text = str(path / JOURNAL)
         elif not path.is_file():
             raise StorageError(f"A study is needed; there is no file or folder {text}.")
