@@ -6,7 +6,7 @@ to the statistics for each batch (`InputStatistics.token_weights`), never looked
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -223,6 +223,10 @@ class InputStatistics:
         """Let go of the last input, which is held to recognise it."""
         self._last = None
 
+    def forget(self, name: str) -> None:
+        """Let go of the sums of one expert's matrix: nothing else shares them."""
+        self._statistics.pop(name, None)
+
     def release(self) -> None:
         """Let go of all sums: the Hessians of one layer must not outlive its pruning."""
         self._statistics.clear()
@@ -254,13 +258,16 @@ class InputStatistics:
 
 @contextmanager
 def collect_inputs(
-    weights: Mapping[str, Prunable], hessian: bool = False
+    weights: Mapping[str, Prunable],
+    hessian: bool = False,
+    experts: Container[int] | None = None,
 ) -> Iterator[InputStatistics]:
     """Collect statistics of the inputs of ``weights`` while the context is open.
 
     Args:
         weights: Name -> linear or stack of experts.
         hessian: Also sum ``x xᵀ``: ``in * in`` float32 per distinct input, and per expert.
+        experts: Experts whose inputs are collected; ``None``: all.
 
     Yields:
         The statistics; set their ``token_weights`` before each batch. They stay readable after.
@@ -272,9 +279,9 @@ def collect_inputs(
     stacks = {n: module for n, module in weights.items() if isinstance(module, ExpertStack)}
     try:
         handles.extend(module.register_forward_pre_hook(statistics.hook) for module in linears)
-        for experts, names in watched_experts(stacks):
-            hook = ExpertInputs(experts, names, statistics)
-            handles.append(experts.module.register_forward_hook(hook, with_kwargs=True))
+        for owner, names in watched_experts(stacks):
+            hook = ExpertInputs(owner, names, statistics, experts)
+            handles.append(owner.module.register_forward_hook(hook, with_kwargs=True))
         yield statistics
     finally:
         for handle in handles:

@@ -10,7 +10,7 @@ refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,12 +70,18 @@ class ExpertInputs:
         experts: The experts.
         names: Key of a parameter -> name of its stack; those that are not in it are not collected.
         statistics: Where the inputs are added.
+        only: The experts whose inputs are added; ``None``: all.
     """
 
     def __init__(
-        self, experts: Experts, names: Mapping[str, str], statistics: InputStatistics
+        self,
+        experts: Experts,
+        names: Mapping[str, str],
+        statistics: InputStatistics,
+        only: Container[int] | None = None,
     ) -> None:
         self._experts, self._names, self._statistics = experts, names, statistics
+        self._only = only
         self._signature = inspect.signature(experts.module.forward)
         self._checked = False
 
@@ -98,6 +104,8 @@ class ExpertInputs:
             self._checked = True
         token_weights = self._statistics.row_weights(call.tokens, call.copies)
         for expert, tokens in self._sent(call):
+            if self._only is not None and expert not in self._only:
+                continue
             counts = None if token_weights is None else token_weights[tokens]
             if counts is not None:
                 tokens, counts = tokens[counts > 0], counts[counts > 0]

@@ -118,7 +118,7 @@ def prune_model(
     removed = dict.fromkeys(weights, 0)
     starved: dict[str, tuple[int, ...]] = {}
     with progress_bar(len(by_layer), f"Pruning ({method})", progress) as bar:
-        for index, statistics in layer_statistics(
+        for turn in layer_statistics(
             model,
             by_layer,
             method,
@@ -130,35 +130,48 @@ def prune_model(
             residence=residence,
         ):
             if residence is not EVERYWHERE:
-                for name, weight in by_layer[index].items():
+                for name, weight in turn.weights.items():
                     check_sound(weight, name)
-            for name, weight in by_layer[index].items():
+            for name, weight in turn.weights.items():
                 stored, ratio = stored_weight(weight, name), targets[name]
                 if isinstance(weight, ExpertStack):
-                    removed[name], starved[name] = prune_experts_(
-                        weight, stored, name, ratio, method, parsed, statistics, min_expert_tokens
+                    gone, without = prune_experts_(
+                        weight,
+                        stored,
+                        name,
+                        ratio,
+                        method,
+                        parsed,
+                        turn.statistics,
+                        min_expert_tokens,
+                        turn.experts,
                     )
-                    continue
-                removed[name] = method.prune_(
-                    stored,
-                    parameter_name(name, weight),
-                    removal_count(stored.numel(), ratio),
-                    parsed,
-                    None if statistics is None else statistics.statistic(name),
-                    fused_rows(model, name),
-                )
-            gone = sum(removed[name] for name in by_layer[index])
-            size = sum(weight.weight.numel() for weight in by_layer[index].values())
+                    starved[name] = (*starved.get(name, ()), *without)
+                else:
+                    gone = method.prune_(
+                        stored,
+                        parameter_name(name, weight),
+                        removal_count(stored.numel(), ratio),
+                        parsed,
+                        None if turn.statistics is None else turn.statistics.statistic(name),
+                        fused_rows(model, name),
+                    )
+                removed[name] += gone
+            if turn.statistics is not None:
+                turn.statistics.release()
+            if not turn.last:
+                continue
+            members = by_layer[turn.index]
+            gone = sum(removed[name] for name in members)
+            size = sum(weight.weight.numel() for weight in members.values())
             if on_layer is not None:
-                on_layer(index)
+                on_layer(turn.index)
             residence.keep(
-                index,
-                {name: removed[name] for name in by_layer[index]},
-                {name: starved[name] for name in by_layer[index] if starved.get(name)},
+                turn.index,
+                {name: removed[name] for name in members},
+                {name: starved[name] for name in members if starved.get(name)},
             )
-            if statistics is not None:
-                statistics.release()
-            bar.set_postfix(layer=index, sparsity=f"{gone / size:.4f}")
+            bar.set_postfix(layer=turn.index, sparsity=f"{gone / size:.4f}")
             bar.update()
     return PruningReport(
         modules=tuple(

@@ -13,7 +13,7 @@ features of one layer differ by, so that fewer tokens would add more noise than 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 
@@ -26,8 +26,9 @@ from hf_adaptive_sparse.pruning.ranking import removal_count
 
 logger = logging.getLogger(__name__)
 
-HESSIAN_BYTES = 8 << 30
-"""Bytes of Hessians of one layer's experts at most; beyond, pruning by them is refused."""
+HESSIAN_BYTES = 2 << 30
+"""Bytes of experts' Hessians that are held at once, one expert's at least; a layer with more is run
+several times."""
 
 _LISTED = 8
 
@@ -64,6 +65,7 @@ def prune_experts_(
     pattern: Pattern,
     statistics: InputStatistics | None,
     min_tokens: int,
+    experts: Container[int] | None = None,
 ) -> tuple[int, tuple[int, ...]]:
     """Prune the matrices of a stack in place, one after the other.
 
@@ -76,12 +78,15 @@ def prune_experts_(
         pattern: The pattern.
         statistics: Statistics of the inputs; ``None`` only for data-free methods.
         min_tokens: Tokens below which an expert is pruned without data.
+        experts: Those that are pruned; ``None``: all.
 
     Returns:
         How many weights went, and the experts that were pruned without data though there are some.
     """
     removed, starved = 0, []
     for expert, count in enumerate(expert_counts(stack, ratio)):
+        if experts is not None and expert not in experts:
+            continue
         inputs = None
         if statistics is not None:
             inputs, known = expert_inputs(
@@ -98,22 +103,22 @@ def prune_experts_(
         key = expert_name(name, expert)
         removed += method.prune_(matrix, key, count, pattern, inputs, stack.fused_rows)
         stack.write_(stored, expert, matrix)
+        if statistics is not None:
+            statistics.forget(key)
     return removed, tuple(starved)
 
 
-def check_hessians(stacks: Iterable[ExpertStack]) -> None:
-    """Refuse to collect the Hessians of one layer's experts where they would not fit.
+def expert_passes(stacks: Iterable[ExpertStack]) -> list[range]:
+    """Return the experts of one layer whose Hessians are held at once, pass by pass.
 
-    Raises:
-        ValueError: If they take more than `HESSIAN_BYTES`.
+    Args:
+        stacks: The stacks of the layer.
     """
-    total = sum(4 * stack.count * stack.in_features**2 for stack in stacks)
-    if total > HESSIAN_BYTES:
-        raise ValueError(
-            f"The Hessians of one layer's experts would take {total / 2**30:.1f} GiB, and at most "
-            f"{HESSIAN_BYTES >> 30} GiB are used for them. Use a metric without a weight update, "
-            "such as 'lognorm', or leave the experts dense: modules_to_not_convert=['*.experts.*']."
-        )
+    held = list(stacks)
+    each = sum(4 * stack.in_features**2 for stack in held)
+    count = max((stack.count for stack in held), default=0)
+    step = max(1, HESSIAN_BYTES // max(1, each))
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def experts_without_data(

@@ -207,14 +207,32 @@ def test_experts_that_compute_something_else_are_refused(mixtral, batches, monke
         prune_model(mixtral, ratios=resolve_ratios(mixtral, 0.5), batches=batches, progress=False)
 
 
-def test_hessians_of_too_many_experts_are_refused(mixtral, batches, monkeypatch):
-    monkeypatch.setattr(pruning_experts, "HESSIAN_BYTES", 1000)
-    with pytest.raises(ValueError, match="Hessians of one layer's experts would take"):
-        prune_model(
-            mixtral,
-            ratios=resolve_ratios(mixtral, 0.5),
+def test_hessians_are_held_for_as_many_experts_as_fit(batches, monkeypatch):
+    found = []
+    for limit in (1 << 30, 30_000):  # one expert's take 4 * (32² + 48²) bytes
+        monkeypatch.setattr(pruning_experts, "HESSIAN_BYTES", limit)
+        model = tiny_model("mixtral")
+        report = prune_model(
+            model,
+            ratios=resolve_ratios(model, 0.5),
             metric="sparsegpt",
             batches=batches,
+            min_expert_tokens=33,
+            progress=False,
+        )
+        found.append((report.removed, report.experts_without_data, model.state_dict()))
+    first, second = found
+    assert [len(each) for each in pruning_experts.expert_passes(stacks(model).values())] == [1] * 4
+    assert first[:2] == second[:2]
+    assert first[1] != {}
+    assert all(torch.equal(tensor, second[2][name]) for name, tensor in first[2].items())
+    with pytest.raises(ValueError, match="one-shot calibration holds the Hessians"):
+        prune_model(
+            tiny_model("mixtral"),
+            ratios=resolve_ratios(model, 0.5),
+            metric="sparsegpt",
+            batches=batches,
+            sequential=False,
             progress=False,
         )
 
