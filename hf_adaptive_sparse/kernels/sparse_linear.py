@@ -39,12 +39,10 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     _check(x, "x", columns, weight)
     if bias is not None:
         _check(bias, "bias", rows, weight)
-    with torch.no_grad():
-        tokens = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
-        output = _few_tokens(tokens, weight, bias)
-        if output is None:
-            output = sparse_tiles.linear(tokens, weight, bias)
-        return output.view(*x.shape[:-1], rows)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _product(x, weight, bias)
+    return _product(x, weight, bias)
 
 
 def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
@@ -65,6 +63,15 @@ def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor
     with torch.no_grad():
         flat = gradient.reshape(gradient.shape[:-1].numel(), rows)
         return sparse_tiles.input_gradient(flat, weight).view(*gradient.shape[:-1], columns)
+
+
+def _product(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    rows, columns = weight.shape
+    tokens = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
+    output = _few_tokens(tokens, weight, bias)
+    if output is None:
+        output = sparse_tiles.linear(tokens, weight, bias)
+    return output.view(*x.shape[:-1], rows)
 
 
 def _few_tokens(

@@ -7,6 +7,7 @@ once, whatever the number of tokens; ``csrc/sparse_body.h`` says how.
 from __future__ import annotations
 
 import ctypes
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -46,9 +47,25 @@ class _Call(ctypes.Structure):
     )
 
 
+_paths: WeakKeyDictionary[SparseWeight, str | None] = WeakKeyDictionary()
+
+
+def path_of(weight: SparseWeight) -> str | None:
+    """Return the path that takes this weight; None: there is no library, or it does not.
+
+    A weight keeps its path: in a model, with its weights between two calls, one look at the
+    environment costs as much as a small product.
+    """
+    if weight in _paths:
+        return _paths[weight]
+    taken = weight.device.type == "cpu" and weight.dtype in _DTYPES
+    path = _paths[weight] = active_path() if taken else None
+    return path
+
+
 def is_supported(weight: SparseWeight) -> bool:
     """Return whether the library is there and takes this weight."""
-    return weight.device.type == "cpu" and weight.dtype in _DTYPES and active_path() is not None
+    return path_of(weight) is not None
 
 
 def tokens_that_pay(weight: SparseWeight) -> int:
@@ -59,7 +76,7 @@ def tokens_that_pay(weight: SparseWeight) -> int:
     more time than one, and up to 128 reads the weight four times and is still ahead of tiles; it
     does so for values in bfloat16, and for codes in whole groups of 64 columns.
     """
-    if active_path() != "amx":
+    if path_of(weight) != "amx":
         return _TOKENS
     if weight.scales is None:
         return _AMX_TOKENS if weight.dtype == torch.bfloat16 else _TOKENS
@@ -97,7 +114,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         call.tokens = min(MAX_TOKENS, x.shape[0] - start)
         call.x = x.data_ptr() + start * x.stride(0) * x.element_size()
         call.output = output.data_ptr() + start * weight.shape[0] * x.element_size()
-        _run("has_sparse_linear", call)
+        _run("has_sparse_linear", call, path_of(weight))
     return output
 
 
@@ -116,7 +133,7 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
     call = _describe(weight)
     call.first_row, call.last_row = start, stop
     call.output, call.output_stride = output.data_ptr(), output.stride(0)
-    _run("has_sparse_dense", call)
+    _run("has_sparse_dense", call, path_of(weight))
 
 
 def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor | None:
@@ -154,8 +171,8 @@ def _describe(weight: SparseWeight) -> _Call:
     return call
 
 
-def _run(function: str, call: _Call) -> None:
-    loaded, path = library(), active_path()
+def _run(function: str, call: _Call, path: str | None) -> None:
+    loaded = library()
     if loaded is None or path is None:
         raise ValueError("There is no native library here; `is_supported` says so beforehand.")
     _check(getattr(loaded, function)(PATHS[path], ctypes.byref(call)))

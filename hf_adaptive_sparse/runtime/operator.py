@@ -2,7 +2,7 @@
 
 ``torch.compile`` and ``torch.export`` see two opaque operators, ``hf_adaptive_sparse::linear`` and
 the gradient for its input. They take the tensors of a `SparseWeight` one by one, as operators of
-torch must. The weight itself has no gradient.
+torch must. The weight itself has no gradient. A call that nothing looks at skips the operator.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit.
     """
+    if _nobody_watches(x, bias):
+        return sparse_linear.linear(x, weight, bias)
     product: torch.Tensor = _linear(
         x,
         weight.values,
@@ -43,6 +45,22 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
         weight.group_size or _NO_GROUPS,
     )
     return product
+
+
+def _nobody_watches(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Return whether the operator can be left out, which takes as long as a small product.
+
+    It is there for gradients, tracers, transforms and tensors that are more than their numbers.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 @torch.library.custom_op("hf_adaptive_sparse::linear", mutates_args=())

@@ -79,6 +79,7 @@ class SparseLinear(nn.Linear):
     weight_bitmask: nn.Parameter
     weight_scales: nn.Parameter | None
     row_offsets: torch.Tensor | None
+    _over_parameters: SparseWeight | None = None
 
     def __init__(
         self,
@@ -167,18 +168,26 @@ class SparseLinear(nn.Linear):
     @property
     def sparse_weight(self) -> SparseWeight:
         """The weight, over this module's tensors."""
+        bitmask, values, scales = self.weight_bitmask, self.weight_values, self.weight_scales
         offsets = self.row_offsets
-        if offsets is None or offsets.device != self.weight_bitmask.device:
+        kept = self._over_parameters
+        if (  # the same tensors, whatever their data is by now
+            kept is not None
+            and kept.bitmask is bitmask
+            and kept.values is values
+            and kept.row_offsets is offsets
+            and kept.scales is scales
+            and not torch.compiler.is_compiling()
+        ):
+            return kept
+        if offsets is None or offsets.device != bitmask.device:
             # Offloaded: the parts are here for the length of one forward.
             return self._checked()
-        return SparseWeight(
-            (self.out_features, self.in_features),
-            self.weight_bitmask,
-            self.weight_values,
-            offsets,
-            self.weight_scales,
-            self.group_size,
-        )
+        shape = (self.out_features, self.in_features)
+        weight = SparseWeight(shape, bitmask, values, offsets, scales, self.group_size)
+        if not torch.compiler.is_compiling():
+            self._over_parameters = weight
+        return weight
 
     @property
     def weight(self) -> SparseWeightView:  # type: ignore[override]

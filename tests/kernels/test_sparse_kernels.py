@@ -218,7 +218,7 @@ def test_sizes_that_the_library_refuses(path):
     call = sparse_native._describe(weight)
     call.tokens = sparse_native.MAX_TOKENS + 1
     with pytest.raises(RuntimeError, match="sizes out of range"):
-        sparse_native._run("has_sparse_linear", call)
+        sparse_native._run("has_sparse_linear", call, path)
 
 
 def test_without_a_path_there_is_no_kernel(monkeypatch):

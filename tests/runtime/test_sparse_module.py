@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.conversion import compress_, decompress_, sparse_linears
 from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, SparseLinear
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
@@ -251,3 +254,34 @@ def test_torch_compile_sees_one_graph(bits: int) -> None:
     twin = x.detach().clone().requires_grad_()
     model(twin).sum().backward()
     torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_tracers_and_autograd_see_the_operator() -> None:
+    weight, x = SparseWeight.from_dense(pruned().weight.detach()), torch.randn(3, 77)
+    seen = torch.ops.hf_adaptive_sparse.linear.default
+    traced = make_fx(lambda x: operator.linear(x, weight, None))(x)
+    assert seen in {node.target for node in traced.graph.nodes}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        assert isinstance(operator.linear(fakes.from_tensor(x), weight, None), FakeTensor)
+    x.requires_grad_()
+    recorded = operator.linear(x, weight, None)
+    recorded.sum().backward()
+    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(3, 77))
+    assert torch.equal(operator.linear(x.detach(), weight, None), recorded)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_changes_after_a_forward_is_seen_by_the_next(bits: int) -> None:
+    first, second = pruned(), pruned()
+    with torch.no_grad():
+        second.weight.mul_(2.0)[5] = 0.0
+    module, x = sparse(first, bits), torch.randn(2, 77)
+    module(x)
+    module.load_state_dict(sparse(second, bits).state_dict())
+    torch.testing.assert_close(module(x), sparse(second, bits)(x))
+    half = module.to(torch.bfloat16)
+    wanted = half.to_linear()(x.bfloat16())
+    torch.testing.assert_close(half(x.bfloat16()), wanted, **tolerance(torch.bfloat16))
+    copied = copy.deepcopy(half)
+    copied.set_weight(sparse(first.bfloat16(), bits).sparse_weight)
+    torch.testing.assert_close(half(x.bfloat16()), wanted, **tolerance(torch.bfloat16))
