@@ -60,6 +60,14 @@ def test_tiles(monkeypatch, bits, tile_rows):
     torch.testing.assert_close(back, gradient @ weight.to_dense(torch.float32))
 
 
+def test_tiles_are_whole_multiples_of_what_a_product_takes(monkeypatch):
+    weight = make_sparse(300, 45)
+    for rows, expected in ((3, [3] * 100), (64, [64] * 4 + [44]), (191, [128, 128, 44])):
+        monkeypatch.setattr(sparse_tiles, "TILE_BYTES", rows * 45 * 4)
+        found = [stop - start for start, stop, _ in sparse_tiles._tiles(weight)]
+        assert found == expected
+
+
 def test_the_buffer_serves_inside_and_outside_of_inference_mode():
     weight, x = make_sparse(10, 45), torch.randn(33, 45)
     results = []
