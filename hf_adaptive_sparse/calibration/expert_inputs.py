@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,12 @@ class ExpertInputs:
             ValueError: If the module is called, or computes, in a way that is not known, or its
                 weights are offloaded.
         """
-        for key in (self._experts.up, "down_proj"):
-            if getattr(module, key).is_meta:
-                raise self._refusal("its weights are offloaded, where they cannot be read")
+        with _in_memory(module, self._experts.up):
+            if getattr(module, self._experts.up).is_meta:
+                raise self._refusal("its weights are not in memory")
+            self._collect(args, kwargs, output)
+
+    def _collect(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._call(args, kwargs)
         if not self._checked and call.tokens.shape[0]:
             self._check(call, output)
@@ -182,6 +186,20 @@ class ExpertInputs:
             f"collected: {why}. Use metric='magnitude', which needs no data, or leave them dense: "
             f"modules_to_not_convert=[{name!r}] or a glob such as '*.experts.*'."
         )
+
+
+@contextmanager
+def _in_memory(module: torch.nn.Module, key: str) -> Iterator[None]:
+    """Bring weights back that `accelerate` took out of memory when the forward ended."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not getattr(module, key).is_meta:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def _blocks(tokens: torch.Tensor, count: int) -> _Call:

@@ -47,12 +47,12 @@ def expert_inputs(
     *,
     hessian: bool,
     min_tokens: int,
+    device: torch.device,
 ) -> tuple[InputStatistic, bool]:
     """Return the statistics to prune one expert's matrix by, and whether they are of data."""
     key = expert_name(name, expert)
     if statistics.rows(key) >= min_tokens:
         return statistics.statistic(key), True
-    device = stack.weight.device
     return InputStatistic.without_data(key, stack.in_features, hessian, device), False
 
 
@@ -96,6 +96,7 @@ def prune_experts_(
                 statistics,
                 hessian=method.needs_hessian,
                 min_tokens=min_tokens,
+                device=stored.device,
             )
             if not known:
                 starved.append(expert)

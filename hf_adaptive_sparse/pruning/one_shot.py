@@ -126,6 +126,7 @@ class _ExpertScores:
                 self._known,
                 hessian=False,
                 min_tokens=self._min_tokens,
+                device=self._stored.device,
             )
             norm = inputs.norm
             if not of_data:

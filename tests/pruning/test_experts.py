@@ -8,6 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -235,6 +236,19 @@ def test_hessians_are_held_for_as_many_experts_as_fit(batches, monkeypatch):
             sequential=False,
             progress=False,
         )
+
+
+def test_experts_that_accelerate_keeps_elsewhere_are_pruned_there(mixtral, batches):
+    ratios = resolve_ratios(mixtral, 0.5)
+    expected, settings = copy.deepcopy(mixtral), {"ratios": ratios, "batches": batches}
+    reports = [prune_model(expected, **settings, min_expert_tokens=33, progress=False)]
+    cpu_offload(mixtral, execution_device="cpu")
+    reports.append(prune_model(mixtral, **settings, min_expert_tokens=33, progress=False))
+    module = mixtral.model.layers[0].mlp.experts
+    assert module.down_proj.is_meta
+    found = module._hf_hook.weights_map["down_proj"]
+    assert torch.equal(found, expected.model.layers[0].mlp.experts.down_proj)
+    assert reports[0].experts_without_data == reports[1].experts_without_data != {}
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
