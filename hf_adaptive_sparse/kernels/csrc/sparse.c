@@ -90,7 +90,7 @@ static int multiply_rows(void *argument, int64_t i) {
 static int run(range *r) {
     int64_t rows = r->last - r->first, together = r->x == NULL ? 1 : r->variant->rows;
     r->step = 32768 / r->call->columns + 1;
-    int64_t tasks = 8 * (r->call->threads > 1 ? r->call->threads : 1);
+    int64_t tasks = r->call->threads > 1 ? 4 * r->call->threads : 1;
     if (together > 1 && r->step < rows / tasks) r->step = rows / tasks;
     r->step = (r->step + together - 1) / together * together;
     return has_run(multiply_rows, r, (rows + r->step - 1) / r->step, r->call->threads);
