@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_quality
@@ -93,7 +92,7 @@ def pruned_for_now(
     """Prune a model as `checkpoint.loading.apply_config` does; take it back when the body ends.
 
     Args:
-        model: The dense model. A copy of its decoder layers' parameters is kept in CPU memory.
+        model: The dense model. A copy of its prunable weights is kept in CPU memory.
         config: How to prune.
         batches: Calibration batches.
         processor: As for `apply_config`.
@@ -101,25 +100,17 @@ def pruned_for_now(
     Yields:
         The KV profile that the model would carry, ``False`` if none.
     """
-    with _restored(decoder_layers(model)[1]):
+    with _restored(model):
         _, resolved = prune_and_resolve(model, config, batches, processor, progress=False)
         yield resolved.kv_cache or False
 
 
 @contextlib.contextmanager
-def _restored(layers: nn.ModuleList) -> Iterator[None]:
-    stored = list(_stored(layers))
+def _restored(model: PreTrainedModel) -> Iterator[None]:
+    stored = [stored_weight(weight, name) for name, weight in prunable_weights(model).items()]
     kept = [tensor.to("cpu", copy=True) for tensor in stored]
     try:
         yield
     finally:
         for tensor, values in zip(stored, kept, strict=True):
             tensor.copy_(values)
-
-
-def _stored(layers: nn.ModuleList) -> Iterator[torch.Tensor]:
-    for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear):  # its weight may lie elsewhere than in its parameter
-            yield stored_weight(module, name)
-        else:
-            yield from (tensor.detach() for tensor in module.parameters(recurse=False))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.final_prune import pruned_for_now
@@ -33,3 +35,15 @@ def test_a_model_without_kv_profile_is_measured_without(tiny_llama, text_batches
     config = SparsityConfig(metric="magnitude")
     with pruned_for_now(tiny_llama, config, text_batches, None) as kv_cache:
         assert kv_cache is False
+
+
+def test_weights_that_accelerate_keeps_out_of_the_model_come_back_too(tiny_llama):
+    before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    cpu_offload(tiny_llama, execution_device=torch.device("cpu"))
+    linear = tiny_llama.model.layers[0].mlp.up_proj
+    assert linear.weight.is_meta
+    with pruned_for_now(tiny_llama, SparsityConfig(metric="magnitude"), None, None):
+        assert (linear._hf_hook.weights_map["weight"] == 0).float().mean() > 0.3
+    remove_hook_from_submodules(tiny_llama)
+    for name, tensor in tiny_llama.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
