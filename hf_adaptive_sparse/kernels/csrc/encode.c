@@ -32,12 +32,12 @@ static int64_t metadata_bytes(const has_encode_call *call, int i) {
     return call->format == HAS_TRANSPOSED && i < 2 ? 1 : 2;
 }
 
-/* Task i: blocks of a head follow each other, so that a thread's states are near each other. */
+/* Task i: the heads of a block follow each other, as a token's do in the states of a model. */
 static int run_task(void *shared, int64_t i) {
     const work *w = shared;
     const has_encode_call *call = w->call;
-    int64_t block = i % call->blocks, head = i / call->blocks % call->heads;
-    int64_t batch = i / call->blocks / call->heads, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
+    int64_t head = i % call->heads, block = i / call->heads % call->blocks;
+    int64_t batch = i / call->heads / call->blocks, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
     const int64_t *ss = call->state_strides, *cs = call->code_strides;
     has_encode_task task = {.tokens = call->tokens};
     int64_t at = batch * ss[0] + head * ss[1];
