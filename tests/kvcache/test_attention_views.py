@@ -435,6 +435,19 @@ def test_generate_never_decodes_after_the_prompt(
     assert native_calls
 
 
+def test_a_prompt_decodes_keys_and_values_of_each_layer_once(tiny_llama, monkeypatch):
+    decoded, decode = [], Pinned.decode
+
+    def counted(pinned):
+        decoded.append(pinned)
+        return decode(pinned)
+
+    monkeypatch.setattr(Pinned, "decode", counted)
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILE)
+    tiny_llama(random_ids(2, 300), past_key_values=cache)
+    assert len(decoded) == 2 * len(cache.layers)
+
+
 @needs_kernels
 def test_generated_tokens_are_those_of_the_decoded_cache(tiny_llama, monkeypatch):
     ids = random_ids(3, 90)
