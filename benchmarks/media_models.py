@@ -225,13 +225,13 @@ KINDS: Mapping[str, Kind] = {
         clip_lesson,
         video_model,
         video_processor,
-        Recipe(steps=600, batch=10, pictures=3, text_tokens=256),
+        Recipe(steps=1000, batch=10, pictures=3, text_tokens=256),
     ),
     "audio": Kind(
         sound_lesson,
         audio_model,
         audio_processor,
-        Recipe(steps=400, batch=16, pictures=0, text_tokens=256),
+        Recipe(steps=1000, batch=16, pictures=0, text_tokens=256),
     ),
 }
 

@@ -18,7 +18,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,14 +29,13 @@ from environment import RESULTS, write_result
 from lessons import MakeLesson, write_questions
 from media_models import KINDS, trained
 from open_questions import OneShot, layer_ratios, one_shot_masks, ratios_of
-from paired import Bootstrap, Losses
+from paired import Scores, score, scores_against
 from tones import sound_lesson
 from transformers import AutoModelForMultimodalLM, PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.compressor import DataSource
 from hf_adaptive_sparse.demo.scenes import HELD_OUT_SEEDS, make_text
-from hf_adaptive_sparse.evaluation.scoring import predict
 from hf_adaptive_sparse.report import markdown_table
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
@@ -55,57 +53,9 @@ PARTS = ("calibration", "search", "held_out")
 TARGETS = (0.5, 0.6, 0.7)
 SUFFERS = 0.02
 """Share of the questions that the uniform profile must lose for a target to be worth a search."""
+WELL_TRAINED = 0.8
+"""Accuracy below which a model's rows say little, and the table says so."""
 WINDOW = 256
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model makes of held-out questions, batch by batch.
-
-    Attributes:
-        losses: Of the tokens of the answers.
-        errors: The questions that greedy decoding would miss, as "losses" per question.
-    """
-
-    losses: Losses
-    errors: Losses
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the questions that are answered right."""
-        return 1 - self.errors.mean
-
-
-def score(model: PreTrainedModel, batches: Sequence[Batch]) -> Scores:
-    sums, tokens, wrong, asked = [], [], [], []
-    for batch in batches:
-        predictions = predict(model, batch)
-        if predictions is None:
-            raise ValueError("Every batch must have an answer.")
-        missed, rows = predictions.wrong_rows()
-        sums.append(predictions.sum_nll())
-        tokens.append(predictions.count)
-        wrong.append(float(missed))
-        asked.append(rows)
-    return Scores(Losses(sums, tokens), Losses(wrong, asked))
-
-
-def rows_against(scores: Mapping[str, Scores], to: str) -> dict[str, dict[str, Any]]:
-    """Set scores against those of one row: gap of the loss and of the accuracy, with intervals."""
-    bootstrap = Bootstrap(len(scores[to].losses.sums), seed=0)
-    rows = {}
-    for name, one in scores.items():
-        gap, interval = bootstrap.gap(one.losses, scores[to].losses)
-        fewer, (low, high) = bootstrap.gap(one.errors, scores[to].errors)
-        rows[name] = {
-            "loss": one.losses.mean,
-            "gap": gap,
-            "interval": interval,
-            "accuracy": one.accuracy,
-            "accuracy_gap": -fewer,
-            "accuracy_interval": (-high, -low),
-        }
-    return rows
 
 
 def make_data(work: Path, name: str, options: argparse.Namespace) -> dict[str, dict[str, Path]]:
@@ -195,11 +145,11 @@ def transfer(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "training": json.loads((folder / "recipe.json").read_text(encoding="utf-8")),
         "own": own,
         "accuracy_on_other_data": on_others,
-        "uniform_by_target": rows_against(
+        "uniform_by_target": scores_against(
             {"dense": dense, **{f"{t:.0%}": s for t, s in uniform.items()}}, "dense"
         ),
         "target_sparsity": target,
-        "rows": rows_against(scores, baseline),
+        "rows": scores_against(scores, baseline),
         "profiles": {found: layer_ratios(model, ratios) for found, ratios in profiles.items()},
     }
 
@@ -241,12 +191,18 @@ def _about(answer: Mapping[str, Any]) -> list[str]:
         for kind, accuracy in answer["accuracy_on_other_data"].items()
     )
     recipe = answer["training"]["recipe"]
+    caution = ""
+    if by_target["dense"]["accuracy"] < WELL_TRAINED:
+        caution = (
+            f" **It was trained for too short a time** (wanted: {WELL_TRAINED:.0%} right), so what "
+            "follows is provisional."
+        )
     return [
         f"`{answer['model']}`, {answer['parameters'] / 1e6:.1f} M parameters, trained in "
         f"{recipe['steps']} steps. Held-out questions about {answer['own']} that it answers right: "
         f"{told} (uniform).{others} Searched at {answer['target_sparsity']:.0%}: the lowest of "
         f"{', '.join(f'{t:.0%}' for t in TARGETS)} at which the uniform profile loses at least "
-        f"{SUFFERS:.0%} of the answers, or else the highest.",
+        f"{SUFFERS:.0%} of the answers, or else the highest.{caution}",
     ]
 
 

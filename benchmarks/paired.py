@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
+from hf_adaptive_sparse.evaluation.scoring import predict
 
 RESAMPLES = 2000
 
@@ -66,6 +68,57 @@ class Bootstrap:
         shares = [_gap(losses, to, draw) / _gap(rival, to, draw) for draw in self._draws]
         whole = _gap(losses, to, self._all) / _gap(rival, to, self._all)
         return whole, _interval(shares)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of held-out questions, batch by batch.
+
+    Attributes:
+        losses: Of the tokens of the answers.
+        errors: The questions that greedy decoding would miss, as "losses" per question.
+    """
+
+    losses: Losses
+    errors: Losses
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the questions that are answered right."""
+        return 1 - self.errors.mean
+
+
+def score(model: PreTrainedModel, batches: Sequence[Batch]) -> Scores:
+    """Score answered questions; every batch must have an answer."""
+    sums, tokens, wrong, asked = [], [], [], []
+    for batch in batches:
+        predictions = predict(model, batch)
+        if predictions is None:
+            raise ValueError("Every batch must have an answer.")
+        missed, rows = predictions.wrong_rows()
+        sums.append(predictions.sum_nll())
+        tokens.append(predictions.count)
+        wrong.append(float(missed))
+        asked.append(rows)
+    return Scores(Losses(sums, tokens), Losses(wrong, asked))
+
+
+def scores_against(scores: Mapping[str, Scores], to: str) -> dict[str, dict[str, Any]]:
+    """Set scores against those of one row: gap of the loss and of the accuracy, with intervals."""
+    bootstrap = Bootstrap(len(scores[to].losses.sums), seed=0)
+    rows = {}
+    for name, one in scores.items():
+        gap, interval = bootstrap.gap(one.losses, scores[to].losses)
+        fewer, (low, high) = bootstrap.gap(one.errors, scores[to].errors)
+        rows[name] = {
+            "loss": one.losses.mean,
+            "gap": gap,
+            "interval": interval,
+            "accuracy": one.accuracy,
+            "accuracy_gap": 0.0 - fewer,
+            "accuracy_interval": (0.0 - high, 0.0 - low),
+        }
+    return rows
 
 
 def _gap(losses: Losses, to: Losses, draw: Sequence[int]) -> float:
