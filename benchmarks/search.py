@@ -26,7 +26,7 @@ from time import perf_counter
 from typing import Any
 
 import optuna
-from environment import shared, write_result
+from environment import describe, shared, write_result
 from paper_procedure import PaperSearch, pruned_perplexity
 from search_table import KINDS, summary, table
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -216,6 +216,7 @@ def main() -> None:
                 name: len(getattr(comparison.data, name))
                 for name in ("calibration", "evaluation", "held_out")
             },
+            "environment": describe(),
             "load_average": os.getloadavg(),
             "summary": summary(runs, dense, uniform),
             "runs": runs,

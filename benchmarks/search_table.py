@@ -75,6 +75,10 @@ def table(document: Mapping[str, Any]) -> str:
         f"| {figures['median_trial_speedup']:.1f} × as long |",
         "",
         _said(figures),
+        "",
+        f"Load average at the end {document['load_average'][0]:.1f} on "
+        f"{document['environment']['cores']} cores: where it is above their number, other jobs ran "
+        "beside, and times and what was found in equal time are provisional.",
     ]
     return "\n".join(lines)
 
