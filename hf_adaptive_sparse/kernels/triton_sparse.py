@@ -31,7 +31,6 @@ import torch
 from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 from hf_adaptive_sparse.kernels.triton_device import LaunchError, interprets, launch, serves
 from hf_adaptive_sparse.kernels.triton_sparse_plan import (
-    Tile,
     decompress_tile,
     fixed_arguments,
     tokens_plan,
@@ -89,7 +88,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    with _on(weight.device), torch.no_grad():
+    with _on(weight.device):
         if x.shape[0] == 1:
             _vector(x, weight, bias, output)
         else:
@@ -127,7 +126,7 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
             num_warps=tile.warps,
         )
 
-    with _on(weight.device), torch.no_grad():
+    with _on(weight.device):
         launch(_failures, _name("decompress", weight, constants), run)
 
 
@@ -146,48 +145,66 @@ def say_what_failed(error: str) -> None:
 _failures: dict[object, str] = {}
 """Kernels that cannot be had on a device, and why."""
 
-_fastest: dict[object, Tile] = {}
-"""The tile measured fastest, by shape and format of the weight."""
+_chosen: dict[object, dict[str, int]] = {}
+"""What ``vector_kernel`` is compiled for and launched with, by what is called."""
 
 
 def _vector(
     x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None, output: torch.Tensor
 ) -> None:
+    # As little as can be is done per call: a small layer takes a GPU less time than this.
     rows, columns = weight.shape
-    fixed = fixed_arguments(weight)
+    formats = (weight.values.dtype, x.dtype, weight.group_size, weight.bitmask.data_ptr() % 4)
+    call = (x.device, weight.shape, *formats, bias is None)
 
-    def run(tile: Tile) -> None:
-        _kernels().vector_kernel[(-(-rows // tile.rows),)](
+    def run(constants: dict[str, int]) -> None:
+        _kernels().vector_kernel[(-(-rows // constants["ROWS"]),)](
             x,
             *_tensors(weight),
             x if bias is None else bias,
             output,
             *(rows, columns),
-            **fixed,
-            BIAS=bias is not None,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
+            **constants,
         )
 
-    kernel = (*_name("vector", weight, fixed), bias is not None)
-    launch(_failures, kernel, lambda: run(_tile((*kernel, *weight.shape), weight, run)))
+    def choose_and_run() -> None:
+        constants = _chosen.get(call)
+        if constants is None:
+            fixed = {**fixed_arguments(weight), "BIAS": bias is not None}
+            constants = _choose(call, weight, fixed, run)
+        run(constants)
+
+    launch(_failures, call, choose_and_run)
 
 
-def _tile(call: object, weight: SparseWeight, run: Callable[[Tile], None]) -> Tile:
-    """Return the tile to take: measured once per kernel and shape, where that can be done."""
-    if call in _fastest:
-        return _fastest[call]
-    tiles = vector_tiles(weight)
-    if weight.shape[0] * weight.shape[1] < _TUNED_ELEMENTS or not _can_measure(weight.device):
+def _choose(
+    call: object,
+    weight: SparseWeight,
+    fixed: dict[str, int],
+    run: Callable[[dict[str, int]], None],
+) -> dict[str, int]:
+    """Return the constants to launch with: of the fastest tile, measured where that can be done."""
+    tiles = [
+        {**fixed, "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
+        for tile in vector_tiles(weight)
+    ]
+    if weight.shape[0] * weight.shape[1] < _TUNED_ELEMENTS:
+        _chosen[call] = tiles[0]
         return tiles[0]
-    run(tiles[0])  # what fails here fails for good; of the others, those that run take part
-    seconds = {tiles[0]: _seconds(functools.partial(run, tiles[0]))}
+    if not _can_measure(weight.device):
+        return tiles[0]
+    # What fails here fails for good; of the others, those that run take part.
+    try:
+        fastest, least = tiles[0], _seconds(functools.partial(run, tiles[0]))
+    except torch.OutOfMemoryError:  # measuring takes some that the product does not need
+        return tiles[0]
     for tile in tiles[1:]:
         with contextlib.suppress(Exception):
-            seconds[tile] = _seconds(functools.partial(run, tile))
-    _fastest[call] = min(seconds, key=lambda tile: seconds[tile])
-    return _fastest[call]
+            seconds = _seconds(functools.partial(run, tile))
+            if seconds < least:
+                fastest, least = tile, seconds
+    _chosen[call] = fastest
+    return fastest
 
 
 def _can_measure(device: torch.device) -> bool:
@@ -249,9 +266,12 @@ def _tensors(weight: SparseWeight) -> tuple[torch.Tensor, ...]:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
+@functools.cache
 def _kernels() -> ModuleType:
     # Not at the head of this module: Triton is optional and slow to import.
     return importlib.import_module("hf_adaptive_sparse.kernels.triton_sparse_kernels")

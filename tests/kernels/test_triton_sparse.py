@@ -4,6 +4,7 @@ By the interpreter, and with ``-m gpu`` on a CUDA device. Every format is in the
 tiles take turns in it, because the interpreter is slow.
 """
 
+import functools
 import importlib.util
 import itertools
 import logging
@@ -181,32 +182,46 @@ def test_the_environment_switches_it_off(device, monkeypatch):
     assert not triton_sparse.is_supported(weight)
 
 
-def test_the_fastest_tile_is_measured_once(monkeypatch):
-    """Of tiles that run; the first failing is a failure, and small weights are not measured."""
-    tiles, ran = [Tile(1, 1024, 1), Tile(2, 1024, 1), Tile(4, 1024, 4)], []
-    seconds = dict(zip(tiles, (3.0, 0.0, 2.0), strict=True))
+def test_the_fastest_tile_is_measured_once(device, monkeypatch):
+    """Of those that run; small weights are not measured, and nothing while a graph is recorded."""
+    kernels, ran, measured = triton_sparse._kernels(), [], []
 
-    def run(tile):
-        ran.append(tile)
-        if tile is tiles[1]:
-            raise RuntimeError("out of resource")
+    class Watched:
+        vector_kernel = property(lambda self: self)
+
+        def __getitem__(self, grid):
+            return functools.partial(self.launch, grid)
+
+        def launch(self, grid, *arguments, **constants):
+            ran.append(constants["ROWS"])
+            if constants["ROWS"] == 4:
+                raise RuntimeError("out of resource")
+            kernels.vector_kernel[grid](*arguments, **constants)
 
     def measure(function):
         function()
-        return seconds[ran[-1]]
+        measured.append(ran[-1])
+        return {2: 3.0, 1: 2.0}[ran[-1]]
 
-    monkeypatch.setattr(triton_sparse, "_fastest", {})
-    monkeypatch.setattr(triton_sparse, "_can_measure", lambda device: True)
-    monkeypatch.setattr(triton_sparse, "_seconds", measure)
+    tiles = [Tile(2, 64, 1), Tile(4, 64, 1), Tile(1, 64, 1)]
     monkeypatch.setattr(triton_sparse, "vector_tiles", lambda weight: tiles)
-    large = types.SimpleNamespace(shape=(1024, 1024), device=torch.device("cuda"))
-    assert triton_sparse._tile("large", large, run) == tiles[2]
-    count = len(ran)
-    assert triton_sparse._tile("large", large, run) == tiles[2]
-    assert len(ran) == count
-    small = types.SimpleNamespace(shape=(64, 64), device=torch.device("cuda"))
-    assert triton_sparse._tile("small", small, run) == tiles[0]
-    assert len(ran) == count
+    monkeypatch.setattr(triton_sparse, "_kernels", Watched)
+    monkeypatch.setattr(triton_sparse, "_chosen", {})
+    monkeypatch.setattr(triton_sparse, "_seconds", measure)
+    weight = make_sparse((4, 64), torch.float32)
+    for can, least, expected, measures in (
+        (True, 1 << 20, 2, []),
+        (False, 0, 2, []),
+        (True, 0, 1, [2, 1]),
+        (True, 0, 1, [2, 1]),
+    ):
+        if least == 0 and not can:
+            triton_sparse._chosen.clear()
+        monkeypatch.setattr(triton_sparse, "_can_measure", lambda device, can=can: can)
+        monkeypatch.setattr(triton_sparse, "_TUNED_ELEMENTS", least)
+        check(make_x(1, 64, torch.float32), weight, device)
+        assert ran[-1] == expected
+        assert measured == measures
 
 
 def test_tiles_on_a_gpu_are_equal_and_whole():
