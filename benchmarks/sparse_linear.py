@@ -4,7 +4,7 @@ One linear of random weights, half of them pruned, on the CPU. Enough copies of 
 dense ones to take ``--memory-mb`` are used in turn, so that none is found in a cache, and all kinds
 take turns, so that whatever else the machine does hits all alike. Three questions:
 
-- decode: ``torch.nn.functional.linear`` against ``kernels.sparse_linear.linear`` for 1 to 8 tokens,
+- tokens: ``torch.nn.functional.linear`` against ``kernels.sparse_linear.linear`` for 1 to 32,
   values as they are, int8 and int4;
 - prefill: the same for hundreds of tokens, where tiles are decompressed;
 - bandwidth: bytes of the weight over time, against reading a large tensor.
@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["11008x4096", "4096x11008", "2048x2048"])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 8, 32])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--memory-mb", type=int, default=1440, help="of all copies of a dense one")
     parser.add_argument("--rounds", type=int, default=3, help="times each copy is used")
