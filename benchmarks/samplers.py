@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,7 @@ from time import perf_counter
 
 import optuna
 import torch
-from environment import shared, write_result
+from environment import RESULTS, shared, write_result
 from optuna.trial import FixedTrial
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -35,6 +36,7 @@ from hf_adaptive_sparse.search.storage import quiet_optuna
 from hf_adaptive_sparse.search.trials import UNIFORM, tally
 
 SHARES = (0.25, 0.5, 1.0)
+SETTINGS = ("seeds", "trials", "windows", "held_out", "sequence_length")
 
 
 def search_with(name: str, seed: int, parts: tuple, budget_batches: int) -> dict:
@@ -173,6 +175,17 @@ def render(result: dict) -> str:
     return "\n".join(lines)
 
 
+def earlier_rows(settings: dict, again: set[str]) -> list[dict]:
+    """Return what an earlier run with the same settings found of other samplers."""
+    path = RESULTS / "samplers.json"
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if earlier["settings"] != settings:
+        return []
+    return [row for row in earlier["rows"] if row["sampler"] not in again]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samplers", nargs="+", default=list(sampler_names()))
@@ -189,11 +202,13 @@ def main() -> None:
     options = parse()
     # Seed by seed, so that a run that is cut short has compared all samplers alike.
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.samplers]
+    settings = {key: value for key, value in vars(options).items() if key in SETTINGS}
+    rows = earlier_rows(settings, set(options.samplers))
     with ProcessPoolExecutor(options.processes) as pool:
-        rows = [row for part in pool.map(partial(run, options=options), jobs) for row in part]
+        rows += [row for part in pool.map(partial(run, options=options), jobs) for row in part]
     summary = summarise(rows)
     result = {
-        "settings": vars(options),
+        "settings": settings,
         "budget_tokens": options.trials * options.windows * options.sequence_length,
         "summary": summary,
         "winner": summary[0]["sampler"],

@@ -81,18 +81,21 @@ def _require(package: str) -> None:
 
 @register_sampler("tpe")
 def _tpe(seed: int) -> BaseSampler:
-    """Optuna's tree-structured Parzen estimator, as in the paper."""
-    from optuna.samplers import TPESampler
+    """Optuna's tree-structured Parzen estimator, with a joint density of all parameters.
 
-    return TPESampler(seed=seed, constant_liar=True)
-
-
-@register_sampler("tpe-multivariate")
-def _tpe_multivariate(seed: int) -> BaseSampler:
-    """The same with a joint density of all parameters."""
+    Optuna 5 takes that by default; the paper's releases took one density per parameter.
+    """
     from optuna.samplers import TPESampler
 
     return TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
+
+@register_sampler("tpe-univariate")
+def _tpe_univariate(seed: int) -> BaseSampler:
+    """The same with one density per parameter, as in the paper."""
+    from optuna.samplers import TPESampler
+
+    return TPESampler(seed=seed, multivariate=False, constant_liar=True)
 
 
 @register_sampler("evolution")

@@ -107,7 +107,7 @@ def search(
         study_name: Name of the study in the storage; ``None`` is ``"hf-adaptive-sparse"``.
         seed: Seed of the sampler.
         processor: The model's processor or tokenizer; needed where data are named.
-        sampler: ``"tpe"``, ``"tpe-multivariate"``, ``"evolution"``, ``"gp"``, ``"cmaes"``,
+        sampler: ``"tpe"``, ``"tpe-univariate"``, ``"evolution"``, ``"gp"``, ``"cmaes"``,
             ``"random"``, or an Optuna sampler, which keeps its own seed. Workers may differ in it.
         modules_to_not_convert: Names or globs of linears that stay dense and do not count.
         objective: What is minimised: ``"perplexity"``, ``"answers"`` (loss of the right answers),
