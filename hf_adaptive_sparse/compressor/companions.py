@@ -69,6 +69,17 @@ def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSour
         logger.warning("%d of %d workers failed; the others did their trials.", failed, workers)
 
 
+@contextlib.contextmanager
+def thread_count(count: int | None) -> Iterator[None]:
+    """Let torch compute with ``count`` threads in the body; ``None``: with as many as it does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def share_devices(model: ModelSource, workers: int, gpus: int) -> list[ModelSource]:
     """Return the model once per worker, each on a GPU of its own as far as there are enough."""
     if model.device_map is not None or workers == 1 or gpus == 0:

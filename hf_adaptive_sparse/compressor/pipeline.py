@@ -9,9 +9,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.checks import check_goal, on_cpu
-from hf_adaptive_sparse.compressor.companions import companions
+from hf_adaptive_sparse.compressor.companions import companions, thread_count
 from hf_adaptive_sparse.compressor.final_prune import final_config
 from hf_adaptive_sparse.compressor.finishing import (
     finish_from_disk,
@@ -178,6 +180,7 @@ def compress(
             rows = [measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))]
             started = perf_counter()
             within, result = _search(plan, loaded, progress)
+            searched_with = torch.get_num_threads()
         config = final_config(config, space, result, data=plan.calibration_data.label)
         data, processor = loaded.calibration, loaded.processor
         if offload:
@@ -185,9 +188,12 @@ def compress(
             gc.collect()
             done = finish_from_disk(origin, config, data, processor, folder, progress=progress)
         else:
-            done = finish_in_memory(
-                loaded.model, config, data, processor, folder, progress=progress
-            )
+            # Sums depend on the number of threads, and a bound is that of the very weights that
+            # were measured.
+            with thread_count(None if within is None else searched_with):
+                done = finish_in_memory(
+                    loaded.model, config, data, processor, folder, progress=progress
+                )
         seconds = perf_counter() - started
         config, report = done.described.config.quantization_config, done.report
         size = weight_bytes_on_disk(folder)
