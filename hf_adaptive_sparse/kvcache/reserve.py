@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 
 FACTOR = 8
 """Address space is taken for so many times the rows that are wanted first."""
+
+HUGE_PAGE_BYTES = 1 << 21
 
 
 class Reserve:
@@ -38,10 +41,20 @@ class Reserve:
         # A huge page would be given as a whole to the first of its bytes that is written.
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._huge_bytes = 0
 
     def take(self, rows: int) -> torch.Tensor:
         """Return the first 1 to ``self.rows`` rows, ``(rows, *shape)``: the memory, no copy."""
         count = rows * self._row_elements
+        self._allow_huge_pages(count * self._dtype.itemsize)
         return torch.frombuffer(self._memory, dtype=self._dtype, count=count).view(
             rows, *self._shape
         )
+
+    def _allow_huge_pages(self, taken: int) -> None:
+        """Let whole huge pages of what is taken be such; reading them takes less looking up."""
+        whole = taken // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+        if whole > self._huge_bytes and hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a system without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE, self._huge_bytes, whole - self._huge_bytes)
+            self._huge_bytes = whole
