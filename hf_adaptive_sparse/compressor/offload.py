@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import (
     decoder_layers,
     layer_index,
-    parameter_name,
     prunable_weights,
 )
 from hf_adaptive_sparse.calibration.data import Batch
@@ -24,7 +23,7 @@ from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import attach
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
-from hf_adaptive_sparse.checkpoint.profile import resolve_weight_bits
+from hf_adaptive_sparse.checkpoint.profile import parameter_formats, resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
 from hf_adaptive_sparse.compressor.jobs import PrunedFolder
 from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_report
@@ -179,16 +178,13 @@ def weight_files(model: ModelSource, empty: PreTrainedModel) -> WeightFiles:
 def _formats(
     model: PreTrainedModel, config: SparsityConfig, ratios: Mapping[str, float]
 ) -> dict[str, tuple[int, int | None]]:
-    """Return how the weights are stored that are stored compressed, as `value_formats` will."""
-    if config.checkpoint_format != "bitmask":
-        return {}
-    bits, weights = resolve_weight_bits(config, ratios), prunable_weights(model)
-    formats = {}
-    for name, ratio in ratios.items():
-        if ratio > 0 or name in bits:
-            width = bits.get(name, 16)
-            formats[parameter_name(name, weights[name])] = width, config.group_size_at(width)
-    return formats
+    """Return how weights are stored, by the config that the result will carry."""
+    bits = resolve_weight_bits(config, ratios)
+    coded: dict[str, Any] = {}
+    if bits:
+        coded = {"weight_bits": bits, "weight_group_size": config.weight_group_size}
+    carried = SparsityConfig(sparsity=ratios, checkpoint_format=config.checkpoint_format, **coded)
+    return parameter_formats(model, carried)
 
 
 def _save_configs(model: PreTrainedModel, folder: Path) -> None:
