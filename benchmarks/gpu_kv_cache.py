@@ -1,14 +1,14 @@
 """Does the adaptive KV cache decode faster than no compression on a GPU, and is it right there?
 
-**Not run on a GPU yet**: no device was at hand when the Triton kernels were written. What they
-compute was tested by Triton's interpreter, and that they compile for compute capability 8.0 and 9.0
-by its compiler. This script answers the rest in one call:
+In one call:
 
 - contract: attention straight from packed caches against the float32 reference, on the device: for
   every head size and dtype each width of keys and of values, ratios of heads, masks and lengths
   taking turns (each combination is compiled anew, which takes seconds).
 - decoding: time per token of a random Llama (8 layers x 32 heads over 8 x 128, bfloat16) against
   ``DynamicCache``, both in turns, at 4,096 tokens and batch 1, and at 32,768 tokens and batch 8.
+  ``DynamicCache`` runs a second time without cuDNN: where torch takes cuDNN's attention (torch 2.11
+  on an H100), it plans each new length anew, which takes the host milliseconds per layer.
 - bandwidth: bytes of a packed cache over the time that attention to it takes, as a share of the
   bandwidth (bytes read and written) that a large copy on the device reaches. Caches rotate, so that
   none is read from the L2 cache.
@@ -22,22 +22,19 @@ the script on tiny sizes on the CPU and writes nothing: its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import gpu
 import torch
-from environment import write_result
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from hf_adaptive_sparse.architecture import cache_argument
 from hf_adaptive_sparse.kernels import triton_attention
 from hf_adaptive_sparse.kernels.packed import PackedCache
 from hf_adaptive_sparse.kernels.reference import attention as reference
@@ -55,6 +52,12 @@ TARGETS = {
 }
 RELATIVE_ERROR = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 2e-3}
 """Of the largest value, beside the rounding of the output: as in the contract test."""
+
+
+WITHOUT_CUDNN = "DynamicCache without cuDNN"
+
+WIDTHS = ((8, 8), (8, 6), (6, 6), (4, 4), (3, 3), (2, 2))
+"""Bits of keys and values whose bandwidth is measured."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,6 @@ REHEARSAL = Sizes(
     head_sizes=(16,),
     contract_cases=9,
 )
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def packed_cache(
@@ -149,49 +147,47 @@ def make_mask(kind: str, packed: PackedCache, query: torch.Tensor) -> torch.Tens
     return mask
 
 
-def check_contract(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Attention by the kernels against the reference."""
-    failures: list[str] = []
-    worst: dict[str, float] = {}
-    count = 0
+@dataclass(frozen=True)
+class Case:
+    """One call of the contract."""
+
+    dtype: torch.dtype
+    head_dim: int
+    bits: tuple[int, int]
+    repeats: int
+    queries: int
+    key_mode: str
+    tokens: int
+    mask: str
+
+
+def contract_cases(sizes: Sizes) -> list[Case]:
+    """Every dtype, head size and width; what else there is takes turns."""
     pairs = list(zip(PACKED_BITS, (*PACKED_BITS[2:], *PACKED_BITS[:2]), strict=True))
-    cases = itertools.product(RELATIVE_ERROR, sizes.head_sizes, pairs)
     modes = itertools.cycle(["channel", "channel", "token"])
     shapes = itertools.cycle([(1, 1), (4, 1), (8, 2), (3, 1), (1, 4), (16, 1), (2, 1)])
     lengths = itertools.cycle([128, 300, 1000, 1281])
-    kinds = itertools.cycle(["none", "padding", "none", "added", "none"])
-    started = time.perf_counter()
-    for dtype, head_dim, bits in itertools.islice(cases, sizes.contract_cases):
-        (repeats, queries), key_mode, kind = next(shapes), next(modes), next(kinds)
-        shape = (2, 2, next(lengths), head_dim)
-        name = (
-            f"{dtype} head_dim={head_dim} bits={bits} keys by {key_mode}, {repeats} heads per KV "
-            f"head, queries={queries} tokens={shape[2]} mask={kind}"
-        )
-        packed, pair = packed_cache(device, shape, bits, dtype, key_mode)
-        keys, values = decoded(pair.keys), decoded(pair.values)
-        query = torch.randn(2, 2 * repeats, queries, head_dim, device=device).to(dtype)
-        mask = make_mask(kind, packed, query)
-        count += 1
-        try:
-            output = triton_attention.attend(query, packed, mask).float()
-        except Exception as error:  # recorded: one call must tell all that is wrong
-            failures.append(f"{name}: {type(error).__name__}: {error}"[:500])
-            continue
-        expected = reference(query, keys, values, mask)
-        bound = RELATIVE_ERROR[dtype] * values.abs().max()
-        bound = bound + torch.finfo(dtype).eps * expected.abs()
-        share = ((output - expected).abs() / bound).max().item()
-        worst[str(dtype)] = max(worst.get(str(dtype), 0.0), share)
-        if not share <= 1:
-            failures.append(f"{name}: error is {share:.2f} of the bound")
-    return {
-        "checked": count,
-        "seconds": round(time.perf_counter() - started, 1),
-        "worst_share_of_bound": worst,
-        "failures": len(failures),
-        "first_failures": failures[:20],
-    }
+    masks = itertools.cycle(["none", "padding", "none", "added", "none"])
+    cases = itertools.product(RELATIVE_ERROR, sizes.head_sizes, pairs)
+    return [
+        Case(dtype, head_dim, bits, *next(shapes), next(modes), next(lengths), next(masks))
+        for dtype, head_dim, bits in itertools.islice(cases, sizes.contract_cases)
+    ]
+
+
+def check_case(case: Case, device: torch.device) -> gpu.Checks:
+    """Attention by the kernels against the reference."""
+    shape = (2, 2, case.tokens, case.head_dim)
+    packed, pair = packed_cache(device, shape, case.bits, case.dtype, case.key_mode)
+    keys, values = decoded(pair.keys), decoded(pair.values)
+    query = torch.randn(2, 2 * case.repeats, case.queries, case.head_dim, device=device)
+    query = query.to(case.dtype)
+    mask = make_mask(case.mask, packed, query)
+    output = triton_attention.attend(query, packed, mask).float()
+    expected = reference(query, keys, values, mask)
+    bound = RELATIVE_ERROR[case.dtype] * values.abs().max()
+    bound = bound + torch.finfo(case.dtype).eps * expected.abs()
+    return [(str(case), ((output - expected).abs() / bound).max().item())]
 
 
 def make_model(device: torch.device, sizes: Sizes, seed: int) -> LlamaForCausalLM:
@@ -232,6 +228,7 @@ def measure_decoding(
     mean_7 = KVCacheConfig(key_bits=alternating, value_bits=tuple(14 - b for b in alternating))
     caches: dict[str, Any] = {
         "DynamicCache": DynamicCache(config=model.config),
+        WITHOUT_CUDNN: DynamicCache(config=model.config),
         "adaptive, mean 7": AdaptiveQuantizedCache(model.config, mean_7),
     }
     for cache in caches.values():
@@ -240,33 +237,21 @@ def measure_decoding(
     times: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(sizes.rounds + 5):
         for name, cache in caches.items():
-            synchronise(device)
+            gpu.synchronise(device)
+            torch.backends.cuda.enable_cudnn_sdp(name != WITHOUT_CUDNN)
             started = time.perf_counter()
-            model(token, past_key_values=cache)
-            synchronise(device)
+            model(token, **{cache_argument(model): cache})
+            gpu.synchronise(device)
             if turn >= 5:
                 times[name].append((time.perf_counter() - started) * 1000)
     found: dict[str, Any] = {
         name: {"median_ms": statistics.median(series), "mean_ms": statistics.fmean(series)}
         for name, series in times.items()
     }
+    gpu.say(found)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     found["ratio"] = found["adaptive, mean 7"]["mean_ms"] / found["DynamicCache"]["mean_ms"]
     return found
-
-
-def best_seconds(
-    functions: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 5
-) -> float:
-    """Seconds of one of the functions, on average over all, in the fastest of several passes."""
-    passes = []
-    for _ in range(repeats + 1):  # the first compiles
-        synchronise(device)
-        started = time.perf_counter()
-        for function in functions:
-            function()
-        synchronise(device)
-        passes.append((time.perf_counter() - started) / len(functions))
-    return min(passes[1:])
 
 
 def read_bytes(packed: PackedCache) -> int:
@@ -277,18 +262,19 @@ def read_bytes(packed: PackedCache) -> int:
     return sum(p.numel() * p.element_size() for p in (*parts, packed.raw_keys, packed.raw_values))
 
 
-def copy_bandwidth(device: torch.device, size_bytes: int) -> float:
-    """Bytes per second, read and written, of a large copy on the device."""
-    source = torch.empty(size_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size_bytes / best_seconds([lambda: target.copy_(source)] * 4, device)
+def compile_case(case: tuple[Sizes, tuple[int, int]], device: torch.device) -> None:
+    """Have the kernels of one pair of widths compiled."""
+    sizes, bits = case
+    cache = packed_cache(device, (1, sizes.kv_heads, 4096, sizes.head_dim), bits, torch.bfloat16)[0]
+    query = torch.randn(1, sizes.heads, 1, sizes.head_dim, device=device).bfloat16()
+    triton_attention.attend(query, cache)
 
 
 def measure_bandwidth(
     device: torch.device, sizes: Sizes, tokens: int, batch: int, copied: float
 ) -> list[dict[str, Any]]:
     rows = []
-    for bits in ((8, 8), (8, 6), (6, 6), (4, 4), (3, 3), (2, 2)):
+    for bits in WIDTHS:
         shape = (batch, sizes.kv_heads, tokens, sizes.head_dim)
         caches = [packed_cache(device, shape, bits, torch.bfloat16)[0]]
         size = read_bytes(caches[0])
@@ -298,7 +284,7 @@ def measure_bandwidth(
         ]
         query = torch.randn(batch, sizes.heads, 1, sizes.head_dim, device=device).bfloat16()
         calls = [functools.partial(triton_attention.attend, query, cache) for cache in caches]
-        seconds = best_seconds(calls, device)
+        found = gpu.seconds_of(calls, device)
         rows.append(
             {
                 "tokens": tokens,
@@ -307,66 +293,56 @@ def measure_bandwidth(
                 "value_bits": bits[1],
                 "bytes": size,
                 "caches_in_rotation": len(caches),
-                "microseconds": seconds * 1e6,
-                "bytes_per_second": size / seconds,
-                "share_of_copy": size / seconds / copied,
+                **found,
+                "share_of_copy": size / found["device_us"] * 1e6 / copied,
             }
         )
+        gpu.say(rows[-1])
         del caches, calls
     return rows
 
 
 def table(result: dict[str, Any]) -> str:
-    contract = result["contract"]
     lines = [
-        f"Contract: {contract['checked']} cases, {contract['failures']} failures.",
+        gpu.verdict(result["contract"]),
         "",
-        "| decoding | DynamicCache, ms | adaptive, ms | ratio |",
-        "| --- | --- | --- | --- |",
+        "| decoding | DynamicCache, ms | without cuDNN, ms | adaptive, ms | ratio |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for name, row in result["decoding"].items():
         stock, ours = row["DynamicCache"]["mean_ms"], row["adaptive, mean 7"]["mean_ms"]
-        lines.append(f"| {name} | {stock:.2f} | {ours:.2f} | {row['ratio']:.3f} |")
-    lines += ["", "| attention | bits | µs | share of a copy |", "| --- | --- | --- | --- |"]
+        plain = row.get(WITHOUT_CUDNN)
+        other = "" if plain is None else f"{plain['mean_ms']:.2f}"
+        lines.append(f"| {name} | {stock:.2f} | {other} | {ours:.2f} | {row['ratio']:.3f} |")
+    lines += [""]
+    lines += ["| attention | bits | µs on the device | with the call | share of a copy |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
     lines += [
         f"| {row['tokens']} x {row['batch']} | {row['key_bits']}/{row['value_bits']} | "
-        f"{row['microseconds']:.1f} | {row['share_of_copy']:.2f} |"
+        f"{row['device_us']:.1f} | {row['call_us']:.1f} | {row['share_of_copy']:.2f} |"
         for row in result["bandwidth"]
     ]
-    return "\n".join(lines)
-
-
-def triton_version() -> str | None:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
+    return "\n".join([*lines, *result.get("notes", [])])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, nothing is written")
+    parser = gpu.parser(__doc__.splitlines()[0])
     arguments = parser.parse_args()
     sizes = REHEARSAL if arguments.rehearse else Sizes()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not (
-        arguments.rehearse and os.environ.get("TRITON_INTERPRET") == "1"
-    ):
-        parser.error("this needs a CUDA device (or TRITON_INTERPRET=1 and --rehearse)")
-    if not triton_attention.is_available():
-        parser.error(
-            "this needs Triton (pip install 'hf-adaptive-sparse[gpu]') and a GPU it serves"
-        )
+    device = gpu.find_device(parser, arguments.rehearse)
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
+    contract = gpu.nothing_checked()
+    if not arguments.skip_contract:
+        contract = gpu.check_contract(check_case, contract_cases(sizes), device)
     result: dict[str, Any] = {
         "question": "decoding and attention from the packed KV cache on a GPU",
-        "settings": {"seed": arguments.seed, "triton": triton_version(), **vars(sizes)},
+        "settings": {"seed": arguments.seed, "triton": gpu.triton_version(), **vars(sizes)},
         "targets": TARGETS,
-        "contract": check_contract(device, sizes),
+        "contract": contract,
     }
-    copied = copy_bandwidth(device, sizes.copy_bytes)
+    gpu.compile_all(compile_case, [(sizes, bits) for bits in WIDTHS], device)
+    copied = gpu.copy_bandwidth(device, sizes.copy_bytes)
     result["copy_bytes_per_second"] = copied
     result["bandwidth"] = [
         row
@@ -379,12 +355,7 @@ def main() -> int:
         for tokens, batch in sizes.settings
     }
     result["seconds"] = round(time.perf_counter() - started, 1)
-    if not arguments.rehearse:
-        write_result("gpu_kv_cache", result, table(result))
-    print(table(result))
-    for failure in result["contract"]["first_failures"]:
-        print(failure, file=sys.stderr)
-    return 1 if result["contract"]["failures"] else 0
+    return gpu.finish("gpu_kv_cache", result, table(result), arguments.rehearse)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Are the Triton kernels of sparse weights right on a GPU, and faster than dense weights there?
 
-**Not run on a GPU yet**: no device was at hand when the kernels were written. What they compute was
-tested by Triton's interpreter, and that they compile for compute capability 8.0 and 9.0 by its
-compiler. This script answers the rest in one call:
+In one call:
 
 - contract: products of 1 to 65 tokens and decompression against the float32 reference, for every
   dtype and width of values, shapes and groups taking turns; the operator under ``torch.compile``
@@ -12,7 +10,6 @@ compiler. This script answers the rest in one call:
   of recorded graphs, since Python takes longer to launch a layer than a GPU to compute it; what
   single calls take is beside it. Weights rotate, so that none is read from the L2 cache. Bytes over
   time are stated as a share of the bandwidth that a large copy reaches.
-- tiles: the same by every tile that the kernel for one token chooses from.
 - tokens: 2 to 64 tokens.
 - prefill: 2,048 tokens, by the size of the tiles that are decompressed.
 - 2:4: weights of that pattern as torch's semi-structured tensors, one token and 2,048.
@@ -26,25 +23,21 @@ script on tiny sizes on the CPU and writes nothing: its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import gpu
 import torch
-from environment import write_result
-from gpu_kv_cache import best_seconds, copy_bandwidth, triton_version
 from torch.nn import functional
 
 from hf_adaptive_sparse.kernels import (
     sparse_linear,
     sparse_tiles,
-    triton_device,
     triton_sparse,
     triton_sparse_plan,
 )
@@ -54,6 +47,9 @@ from hf_adaptive_sparse.runtime import operator
 
 TARGETS = {"decoding, bfloat16, 4096x11008 and larger": 1.2, "prefill": 0.9}
 """Wanted: times as fast as torch's dense linear."""
+
+TILES = 4
+"""Tiles that a product may be given, at most."""
 
 FORMATS = {"bfloat16": (None, None), "int8": (8, 128), "int4": (4, 128)}
 
@@ -75,18 +71,17 @@ class Sizes:
 
     shapes: tuple[tuple[int, int], ...] = (
         (4096, 4096),
-        (1024, 4096),
         (4096, 11008),
         (11008, 4096),
         (8192, 28672),
     )
-    tokens: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    tokens: tuple[int, ...] = (2, 4, 8, 64)
     prefill: int = 2048
-    tile_bytes: tuple[int, ...] = (16 << 20, 32 << 20, 64 << 20, 128 << 20)
+    tile_bytes: tuple[int, ...] = (32 << 20, 64 << 20, 128 << 20)
     rotation_bytes: int = 1 << 30
     copy_bytes: int = 4 << 30
     contract_columns: tuple[int, ...] = (1, 31, 64, 100, 513, 1120, 4096)
-    contract_tokens: tuple[int, ...] = (1, 2, 5, 64, 65)
+    contract_tokens: tuple[int, ...] = (1, 3, 4, 5, 65)
 
 
 REHEARSAL = Sizes(
@@ -122,14 +117,34 @@ def two_of_four(shape: tuple[int, int], device: torch.device) -> torch.Tensor:
 def clone(weight: SparseWeight) -> SparseWeight:
     scales = None if weight.scales is None else weight.scales.clone()
     parts = (weight.bitmask.clone(), weight.values.clone(), weight.row_offsets.clone())
-    return SparseWeight(weight.shape, *parts, scales, weight.group_size)
+    return indexed(SparseWeight(weight.shape, *parts, scales, weight.group_size))
 
 
-def cases_of(sizes: Sizes) -> Iterator[tuple[torch.dtype, int | None, int | None, int]]:
+def indexed(weight: SparseWeight) -> SparseWeight:
+    """Return the weight with the offsets that the sparse runtime has on the device."""
+    return replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight of the contract, and the numbers of tokens it is multiplied with."""
+
+    dtype: torch.dtype
+    bits: int | None
+    group: int | None
+    columns: int
+    tokens: tuple[int, ...]
+
+
+def contract_cases(sizes: Sizes) -> list[Case | str]:
+    """Every dtype, format and number of columns; then the operator, by what runs it."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     formats = ((None, None), (8, None), (8, 32), (8, 96), (4, None), (4, 128))
-    for dtype, (bits, group), columns in itertools.product(dtypes, formats, sizes.contract_columns):
-        yield dtype, bits, group, columns
+    weights = [
+        Case(dtype, *format, columns, sizes.contract_tokens)
+        for dtype, format, columns in itertools.product(dtypes, formats, sizes.contract_columns)
+    ]
+    return [*weights, "compiled", "recorded"]
 
 
 def share_of_bound(
@@ -144,43 +159,28 @@ def share_of_bound(
     return float(((found.float() - expected).abs() / bound).max())
 
 
-def check_contract(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Hold products and decompression to the reference."""
-    failures: list[str] = []
-    worst, count, started = 0.0, 0, time.perf_counter()
-    for dtype, bits, group, columns in cases_of(sizes):
-        weight = SparseWeight.from_dense(pruned((37, columns), device, dtype), bits, group)
-        bias = torch.randn(37, device=device).to(dtype)
-        name = f"{dtype} bits={bits} group={group} columns={columns}"
-        exact = torch.full((37, columns), 7.0, dtype=dtype, device=device)
-        try:
-            triton_sparse.decompress(weight, 0, 37, exact)
-            cut = device.type == "cpu" and dtype == torch.bfloat16 and bits is not None
-            if not cut and not torch.equal(exact, weight.to_dense()):
-                failures.append(f"{name}: decompression is not exact")
-            for tokens in sizes.contract_tokens:
-                x = torch.randn(tokens, columns, device=device).to(dtype)
-                few = tokens <= triton_sparse.MAX_TOKENS
-                linear = triton_sparse.linear if few else sparse_linear.linear
-                share = share_of_bound(linear(x, weight, bias), x, weight, bias)
-                worst, count = max(worst, share), count + 1
-                if not share <= 1:
-                    failures.append(f"{name} tokens={tokens}: error is {share:.2f} of the bound")
-        except Exception as error:  # recorded: one call must tell all that is wrong
-            failures.append(f"{name}: {type(error).__name__}: {error}"[:500])
-    for name, check in (("torch.compile", check_compiled), ("recorded graph", check_recorded)):
-        try:
-            count += 1
-            check(device)
-        except Exception as error:
-            failures.append(f"{name}: {type(error).__name__}: {error}"[:500])
-    return {
-        "checked": count,
-        "seconds": round(time.perf_counter() - started, 1),
-        "worst_share_of_bound": worst,
-        "failures": len(failures),
-        "first_failures": failures[:20],
-    }
+def check_case(case: Case | str, device: torch.device) -> gpu.Checks:
+    """Hold products and decompression of one weight, or the operator, to the reference."""
+    if isinstance(case, str):
+        {"compiled": check_compiled, "recorded": check_recorded}[case](device)
+        return [(case, 0.0)]
+    dtype, columns = case.dtype, case.columns
+    weight = SparseWeight.from_dense(pruned((37, columns), device, dtype), case.bits, case.group)
+    bias = torch.randn(37, device=device).to(dtype)
+    checks = []
+    exact = torch.full((37, columns), 7.0, dtype=dtype, device=device)
+    triton_sparse.decompress(weight, 0, 37, exact)
+    # The interpreter cuts float32 to bfloat16 where it should round.
+    if device.type == "cuda" or dtype != torch.bfloat16 or case.bits is None:
+        wrong = bool((exact != weight.to_dense()).any())
+        checks.append((f"{case}, decompressed", float("inf") if wrong else 0.0))
+    for tokens in case.tokens:
+        x = torch.randn(tokens, columns, device=device).to(dtype)
+        few = tokens <= triton_sparse.MAX_TOKENS
+        linear = triton_sparse.linear if few else sparse_linear.linear
+        share = share_of_bound(linear(x, weight, bias), x, weight, bias)
+        checks.append((f"{case}, {tokens} tokens", share))
+    return checks
 
 
 def check_compiled(device: torch.device) -> None:
@@ -200,35 +200,20 @@ def check_recorded(device: torch.device) -> None:
     weight = SparseWeight.from_dense(pruned((256, 512), device))
     for tokens in (1, 4, 80):
         x = torch.randn(tokens, 512, device=device).bfloat16()
-        graph, outputs = record([functools.partial(operator.linear, x, weight, None)])
+        graph, outputs = gpu.record([functools.partial(operator.linear, x, weight, None)])
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.testing.assert_close(outputs[0], operator.linear(x, weight, None))
 
 
-def record(functions: list[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """Record calls, after one each in which kernels are compiled and tiles measured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for function in functions:
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [function() for function in functions]
-    return graph, outputs
-
-
-def seconds_of(functions: list[Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Microseconds of a call: on the device, and with what Python takes to make it."""
-    alone = best_seconds(functions, device)
-    if device.type != "cuda":
-        return {"device_us": alone * 1e6, "call_us": alone * 1e6}
-    graph, outputs = record(functions)
-    recorded = best_seconds([graph.replay], device) / len(functions)
-    del graph, outputs
-    return {"device_us": recorded * 1e6, "call_us": alone * 1e6}
+def compile_case(case: tuple[int, int, int | None, int | None, int], device: torch.device) -> None:
+    """Have one product compiled, by one of the tiles that it may take."""
+    columns, tokens, bits, group, place = case
+    weight = indexed(SparseWeight.from_dense(pruned((8, columns), device), bits, group))
+    tiles = triton_sparse_plan.vector_tiles(weight)
+    if place < len(tiles):
+        triton_sparse.vector_tiles = lambda weight: [tiles[place]]
+        triton_sparse.linear(torch.randn(tokens, columns, device=device).bfloat16(), weight)
 
 
 def rotation(weight: Any, size: int, sizes: Sizes, copy: Callable[[Any], Any]) -> list[Any]:
@@ -247,7 +232,7 @@ def kinds_of(
         functional.linear,
     )
     for name, (bits, group) in FORMATS.items():
-        weight = SparseWeight.from_dense(dense, bits, group)
+        weight = indexed(SparseWeight.from_dense(dense, bits, group))
         weights = rotation(weight, weight.nbytes, sizes, clone)
         yield name, weight.nbytes, weights, sparse_linear.linear
 
@@ -259,7 +244,9 @@ def measure(
     rows: list[dict[str, Any]] = []
     x = torch.randn(tokens, shape[1], device=device).bfloat16()
     for name, size, weights, product in kinds_of(pruned(shape, device), sizes):
-        found = seconds_of([functools.partial(product, x, weight) for weight in weights], device)
+        found = gpu.seconds_of(
+            [functools.partial(product, x, weight) for weight in weights], device
+        )
         dense = rows[0] if rows else found
         rows.append(
             {
@@ -273,27 +260,7 @@ def measure(
                 "share_of_copy": size / found["device_us"] * 1e6 / copied,
             }
         )
-    return rows
-
-
-def measure_tiles(
-    device: torch.device, shape: tuple[int, int], sizes: Sizes
-) -> list[dict[str, Any]]:
-    """Microseconds for one token by the tile, where it is not chosen."""
-    weight = SparseWeight.from_dense(pruned(shape, device))
-    weights = rotation(weight, weight.nbytes, sizes, clone)
-    x = torch.randn(1, shape[1], device=device).bfloat16()
-    rows, choose = [], triton_sparse.vector_tiles
-    for tile in triton_sparse_plan.vector_tiles(weight):
-        triton_sparse._chosen.clear()
-        triton_sparse.vector_tiles = lambda weight, tile=tile: [tile]
-        try:
-            calls = [functools.partial(triton_sparse.linear, x, weight) for weight in weights]
-            found = seconds_of(calls, device)
-        finally:
-            triton_sparse.vector_tiles = choose
-            triton_sparse._chosen.clear()
-        rows.append({"shape": f"{shape[0]}x{shape[1]}", **vars(tile), **found})
+        gpu.say(rows[-1])
     return rows
 
 
@@ -303,13 +270,15 @@ def measure_tile_bytes(
     """Time of many tokens, by the bytes of a decompressed tile, against the dense product."""
     dense = pruned(shape, device)
     x = torch.randn(sizes.prefill, shape[1], device=device).bfloat16()
-    plain = best_seconds([functools.partial(functional.linear, x, dense)] * 3, device)
+    plain = gpu.best_seconds([functools.partial(functional.linear, x, dense)] * 3, device)
     rows, before = [], sparse_tiles.GPU_TILE_BYTES
     for (name, format), size in itertools.product(FORMATS.items(), sizes.tile_bytes):
-        weight = SparseWeight.from_dense(dense, *format)
+        weight = indexed(SparseWeight.from_dense(dense, *format))
         sparse_tiles.GPU_TILE_BYTES = size
         try:
-            spent = best_seconds([functools.partial(sparse_linear.linear, x, weight)] * 3, device)
+            spent = gpu.best_seconds(
+                [functools.partial(sparse_linear.linear, x, weight)] * 3, device
+            )
         finally:
             sparse_tiles.GPU_TILE_BYTES = before
         rows.append(
@@ -323,6 +292,7 @@ def measure_tile_bytes(
                 "speed": plain / spent,
             }
         )
+        gpu.say(rows[-1])
     return rows
 
 
@@ -332,29 +302,29 @@ def measure_two_of_four(
     """Time of weights of the pattern 2:4: dense, in our format, and in torch's semi-structured."""
     rows = []
     dense = two_of_four(shape, device)
-    ours = SparseWeight.from_dense(dense)
+    ours = indexed(SparseWeight.from_dense(dense))
     for tokens in (1, sizes.prefill):
         x = torch.randn(tokens, shape[1], device=device).bfloat16()
         row: dict[str, Any] = {"shape": f"{shape[0]}x{shape[1]}", "tokens": tokens}
         calls = [functools.partial(functional.linear, x, dense)] * 3
-        row["dense_us"] = best_seconds(calls, device) * 1e6
+        row["dense_us"] = gpu.best_seconds(calls, device) * 1e6
         calls = [functools.partial(sparse_linear.linear, x, ours)] * 3
-        row["ours_us"] = best_seconds(calls, device) * 1e6
+        row["ours_us"] = gpu.best_seconds(calls, device) * 1e6
         try:
             theirs = torch.sparse.to_sparse_semi_structured(dense)
             calls = [functools.partial(functional.linear, x, theirs)] * 3
             found, expected = calls[0](), functional.linear(x, dense)
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-            row["semi_structured_us"] = best_seconds(calls, device) * 1e6
+            row["semi_structured_us"] = gpu.best_seconds(calls, device) * 1e6
         except Exception as error:  # as torch says what it does not support
             row["semi_structured_failure"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)
+        gpu.say(row)
     return rows
 
 
 def table(result: dict[str, Any]) -> str:
-    contract = result["contract"]
-    lines = [f"Contract: {contract['checked']} cases, {contract['failures']} failures.", ""]
+    lines = [gpu.verdict(result["contract"]), ""]
     lines += [
         "| shape | tokens | values | µs on the device | times as fast as dense | with the call | "
         "share of a copy |",
@@ -380,19 +350,28 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['shape']} | {row['tokens']} | {row['dense_us']:.1f} | {row['ours_us']:.1f} | "
             f"{'failed' if theirs is None else f'{theirs:.1f}'} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *result.get("notes", [])])
 
 
 @torch.inference_mode()
 def measure_all(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    copied = copy_bandwidth(device, sizes.copy_bytes)
+    copied = gpu.copy_bandwidth(device, sizes.copy_bytes)
+    few = [tokens for tokens in sizes.tokens if tokens <= triton_sparse.MAX_TOKENS]
+    cases = [
+        (columns, tokens, *format, tile)
+        for columns in dict.fromkeys(columns for _, columns in sizes.shapes)
+        for format in FORMATS.values()
+        for tile in range(TILES)
+        for tokens in (1, *few)
+        if tokens == 1 or columns == sizes.shapes[-2][1]
+    ]
+    gpu.compile_all(compile_case, cases, device)
     one = [measure(device, shape, 1, sizes, copied) for shape in sizes.shapes]
     # A few tokens with one shape: how the time grows is the question.
-    few = [measure(device, sizes.shapes[-2], tokens, sizes, copied) for tokens in sizes.tokens]
+    more = [measure(device, sizes.shapes[-2], tokens, sizes, copied) for tokens in sizes.tokens]
     return {
         "copy_bytes_per_second": copied,
-        "products": list(itertools.chain.from_iterable(one + few)),
-        "tiles": [r for shape in sizes.shapes for r in measure_tiles(device, shape, sizes)],
+        "products": list(itertools.chain.from_iterable(one + more)),
         "tile_bytes": [
             row for shape in sizes.shapes for row in measure_tile_bytes(device, shape, sizes)
         ],
@@ -403,39 +382,28 @@ def measure_all(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
+    parser = gpu.parser(__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", help="rows x columns, as in 4096x11008")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, nothing is written")
     arguments = parser.parse_args()
     sizes = REHEARSAL if arguments.rehearse else Sizes()
     if arguments.shapes:
         pairs = [tuple(int(size) for size in shape.split("x")) for shape in arguments.shapes]
         sizes = replace(sizes, shapes=tuple((pair[0], pair[1]) for pair in pairs))
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and not (arguments.rehearse and triton_device.interprets()):
-        parser.error("this needs a CUDA device (or TRITON_INTERPRET=1 and --rehearse)")
-    if not triton_device.is_available():
-        parser.error(
-            "this needs Triton (pip install 'hf-adaptive-sparse[gpu]') and a GPU it serves, and "
-            f"HF_ADAPTIVE_SPARSE_KERNEL other than {os.environ.get('HF_ADAPTIVE_SPARSE_KERNEL')!r}"
-        )
+    device = gpu.find_device(parser, arguments.rehearse)
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
+    contract = gpu.nothing_checked()
+    if not arguments.skip_contract:
+        contract = gpu.check_contract(check_case, contract_cases(sizes), device)
     result: dict[str, Any] = {
         "question": "sparse weights on a GPU: right, and how fast beside dense ones?",
-        "settings": {"seed": arguments.seed, "triton": triton_version(), **vars(sizes)},
+        "settings": {"seed": arguments.seed, "triton": gpu.triton_version(), **vars(sizes)},
         "targets": TARGETS,
-        "contract": check_contract(device, sizes),
+        "contract": contract,
         **measure_all(device, sizes),
     }
     result["seconds"] = round(time.perf_counter() - started, 1)
-    if not arguments.rehearse:
-        write_result("gpu_sparse", result, table(result))
-    print(table(result))
-    for failure in result["contract"]["first_failures"]:
-        print(failure, file=sys.stderr)
-    return 1 if result["contract"]["failures"] else 0
+    return gpu.finish("gpu_sparse", result, table(result), arguments.rehearse)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class PackedBlocks:
     values: PackedValues
     block_length: int
     lengths: tuple[int, ...] | None = None
-    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    prepared: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def length(self) -> int:

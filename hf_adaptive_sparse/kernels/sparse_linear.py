@@ -105,6 +105,18 @@ def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor:
     return sparse_weight.count_row_offsets(bitmask) if counted is None else counted
 
 
+def block_offsets_for(weight: SparseWeight) -> torch.Tensor | None:
+    """Return the block offsets of a weight where its device's kernels read them, else None.
+
+    See ``packing.sparse_weight.count_block_offsets``; those that it has are taken.
+    """
+    if weight.device.type != "cuda" or not triton_sparse.is_supported(weight):
+        return None
+    if weight.block_offsets is not None:
+        return weight.block_offsets
+    return sparse_weight.count_block_offsets(weight.bitmask, weight.shape[1])
+
+
 @functools.cache
 def _say_why_not(device: str) -> None:
     logger.warning(

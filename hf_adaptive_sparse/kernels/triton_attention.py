@@ -17,7 +17,14 @@ import torch
 
 from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 from hf_adaptive_sparse.kernels.packed import PackedCache
-from hf_adaptive_sparse.kernels.triton_device import LaunchError, is_available, launch, serves
+from hf_adaptive_sparse.kernels.triton_device import (
+    Launch,
+    LaunchError,
+    compile_and_launch,
+    is_available,
+    launch,
+    serves,
+)
 from hf_adaptive_sparse.kernels.triton_plan import Call, channel_groups, prepare
 
 __all__ = ["LaunchError", "attend", "is_available", "is_supported"]
@@ -117,24 +124,33 @@ _failures: dict[object, str] = {}
 """Kernels that cannot be had on a device, and why."""
 
 
+_compiled: dict[object, tuple[Launch, Launch]] = {}
+"""What launches the two kernels again, by what they are compiled for."""
+
+
 def _launch(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
-    kernel = (output.device, output.dtype, *sorted(call.constants.items()))
-    launch(_failures, kernel, lambda: _run(output, call, partial))
+    kernel = (output.device, output.dtype, *call.constants.values())
+    launch(_failures, kernel, lambda: _run(kernel, output, call, partial))
 
 
-def _run(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
-    kernels = _kernels()
-    kernels.split_kernel[call.grid](*call.arguments, **call.constants, **call.options)
+def _run(
+    kernel: tuple[object, ...], output: torch.Tensor, call: Call, partial: torch.Tensor
+) -> None:
     rows, value_dim = output.numel() // output.shape[-1], output.shape[-1]
-    kernels.combine_kernel[(rows,)](
-        partial,
-        output,
-        call.grid[1],
-        rows,
-        VALUE_DIM=value_dim,
-        VALUE_PAD=call.constants["VALUE_PAD"],
-        CHUNK=_SPLITS_AT_ONCE,
-        num_warps=4,
+    joined = (partial, output, call.grid[1], rows)
+    asked = (*kernel, *call.options.values(), *call.kind, output.data_ptr() % 16)
+    grids = (*call.grid, 1), (rows, 1, 1)
+    again = _compiled.get(asked)
+    if again is not None:
+        again[0](grids[0], call.arguments)
+        again[1](grids[1], joined)
+        return
+    kernels, constants = _kernels(), {**call.constants, **call.options}
+    combined = {"VALUE_DIM": value_dim, "VALUE_PAD": call.constants["VALUE_PAD"]}
+    combined |= {"CHUNK": _SPLITS_AT_ONCE, "num_warps": 4}
+    _compiled[asked] = (
+        compile_and_launch(kernels.split_kernel, grids[0], call.arguments, constants),
+        compile_and_launch(kernels.combine_kernel, grids[1], joined, combined),
     )
 
 

@@ -65,15 +65,16 @@ def _softmax_step(scores, top, total):
 @triton.jit(
     do_not_specialize=[
         "q_sb", "q_sh", "q_sq", "kc_sb", "kc_sh", "km_sb", "km_sh", "vc_sb", "vc_sh", "vm_sb",
-        "vm_sh", "vs_sb", "vs_sh", "rk_sb", "rk_sh", "rv_sb", "rv_sh", "m_sb", "m_sh", "m_sq",
-        "m_st", "row_count", "kv_heads", "repeats", "queries", "blocks",
+        "vm_sh", "vs_sb", "vs_sh", "vs_sn", "rk_sb", "rk_sh", "rv_sb", "rv_sh", "m_sb", "m_sh",
+        "m_sq", "m_st", "row_count", "kv_heads", "repeats", "queries", "blocks",
         "encoded", "raw_length", "sinks", "skip", "tiles_per_split", "block_splits", "row_tiles",
     ]
 )  # fmt: skip
 def split_kernel(
     query, partial, key_codes, key_step, key_min, value_codes, step_codes, min_codes, scales,
     raw_keys, raw_values, mask, starts, scale,
-    q_sb, q_sh, q_sq, kc_sb, kc_sh, km_sb, km_sh, vc_sb, vc_sh, vm_sb, vm_sh, vs_sb, vs_sh,
+    q_sb, q_sh, q_sq, kc_sb, kc_sh, kc_sn, km_sb, km_sh, km_sn, vc_sb, vc_sh, vc_sn,
+    vm_sb, vm_sh, vm_sn, vs_sb, vs_sh, vs_sn,
     rk_sb, rk_sh, rv_sb, rv_sh, m_sb, m_sh, m_sq, m_st,
     row_count, kv_heads, repeats, queries, blocks, encoded, raw_length, sinks, skip,
     tiles_per_split, block_splits, row_tiles,
@@ -169,10 +170,10 @@ def split_kernel(
         stored = t < BLOCK
 
         # All codes are asked for first, so that those of the values arrive during the scores.
-        key_rows = key_codes + block * (BLOCK * KEY_ROW) + t * KEY_ROW
+        key_rows = key_codes + block * kc_sn + t * KEY_ROW
         k0, k1, k2 = load_words(key_rows, stored, KEY_DIM, KEY_PAD, KEY_BITS, KEY_WORD, KEY_FULL)
         # A tile begins at a whole word of each row: TILE is a multiple of 32 codes or the block.
-        value_rows = value_codes + block * (VALUE_DIM * VALUE_ROW) + d * VALUE_ROW
+        value_rows = value_codes + block * vc_sn + d * VALUE_ROW
         value_rows += start_in_block * VALUE_BITS // 8
         v0, v1, v2 = load_words(
             value_rows, value_in, BLOCK - start_in_block, TILE, VALUE_BITS, VALUE_WORD, VALUE_FULL
@@ -185,10 +186,10 @@ def split_kernel(
             if HALF:
                 inner *= q_peak[:, None]
             if GROUPS == 1:
-                place = (block * BLOCK + t)[None, :]
+                place = (block * km_sn + t)[None, :]
                 place_in = stored[None, :]
             else:
-                place = (block * BLOCK + t[None, :]) * KEY_GROUPS + group[:, None]
+                place = block * km_sn + t[None, :] * KEY_GROUPS + group[:, None]
                 place_in = stored[None, :] & (group < KEY_GROUPS)[:, None]
             step = tl.load(key_step + place, mask=place_in, other=0).to(tl.float32)
             minimum = tl.load(key_min + place, mask=place_in, other=0).to(tl.float32)
@@ -198,7 +199,7 @@ def split_kernel(
                 over_groups = tl.sum(per_group, axis=0)[None, :, :]
                 scores = tl.reshape(tl.broadcast_to(over_groups, (GROUPS, ROWS, TILE)), (M, TILE))
         else:
-            place = block * KEY_DIM + c
+            place = block * km_sn + c
             step = tl.load(key_step + place, mask=key_in, other=0).to(tl.float32)
             minimum = tl.load(key_min + place, mask=key_in, other=0).to(tl.float32)
             weights = q * step[None, :]
@@ -218,16 +219,16 @@ def split_kernel(
         p, correction, top, total = _softmax_step(scores, top, total)
 
         # Values: packed rows of channels times probabilities.
-        scale_row = scales + block * 4
+        scale_row = scales + block * vs_sn
         step_base = tl.load(scale_row).to(tl.float32)
         step_unit = tl.load(scale_row + 1).to(tl.float32)
         min_base = tl.load(scale_row + 2).to(tl.float32)
         min_unit = tl.load(scale_row + 3).to(tl.float32)
         if GROUPS == 1:
-            place = (block * BLOCK + t)[None, :]
+            place = (block * vm_sn + t)[None, :]
             place_in = stored[None, :]
         else:
-            place = block * (VALUE_GROUPS * BLOCK) + group[:, None] * BLOCK + t[None, :]
+            place = block * vm_sn + group[:, None] * BLOCK + t[None, :]
             place_in = stored[None, :] & (group < VALUE_GROUPS)[:, None]
         step_code = tl.load(step_codes + place, mask=place_in, other=0)
         min_code = tl.load(min_codes + place, mask=place_in, other=0)

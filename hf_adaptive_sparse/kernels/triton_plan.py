@@ -1,8 +1,8 @@
 """How a call of the Triton attention is cut into programs, and the arguments they get.
 
-Sizes of tiles follow from the sizes of heads and blocks: nothing is tuned at run time. They were
-chosen by what compiles without spilling registers and runs several programs per processor, not by
-timing.
+Sizes of tiles follow from the sizes of heads and blocks: nothing is tuned at run time. Tiles of 128
+tokens were faster than of 64 on an H100 in every width, and eight programs per processor than four
+where there are more (benchmarks/results/gpu_kv_cache.json has the sweep).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from hf_adaptive_sparse.kernels.triton_device import interprets, processors
 
 _MATRIX_ROWS = 16  # rows, and summed elements, that a matrix product has at least
 _MOST_ROWS = 32
-_PROGRAMS_PER_PROCESSOR = 4
+_LEAST_TILE_OF_BYTES = 32
+_ALIGNMENT = 16  # in bytes, or elements of a stride, that Triton compiles for
+_PROGRAMS_PER_PROCESSOR = 8
+_LOG2E = math.log2(math.e)
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
 
 
@@ -71,6 +74,9 @@ def plan(query: torch.Tensor, cache: PackedCache, processors: int) -> Plan:
     tile = min(wished, _power_of_two(cache.blocks.block_length))
     value_word = _word(cache.blocks.values.bits, tile, cache.blocks.values.codes)
     tile = max(tile, _least_size(cache.blocks.values.bits, value_word))
+    if cache.blocks.values.bits % 3 == 0 and value_word == 8:
+        # Tiles of 16 of these came out wrong on an H100 (Triton 3.6), right in the interpreter.
+        tile = max(tile, _LEAST_TILE_OF_BYTES)
     key_word = _word(cache.blocks.keys.bits, _power_of_two(key_dim), cache.blocks.keys.codes)
     tiles = cache.blocks.keys.codes.shape[2] * -(-cache.blocks.block_length // tile)
     wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // (batch * kv_heads * row_tiles))
@@ -101,12 +107,14 @@ class Call:
         constants: What the kernel is compiled for.
         options: Warps, stages and registers.
         grid: Programs: (batch, KV head, tile of rows) and splits.
+        kind: What else a kernel is compiled for: types, alignment and width of the arguments.
     """
 
     arguments: tuple[torch.Tensor | float, ...]
     constants: dict[str, int | bool]
     options: dict[str, int]
     grid: tuple[int, int]
+    kind: tuple[object, ...]
 
 
 def channel_groups(cache: PackedCache) -> int:
@@ -130,16 +138,12 @@ def prepare(
     That tensor is float32: sums of weighted values ``(splits, rows, value head_dim)``, then highest
     scores and sums of weights, ``(splits, rows)`` each, where rows are ``batch * heads * queries``.
     """
-    batch, heads, queries, key_dim = query.shape
-    kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
-    keys, values = _with_rows(cache.blocks.keys), _with_rows_of_values(cache.blocks.values)
+    batch, heads, queries, _ = query.shape
+    blocks = _blocks_of(query, cache)
     raw_keys, raw_values = _rows(cache.raw_keys, 2), _rows(cache.raw_values, 2)
-    cut = plan(query, cache, processors(query.device))
-    raw_length = raw_keys.shape[2]
-    splits = cut.block_splits + (raw_length > 0)
-    starts, encoded = query, keys.codes.shape[2] * cache.blocks.block_length
-    if cache.blocks.lengths is not None:
-        starts, encoded = _starts(cache.blocks.lengths, query.device), sum(cache.blocks.lengths)
+    raw_length, value_dim = raw_keys.shape[2], raw_values.shape[-1]
+    splits = blocks.cut.block_splits + (raw_length > 0)
+    starts = query if blocks.starts is None else blocks.starts
     mask_kind, given_mask = _NO_MASK, query
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
@@ -153,26 +157,87 @@ def prepare(
     partial = query.new_empty(
         splits * batch * heads * queries * (value_dim + 2), dtype=torch.float32
     )
+    raw_strides = (*raw_keys.stride()[:2], *raw_values.stride()[:2], *mask_strides)
     arguments: tuple[torch.Tensor | float, ...] = (
-        query,
-        partial,
-        *(keys.codes, keys.step, keys.minimum),
-        *(values.codes, values.step_codes, values.min_codes, values.scales),
-        *(raw_keys, raw_values, given_mask, starts),
-        scale * math.log2(math.e),
+        *(query, partial, *blocks.tensors, raw_keys, raw_values, given_mask, starts),
+        scale * _LOG2E,
         *query.stride()[:3],
-        *keys.codes.stride()[:2],
-        *keys.step.stride()[:2],
-        *values.codes.stride()[:2],
-        *values.step_codes.stride()[:2],
-        *values.scales.stride()[:2],
-        *raw_keys.stride()[:2],
-        *raw_values.stride()[:2],
-        *mask_strides,
-        *(heads // kv_heads * queries, kv_heads, heads // kv_heads, queries),
-        *(keys.codes.shape[2], encoded, raw_length, cache.sinks, cache.skip),
-        *(cut.tiles_per_split, cut.block_splits, cut.row_tiles),
+        *blocks.strides,
+        *raw_strides,
+        *blocks.heads,
+        *(blocks.count, cache.blocks.length, raw_length, cache.sinks, cache.skip),
+        *(blocks.cut.tiles_per_split, blocks.cut.block_splits, blocks.cut.row_tiles),
     )
+    constants = {
+        **blocks.constants,
+        "MASK": mask_kind,
+        "MASK_ROWS": mask_rows,
+        "CAUSAL": is_causal,
+        "ALIGNED": blocks.is_aligned and _aligned(raw_keys, raw_values),
+    }
+    options = {"num_warps": blocks.cut.warps, "num_stages": blocks.cut.stages}
+    registers = blocks.cut.registers
+    if registers and not mask_rows and constants["KEY_GROUP"] == 0 and torch.version.hip is None:
+        options["maxnreg"] = registers
+    grid = (blocks.programs, splits)
+    changing = (query, partial, raw_keys, raw_values, given_mask)
+    kind = (
+        *blocks.kind,
+        *(tensor.data_ptr() % _ALIGNMENT for tensor in changing),
+        *(given_mask.dtype, max(*query.stride(), *raw_strides) >> 31),
+    )
+    return Call(arguments, constants, options, grid, kind), partial
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What calls have in common as long as the blocks are the same, worked out once.
+
+    Attributes:
+        cut: The plan.
+        tensors: The blocks' tensors, in the kernel's order.
+        strides: Their strides of batch, head and block, likewise.
+        starts: First token of each block where some are short.
+        heads: Queries per KV head, KV heads, heads per KV head, queries per head.
+        count: Blocks.
+        programs: Programs per split.
+        constants: What the kernel is compiled for, but for what masks and raw tokens decide.
+        is_aligned: Whether each head of the tensors begins at a multiple of 16 elements.
+        kind: Types and alignment of the tensors, divisibility and width of the strides.
+    """
+
+    cut: Plan
+    tensors: tuple[torch.Tensor, ...]
+    strides: tuple[int, ...]
+    starts: torch.Tensor | None
+    heads: tuple[int, ...]
+    count: int
+    programs: int
+    constants: dict[str, int | bool]
+    is_aligned: bool
+    kind: tuple[object, ...]
+
+
+def _blocks_of(query: torch.Tensor, cache: PackedCache) -> _Blocks:
+    """Return what is known of the blocks: all layers ask for every token, it costs as a kernel."""
+    known = cache.blocks.prepared
+    asked = ("triton", query.shape, query.dtype)
+    if asked not in known:
+        known[asked] = _prepare_blocks(query, cache)
+    found: _Blocks = known[asked]
+    return found
+
+
+def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
+    batch, heads, queries, key_dim = query.shape
+    kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
+    keys, values = _with_rows(cache.blocks.keys), _with_rows_of_values(cache.blocks.values)
+    cut = plan(query, cache, processors(query.device))
+    lengths = cache.blocks.lengths
+    key_parts = (keys.codes, keys.step, keys.minimum)
+    value_parts = (values.codes, values.step_codes, values.min_codes, values.scales)
+    measured = (keys.codes, keys.step, values.codes, values.step_codes, values.scales)
+    strides = tuple(stride for part in measured for stride in part.stride()[:3])
     constants: dict[str, int | bool] = {
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
@@ -189,19 +254,25 @@ def prepare(
         "RAW_TILE": cut.raw_tile,
         "ROWS": cut.rows,
         "GROUPS": cut.groups,
-        "MASK": mask_kind,
-        "MASK_ROWS": mask_rows,
-        "CAUSAL": is_causal,
-        "SHORT": cache.blocks.lengths is not None,
-        "ALIGNED": _aligned(keys.codes, values.codes, values.step_codes, raw_keys, raw_values),
+        "SHORT": lengths is not None,
         "HALF": query.dtype != torch.float32,
         "WIDEN": query.dtype == torch.bfloat16 and interprets(),
     }
-    options = {"num_warps": cut.warps, "num_stages": cut.stages}
-    if cut.registers and not mask_rows and keys.group is None and torch.version.hip is None:
-        options["maxnreg"] = cut.registers
-    grid = (batch * kv_heads * cut.row_tiles, splits)
-    return Call(arguments, constants, options, grid), partial
+    return _Blocks(
+        cut=cut,
+        tensors=(*key_parts, *value_parts),
+        strides=strides,
+        starts=None if lengths is None else _starts(lengths, query.device),
+        heads=(heads // kv_heads * queries, kv_heads, heads // kv_heads, queries),
+        count=keys.codes.shape[2],
+        programs=batch * kv_heads * cut.row_tiles,
+        constants=constants,
+        is_aligned=_aligned(keys.codes, values.codes, values.step_codes),
+        kind=(
+            *((part.dtype, part.data_ptr() % _ALIGNMENT) for part in (*key_parts, *value_parts)),
+            *((s % _ALIGNMENT == 0, s == 1, s >> 31) for s in strides),
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -248,7 +319,7 @@ def _rows(part: torch.Tensor, inner: int) -> torch.Tensor:
 
 def _with_rows(keys: PackedKeys) -> PackedKeys:
     codes, step, minimum = (
-        _rows(part, part.dim() - 2) for part in (keys.codes, keys.step, keys.minimum)
+        _rows(part, part.dim() - 3) for part in (keys.codes, keys.step, keys.minimum)
     )
     if step.stride() != minimum.stride():
         step, minimum = step.contiguous(), minimum.contiguous()
@@ -257,7 +328,7 @@ def _with_rows(keys: PackedKeys) -> PackedKeys:
 
 def _with_rows_of_values(values: PackedValues) -> PackedValues:
     codes, steps, minima, scales = (
-        _rows(part, part.dim() - 2)
+        _rows(part, part.dim() - 3)
         for part in (values.codes, values.step_codes, values.min_codes, values.scales)
     )
     if steps.stride() != minima.stride():

@@ -15,6 +15,9 @@ from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 ENCODED_AT_ONCE = 1 << 18
 """Elements that torch encodes at once, one block of every head at least: 1 MiB in float32."""
 
+GPU_ENCODED_AT_ONCE = 1 << 23
+"""The same on a GPU, where each of some forty steps costs a launch, however little it does."""
+
 
 @torch.no_grad()
 def encode_blocks(codec: Codec, blocks: torch.Tensor, what: str) -> Parts:
@@ -24,7 +27,8 @@ def encode_blocks(codec: Codec, blocks: torch.Tensor, what: str) -> Parts:
     if parts is not None:
         return codec.parts_type(*parts)
     # A few blocks at a time: what encoding computes with in between stays in the caches.
-    count = max(1, ENCODED_AT_ONCE // max(1, blocks[:, :, :1].numel()))
+    at_once = ENCODED_AT_ONCE if blocks.device.type == "cpu" else GPU_ENCODED_AT_ONCE
+    count = max(1, at_once // max(1, blocks[:, :, :1].numel()))
     pieces = [codec.encode(some, what) for some in blocks.split(count, dim=2)]
     if len(pieces) == 1:
         return pieces[0]

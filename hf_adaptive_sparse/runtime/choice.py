@@ -63,18 +63,17 @@ class CompressedWeights:
         """Bytes of all of them, decompressed."""
         return sum(rows * columns for rows, columns in self.shapes.values()) * self.dtype.itemsize
 
-    @property
-    def sparse_bytes(self) -> int:
-        """Bytes of all of them, compressed in memory."""
-        return sum(self._sparse_bytes(name) for name in self.shapes)
+    def sparse_bytes(self, device: torch.device) -> int:
+        """Return the bytes of all of them, compressed in the memory of a device."""
+        return sum(self._sparse_bytes(name, device.type == "cuda") for name in self.shapes)
 
-    def _sparse_bytes(self, name: str) -> int:
+    def _sparse_bytes(self, name: str, blocks: bool) -> int:
         (rows, columns), (bits, group_size) = self.shapes[name], self.formats[name]
         nnz = rows * columns - round(self.ratios.get(name, 0.0) * rows * columns)
         if bits == 16:
-            return size_bytes(rows, columns, nnz, self.dtype.itemsize * 8)
+            return size_bytes(rows, columns, nnz, self.dtype.itemsize * 8, blocks=blocks)
         groups = group_count(columns, group_size)
-        return size_bytes(rows, columns, nnz, bits, groups, self.dtype.itemsize)
+        return size_bytes(rows, columns, nnz, bits, groups, self.dtype.itemsize, blocks=blocks)
 
     @property
     def largest(self) -> str:
@@ -127,7 +126,7 @@ def choose_runtime(
         return RuntimeChoice(asked, "it was asked for")
     if not supported:
         return RuntimeChoice("dense", f"sparse weights do not multiply in {weights.dtype}")
-    dense, sparse = weights.dense_bytes, weights.sparse_bytes
+    dense, sparse = weights.dense_bytes, weights.sparse_bytes(device)
     free = available_bytes(device)
     if free is not None and sparse < free < dense:
         return RuntimeChoice(
@@ -209,13 +208,14 @@ def _copy(weight: SparseWeight, device: torch.device) -> SparseWeight:
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, copy=True)
 
-    return replace(
+    copied = replace(
         weight,
         bitmask=copy(weight.bitmask),
         values=copy(weight.values),
         row_offsets=copy(weight.row_offsets),
         scales=None if weight.scales is None else copy(weight.scales),
     )
+    return replace(copied, block_offsets=sparse_linear.block_offsets_for(copied))
 
 
 def _best_seconds(calls: list[Callable[[], torch.Tensor]], device: torch.device) -> float:

@@ -43,6 +43,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
         bias,
         weight.shape[1],
         weight.group_size or _NO_GROUPS,
+        weight.block_offsets,
     )
     return product
 
@@ -73,8 +74,10 @@ def _linear(
     bias: torch.Tensor | None,
     columns: int,
     group_size: int,
+    block_offsets: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size)
+    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
+    weight = _weight(*parts)
     return sparse_linear.linear(x, weight, bias)
 
 
@@ -97,8 +100,10 @@ def _input_gradient(
     scales: torch.Tensor | None,
     columns: int,
     group_size: int,
+    block_offsets: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size)
+    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
+    weight = _weight(*parts)
     return sparse_linear.input_gradient(gradient, weight)
 
 
@@ -111,6 +116,7 @@ def _fake_input_gradient(
     scales: torch.Tensor | None,
     columns: int,
     group_size: int,
+    block_offsets: torch.Tensor | None,
 ) -> torch.Tensor:
     return gradient.new_empty((*gradient.shape[:-1], columns))
 
@@ -122,23 +128,25 @@ def _weight(
     scales: torch.Tensor | None,
     columns: int,
     group_size: int,
+    block_offsets: torch.Tensor | None,
 ) -> SparseWeight:
-    shape = (bitmask.shape[0], columns)
-    return SparseWeight(shape, bitmask, values, row_offsets, scales, group_size or None)
+    shape, group = (bitmask.shape[0], columns), group_size or None
+    return SparseWeight(shape, bitmask, values, row_offsets, scales, group, block_offsets)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, values, bitmask, row_offsets, scales, _, ctx.columns, ctx.group_size = inputs
-    ctx.save_for_backward(values, bitmask, row_offsets, scales)
+    _, values, bitmask, row_offsets, scales, _, ctx.columns, ctx.group_size, block_offsets = inputs
+    ctx.save_for_backward(values, bitmask, row_offsets, scales, block_offsets)
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     for_x = for_bias = None
     if ctx.needs_input_grad[0]:
-        for_x = _input_gradient(gradient, *ctx.saved_tensors, ctx.columns, ctx.group_size)
+        *parts, block_offsets = ctx.saved_tensors
+        for_x = _input_gradient(gradient, *parts, ctx.columns, ctx.group_size, block_offsets)
     if ctx.needs_input_grad[5]:
         for_bias = gradient.sum(tuple(range(gradient.dim() - 1)))
-    return for_x, None, None, None, None, for_bias, None, None
+    return for_x, None, None, None, None, for_bias, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_remember)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_adaptive_sparse.kernels.sparse_linear import count_row_offsets
+from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES, group_count
@@ -16,6 +16,7 @@ from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 _CODES = {8: torch.int8, 4: torch.uint8}
+_OFFSETS = ("row_offsets", "block_offsets")
 _STORED = ("weight_values", "weight_bitmask", "weight_scales")
 
 
@@ -79,6 +80,7 @@ class SparseLinear(nn.Linear):
     weight_bitmask: nn.Parameter
     weight_scales: nn.Parameter | None
     row_offsets: torch.Tensor | None
+    block_offsets: torch.Tensor | None
     _over_parameters: SparseWeight | None = None
 
     def __init__(
@@ -112,6 +114,7 @@ class SparseLinear(nn.Linear):
         )
         self.register_parameter("bias", given)
         self.register_buffer("row_offsets", None, persistent=False)
+        self.register_buffer("block_offsets", None, persistent=False)
 
     @classmethod
     def from_weight(cls, weight: SparseWeight, bias: torch.Tensor | None = None) -> SparseLinear:
@@ -152,6 +155,7 @@ class SparseLinear(nn.Linear):
         for name, tensor in weight.tensors().items():
             setattr(self, f"weight_{name}", FrozenParameter(tensor.detach()))
         self.row_offsets = weight.row_offsets
+        self.block_offsets = sparse_linear.block_offsets_for(weight)
 
     def settle(self, row_offsets: torch.Tensor | None = None) -> None:
         """Check what was loaded into the parameters, and make the offsets that follow from it.
@@ -177,6 +181,7 @@ class SparseLinear(nn.Linear):
             and kept.values is values
             and kept.row_offsets is offsets
             and kept.scales is scales
+            and kept.block_offsets is self.block_offsets
             and not torch.compiler.is_compiling()
         ):
             return kept
@@ -184,7 +189,8 @@ class SparseLinear(nn.Linear):
             # Offloaded: the parts are here for the length of one forward.
             return self._checked()
         shape = (self.out_features, self.in_features)
-        weight = SparseWeight(shape, bitmask, values, offsets, scales, self.group_size)
+        parts = (bitmask, values, offsets, scales, self.group_size, self.block_offsets)
+        weight = SparseWeight(shape, *parts)
         if not torch.compiler.is_compiling():
             self._over_parameters = weight
         return weight
@@ -214,13 +220,14 @@ class SparseLinear(nn.Linear):
     @property
     def memory_bytes(self) -> int:
         """Bytes of the weight: values, bitmask, scales and offsets."""
-        tensors = (getattr(self, name) for name in (*_STORED, "row_offsets"))
+        tensors = (getattr(self, name) for name in (*_STORED, *_OFFSETS))
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
     def offset_bytes(self) -> int:
-        """Bytes of the row offsets, which a checkpoint does not store."""
-        return 0 if self.row_offsets is None else self.row_offsets.nbytes
+        """Bytes of the offsets, which a checkpoint does not store."""
+        tensors = (getattr(self, name) for name in _OFFSETS)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ W.T + bias``: ``(..., out_features)`` of ``x`` ``(..., in_features)``.
@@ -258,7 +265,7 @@ class SparseLinear(nn.Linear):
 
     def _checked(self, row_offsets: torch.Tensor | None = None) -> SparseWeight:
         if row_offsets is None:
-            row_offsets = count_row_offsets(self.weight_bitmask.detach())
+            row_offsets = sparse_linear.count_row_offsets(self.weight_bitmask.detach())
         return SparseWeight.from_tensors(
             self.in_features,
             bitmask=self.weight_bitmask.detach(),
@@ -275,7 +282,11 @@ class SparseLinear(nn.Linear):
                 f"A sparse weight multiplies in float32, bfloat16 or float16, got {dtype}. Load "
                 "the model with sparsity_config=SparsityConfig(runtime='dense') for that dtype."
             )
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.row_offsets is not None and not self.weight_bitmask.is_meta:
+            # Devices differ in what they need.
+            self.block_offsets = sparse_linear.block_offsets_for(self.sparse_weight)
+        return self
 
     def _load_from_state_dict(
         self,

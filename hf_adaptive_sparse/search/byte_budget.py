@@ -50,12 +50,14 @@ class LinearBytes:
         columns: Its inputs; of transposed experts, their outputs.
         value_bytes: Bytes of a weight in the model's dtype, which the scales have, too.
         plain_in_memory: The sparse runtime holds it decompressed, as it does experts.
+        on_gpu: The sparse runtime has block offsets there, too.
     """
 
     rows: int
     columns: int
     value_bytes: int
     plain_in_memory: bool = False
+    on_gpu: bool = False
 
     @property
     def numel(self) -> int:
@@ -68,7 +70,8 @@ class LinearBytes:
             return self.numel * self.value_bytes
         groups = self._groups(bits)
         return size_bytes(
-            self.rows, self.columns, kept, self._value_bits(bits), groups, self.value_bytes
+            *(self.rows, self.columns, kept, self._value_bits(bits), groups, self.value_bytes),
+            blocks=self.on_gpu,
         )
 
     def on_disk(self, kept: int, bits: int) -> int:
@@ -153,6 +156,7 @@ class ByteBudget:
                     weight.weight.shape[-1],
                     weight.weight.element_size(),
                     plain_in_memory=not isinstance(weight, nn.Linear),
+                    on_gpu=weight.weight.device.type == "cuda",
                 )
                 for name, weight in weights.items()
             },

@@ -196,6 +196,22 @@ def test_block_lengths(device, block, bits):
     check(device, made, make_query(made[0]))
 
 
+def test_the_blocks_of_a_cache_are_read_where_they_lie(tiny_llama):
+    """A store lays a block of all heads side by side: copying that for each call took longer."""
+    cache = AdaptiveQuantizedCache(tiny_llama.config, KVCacheConfig(bits=6, residual_length=32))
+    states = torch.randn(1, 2, 100, 16, generator=torch.Generator().manual_seed(0))
+    cache.update(states, states, 0)
+    packed = cache_attention.pin_pair(*cache.layers[0].stores()).packed
+    keys, values = packed.blocks.keys, packed.blocks.values
+    query = torch.randn(1, 4, 1, 16)
+    call, _ = triton_plan.prepare(query, packed, None, False, 0.25)
+    parts = (keys.codes, keys.step, keys.minimum, values.codes, values.step_codes, values.scales)
+    given = {argument.data_ptr() for argument in call.arguments if torch.is_tensor(argument)}
+    assert {part.data_ptr() for part in parts} <= given
+    again, _ = triton_plan.prepare(query, packed, None, False, 0.25)
+    assert again.arguments[2] is call.arguments[2]
+
+
 @pytest.mark.parametrize(("repeats", "queries"), [(1, 1), (3, 1), (7, 2), (8, 1), (1, 16), (20, 2)])
 def test_gqa_ratios_and_queries(device, repeats, queries):
     """From one row of the matrix product to more than one program takes."""
@@ -392,6 +408,7 @@ def test_generation_goes_on_when_a_kernel_fails(device, monkeypatch, caplog, tin
 
     monkeypatch.setattr(native, "is_supported", lambda *arguments: False)
     monkeypatch.setattr(triton_attention, "_failures", {})
+    monkeypatch.setattr(triton_attention, "_compiled", {})
     monkeypatch.setattr(triton_attention, "_kernels", lambda: Broken)
     cache_attention._say_what_failed.cache_clear()
 
@@ -418,6 +435,7 @@ def test_a_device_without_memory_is_not_taken_for_a_broken_kernel(device, monkey
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(triton_attention, "_failures", {})
+    monkeypatch.setattr(triton_attention, "_compiled", {})
     monkeypatch.setattr(triton_attention, "_run", fail)
     with pytest.raises(torch.OutOfMemoryError):
         triton_attention.attend(query, cache)

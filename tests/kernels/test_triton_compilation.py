@@ -29,7 +29,7 @@ from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 NAMES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32",
 }
 
 def compile_for(capability, function, arguments, constants, options):
@@ -87,6 +87,7 @@ class Recorder:  # takes launches as the kernels would
         return self
 
     def __call__(self, *arguments, num_warps, **constants):
+        self.arg_names = [str(i) for i in range(len(arguments))]
         self.launches.append((self.name, arguments, constants, {"num_warps": num_warps}))
 
 def shared_bytes_of_sparse(case):
@@ -144,7 +145,7 @@ CASES = [
     {"capability": 80, "dtype": "float32", "head_dim": 256, "bits": 3, "key_mode": "token"},
     {"capability": 90, "dtype": "bfloat16", "columns": 4096, "tokens": 1},
     {"capability": 80, "dtype": "float16", "columns": 1032, "tokens": 1, "bits": 4, "group": 96},
-    {"capability": 80, "dtype": "bfloat16", "columns": 1024, "tokens": 5, "bits": 8, "group": 64},
+    {"capability": 80, "dtype": "bfloat16", "columns": 1024, "tokens": 4, "bits": 8, "group": 64},
     {"capability": 90, "dtype": "float32", "columns": 1024, "tokens": 3},
     {"capability": 90, "dtype": "bfloat16", "columns": 4096, "tokens": 0, "bits": 4},
     {"capability": 80, "dtype": "float32", "columns": 4096, "tokens": 0, "bits": 8},

@@ -18,7 +18,6 @@ from hf_adaptive_sparse.kernels import (
     sparse_native,
     sparse_tiles,
     triton_sparse,
-    triton_sparse_plan,
 )
 from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
 from hf_adaptive_sparse.kernels.triton_sparse_plan import Tile
@@ -34,8 +33,8 @@ FORMATS = [
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for bits, group in ((None, None), (8, None), (8, 96), (4, None), (4, 128))
 ]
-SHAPES = itertools.cycle([(6, 200), (5, 31), (5, 288), (6, 513), (4, 64), (3, 1), (5, 100)])
-TILES = itertools.cycle([Tile(4, 64, 1), Tile(8, 128, 4), Tile(2, 1024, 1)])
+SHAPES = itertools.cycle([(6, 200), (5, 31), (5, 320), (6, 513), (4, 64), (3, 1), (5, 128)])
+TILES = itertools.cycle([Tile(1, 1), Tile(2, 2), Tile(4, 1)])
 CASES = [(*format, next(SHAPES), next(TILES)) for format in FORMATS]
 
 
@@ -87,15 +86,22 @@ def test_decompression_is_exact(device, monkeypatch, dtype, bits, group, shape, 
         assert torch.equal(found.cpu(), expected.to(dtype))
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
-def test_splits_of_the_columns(device, monkeypatch, bits):
-    """Each part of the columns counts what the parts before it took."""
-    monkeypatch.setattr(triton_sparse_plan, "processors", lambda device: 2)
-    monkeypatch.setattr(triton_sparse_plan, "_TOKENS_COLUMNS", 64)
-    weight = make_sparse((5, 700), torch.float16, bits)
-    plan = triton_sparse_plan.tokens_plan(weight, 17)
-    assert (plan.splits, plan.tokens) == (11, 32)
-    check(make_x(17, 700, torch.float16), weight, device)
+@pytest.mark.parametrize("columns", [1, 64, 129, 1 << 16])
+def test_block_offsets_count_what_lies_before(columns):
+    """From 65,536 columns on they do not fit into 16 bits."""
+    weight = make_sparse((3, columns), torch.float32)
+    offsets = sparse_weight.count_block_offsets(weight.bitmask, columns)
+    assert offsets.dtype == (torch.int32 if columns == 1 << 16 else torch.int16)
+    kept = (weight.to_dense() != 0).long()
+    expected = (kept.cumsum(1) - kept)[:, ::64]
+    assert torch.equal(
+        offsets.long() & 0xFFFFFFFF & (0xFFFF if columns < 1 << 16 else -1), expected
+    )
+
+
+def test_rows_of_more_values_than_fit_into_16_bits(device):
+    weight = SparseWeight.from_dense(torch.ones(1, 70_000))
+    check(make_x(1, 70_000, torch.float32), weight, device)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -130,7 +136,7 @@ def test_the_operator_reaches_the_kernels(device, monkeypatch):
     """One and a few tokens by products, many by tiles that are decompressed in a kernel."""
     monkeypatch.setattr(sparse_native, "is_supported", lambda weight: False)
     monkeypatch.setattr(sparse_tiles, "TILE_BYTES", 2 * 70 * 4)
-    names = ("vector_kernel", "tokens_kernel", "decompress_kernel")
+    names = ("vector_kernel", "decompress_kernel")
     kernels, seen = triton_sparse._kernels(), []
 
     class Watched:
@@ -140,7 +146,7 @@ def test_the_operator_reaches_the_kernels(device, monkeypatch):
 
     monkeypatch.setattr(triton_sparse, "_kernels", Watched)
     weight = make_sparse((6, 70), torch.float32)
-    for tokens in (1, 2, triton_sparse.MAX_TOKENS + 1):
+    for tokens in (1, triton_sparse.MAX_TOKENS, triton_sparse.MAX_TOKENS + 1):
         x = make_x(tokens, 70, torch.float32)
         found = operator.linear(x.to(device), weight.to(device), None).cpu()
         torch.testing.assert_close(found, reference(x, weight))
@@ -163,6 +169,7 @@ def test_a_kernel_that_fails_is_told_once_and_replaced(device, monkeypatch, capl
 
     monkeypatch.setattr(sparse_native, "is_supported", lambda weight: False)
     monkeypatch.setattr(triton_sparse, "_failures", {})
+    monkeypatch.setattr(triton_sparse, "_chosen", {})
     monkeypatch.setattr(triton_sparse, "_kernels", Broken)
     triton_sparse.say_what_failed.cache_clear()
     weight, x = make_sparse((6, 70), torch.float32), make_x(1, 70, torch.float32)
@@ -193,8 +200,8 @@ def test_the_fastest_tile_is_measured_once(device, monkeypatch):
             return functools.partial(self.launch, grid)
 
         def launch(self, grid, *arguments, **constants):
-            ran.append(constants["ROWS"])
-            if constants["ROWS"] == 4:
+            ran.append(constants["BLOCKS"])
+            if constants["BLOCKS"] == 4:
                 raise RuntimeError("out of resource")
             kernels.vector_kernel[grid](*arguments, **constants)
 
@@ -203,7 +210,7 @@ def test_the_fastest_tile_is_measured_once(device, monkeypatch):
         measured.append(ran[-1])
         return {2: 3.0, 1: 2.0}[ran[-1]]
 
-    tiles = [Tile(2, 64, 1), Tile(4, 64, 1), Tile(1, 64, 1)]
+    tiles = [Tile(2, 1), Tile(4, 1), Tile(1, 1)]
     monkeypatch.setattr(triton_sparse, "vector_tiles", lambda weight: tiles)
     monkeypatch.setattr(triton_sparse, "_kernels", Watched)
     monkeypatch.setattr(triton_sparse, "_chosen", {})

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
 from hf_adaptive_sparse.runtime import choice
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
@@ -102,7 +102,9 @@ def test_the_bytes_that_are_foretold_are_those_that_it_takes(bits: int, group: i
         row[torch.randperm(256)[:128]] = 0.0
     made = SparseWeight.from_dense(dense.bfloat16(), None if bits == 16 else bits, group)
     one = weights(shapes={"a": (64, 256)}, formats={"a": (bits, group)}, ratios={"a": 0.5})
-    assert one.sparse_bytes == made.nbytes
+    assert one.sparse_bytes(torch.device("cpu")) == made.nbytes
+    blocks = count_block_offsets(made.bitmask, 256)
+    assert one.sparse_bytes(torch.device("cuda")) == made.nbytes + blocks.nbytes
     assert one.dense_bytes == 2 * dense.numel()
 
 

@@ -91,6 +91,7 @@ def test_the_operators_pass_torchs_own_checks() -> None:
             bias,
             77,
             0,
+            None,
         )
         torch.library.opcheck(torch.ops.hf_adaptive_sparse.linear.default, arguments)
 
