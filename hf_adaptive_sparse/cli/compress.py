@@ -20,7 +20,6 @@ from hf_adaptive_sparse.cli.options import (
     add_offload,
     add_output,
     add_questions,
-    check_offload,
 )
 from hf_adaptive_sparse.cli.space_arguments import space_of
 from hf_adaptive_sparse.compressor import compress, search_space
@@ -55,7 +54,6 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(options: argparse.Namespace) -> Answer:
     """Search, prune, save, and push if asked."""
-    check_offload(options)
     config = config_of(options)
     result = compress(
         model_of(options),

@@ -73,7 +73,11 @@ def config_of(
         pattern=options.pattern,
         sparsity=sparsity,
         kv_cache=kv_cache,
-        calibration=CalibrationConfig(sequential=not options.one_shot, seed=options.seed),
+        calibration=CalibrationConfig(
+            sequential=not options.one_shot,
+            seed=options.seed,
+            min_expert_tokens=options.min_expert_tokens,
+        ),
         checkpoint_format=options.checkpoint_format,
         **fields,
     )

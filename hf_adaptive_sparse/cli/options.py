@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.space_arguments import add_space
+from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 
 Runner = Callable[[argparse.Namespace], Answer]
@@ -79,6 +80,14 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
         help="calibrate on the dense model's activations instead of layer after pruned layer",
     )
     parser.add_argument(
+        "--min-expert-tokens",
+        type=int,
+        default=MIN_EXPERT_TOKENS,
+        metavar="N",
+        help="experts that saw fewer calibration tokens are scored without data (default: "
+        f"{MIN_EXPERT_TOKENS})",
+    )
+    parser.add_argument(
         "--checkpoint-format",
         default="bitmask",
         help="bitmask (small), or dense (zeros stored; loads without this package)",
@@ -106,16 +115,6 @@ def add_offload(parser: argparse.ArgumentParser) -> None:
         help="leave the weights in the checkpoint's files and hold one decoder layer in memory at "
         "a time: slower, and an interrupted run goes on with the layer it had reached",
     )
-
-
-def check_offload(options: argparse.Namespace) -> None:
-    """Check `add_offload` against `add_model`.
-
-    Raises:
-        ValueError: If both say where the model is.
-    """
-    if options.offload and options.device_map is not None:
-        raise ValueError("Give --offload or --device-map, not both: it computes on the CPU.")
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,6 @@ from hf_adaptive_sparse.cli.options import (
     add_final_prune,
     add_offload,
     add_output,
-    check_offload,
 )
 from hf_adaptive_sparse.compressor import prune_offloaded, prune_to_folder
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -50,7 +49,6 @@ def run_prune(options: argparse.Namespace) -> Answer:
         sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
         kv_cache, weight_bits = profile.kv_cache, profile.weight_bits
     config = config_of(options, sparsity=sparsity, kv_cache=kv_cache, weight_bits=weight_bits)
-    check_offload(options)
     prune = prune_offloaded if options.offload else prune_to_folder
     result = prune(
         model_of(options),

@@ -9,23 +9,31 @@ from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.search.space import SearchSpace
 
 
-def on_cpu(model: ModelSource, max_loss: float | None) -> ModelSource:
+def on_cpu(model: ModelSource) -> ModelSource:
     """Return the model as a job reads it that leaves the weights in their files.
 
     Raises:
-        ValueError: If the job needs them in memory.
+        ValueError: If it is to be on another device.
+    """
+    if model.device_map is not None:
+        raise ValueError(
+            "Offloading leaves the weights on disk and computes on the CPU, got device_map="
+            f"{model.device_map!r}. Give one of them (--offload or --device-map)."
+        )
+    return replace(model, device_map="cpu")
+
+
+def check_offloadable(max_loss: float | None) -> None:
+    """Check that a job can leave the weights in their files.
+
+    Raises:
+        ValueError: If it needs them in memory.
     """
     if max_loss is not None:
         raise ValueError(
             f"max_loss={max_loss} prunes for each size that it tries, which needs the model in "
             "memory: leave out offload, or give a budget (target_sparsity, size_bytes) instead."
         )
-    if model.device_map is not None:
-        raise ValueError(
-            f"Offloading leaves the weights on disk and computes on the CPU, got device_map="
-            f"{model.device_map!r}. Give one of them."
-        )
-    return replace(model, device_map="cpu")
 
 
 def check_goal(

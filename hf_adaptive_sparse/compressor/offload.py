@@ -25,6 +25,7 @@ from hf_adaptive_sparse.checkpoint.loading import attach
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
 from hf_adaptive_sparse.checkpoint.profile import parameter_formats, resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
+from hf_adaptive_sparse.compressor.checks import on_cpu
 from hf_adaptive_sparse.compressor.jobs import PrunedFolder
 from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_report
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
@@ -56,11 +57,13 @@ def prune_offloaded(
     Arguments, result and errors are those of `prune_to_folder`; besides:
 
     Raises:
+        ValueError: If the model has a ``device_map``.
         CheckpointError: If the checkpoint has no safetensors files, or transformers makes
             weights of it, other than experts, by a conversion.
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
+    model = on_cpu(model)
     empty = model.load_empty()
     files = weight_files(model, empty)
     processor = model.load_processor()

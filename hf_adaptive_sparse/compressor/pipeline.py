@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor.checks import check_goal, on_cpu
+from hf_adaptive_sparse.compressor.checks import check_goal, check_offloadable, on_cpu
 from hf_adaptive_sparse.compressor.companions import companions, thread_count
 from hf_adaptive_sparse.compressor.final_prune import final_config
 from hf_adaptive_sparse.compressor.finishing import (
@@ -153,7 +153,8 @@ def compress(
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
     if offload:
-        origin = on_cpu(origin, max_loss)
+        check_offloadable(max_loss)
+        origin = on_cpu(origin)
     evaluation = evaluation or DataSource(num_samples=64)
     asked = questions or evaluation
     plan = SearchPlan(

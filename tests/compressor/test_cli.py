@@ -250,3 +250,16 @@ def test_options_that_contradict_each_other_are_refused(flags, message, capsys, 
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["prune", "compress"])
+def test_offloading_computes_on_the_cpu(command, capsys, llava_folder, tmp_path):
+    arguments = [command, llava_folder, "--output", tmp_path / "out", "--offload"]
+    assert main([str(part) for part in (*arguments, "--device-map", "cuda:0")]) == 2
+    assert "--offload or --device-map" in capsys.readouterr().err
+
+
+def test_experts_need_a_token_at_least(capsys, llava_folder, tmp_path):
+    arguments = ["prune", llava_folder, "--output", tmp_path / "out", "--min-expert-tokens", "0"]
+    assert main([str(part) for part in arguments]) == 2
+    assert "min_expert_tokens" in capsys.readouterr().err
