@@ -188,12 +188,27 @@ class SparseLinear(nn.Linear):
         if offsets is None or offsets.device != bitmask.device:
             # Offloaded: the parts are here for the length of one forward.
             return self._checked()
-        shape = (self.out_features, self.in_features)
-        parts = (bitmask, values, offsets, scales, self.group_size, self.block_offsets)
-        weight = SparseWeight(shape, *parts)
+        weight = self._over(bitmask, values, offsets, scales)
         if not torch.compiler.is_compiling():
+            if weight.block_offsets is None:
+                # Where parts were moved one by one; else they came with `set_weight` or `to`.
+                self.block_offsets = sparse_linear.block_offsets_for(weight)
+                weight = self._over(bitmask, values, offsets, scales)
             self._over_parameters = weight
         return weight
+
+    def _over(
+        self,
+        bitmask: torch.Tensor,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> SparseWeight:
+        blocks = self.block_offsets
+        if blocks is not None and blocks.device != bitmask.device:
+            blocks = None
+        shape = (self.out_features, self.in_features)
+        return SparseWeight(shape, bitmask, values, offsets, scales, self.group_size, blocks)
 
     @property
     def weight(self) -> SparseWeightView:  # type: ignore[override]

@@ -14,7 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.kernels import sparse_linear
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.conversion import compress_, decompress_, sparse_linears
 from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, SparseLinear
@@ -101,6 +102,29 @@ def test_the_size_is_counted(tmp_path: Path) -> None:
     held = sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
     assert held == module.memory_bytes + module.bias.nbytes
     assert module.memory_bytes == module.sparse_weight.nbytes
+
+
+def test_block_offsets_come_and_go_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs have them; here the CPU pretends to."""
+    module = sparse(pruned())
+    without = module.memory_bytes
+    assert module.block_offsets is None
+
+    def count(weight: SparseWeight) -> torch.Tensor:
+        return count_block_offsets(weight.bitmask, weight.shape[1])
+
+    monkeypatch.setattr(sparse_linear, "block_offsets_for", count)
+    module.to("cpu")
+    assert torch.equal(module.block_offsets, count(module.sparse_weight))
+    assert module.sparse_weight.block_offsets is module.block_offsets
+    assert module.memory_bytes == without + module.block_offsets.nbytes
+    assert module.memory_bytes == module.sparse_weight.nbytes
+    assert "block_offsets" not in module.state_dict()
+    module.block_offsets = None  # as if its parts were moved one by one
+    assert module.sparse_weight.block_offsets is not None
+    monkeypatch.setattr(sparse_linear, "block_offsets_for", lambda weight: None)
+    module.to("cpu")
+    assert module.memory_bytes == without
 
 
 def test_training_the_weight_is_refused() -> None:
