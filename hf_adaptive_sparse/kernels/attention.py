@@ -101,7 +101,7 @@ def attend(
 ) -> torch.Tensor:
     """Compute ``reference.attention`` of the decoded cache without decoding it.
 
-    Products are summed in integers, with queries and probabilities rounded to 15 bits and a sign
+    Products are summed in integers, with queries and probabilities rounded to 14 bits and a sign
     per block, everything else is float32: at 8 bits and below the result is closer to the float32
     reference than torch's own attention on decoded 16-bit states is (the contract test holds it to
     that). No gradient.
@@ -219,6 +219,9 @@ def _prepare(blocks: PackedBlocks) -> _Prepared | None:
         or keys.step.dtype not in _DTYPES
         or values.scales.dtype not in _DTYPES
         or not 1 <= blocks.block_length <= MAX_CODES
+        # Described once for both; memory that was reserved for one only may differ.
+        or keys.step.stride() != keys.minimum.stride()
+        or values.step_codes.stride() != values.min_codes.stride()
     ):
         return None
     lengths = None

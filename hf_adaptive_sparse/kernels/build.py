@@ -27,6 +27,7 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
+    "-fno-strict-aliasing",  # sparse values of 32 bits are moved as integers
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",

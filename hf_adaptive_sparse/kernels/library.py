@@ -26,6 +26,8 @@ ABI_VERSION = 4
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 """Names of the paths and their numbers in the library."""
 
+_IMPORTED_BY = os.getpid()
+
 _FASTEST_FIRST = ("amx", "avx512", "avx2", "neon", "portable")
 
 
@@ -53,7 +55,8 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.has_use_threads_of.argtypes = [ctypes.c_void_p]
     loaded.has_use_threads_of.restype = None
-    loaded.has_use_threads_of(_torch_parallel())
+    # A forked child has no threads of its parent's pool, whose kernels may wait for them for ever.
+    loaded.has_use_threads_of(_torch_parallel() if os.getpid() == _IMPORTED_BY else None)
     return loaded
 
 

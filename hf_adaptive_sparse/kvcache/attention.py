@@ -51,10 +51,12 @@ class PinnedPair:
     @property
     def packed(self) -> PackedCache | None:
         """All that kernels read, None where they cannot."""
-        if self.blocks is None:
+        keys, values = self.keys, self.values
+        if self.blocks is None or (keys.sinks, keys.skip) != (values.sinks, values.skip):
             return None
-        keys = self.keys
-        return PackedCache(self.blocks, keys.raw, self.values.raw, keys.sinks, keys.skip)
+        if keys.raw.shape[2] != values.raw.shape[2]:
+            return None
+        return PackedCache(self.blocks, keys.raw, values.raw, keys.sinks, keys.skip)
 
 
 def pin_pair(keys: TokenStore, values: TokenStore, newest: int | None = None) -> PinnedPair:
@@ -63,7 +65,10 @@ def pin_pair(keys: TokenStore, values: TokenStore, newest: int | None = None) ->
 
 
 def packed_blocks(keys: TokenStore, values: TokenStore) -> PackedBlocks | None:
-    """Return what kernels read; None where one of the two is not quantised, or no block is full.
+    """Return what kernels read; None where that is not blocks of the same tokens in both.
+
+    As where one of the two is not quantised, no block is full, or the keys alone were quantised
+    anew.
 
     It is the same object until blocks are added, removed or moved.
     """
@@ -78,7 +83,7 @@ def packed_blocks(keys: TokenStore, values: TokenStore) -> PackedBlocks | None:
 
 
 def _pack(keys: Blocks, values: Blocks, key_dim: int, value_dim: int) -> PackedBlocks | None:
-    if not isinstance(values.codec, TransposedCodec):
+    if keys.lengths != values.lengths or not isinstance(values.codec, TransposedCodec):
         return None
     group = None
     if isinstance(keys.codec, GroupCodec):

@@ -135,16 +135,17 @@ class RowBuffer:
             if self._reserve is not None and not self._first and 0 < capacity <= self._reserve.rows:
                 self._storage = _by_head(self._reserve.take(capacity))
                 return
-            self._storage = self._allocate(capacity)
-            self._storage[:, :, : held.shape[2]] = held
-            self._storage[:, :, held.shape[2] :] = 0
+            storage = self._allocate(capacity)
+            storage[:, :, : held.shape[2]] = held
+            storage[:, :, held.shape[2] :] = 0
+            self._storage = storage
         self._first, self._end = 0, held.shape[2]
 
     def _allocate(self, capacity: int) -> torch.Tensor:
         batch, kv_heads, _, *row = shape = self._storage.shape
         self._reserve = None
         head_bytes = torch.Size(row).numel() * self._storage.itemsize
-        if capacity and head_bytes > LONG_ROW_BYTES and self._storage.is_cpu:
+        if capacity and batch and kv_heads and head_bytes > LONG_ROW_BYTES and self._storage.is_cpu:
             try:
                 self._reserve = Reserve(capacity, (batch, kv_heads, *row), self._storage.dtype)
             except OSError:  # ordinary memory does as well, with more copies

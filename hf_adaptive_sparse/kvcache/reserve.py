@@ -40,7 +40,8 @@ class Reserve:
         self._memory = mmap.mmap(-1, max(1, size_bytes), flags=flags)
         # A huge page would be given as a whole to the first of its bytes that is written.
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+            with suppress(OSError):  # a system without them
+                self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self._huge_bytes = 0
 
     def take(self, rows: int) -> torch.Tensor:

@@ -85,7 +85,24 @@ def _restore_store(store: TokenStore, state: Mapping[str, Any], layer_idx: int) 
                 f"{wanted}, got {found}. A cache is loaded into one of the same profile."
             )
         parts = type(expected)(*state["parts"])
+    _check_lengths(state, store.block_length, layer_idx)
     store.commit(Addition(parts, lengths, raw, int(state["sinks"])))
+
+
+def _check_lengths(state: Mapping[str, Any], block_length: int, layer_idx: int) -> None:
+    """Refuse blocks and tokens that the tensors do not hold: kernels believe these numbers."""
+    lengths, sinks, raw = state["lengths"], state["sinks"], state["raw"]
+    blocks = {part.shape[2] for part in state["parts"]}
+    if blocks - {len(lengths)} or any(not 1 <= length <= block_length for length in lengths):
+        raise ValueError(
+            f"The saved blocks of layer {layer_idx} must hold 1 to {block_length} tokens each, got "
+            f"lengths {list(lengths)[:8]} for {sorted(blocks)} blocks; the file is damaged."
+        )
+    if not 0 <= sinks <= raw.shape[2]:
+        raise ValueError(
+            f"The saved layer {layer_idx} must have 0 to {raw.shape[2]} sinks, got {sinks}; the "
+            "file is damaged."
+        )
 
 
 def _plain(value: Any, name: str) -> Any:

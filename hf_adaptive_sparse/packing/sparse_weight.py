@@ -240,7 +240,10 @@ class SparseWeight:
             )
         shape = (bitmask.shape[0], columns)
         offsets = count_row_offsets(bitmask) if row_offsets is None else row_offsets
-        weight = cls(shape, bitmask.contiguous(), values.contiguous(), offsets, scales, group_size)
+        if scales is not None:
+            scales = scales.contiguous()
+        parts = (bitmask.contiguous(), values.contiguous(), offsets.contiguous())
+        weight = cls(shape, *parts, scales, group_size)
         _check_count(weight)
         _check_scales(weight)
         devices = {tensor.device for tensor in weight.tensors().values()}

@@ -85,7 +85,7 @@ def make_query(pair, heads, queries=1, seed=1):
 
 
 def check(pair, query, mask=None, *, is_causal=False, scale=None, sharpness=1.0):
-    """Errors come from rounding the vectors to 15 bits, and the output to its dtype.
+    """Errors come from rounding the vectors to 14 bits, and the output to its dtype.
 
     They grow with the scores, of which ``sharpness`` says how much larger than usual they are.
     """
@@ -263,6 +263,36 @@ def test_a_query_that_is_not_finite_gives_nan(path):
     assert output[0, 1].isnan().all()
     assert output[0, 2].isnan().all()
     assert output[0, ::3].isfinite().all()
+
+
+@pytest.mark.parametrize("key_mode", ["channel", "token"])
+def test_an_infinite_query_gives_nan_in_blocks_alone(path, key_mode):
+    """No token beside the blocks is there to say so."""
+    pair = pinned(make_pair(256, key_mode=key_mode))
+    query = make_query(pair, heads=2)
+    query[0, 1, 0, 3] = torch.inf
+    output = attention.attend(query, pair.packed)
+    assert output[0, 1].isnan().all()
+    assert output[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_the_largest_sums_of_codes(path, what):
+    """1,024 codes of 255 with the largest vectors would pass 2**31."""
+    keys, values = torch.zeros(1, 1, 1024, 1024), torch.zeros(1, 1, 1024, 64)
+    if what == "keys":
+        keys[:, :, 1:] = 0.01
+    else:
+        values[..., 0] = 1.0
+    stores = []
+    for states, codec in ((keys, key_codec(8, "channel", 64)), (values, value_codec(8, 64))):
+        store = TokenStore(codec, 1024, states)
+        store.commit(store.prepare(states, "states"))
+        stores.append(store)
+    pair = pinned(stores)
+    output = check(pair, torch.full((1, 1, 1, 1024), float(what == "keys")))
+    if what == "values":
+        assert output[0, 0, 0, 0] == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

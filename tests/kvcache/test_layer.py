@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
+from hf_adaptive_sparse.kvcache.attention import pin_pair
 from hf_adaptive_sparse.kvcache.buffer import RowBuffer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
@@ -456,3 +457,27 @@ def test_repr_names_bits_and_tokens():
     layer = make_layer(8, 6)
     fill(layer, 3)
     assert repr(layer) == "AdaptiveQuantizedLayer(key_bits=8, value_bits=6, tokens=3)"
+
+
+def test_keys_alone_can_be_quantised_anew():
+    """Blocks of keys and values then differ, which no kernel reads: attention decodes both."""
+    layer = make_layer()
+    fill(layer, 3 * BLOCK + BLOCK // 2)
+    assert pin_pair(*layer.stores()).packed is not None
+    keys = layer._dequantize(layer._quantized_keys)
+    layer._quantized_keys = layer._quantize(keys, axis=layer.axis_key)
+    pair = pin_pair(*layer.stores())
+    assert pair.packed is None
+    assert pair.keys.length == pair.values.length
+
+
+def test_a_batch_of_none():
+    """As `DynamicCache` has it, with rows long enough for memory to be reserved."""
+    layer = make_layer(block=128)
+    empty = torch.zeros(0, 2, 300, 128)
+    keys, values = layer.update(empty, empty)
+    assert keys.shape == values.shape == empty.shape
+    filled = make_layer()
+    fill(filled, 2 * BLOCK, batch=2)
+    filled.batch_select_indices(torch.empty(0, dtype=torch.long))
+    assert all(states.shape[0] == 0 for states in contents(filled))

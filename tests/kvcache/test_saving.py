@@ -133,3 +133,23 @@ def test_it_is_a_dynamic_cache_to_whom_asks(tiny_llama):
     both.batch_select_indices(torch.tensor([0, 3]))
     both.reorder_cache(torch.tensor([1, 0]))
     assert both.get_seq_length() == 147
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("lengths", [5000, 16], "must hold 1 to 16 tokens each"),
+        ("lengths", [16, 16, 16], "must hold 1 to 16 tokens each"),
+        ("lengths", [16, 0], "must hold 1 to 16 tokens each"),
+        ("sinks", 400, "sinks"),
+    ],
+)
+def test_numbers_that_the_tensors_do_not_bear_out_are_refused(tiny_llama, field, value, message):
+    """Kernels read as far as these say."""
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
+    feed(tiny_llama, cache, random_ids(1, 40))
+    state = cache.state_dict()
+    state["layers"][1]["stores"][0][field] = value
+    loaded = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
+    with pytest.raises(ValueError, match=message):
+        loaded.load_state_dict(state)

@@ -93,6 +93,9 @@ HAS_EXPORT int has_attend(int variant, const has_attention_call *call) {
         call->key_dim > HAS_MAX_CODES || call->value_dim < 1)
         return HAS_BAD_ARGUMENT;
     int64_t blocks = call->blocks;
+    for (int64_t i = 0; call->block_lengths != NULL && i < blocks; i++)
+        if (call->block_lengths[i] < 0 || call->block_lengths[i] > call->block_length)
+            return HAS_BAD_ARGUMENT;
     int64_t heads = call->batch * call->kv_heads, splits = count_splits(call, blocks);
     int64_t rows = call->repeats * call->queries, width = call->value_dim + 2;
     if (heads == 0 || rows == 0) return HAS_OK;

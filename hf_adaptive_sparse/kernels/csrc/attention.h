@@ -12,7 +12,8 @@ enum { HAS_ABI_VERSION = 4 };
 enum { HAS_FLOAT32 = 0, HAS_BFLOAT16 = 1, HAS_FLOAT16 = 2, HAS_BOOL = 3, HAS_NO_MASK = -1 };
 enum { HAS_KEYS_BY_CHANNEL = 0, HAS_KEYS_BY_TOKEN = 1 };
 enum { HAS_OK = 0, HAS_BAD_VARIANT = 1, HAS_NO_MEMORY = 2, HAS_BAD_ARGUMENT = 3 };
-/* Codes per row, so that integer sums of products stay below 2^31, and query rows per pass. */
+/* Codes per row, so that integer sums of products stay below 2^31 (see round_vector), and query
+ * rows per pass. */
 enum { HAS_MAX_CODES = 1024, HAS_MAX_ROWS = 16 };
 
 /* Keys and values in the model's dtype: the sinks at the start, or the unpacked tokens at the end.
@@ -25,7 +26,7 @@ typedef struct {
     int64_t value_strides[3];
 } has_segment;
 
-/* Mirrored field by field in native.py. Strides of uint8 tensors are bytes, others elements. */
+/* Mirrored field by field in attention.py. Strides of uint8 tensors are bytes, others elements. */
 typedef struct {
     int64_t batch, kv_heads, repeats, queries, key_dim, value_dim;
     int64_t dtype; /* of query, output and segments */

@@ -16,9 +16,10 @@
  *   score_t = step_t sum_c q_c code_tc + min_t sum_c q_c          keys by token, per group
  *   out_c   = sum_t (p_t step_t) code_ct + sum_t p_t min_t        values by token, per block
  *
- * The vectors are rounded to 15 bits and a sign: an error of at most max|v| / 32,512 per element.
+ * The vectors are rounded to 14 bits and a sign: an error of at most max|v| / 32,512 per element.
  * The softmax is online over blocks, in float32. */
 
+#include <float.h>
 #include <stdlib.h>
 
 #include "numbers.h"
@@ -126,9 +127,12 @@ static TARGET float sum_of(const float *a, int64_t n) {
     return part[0];
 }
 
-/* Round a float vector to int16 within +-VECTOR_LIMIT; the factor that undoes it is returned. What
- * is not finite becomes 0 here: the float32 offset of the same sum carries it. */
-static TARGET float round_vector(const float *a, int64_t n, int16_t *out) {
+/* Round a float vector to int16 within +-VECTOR_LIMIT, or half of that where the sum of products
+ * with `codes` codes of `bits` would pass 2^31; the factor that undoes it is returned: NaN where an
+ * element is infinite. A NaN makes the float32 offset of the same sum one. */
+static TARGET float round_vector(const float *a, int64_t n, int64_t codes, int64_t bits,
+                                 int16_t *out) {
+    const float limit = bits == 8 && codes > 512 ? VECTOR_LIMIT / 2 : VECTOR_LIMIT;
     float part[16] = {0};
     for (int64_t i = 0; i < n; i += 16)
         for (int j = 0; j < 16; j++) {
@@ -139,12 +143,12 @@ static TARGET float round_vector(const float *a, int64_t n, int16_t *out) {
         for (int j = 0; j < width; j++)
             part[j] = part[j + width] > part[j] ? part[j + width] : part[j];
     float largest = part[0];
-    if (!(largest >= 1e-30f) || largest > 3e38f) {
+    if (!(largest >= 1e-30f) || largest > FLT_MAX) {
         memset(out, 0, (size_t)n * sizeof(int16_t));
-        return 0.0f;
+        return largest > FLT_MAX ? NAN : 0.0f;
     }
-    store_vector(a, n, VECTOR_LIMIT / largest, out);
-    return largest / VECTOR_LIMIT;
+    store_vector(a, n, limit / largest, out);
+    return largest / limit;
 }
 
 /* Online softmax: turn the scores of `count` tokens into probabilities relative to the new maximum,
@@ -250,7 +254,8 @@ static TARGET void scores_by_channel(const has_attention_call *call, const has_t
         const float *query = w->queries + row * w->key_width;
         for (int64_t c = 0; c < w->key_width; c++) w->product[c] = query[c] * w->steps[c];
         w->vector_scale[row] =
-            round_vector(w->product, w->key_width, w->vectors + row * w->vector_width);
+            round_vector(w->product, w->key_width, call->key_dim, call->key_bits,
+                         w->vectors + row * w->vector_width);
         w->offset[row] = dot(query, w->minima, w->key_width);
     }
     rows_dot(codes, call->key_codes_strides[3], count, (int)call->key_bits, call->key_dim, 0,
@@ -281,7 +286,8 @@ static TARGET void scores_by_token(const has_attention_call *call, const has_tas
                 w->product[c] = c >= from && c < to ? query[c] : 0.0f;
             w->offset[row] = sum_of(w->product, w->key_width);
             w->vector_scale[row] =
-                round_vector(w->product, w->key_width, w->vectors + row * w->vector_width);
+                round_vector(w->product, w->key_width, call->key_dim, call->key_bits,
+                             w->vectors + row * w->vector_width);
         }
         rows_dot(codes, call->key_codes_strides[3], count, (int)call->key_bits, call->key_dim,
                  from / 64 * 64, to, w->vectors, w->vector_width, rows, w->sums, w->vector_width,
@@ -328,7 +334,8 @@ static TARGET void add_values(const has_attention_call *call, const has_task *ta
             const float *p = w->scores + row * w->block_width;
             for (int64_t i = 0; i < width; i++) w->product[i] = p[i] * w->steps[i];
             w->vector_scale[row] =
-                round_vector(w->product, width, w->vectors + row * w->vector_width);
+                round_vector(w->product, width, length, call->value_bits,
+                             w->vectors + row * w->vector_width);
             w->offset[row] = dot(p, w->minima, width);
         }
         rows_dot(codes + from * cs[3], cs[3], channels, (int)call->value_bits, length, 0, length,

@@ -251,7 +251,7 @@ static TARGET void *block_make(block *b, const has_encode_call *call, int encode
     int64_t x = encodes ? tokens * width : width, memory = 0;
     if (encodes && call->format == HAS_BY_CHANNEL && call->fits) memory = (tokens + 6) * width;
     if (encodes && call->format != HAS_BY_CHANNEL) memory = 8 * tokens;
-    if (encodes && call->format == HAS_TRANSPOSED && call->fits)
+    if (encodes && call->format != HAS_BY_CHANNEL && call->fits)
         memory = (2 * b->group + 8) * turned;
     size_t floats = (size_t)(x + 3 * scales + memory);
     size_t bytes = floats * sizeof(float) + (size_t)(2 * turned * width);

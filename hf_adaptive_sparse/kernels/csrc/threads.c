@@ -30,12 +30,24 @@ static int has_amx(void) {
 }
 #endif
 
+#if defined(__x86_64__)
+/* Every processor with AVX2 has it, unless a virtual machine hides it; older compilers cannot ask. */
+static int has_f16c(void) {
+#if defined(__clang__) || __GNUC__ >= 11
+    return __builtin_cpu_supports("f16c");
+#else
+    return 1;
+#endif
+}
+#endif
+
 HAS_EXPORT int has_supports(int variant) {
     switch (variant) {
         case HAS_PORTABLE: return 1;
 #if defined(__x86_64__)
         case HAS_AVX2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                   __builtin_cpu_supports("popcnt") && has_f16c();
         case HAS_AVX512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
