@@ -30,8 +30,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Return the options that all of these benchmarks have."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--skip-contract", action="store_true", help="measure only")
     made.add_argument("--rehearse", action="store_true", help="tiny sizes, nothing is written")
+    return made
+
+
+def parser_with_contract(description: str) -> argparse.ArgumentParser:
+    """Return the same with a way to measure only."""
+    made = parser(description)
+    made.add_argument("--skip-contract", action="store_true", help="measure only")
     return made
 
 

@@ -326,7 +326,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = gpu.parser(__doc__.splitlines()[0])
+    parser = gpu.parser_with_contract(__doc__.splitlines()[0])
     arguments = parser.parse_args()
     sizes = REHEARSAL if arguments.rehearse else Sizes()
     device = gpu.find_device(parser, arguments.rehearse)

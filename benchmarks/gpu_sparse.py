@@ -382,7 +382,7 @@ def measure_all(device: torch.device, sizes: Sizes) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = gpu.parser(__doc__.splitlines()[0])
+    parser = gpu.parser_with_contract(__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", help="rows x columns, as in 4096x11008")
     arguments = parser.parse_args()
     sizes = REHEARSAL if arguments.rehearse else Sizes()

@@ -114,7 +114,9 @@ def block_offsets_for(weight: SparseWeight) -> torch.Tensor | None:
         return None
     if weight.block_offsets is not None:
         return weight.block_offsets
-    return sparse_weight.count_block_offsets(weight.bitmask, weight.shape[1])
+    # A buffer made in inference mode could not be saved for a gradient outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        return sparse_weight.count_block_offsets(weight.bitmask, weight.shape[1])
 
 
 @functools.cache

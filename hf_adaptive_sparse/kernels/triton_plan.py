@@ -73,10 +73,7 @@ def plan(query: torch.Tensor, cache: PackedCache, processors: int) -> Plan:
     wished = (128 if widest <= 128 else 64) if half else max(16, 4096 // _power_of_two(widest))
     tile = min(wished, _power_of_two(cache.blocks.block_length))
     value_word = _word(cache.blocks.values.bits, tile, cache.blocks.values.codes)
-    tile = max(tile, _least_size(cache.blocks.values.bits, value_word))
-    if cache.blocks.values.bits % 3 == 0 and value_word == 8:
-        # Tiles of 16 of these came out wrong on an H100 (Triton 3.6), right in the interpreter.
-        tile = max(tile, _LEAST_TILE_OF_BYTES)
+    tile = max(tile, _least_tile(cache.blocks.values.bits, value_word))
     key_word = _word(cache.blocks.keys.bits, _power_of_two(key_dim), cache.blocks.keys.codes)
     tiles = cache.blocks.keys.codes.shape[2] * -(-cache.blocks.block_length // tile)
     wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // (batch * kv_heads * row_tiles))
@@ -184,7 +181,7 @@ def prepare(
     kind = (
         *blocks.kind,
         *(tensor.data_ptr() % _ALIGNMENT for tensor in changing),
-        *(given_mask.dtype, max(*query.stride(), *raw_strides) >> 31),
+        *(given_mask.dtype, *(stride >> 31 for stride in (*query.stride(), *raw_strides))),
     )
     return Call(arguments, constants, options, grid, kind), partial
 
@@ -241,7 +238,7 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
     constants: dict[str, int | bool] = {
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
-        "KEY_PAD": max(_power_of_two(key_dim), _least_size(keys.bits, cut.key_word)),
+        "KEY_PAD": max(_power_of_two(key_dim), _least_tile(keys.bits, cut.key_word)),
         "VALUE_PAD": max(_MATRIX_ROWS, _power_of_two(value_dim)),
         "KEY_BITS": keys.bits,
         "VALUE_BITS": values.bits,
@@ -291,6 +288,14 @@ def _power_of_two(number: int) -> int:
 def _least_size(bits: int, word: int) -> int:
     """Return the codes that fill the words which repeat the pattern, and a matrix product."""
     return max(_MATRIX_ROWS, (3 if bits % 3 == 0 else 1) * word // bits)
+
+
+def _least_tile(bits: int, word: int) -> int:
+    """Return the codes in a row of a tile at least."""
+    if bits % 3 == 0 and word == 8:
+        # 16 of these came out wrong on an H100 (Triton 3.6), right in the interpreter.
+        return _LEAST_TILE_OF_BYTES
+    return _least_size(bits, word)
 
 
 def _word(bits: int, size: int, codes: torch.Tensor) -> int:

@@ -191,6 +191,7 @@ def _choose(
         try:
             least = _seconds(functools.partial(fastest, grid, arguments))
         except torch.OutOfMemoryError:  # measuring takes some that the product does not need
+            _chosen[call] = fastest
             return
         for constants in tiles[1:]:
             with contextlib.suppress(Exception):

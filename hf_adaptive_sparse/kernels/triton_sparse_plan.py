@@ -1,8 +1,8 @@
 """How products with sparse weights are cut into programs of a GPU, and what these are compiled for.
 
-A program has one row. Tiles were chosen for the loads that are under way at a time: with eight
-fours of columns to a thread, its 32 loads of values, half of them real, and a warp or two to a
-program, so that many programs share a processor and one waits while others compute.
+A program has one row. Tiles were chosen for the loads that are under way at a time, of four or
+eight fours of columns to a thread, and for a warp or two to a program, so that many programs share
+a processor and one waits while others compute.
 """
 
 from __future__ import annotations

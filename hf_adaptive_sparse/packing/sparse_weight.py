@@ -135,7 +135,7 @@ def count_block_offsets(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     for start, stop in _chunks(bitmask.shape[0], columns):
         padding = blocks * (BLOCK_COLUMNS // 8) - bitmask.shape[1]
         padded = torch.nn.functional.pad(bitmask[start:stop], (0, padding))
-        counts = row_popcounts(padded.view(-1, BLOCK_COLUMNS // 8)).view(-1, blocks)
+        counts = row_popcounts(padded.reshape(-1, BLOCK_COLUMNS // 8)).view(stop - start, blocks)
         offsets[start:stop] = (counts.cumsum(1) - counts).to(dtype)
     return offsets
 
@@ -284,7 +284,10 @@ class SparseWeight:
         return stored if self.scales is None else {**stored, "scales": self.scales}
 
     def to(self, device: torch.device | str) -> SparseWeight:
-        """Return the weight on a device: itself if it is there."""
+        """Return the weight on a device: itself if it is there.
+
+        Block offsets go along to another GPU; those that one needs are not counted here.
+        """
         if torch.device(device) == self.device:
             return self
         return SparseWeight(
@@ -294,8 +297,13 @@ class SparseWeight:
             self.row_offsets.to(device),
             None if self.scales is None else self.scales.to(device),
             self.group_size,
-            None if self.block_offsets is None else self.block_offsets.to(device),
+            self._blocks_on(torch.device(device)),
         )
+
+    def _blocks_on(self, device: torch.device) -> torch.Tensor | None:
+        if self.block_offsets is None or device.type == "cpu":
+            return None
+        return self.block_offsets.to(device)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decompress: ``shape`` in ``dtype``, by default the weight's own; zero where pruned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES, group_count
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
@@ -82,6 +83,7 @@ class SparseLinear(nn.Linear):
     row_offsets: torch.Tensor | None
     block_offsets: torch.Tensor | None
     _over_parameters: SparseWeight | None = None
+    _over_blocks: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -155,7 +157,7 @@ class SparseLinear(nn.Linear):
         for name, tensor in weight.tensors().items():
             setattr(self, f"weight_{name}", FrozenParameter(tensor.detach()))
         self.row_offsets = weight.row_offsets
-        self.block_offsets = sparse_linear.block_offsets_for(weight)
+        self._index(weight)
 
     def settle(self, row_offsets: torch.Tensor | None = None) -> None:
         """Check what was loaded into the parameters, and make the offsets that follow from it.
@@ -181,21 +183,28 @@ class SparseLinear(nn.Linear):
             and kept.values is values
             and kept.row_offsets is offsets
             and kept.scales is scales
-            and kept.block_offsets is self.block_offsets
+            and self._over_blocks is self.block_offsets
             and not torch.compiler.is_compiling()
         ):
             return kept
         if offsets is None or offsets.device != bitmask.device:
-            # Offloaded: the parts are here for the length of one forward.
-            return self._checked()
+            # Offloaded to disk: the parts are here for the length of one forward.
+            weight = self._checked()
+            return replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
         weight = self._over(bitmask, values, offsets, scales)
         if not torch.compiler.is_compiling():
             if weight.block_offsets is None:
                 # Where parts were moved one by one; else they came with `set_weight` or `to`.
-                self.block_offsets = sparse_linear.block_offsets_for(weight)
+                self._index(weight)
                 weight = self._over(bitmask, values, offsets, scales)
-            self._over_parameters = weight
+            if not _is_offloaded(self):  # it would keep what is here for one forward
+                self._over_parameters, self._over_blocks = weight, self.block_offsets
         return weight
+
+    def _index(self, weight: SparseWeight) -> None:
+        """Take the block offsets that the weight's device needs: as bytes, which NCCL can send."""
+        blocks = sparse_linear.block_offsets_for(weight)
+        self.block_offsets = None if blocks is None else blocks.view(torch.uint8)
 
     def _over(
         self,
@@ -205,8 +214,9 @@ class SparseLinear(nn.Linear):
         scales: torch.Tensor | None,
     ) -> SparseWeight:
         blocks = self.block_offsets
-        if blocks is not None and blocks.device != bitmask.device:
-            blocks = None
+        if blocks is not None:
+            same = blocks.device == bitmask.device
+            blocks = blocks.view(block_offset_dtype(self.in_features)) if same else None
         shape = (self.out_features, self.in_features)
         return SparseWeight(shape, bitmask, values, offsets, scales, self.group_size, blocks)
 
@@ -300,7 +310,7 @@ class SparseLinear(nn.Linear):
         super()._apply(fn, recurse)
         if self.row_offsets is not None and not self.weight_bitmask.is_meta:
             # Devices differ in what they need.
-            self.block_offsets = sparse_linear.block_offsets_for(self.sparse_weight)
+            self._index(self.sparse_weight)
         return self
 
     def _load_from_state_dict(
@@ -344,3 +354,9 @@ class SparseLinear(nn.Linear):
         )
         if given:
             self.settle()
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Return whether accelerate puts the module's tensors in place for one forward at a time."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))

@@ -4,7 +4,8 @@ Every figure comes from the size formula of the format it is about: `packing.spa
 weights in memory, the same without its offsets for the checkpoint, the codecs' own block sizes for
 the KV cache. Nothing is allocated to find it.
 
-A figure is what a profile takes at most. Kept weights that a code of 8 or 4 bits rounds to 0 are
+A figure is what a profile takes at most, on the kind of device that the model is searched on: on a
+GPU a weight has a quarter of a bit more. Kept weights that a code of 8 or 4 bits rounds to 0 are
 not stored either; they are few where weights have been removed, the smallest first, and up to a
 tenth at 4 bits where none have.
 """

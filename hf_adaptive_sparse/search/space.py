@@ -91,7 +91,8 @@ class SearchSpace:
         fit_bytes: Most memory that weights and KV cache may take together: the weights as the
             sparse runtime holds them, all other parameters and buffers, and the cache of
             ``batch_size`` sequences of up to ``context_length`` tokens. What a forward computes
-            with in between is not in it. Bytes, or text such as ``"6GiB"``.
+            with in between is not in it. As on the kind of device that the model is searched on: a
+            GPU holds a quarter of a bit more per weight. Bytes, or text such as ``"6GiB"``.
         context_length: Tokens per sequence for ``fit_bytes``.
         batch_size: Sequences for ``fit_bytes``.
         size_bytes: Most bytes that the checkpoint's safetensors files may take on disk. Bytes, or

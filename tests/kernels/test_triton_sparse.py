@@ -86,7 +86,7 @@ def test_decompression_is_exact(device, monkeypatch, dtype, bits, group, shape, 
         assert torch.equal(found.cpu(), expected.to(dtype))
 
 
-@pytest.mark.parametrize("columns", [1, 64, 129, 1 << 16])
+@pytest.mark.parametrize("columns", [0, 1, 64, 129, 1 << 16])
 def test_block_offsets_count_what_lies_before(columns):
     """From 65,536 columns on they do not fit into 16 bits."""
     weight = make_sparse((3, columns), torch.float32)
@@ -229,6 +229,24 @@ def test_the_fastest_tile_is_measured_once(device, monkeypatch):
         check(make_x(1, 64, torch.float32), weight, device)
         assert ran[-1] == expected
         assert measured == measures
+
+
+def test_a_full_device_is_asked_to_measure_once(device, monkeypatch):
+    tries = []
+
+    def measure(function):
+        tries.append(function)
+        raise torch.OutOfMemoryError("no room to flush the cache")
+
+    monkeypatch.setattr(triton_sparse, "_chosen", {})
+    monkeypatch.setattr(triton_sparse, "_seconds", measure)
+    monkeypatch.setattr(triton_sparse, "_can_measure", lambda device: True)
+    monkeypatch.setattr(triton_sparse, "_TUNED_ELEMENTS", 0)
+    weight = make_sparse((4, 64), torch.float32).to(device)
+    x = make_x(1, 64, torch.float32).to(device)
+    for _ in range(3):
+        triton_sparse.linear(x, weight)
+    assert len(tries) == 1
 
 
 def test_tiles_on_a_gpu_are_equal_and_whole():

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,9 @@ def test_block_offsets_come_and_go_with_the_device(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sparse_linear, "block_offsets_for", count)
     module.to("cpu")
-    assert torch.equal(module.block_offsets, count(module.sparse_weight))
-    assert module.sparse_weight.block_offsets is module.block_offsets
+    assert torch.equal(module.sparse_weight.block_offsets, count(module.sparse_weight))
+    assert module.sparse_weight is module.sparse_weight
+    assert {buffer.dtype for buffer in module.buffers()} <= {torch.uint8, torch.int32}  # for NCCL
     assert module.memory_bytes == without + module.block_offsets.nbytes
     assert module.memory_bytes == module.sparse_weight.nbytes
     assert "block_offsets" not in module.state_dict()
@@ -125,6 +127,17 @@ def test_block_offsets_come_and_go_with_the_device(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sparse_linear, "block_offsets_for", lambda weight: None)
     module.to("cpu")
     assert module.memory_bytes == without
+
+
+def test_nothing_of_an_offloaded_weight_is_kept() -> None:
+    """accelerate moves the parameters in for one forward, and the buffers stay."""
+    module = sparse(pruned())
+    module.sparse_weight  # noqa: B018  # kept from here on
+    assert module._over_parameters is not None
+    module._over_parameters = None
+    module._hf_hook = types.SimpleNamespace(offload=True)
+    assert module.sparse_weight.shape == (module.out_features, module.in_features)
+    assert module._over_parameters is None
 
 
 def test_training_the_weight_is_refused() -> None:
