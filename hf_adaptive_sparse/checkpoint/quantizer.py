@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import astuple
 from typing import Any
@@ -233,6 +233,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
                 f"The model's sparsity profile names {key!r}, which it does not have. If modules "
                 "were renamed or replaced, call hf_adaptive_sparse.prune again."
             )
+        if self.consumes_model:
+            _copy_from_files_(model, dense, formats.keys())
         # In the model's order, so that equal models make equal shards.
         state = {}
         for key in list(dense):
@@ -246,6 +248,30 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             if self.consumes_model and key not in sparse:
                 empty_(model, [key])
         return state, {}
+
+
+def _copy_from_files_(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], letting_go: Collection[str]
+) -> None:
+    """Copy what stays of a model, in place and in its state dict.
+
+    Weights are mapped from their files, and a norm that stays mapped keeps the pages of a whole
+    file, changed ones of weights that were let go among them.
+
+    Args:
+        model: The model.
+        state: Its state dict.
+        letting_go: Names that do not stay.
+    """
+    copied: set[int] = set()  # tied ones are one tensor by several names
+    for key in state.keys() - letting_go:
+        if state[key].device.type != "cpu":
+            continue
+        tensor = model.get_parameter_or_buffer(key)
+        if id(tensor) not in copied:
+            tensor.data = tensor.data.clone()
+            copied.add(id(tensor))
+        state[key] = tensor.detach()
 
 
 class DecompressWeight(ConversionOps):

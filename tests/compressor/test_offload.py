@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import hf_adaptive_sparse as has
@@ -343,3 +344,19 @@ def test_stand_ins_show_what_the_layers_are_called_with(family):
         shown.run_layer(index, advance=True)
         assert torch.equal(real.hidden_states[0], shown.hidden_states[0])
     assert not any("forward" in layer.__dict__ for layer in real._layers)
+
+
+def test_what_is_not_consumed_is_copied_from_its_file(tiny_llama, text_batches, tmp_path):
+    """A norm that stayed mapped would keep the pages of weights that were let go."""
+    has.prune(tiny_llama, has.SparsityConfig(metric="wanda"), text_batches, progress=False)
+    before = {name: (p.data_ptr(), p.clone()) for name, p in tiny_llama.named_parameters()}
+    save_model(tiny_llama, None, tmp_path / "gone", consume=True)
+    stayed = [name for name, p in tiny_llama.named_parameters() if not p.is_meta]
+    assert {"model.norm.weight", "model.embed_tokens.weight"} <= set(stayed)
+    for name in stayed:
+        now, (address, values) = tiny_llama.get_parameter(name), before[name]
+        assert now.data_ptr() != address
+        assert torch.equal(now, values)
+    assert tiny_llama.lm_head.weight is tiny_llama.model.embed_tokens.weight
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "gone")
+    assert torch.equal(loaded.lm_head.weight, before["model.embed_tokens.weight"][1])
