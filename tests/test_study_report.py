@@ -383,6 +383,8 @@ class TestHeldOut:
             compare(0, [(1.0, 2)], [(math.nan, 2)])
         with pytest.raises(ValueError, match="No token"):
             compare(0, [(0.0, 0)], [(0.0, 0)])
+        with pytest.raises(ValueError, match="two windows"):
+            compare(0, [(1.0, 2), (0.0, 0)], [(1.5, 2), (0.0, 0)])
 
     def test_text_is_cut_into_its_rows_and_images_are_not(self):
         from hf_adaptive_sparse.search.comparison import windows_of

@@ -49,6 +49,12 @@ def check_goal(
             f"The config and the space must have one target_sparsity, got "
             f"{config.target_sparsity} and {space.target}."
         )
+    if space.weight_bits is not None and config.weight_group_size is not None:
+        raise ValueError(
+            "Searched weight bits have groups of their own (a row at 8 bits, 64 columns at 4), got "
+            f"weight_group_size={config.weight_group_size}. Leave it out, or give weight_bits in "
+            "the config instead of searching them."
+        )
     if space.size_bytes is not None:
         if config.checkpoint_format == "dense":
             raise ValueError(

@@ -66,7 +66,11 @@ def claim(study: Study, trial: Trial, digest: str, n_trials: int, watch: Watch) 
             drawing = {t.number for t in late}
         late = [t for t in late if t.number in drawing]
         if all(watch.is_abandoned(t) for t in late) or time.monotonic() > deadline:
-            own = next(t for t in count.running if t.number == trial.number)
+            own = next((t for t in count.running if t.number == trial.number), None)
+            if own is None:
+                from optuna.exceptions import UpdateFinishedTrialError
+
+                raise UpdateFinishedTrialError("Another worker has ended this trial meanwhile.")
             return judge(own, count, n_trials)
         time.sleep(POLL_SECONDS)
 

@@ -92,6 +92,11 @@ def compare(trial: int, uniform: Sequence[Loss], best: Sequence[Loss], seed: int
     gain = np.array([loss for loss, _ in best]) - reference
     if not (np.isfinite(reference).all() and np.isfinite(gain).all()):
         raise ValueError("The loss of a held-out window is not finite.")
+    if (tokens > 0).sum() < 2:
+        raise ValueError(
+            "At least two windows of held-out data must score a token, or there is nothing to tell "
+            "how certain a difference is; got one. Use more data, or smaller batches."
+        )
     draws = np.random.default_rng(seed).integers(len(tokens), size=(RESAMPLES, len(tokens)))
     counts = tokens[draws].sum(1)
     means = gain[draws].sum(1)[counts > 0] / counts[counts > 0]

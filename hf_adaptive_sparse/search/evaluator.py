@@ -131,6 +131,8 @@ class Evaluator:
             if len(seen) < len(self.order) and reporter.should_prune():
                 values = self._values(candidate, losses, seen, reference)
                 return self._evaluation(values, len(seen), before)
+        if not any(losses.scored(index) for index in self.order):
+            raise ValueError("No token of the evaluation data is scored: are all labels -100?")
         values = self._values(candidate, losses, self.order)
         if is_uniform:
             self._reference = losses

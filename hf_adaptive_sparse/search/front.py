@@ -22,8 +22,9 @@ MEAN = "mean_sparsity"
 
 
 def suggest_on_front(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidate:
-    """Draw a mean ratio, then a profile that has it."""
+    """Draw a mean ratio above 0, which is the dense model, then a profile that has it."""
     low, high = space.grid
+    low = low if low > 0 else round(low + space.step, 12)
     mean = trial.suggest_float(MEAN, low, high, step=space.step)
     held = replace(space, target_sparsity=mean, sparsity_low=space.low, sparsity_high=space.high)
     return suggest(trial, held, shape)

@@ -123,6 +123,8 @@ def search_within(
     if indistinct:
         spaces, unit = spaces_by_budget(model, space, excluded)
     tokens = sum(count for _, count in dense)
+    if not tokens:
+        raise ValueError("No token of the evaluation data is scored: are all labels -100?")
     perplexity = math.exp(sum(loss for loss, _ in dense) / tokens)
     budgets = list(spaces)
     tried: dict[float, float] = {}

@@ -12,7 +12,7 @@ import logging
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from hf_adaptive_sparse.search.trials import FAILURE, REPEATABLE, RETRY_OF, tally
+from hf_adaptive_sparse.search.trials import DIGEST, FAILURE, REPEATABLE, RETRY_OF, tally
 from hf_adaptive_sparse.search.worker import Watch
 
 if TYPE_CHECKING:
@@ -79,5 +79,6 @@ def _end(study: Study, trial: FrozenTrial) -> None:
 
 def _enqueue_again(study: Study, trial: FrozenTrial, kills: int) -> None:
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    if params:
+    # A profile may take no choice at all; one that was not drawn yet leaves nothing to repeat.
+    if params or DIGEST in trial.user_attrs:
         study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, KILLS: kills})

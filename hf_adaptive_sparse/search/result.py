@@ -21,7 +21,7 @@ from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import detached_study
-from hf_adaptive_sparse.search.trials import history, tally
+from hf_adaptive_sparse.search.trials import DUPLICATE_OF, history, tally
 from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class SearchResult:
         if not self.goal.is_front:
             front = [self.best_trial]
         else:
-            front = sorted(self.study.best_trials, key=lambda trial: trial.values)
+            distinct = (t for t in self.study.best_trials if DUPLICATE_OF not in t.user_attrs)
+            front = sorted(distinct, key=lambda trial: trial.values)
         return tuple(
             ParetoPoint(
                 trial=trial.number,
@@ -249,10 +250,17 @@ class SearchResult:
             "uniform_value": self.baseline,
             "best_value": self.best_value,
             "best_trial": self.best_trial.number,
-            "held_out": self.study.user_attrs.get("held_out"),
+            "held_out": self._held_out(),
             NARROWER: None if self.narrowing is None else self.narrowing.to_dict(),
             "history": self.history,
         }
+
+    def _held_out(self) -> dict[str, Any] | None:
+        """Return the comparison on held-out data, if it is of the profile that is the best now."""
+        stored: dict[str, Any] | None = self.study.user_attrs.get("held_out")
+        if stored is None or stored.get("trial") != self.best_trial.number:
+            return None
+        return stored
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``profile.json`` and ``search.json``, each whole or not at all.

@@ -161,8 +161,8 @@ class TrialRunner:
     def _run_trial(self, trial: Trial) -> float | Sequence[float]:
         from optuna.exceptions import UpdateFinishedTrialError
 
-        trial.set_user_attr(WORKER_ATTRIBUTE, str(self.worker))
         try:
+            trial.set_user_attr(WORKER_ATTRIBUTE, str(self.worker))
             with lease(trial):
                 return self._evaluate(trial)
         except UpdateFinishedTrialError:

@@ -113,7 +113,7 @@ def tally(study: Study) -> Tally:
         finished += 1
         repeats = 0
         kind.append(trial)
-        if kind is not failed or attributes.get(REPEATABLE):
+        if kind is not failed or (attributes.get(REPEATABLE) and DIGEST in attributes):
             known[attributes[DIGEST]] = trial
     retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
     return Tally(

@@ -13,6 +13,7 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import DataSource, compress, finishing
+from hf_adaptive_sparse.compressor.checks import check_goal
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.staging import OutputError
 
@@ -196,3 +197,10 @@ def test_the_dense_model_is_not_touched_by_a_failed_search(
             progress=False,
         )
     assert (llava_folder / "model.safetensors").read_bytes() == before
+
+
+def test_searched_widths_have_their_own_groups() -> None:
+    config = SparsityConfig(weight_bits=8, weight_group_size=32)
+    space = SearchSpace(weight_bits=(4, 8, 16), weight_mean_bits=8.0)
+    with pytest.raises(ValueError, match="groups of their own"):
+        check_goal(config, space, None, 1)

@@ -7,6 +7,7 @@ rules: no other exception, and no more memory than a bound that the input's size
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import random
@@ -80,7 +81,8 @@ def mutated(value: Any, rng: random.Random, changes: int) -> Any:
         elif action == 2 and isinstance(node[key], int | float) and abs(node[key]) < 1e300:
             node[key] = node[key] * rng.choice((-1, 2, 0.5, 1e9)) + rng.choice((0, 1, -1))
         else:
-            node[key] = rng.choice(_ODD_VALUES)
+            # A copy: later changes are not to change the list, or put a value into itself.
+            node[key] = copy.deepcopy(rng.choice(_ODD_VALUES))
     return value
 
 

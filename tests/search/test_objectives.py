@@ -291,6 +291,13 @@ class TestFront:
         assert dict(point.config.sparsity) == dict(point.profile.sparsity.ratios)
         assert front.best_trial.number == front.pareto[0].trial
 
+    def test_a_range_from_nothing_on_leaves_out_the_dense_model(self, run):
+        space = SearchSpace(blocks=4, kv_bits=None, sparsity_low=0.0, sparsity_high=0.75)
+        front = run(n_trials=10, objective=("perplexity", "bytes"), space=space)
+        assert all(0 < row["mean_sparsity"] <= 0.75 for row in front.history)
+        profiles = [point.profile.to_dict() for point in front.pareto]
+        assert all(profiles.count(profile) == 1 for profile in profiles)
+
     def test_one_objective_has_one_point(self, run):
         result = run()
         assert [point.trial for point in result.pareto] == [result.best_trial.number]

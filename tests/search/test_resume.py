@@ -278,3 +278,23 @@ def test_the_package_is_imported_without_optuna():
         "sys.exit('optuna' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_profile_without_any_choice_is_tried_again(
+    tiny_llama, text_batches, tmp_path, monkeypatch
+):
+    """Its trial has no parameters, by which others are told from trials that drew nothing."""
+    space = SearchSpace(blocks=4, kv_bits=None, sparsity_range=0)
+
+    def run():
+        storage = tmp_path / "study.journal"
+        data = (text_batches[:1], text_batches[1:])
+        return search(tiny_llama, *data, space, n_trials=1, storage=storage, progress=False)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Evaluator, "measure", interrupt)
+        run()
+    assert [row["state"] for row in run().history if row["state"] == "complete"] == ["complete"]
