@@ -61,7 +61,7 @@ def triton_version() -> str | None:
 
 
 def say(row: Any) -> None:
-    """Show what was measured at once: a lent device may be gone before the end."""
+    """Show what was measured at once: a run may be cut off before its end."""
     print(row, file=sys.stderr, flush=True)
 
 

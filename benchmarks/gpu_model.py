@@ -24,6 +24,7 @@ from typing import Any
 import gpu
 import torch
 from environment import write_result
+from kv_bytes import stock_nbytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_adaptive_sparse as has
@@ -58,12 +59,6 @@ def make_cache(form: str, config: LlamaConfig) -> Any:
         return DynamicCache(config=config)
     bits = tuple(8 if layer % 2 else 6 for layer in range(config.num_hidden_layers))
     return has.AdaptiveQuantizedCache(config, has.KVCacheConfig(bits=bits))
-
-
-def cache_bytes(cache: Any) -> int:
-    if isinstance(cache, DynamicCache) and not hasattr(cache, "nbytes"):
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return int(cache.nbytes)
 
 
 class Form:
@@ -120,7 +115,7 @@ def rows_of(forms: list[Form], device: torch.device) -> list[dict[str, Any]]:
         {
             "form": form.name,
             "model_bytes": form.model.get_memory_footprint(),
-            "cache_bytes": cache_bytes(form.cache),
+            "cache_bytes": stock_nbytes(form.cache) if form.name == PLAIN else form.cache.nbytes,
             "prefill_ms": min(form.prefills),
             "decode_ms": statistics.median(form.decodes),
             "kernels_ms": form.kernel_ms() if device.type == "cuda" else None,

@@ -76,8 +76,7 @@ def _linear(
     group_size: int,
     block_offsets: torch.Tensor | None,
 ) -> torch.Tensor:
-    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
-    weight = _weight(*parts)
+    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
     return sparse_linear.linear(x, weight, bias)
 
 
@@ -102,8 +101,7 @@ def _input_gradient(
     group_size: int,
     block_offsets: torch.Tensor | None,
 ) -> torch.Tensor:
-    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
-    weight = _weight(*parts)
+    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
     return sparse_linear.input_gradient(gradient, weight)
 
 
