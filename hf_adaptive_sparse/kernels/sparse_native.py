@@ -7,7 +7,6 @@ once, whatever the number of tokens; ``csrc/sparse_body.h`` says how.
 from __future__ import annotations
 
 import ctypes
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,6 +21,8 @@ _AMX_GROUPS = 64  # columns: groups are to be a multiple
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
+
+_PATH = "native path"
 
 _Int = ctypes.c_int64
 _Address = ctypes.c_void_p
@@ -47,19 +48,17 @@ class _Call(ctypes.Structure):
     )
 
 
-_paths: WeakKeyDictionary[SparseWeight, str | None] = WeakKeyDictionary()
-
-
 def path_of(weight: SparseWeight) -> str | None:
     """Return the path that takes this weight; None: there is no library, or it does not.
 
     A weight keeps its path: in a model, with its weights between two calls, one look at the
     environment costs as much as a small product.
     """
-    if weight in _paths:
-        return _paths[weight]
-    taken = weight.device.type == "cpu" and weight.dtype in _DTYPES
-    path = _paths[weight] = active_path() if taken else None
+    try:
+        path: str | None = weight.prepared[_PATH]
+    except KeyError:
+        taken = weight.device.type == "cpu" and weight.dtype in _DTYPES
+        path = weight.prepared[_PATH] = active_path() if taken else None
     return path
 
 

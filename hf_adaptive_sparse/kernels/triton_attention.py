@@ -8,9 +8,7 @@ kernels on CPU tensors, for tests.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import math
 from types import ModuleType
 
 import torch
@@ -23,11 +21,12 @@ from hf_adaptive_sparse.kernels.triton_device import (
     compile_and_launch,
     is_available,
     launch,
+    on_device,
     serves,
 )
 from hf_adaptive_sparse.kernels.triton_plan import Call, channel_groups, prepare
 
-__all__ = ["LaunchError", "attend", "is_available", "is_supported"]
+__all__ = ["LaunchError", "attend", "compute", "is_available", "is_supported"]
 
 MAX_QUERIES = 64
 """Queries per head up to which reading packed codes is meant to beat decoding them.
@@ -40,26 +39,40 @@ MAX_GROUPS = 32
 """Groups of channels per head: each is a row of the matrix product."""
 
 _SPLITS_AT_ONCE = 16
+_SERVED = "triton serves"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_supported(query: torch.Tensor, cache: PackedCache, mask: torch.Tensor | None) -> bool:
     """Return whether ``attend`` can take these; see there."""
-    keys, values, device = cache.blocks.keys, cache.blocks.values, query.device
+    device, dtype = query.device, query.dtype
     return (
-        serves(device)
-        and query.dtype in _DTYPES
-        and cache.raw_keys.dtype == cache.raw_values.dtype == query.dtype
+        _serves_blocks(cache, device)
+        and dtype in _DTYPES
+        and cache.raw_keys.dtype is dtype
+        and cache.raw_values.dtype is dtype
         and cache.raw_keys.device == cache.raw_values.device == device
-        and keys.codes.device == values.codes.device == device
-        and 1 <= query.shape[-2] <= MAX_QUERIES
-        and max(query.shape[-1], cache.raw_values.shape[-1]) <= MAX_HEAD_DIM
-        and channel_groups(cache) <= MAX_GROUPS
+        and 1 <= query.shape[2] <= MAX_QUERIES
+        and query.shape[3] <= MAX_HEAD_DIM
         and (
             mask is None
             or (mask.device == device and (mask.dtype == torch.bool or mask.dtype in _DTYPES))
         )
     )
+
+
+def _serves_blocks(cache: PackedCache, device: torch.device) -> bool:
+    """Return whether the kernels read these blocks on a device: asked once, see ``prepared``."""
+    known, asked = cache.blocks.prepared, (_SERVED, device)
+    if asked not in known:
+        known[asked] = (
+            serves(device)
+            and cache.blocks.keys.codes.device == cache.blocks.values.codes.device == device
+            and cache.raw_values.shape[-1] <= MAX_HEAD_DIM
+            and channel_groups(cache) <= MAX_GROUPS
+        )
+    served: bool = known[asked]
+    return served
 
 
 def attend(
@@ -96,27 +109,42 @@ def attend(
         LaunchError: If Triton fails to compile or launch the kernel for this call, now or before:
             what failed once is not tried again.
     """
-    batch, heads, queries, key_dim = query.shape
-    value_dim = cache.raw_values.shape[-1]
     if not is_supported(query, cache, mask):
         raise ValueError(
             f"The Triton attention takes 1 to {MAX_QUERIES} queries in float32, bfloat16 or "
             "float16 on a CUDA device with Triton installed and not switched off by "
             f"{ENVIRONMENT_VARIABLE}, heads of up to {MAX_HEAD_DIM} channels in up to "
             f"{MAX_GROUPS} groups, and a mask that is bool or of these dtypes; got "
-            f"{queries} queries in {query.dtype} on {query.device}, heads of {key_dim} and "
-            f"{value_dim} channels, a mask of {None if mask is None else mask.dtype}."
+            f"{query.shape[-2]} queries in {query.dtype} on {query.device}, heads of "
+            f"{query.shape[-1]} and {cache.raw_values.shape[-1]} channels, a mask of "
+            f"{None if mask is None else mask.dtype}."
         )
     cache.check_query(query)
-    output = query.new_empty((batch, heads, queries, value_dim))
+    return compute(query, cache, mask, is_causal=is_causal, scale=scale)
+
+
+def compute(
+    query: torch.Tensor,
+    cache: PackedCache,
+    mask: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Do what ``attend`` does for a call that the caller has checked as ``attend`` would.
+
+    A GPU takes less time for a layer's attention than Python takes to ask for it.
+    """
+    batch, heads, queries, key_dim = query.shape
+    output = query.new_empty((batch, heads, queries, cache.raw_values.shape[3]))
     if output.numel() == 0:
         return output
     if query.stride(-1) != 1:
         query = query.contiguous()
-    factor = 1 / math.sqrt(key_dim) if scale is None else scale
-    on_device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
-    with on_device, torch.no_grad():
-        _launch(output, *prepare(query, cache, mask, is_causal, factor))
+    factor = key_dim**-0.5 if scale is None else scale
+    with on_device(query.device):
+        call, partial = prepare(query, cache, mask, is_causal, factor)
+        launch(_failures, call.variant.kernel, lambda: _run(output, call, partial))
     return output
 
 
@@ -128,28 +156,22 @@ _compiled: dict[object, tuple[Launch, Launch]] = {}
 """What launches the two kernels again, by what they are compiled for."""
 
 
-def _launch(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
-    kernel = (output.device, output.dtype, *call.constants.values())
-    launch(_failures, kernel, lambda: _run(kernel, output, call, partial))
-
-
-def _run(
-    kernel: tuple[object, ...], output: torch.Tensor, call: Call, partial: torch.Tensor
-) -> None:
-    rows, value_dim = output.numel() // output.shape[-1], output.shape[-1]
-    joined = (partial, output, call.grid[1], rows)
-    asked = (*kernel, *call.options.values(), *call.kind, output.data_ptr() % 16)
-    grids = (*call.grid, 1), (rows, 1, 1)
-    again = _compiled.get(asked)
-    if again is not None:
-        again[0](grids[0], call.arguments)
-        again[1](grids[1], joined)
+def _run(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
+    arguments, grid, variant = call
+    rows, value_dim = output.numel() // output.shape[3], output.shape[3]
+    grids, joined = (grid, (rows, 1, 1)), (partial, output, grid[1], rows)
+    if variant.launches is None:
+        asked = (*variant.kernel, *variant.options.values(), *variant.kind)
+        variant.launches = _compiled.get(asked)
+    if variant.launches is not None:
+        variant.launches[0](grids[0], arguments)
+        variant.launches[1](grids[1], joined)
         return
-    kernels, constants = _kernels(), {**call.constants, **call.options}
-    combined = {"VALUE_DIM": value_dim, "VALUE_PAD": call.constants["VALUE_PAD"]}
+    kernels, constants = _kernels(), {**variant.constants, **variant.options}
+    combined = {"VALUE_DIM": value_dim, "VALUE_PAD": variant.constants["VALUE_PAD"]}
     combined |= {"CHUNK": _SPLITS_AT_ONCE, "num_warps": 4}
-    _compiled[asked] = (
-        compile_and_launch(kernels.split_kernel, grids[0], call.arguments, constants),
+    variant.launches = _compiled[asked] = (
+        compile_and_launch(kernels.split_kernel, grids[0], arguments, constants),
         compile_and_launch(kernels.combine_kernel, grids[1], joined, combined),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -15,6 +16,7 @@ from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 in the matrix units, asynchronous copies
 _INTERPRETED_PROCESSORS = 2
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 class LaunchError(RuntimeError):
@@ -53,6 +55,13 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return what makes a device the current one, where kernels are launched; nothing if it is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NO_CONTEXT
+    return torch.cuda.device(device)
+
+
 def launch(failures: dict[object, str], kernel: object, run: Callable[[], None]) -> None:
     """Run what compiles and launches a kernel, unless it failed before.
 
@@ -65,7 +74,7 @@ def launch(failures: dict[object, str], kernel: object, run: Callable[[], None])
         LaunchError: If it fails, now or before. What is out of memory is raised as it is: that is
             no fault of the kernel.
     """
-    if kernel not in failures:
+    if not failures or kernel not in failures:  # what kernels are known by takes time to hash
         try:
             run()
             return

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
-from hf_adaptive_sparse.kernels.triton_device import interprets, processors
+from hf_adaptive_sparse.kernels.triton_device import Launch, interprets, processors
 
 _MATRIX_ROWS = 16  # rows, and summed elements, that a matrix product has at least
 _MOST_ROWS = 32
@@ -95,23 +97,37 @@ def plan(query: torch.Tensor, cache: PackedCache, processors: int) -> Plan:
     )
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(eq=False)
+class Variant:
+    """What calls over the same blocks compile the kernels for.
+
+    Attributes:
+        constants: By name.
+        options: Warps, stages and registers.
+        kernel: What stands for it where kernels that cannot be had are kept.
+        kind: What else it is compiled for: types, alignment and width of the arguments.
+        launches: What launches the two kernels again, once they are compiled.
+    """
+
+    constants: dict[str, int | bool]
+    options: dict[str, int]
+    kernel: tuple[object, ...]
+    kind: tuple[object, ...]
+    launches: tuple[Launch, Launch] | None = None
+
+
+class Call(NamedTuple):
     """Arguments of ``triton_kernels.split_kernel``.
 
     Attributes:
         arguments: In its order: tensors, scale, strides, counts.
-        constants: What the kernel is compiled for.
-        options: Warps, stages and registers.
-        grid: Programs: (batch, KV head, tile of rows) and splits.
-        kind: What else a kernel is compiled for: types, alignment and width of the arguments.
+        grid: Programs: (batch, KV head, tile of rows), splits, 1.
+        variant: What the kernel is compiled for.
     """
 
     arguments: tuple[torch.Tensor | float, ...]
-    constants: dict[str, int | bool]
-    options: dict[str, int]
-    grid: tuple[int, int]
-    kind: tuple[object, ...]
+    grid: tuple[int, int, int]
+    variant: Variant
 
 
 def channel_groups(cache: PackedCache) -> int:
@@ -137,11 +153,10 @@ def prepare(
     """
     batch, heads, queries, _ = query.shape
     blocks = _blocks_of(query, cache)
-    raw_keys, raw_values = _rows(cache.raw_keys, 2), _rows(cache.raw_values, 2)
-    raw_length, value_dim = raw_keys.shape[2], raw_values.shape[-1]
+    raw_keys, raw_values = _tokens(cache.raw_keys), _tokens(cache.raw_values)
+    raw_length, value_dim = raw_keys.shape[2], raw_values.shape[3]
     splits = blocks.cut.block_splits + (raw_length > 0)
-    starts = query if blocks.starts is None else blocks.starts
-    mask_kind, given_mask = _NO_MASK, query
+    mask_kind, given_mask, mask_rows = _NO_MASK, query, False
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         given_mask = mask.expand(batch, heads, queries, cache.length)
@@ -149,41 +164,35 @@ def prepare(
         mask_kind = _ADDED_MASK
         if mask.dtype == torch.bool:
             mask_kind, given_mask = _BOOL_MASK, given_mask.view(torch.uint8)
-    # transformers may hand over the heads of a KV head as queries, with one mask for all of them.
-    mask_rows = (heads > 1 and mask_strides[1] != 0) or (queries > 1 and mask_strides[2] != 0)
+        # transformers may hand over the heads of a KV head as queries, one mask for all of them.
+        mask_rows = (heads > 1 and mask_strides[1] != 0) or (queries > 1 and mask_strides[2] != 0)
     partial = query.new_empty(
         splits * batch * heads * queries * (value_dim + 2), dtype=torch.float32
     )
-    raw_strides = (*raw_keys.stride()[:2], *raw_values.stride()[:2], *mask_strides)
+    raw_strides = (*raw_keys.stride()[:2], *raw_values.stride()[:2])
+    strides = (*query.stride()[:3], *raw_strides, *mask_strides)
+    asked = (
+        *(mask_kind, mask_rows, is_causal, given_mask.dtype),
+        *(query.data_ptr() % _ALIGNMENT, given_mask.data_ptr() % _ALIGNMENT),
+        *(raw_keys.data_ptr() % _ALIGNMENT, raw_values.data_ptr() % _ALIGNMENT),
+        *(_all_divisible(raw_strides), max(strides) >> 31),
+    )
+    variant = blocks.variants.get(asked)
+    if variant is None or asked[-1]:
+        variant = _variant(query, blocks, asked, strides)
+        blocks.variants[asked] = variant
     arguments: tuple[torch.Tensor | float, ...] = (
-        *(query, partial, *blocks.tensors, raw_keys, raw_values, given_mask, starts),
+        *(query, partial, *blocks.tensors, raw_keys, raw_values, given_mask),
+        query if blocks.starts is None else blocks.starts,
         scale * _LOG2E,
-        *query.stride()[:3],
+        *strides[:3],
         *blocks.strides,
-        *raw_strides,
+        *strides[3:],
         *blocks.heads,
         *(blocks.count, cache.blocks.length, raw_length, cache.sinks, cache.skip),
-        *(blocks.cut.tiles_per_split, blocks.cut.block_splits, blocks.cut.row_tiles),
+        *blocks.cuts,
     )
-    constants = {
-        **blocks.constants,
-        "MASK": mask_kind,
-        "MASK_ROWS": mask_rows,
-        "CAUSAL": is_causal,
-        "ALIGNED": blocks.is_aligned and _aligned(raw_keys, raw_values),
-    }
-    options = {"num_warps": blocks.cut.warps, "num_stages": blocks.cut.stages}
-    registers = blocks.cut.registers
-    if registers and not mask_rows and constants["KEY_GROUP"] == 0 and torch.version.hip is None:
-        options["maxnreg"] = registers
-    grid = (blocks.programs, splits)
-    changing = (query, partial, raw_keys, raw_values, given_mask)
-    kind = (
-        *blocks.kind,
-        *(tensor.data_ptr() % _ALIGNMENT for tensor in changing),
-        *(given_mask.dtype, *(stride >> 31 for stride in (*query.stride(), *raw_strides))),
-    )
-    return Call(arguments, constants, options, grid, kind), partial
+    return Call(arguments, (blocks.programs, splits, 1), variant), partial
 
 
 @dataclass(frozen=True)
@@ -197,10 +206,12 @@ class _Blocks:
         starts: First token of each block where some are short.
         heads: Queries per KV head, KV heads, heads per KV head, queries per head.
         count: Blocks.
+        cuts: Tiles per split, splits of the blocks, programs per KV head and split.
         programs: Programs per split.
         constants: What the kernel is compiled for, but for what masks and raw tokens decide.
         is_aligned: Whether each head of the tensors begins at a multiple of 16 elements.
         kind: Types and alignment of the tensors, divisibility and width of the strides.
+        variants: What calls were compiled for, by what they differ in.
     """
 
     cut: Plan
@@ -209,10 +220,35 @@ class _Blocks:
     starts: torch.Tensor | None
     heads: tuple[int, ...]
     count: int
+    cuts: tuple[int, ...]
     programs: int
     constants: dict[str, int | bool]
     is_aligned: bool
     kind: tuple[object, ...]
+    variants: dict[tuple[object, ...], Variant] = field(default_factory=dict)
+
+
+def _variant(
+    query: torch.Tensor, blocks: _Blocks, asked: tuple[Any, ...], strides: tuple[int, ...]
+) -> Variant:
+    mask_kind, mask_rows, is_causal, *kind, raw_divisible, _ = asked
+    constants = {
+        **blocks.constants,
+        "MASK": mask_kind,
+        "MASK_ROWS": mask_rows,
+        "CAUSAL": is_causal,
+        "ALIGNED": blocks.is_aligned and raw_divisible,
+    }
+    options = {"num_warps": blocks.cut.warps, "num_stages": blocks.cut.stages}
+    registers = blocks.cut.registers
+    if registers and not mask_rows and constants["KEY_GROUP"] == 0 and torch.version.hip is None:
+        options["maxnreg"] = registers
+    return Variant(
+        constants=constants,
+        options=options,
+        kernel=(query.device, query.dtype, *constants.values()),
+        kind=(*blocks.kind, *kind, *(stride >> 31 for stride in strides)),
+    )
 
 
 def _blocks_of(query: torch.Tensor, cache: PackedCache) -> _Blocks:
@@ -262,6 +298,7 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
         starts=None if lengths is None else _starts(lengths, query.device),
         heads=(heads // kv_heads * queries, kv_heads, heads // kv_heads, queries),
         count=keys.codes.shape[2],
+        cuts=(cut.tiles_per_split, cut.block_splits, cut.row_tiles),
         programs=batch * kv_heads * cut.row_tiles,
         constants=constants,
         is_aligned=_aligned(keys.codes, values.codes, values.step_codes),
@@ -309,7 +346,19 @@ def _word(bits: int, size: int, codes: torch.Tensor) -> int:
 
 def _aligned(*parts: torch.Tensor) -> bool:
     """Return whether each head of these tensors begins at a multiple of 16 elements."""
-    return all(stride % 16 == 0 for part in parts for stride in part.stride()[:2])
+    return all(_all_divisible(part.stride()[:2]) for part in parts)
+
+
+def _all_divisible(strides: Iterable[int]) -> bool:
+    return all(stride % _ALIGNMENT == 0 for stride in strides)
+
+
+def _tokens(part: torch.Tensor) -> torch.Tensor:
+    """Return raw tokens with those of a head side by side: themselves, as a rule."""
+    _, _, token, channel = part.stride()
+    if channel == 1 and token == part.shape[3]:
+        return part
+    return _rows(part, 2)
 
 
 def _rows(part: torch.Tensor, inner: int) -> torch.Tensor:

@@ -29,6 +29,7 @@ from hf_adaptive_sparse.kernels.triton_device import (
     LaunchError,
     compile_and_launch,
     launch,
+    on_device,
     serves,
 )
 from hf_adaptive_sparse.kernels.triton_sparse_plan import (
@@ -54,12 +55,17 @@ MAX_TOKENS = 4
 """Tokens up to which reading the sparse weight beats decompressing it."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SERVED = "triton serves"
 _TUNED_ELEMENTS = 1 << 20  # of a weight: smaller ones take no time worth measuring
 
 
 def is_supported(weight: SparseWeight) -> bool:
     """Return whether ``linear`` and ``decompress`` can take a weight."""
-    return weight.dtype in _DTYPES and serves(weight.device)
+    asked = (_SERVED, weight.device)
+    if asked not in weight.prepared:
+        weight.prepared[asked] = weight.dtype in _DTYPES and serves(weight.device)
+    served: bool = weight.prepared[asked]
+    return served
 
 
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,7 +93,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    with _on(weight.device):
+    with on_device(weight.device):
         _product(x, weight, bias, output)
     return output
 
@@ -123,7 +129,7 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
         )
 
     kernel = ("decompress", weight.device, weight.dtype, *sorted(constants.items()))
-    with _on(weight.device):
+    with on_device(weight.device):
         launch(_failures, kernel, run)
 
 
@@ -151,30 +157,33 @@ def _product(
 ) -> None:
     # As little as can be is done per call: a small layer takes a GPU less time than this.
     rows, columns = weight.shape
-    tokens, offsets = x.shape[0], _block_offsets(weight)
+    tokens = x.shape[0]
     stride = x.stride(0) if tokens > 1 else columns
-    tensors = (
-        *(x, weight.bitmask, weight.values, weight.row_offsets, offsets),
+    arguments = (
+        *(x, weight.bitmask, weight.values, weight.row_offsets, _block_offsets(weight)),
         weight.values if weight.scales is None else weight.scales,
         x if bias is None else bias,
-        output,
+        *(output, rows, columns, stride),
     )
-    arguments = (*tensors, rows, columns, stride)
-    kernel = (
-        *(x.device, x.dtype, weight.values.dtype, weight.row_offsets.dtype, weight.group_size),
-        *(tokens, rows, columns, stride, bias is None),
+    asked = (
+        *(tokens, stride, x.data_ptr() % 16, None if bias is None else bias.data_ptr() % 16),
+        weight.values.data_ptr(),  # another where the weight was moved
     )
-    call = (*kernel, *(tensor.data_ptr() % 16 for tensor in tensors))
-
-    def run() -> None:
-        again = _chosen.get(call)
-        if again is None:
+    known = weight.prepared.get(asked)
+    if known is None:
+        kernel = (
+            *(x.device, x.dtype, weight.values.dtype, weight.row_offsets.dtype, weight.group_size),
+            *(tokens, rows, columns, stride, bias is None),
+        )
+        alignments = tuple(part.data_ptr() % 16 for part in arguments if torch.is_tensor(part))
+        call = (*kernel, *alignments)
+        if call not in _chosen:
             fixed = {"TOKENS": tokens, "PACKED": is_packed(x), "BIAS": bias is not None}
-            _choose(call, weight, fixed, arguments)
-        else:
-            again((rows, 1, 1), arguments)
-
-    launch(_failures, kernel, run)
+            launch(_failures, kernel, lambda: _choose(call, weight, fixed, arguments))
+            return
+        known = weight.prepared[asked] = (kernel, _chosen[call])
+    kernel, again = known
+    launch(_failures, kernel, lambda: again((rows, 1, 1), arguments))
 
 
 def _choose(
@@ -218,12 +227,6 @@ def _block_offsets(weight: SparseWeight) -> torch.Tensor:
     if offsets is None:
         return count_block_offsets(weight.bitmask, weight.shape[1])
     return offsets
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 @functools.cache

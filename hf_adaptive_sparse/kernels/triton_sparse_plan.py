@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_adaptive_sparse.kernels.triton_device import interprets
 from hf_adaptive_sparse.packing.sparse_weight import BLOCK_COLUMNS, SparseWeight, block_count
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, code_limit
 
+_WORD_BYTES = 4  # of codes that are read at once
 _X_BYTES = 8  # of four columns of x, or of the output, that are read or written at once
 
 
@@ -24,21 +26,24 @@ class Tile:
     Attributes:
         blocks: Blocks of 64 columns, a power of two.
         warps: Warps of a program.
+        columns: Columns per thread: 4, 8 or 16.
     """
 
     blocks: int
     warps: int
+    columns: int
 
 
 def vector_tiles(weight: SparseWeight) -> list[Tile]:
     """Return tiles for a few tokens, the first of them where none can be measured."""
-    wide = [Tile(16, 1), Tile(8, 1), Tile(16, 2), Tile(32, 2)]
+    columns = 8 if weight.bits > 8 else 16
+    wide = [Tile(8, 1, 8), Tile(16, 1, columns), Tile(16, 2, columns), Tile(32, 2, 16)]
     return list(dict.fromkeys(_fitted(weight, tile) for tile in wide))
 
 
 def decompress_tile(weight: SparseWeight) -> Tile:
     """Return the tile of decompression."""
-    return _fitted(weight, Tile(32, 2))
+    return _fitted(weight, Tile(16, 2, 4))
 
 
 def constants_of(weight: SparseWeight, tile: Tile) -> dict[str, int]:
@@ -49,9 +54,11 @@ def constants_of(weight: SparseWeight, tile: Tile) -> dict[str, int]:
         "GROUP": weight.group_size or 0,
         "LIMIT": code_limit(weight.bits) if weight.bits in CODE_BITS else 0,
         "ALIGNED": columns % BLOCK_COLUMNS == 0 and weight.bitmask.data_ptr() % 8 == 0,
-        "WORDS": weight.bits <= 16 and weight.values.data_ptr() % 8 == 0,
+        "WHOLE": weight.bits > 8 or weight.values.data_ptr() % _WORD_BYTES == 0,
+        "NATIVE": torch.version.hip is None and not interprets(),
         "FULL": columns % (BLOCK_COLUMNS * tile.blocks) == 0,
         "BLOCKS": tile.blocks,
+        "COLUMNS": tile.columns,
         "num_warps": tile.warps,
     }
 
@@ -68,7 +75,8 @@ def is_packed(tensor: torch.Tensor) -> bool:
 
 def _fitted(weight: SparseWeight, tile: Tile) -> Tile:
     blocks = min(tile.blocks, _power_of_two(block_count(weight.shape[1])))
-    return Tile(blocks, max(1, min(tile.warps, blocks // 2)))
+    threads = blocks * BLOCK_COLUMNS // tile.columns
+    return Tile(blocks, max(1, min(tile.warps, threads // 32)), tile.columns)
 
 
 def _power_of_two(number: int) -> int:

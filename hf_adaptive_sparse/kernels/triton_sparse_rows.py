@@ -1,20 +1,21 @@
 """Rows of a sparse weight as operands, for Triton.
 
-A program has one row, and takes some blocks of 64 columns at a time. A thread has four columns of a
-block: it reads the block's mask and where the block's values begin, counts the set bits below its
-columns, reads the next four values, of which those columns take none to all, and deals them out bit
-by bit. No thread waits for another. Neighbouring threads read neighbouring values: each byte of the
-weight comes from memory once.
+A program has one row, and takes some blocks of 64 columns at a time. A thread has 4, 8 or 16
+columns of a block: it reads the block's mask and where the block's values begin, counts the set
+bits below its columns, and takes four columns at a time: it reads the next four values, of which
+those columns take none to all, and deals them out bit by bit. No thread waits for another.
 
-Four values come with two loads: of the two whole words, each as wide as four values, that they lie
-in. On an H100 that took a fifth off the time of 8-bit codes and nothing off that of 16-bit values:
-neither bytes nor loads nor instructions alone are what it waits for.
+Tiles are tensors of one dimension, whose neighbouring elements are neighbours in the row, and so
+are their values: each byte of the weight comes from memory once. With a dimension for the blocks
+Triton gave neighbouring threads the columns of different blocks, because their masks lie side by
+side, and moved all values through shared memory to meet x.
 
-All of that is in tensors ``(blocks, 16)``, one element per four columns, whose layouts agree.
+What it costs is instructions, about 27 per 64 columns and warp with values of 16 bits: that is why
+a thread has more than four columns, and codes are dealt by bytes of a word (``permute_bytes``).
 
-Words are read past the last value that is needed. That is done where there are as many values
-behind a program's row; the last programs, and all where values do not begin at whole words, read
-value by value and ask for each whether it is there.
+Words of codes, and values beside those that are needed, are read past a row's last. That is done
+where there are as many values behind it; the last programs, and all where codes do not begin at
+whole words, read value by value and ask for each whether it is there.
 
 Weights that are gone multiply as zeros, so that NaN and infinity in x spread as in a dense product.
 """
@@ -36,6 +37,15 @@ def set_bits(words):
     pairs = words - ((words >> 1) & 0x55555555)
     nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     return ((((nibbles + (nibbles >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def places(BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the block of each element of a tile, and which of its ``COLUMNS`` that has."""
+    PARTS: tl.constexpr = 64 // COLUMNS
+    index = tl.arange(0, BLOCKS * PARTS)
+    # By bits: were neighbours known to be neighbours, a thread would be given two of them.
+    return index // PARTS, index & (PARTS - 1)
 
 
 @triton.jit
@@ -102,32 +112,48 @@ def _at(values, place, k: tl.constexpr, left):
 
 
 @triton.jit
-def _floats(codes, kept, BITS: tl.constexpr):
-    """Return the lowest codes of words as float32, 0 where they are not kept.
+def permute_bytes(first, second, selector, NATIVE: tl.constexpr):
+    """Return the bytes of two words that the four digits of a selector name: 4 to 7, the second's.
 
-    As their bits in those of 2**23 + half + code, less that: conversions run at a fraction of the
-    rate of this.
+    ``NATIVE`` says that it is NVIDIA's instruction, else it takes shifts.
     """
-    half: tl.constexpr = 1 << (BITS - 1)
-    zero: tl.constexpr = 0x4B000000 + half
-    bits = tl.where(kept, (codes & ((1 << BITS) - 1)) ^ zero, zero)
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True) - (8388608.0 + half)
+    if NATIVE:
+        taken = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [first, second, selector],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        taken = first & 0
+        for i in tl.static_range(4):
+            digit = selector >> (4 * i)
+            word = tl.where((digit & 4) != 0, second, first)
+            taken |= ((word >> ((digit & 3) * 8)) & 0xFF) << (8 * i)
+    return taken
 
 
 @triton.jit
-def _deal_codes(codes, bits, BITS: tl.constexpr):
-    """Return four columns of ``bits``, which take codes from the lower end of words: float32."""
-    kept = (bits & 1) != 0
-    w0 = _floats(codes, kept, BITS)
-    codes = tl.where(kept, codes >> BITS, codes)
-    kept = (bits & 2) != 0
-    w1 = _floats(codes, kept, BITS)
-    codes = tl.where(kept, codes >> BITS, codes)
-    kept = (bits & 4) != 0
-    w2 = _floats(codes, kept, BITS)
-    codes = tl.where(kept, codes >> BITS, codes)
-    w3 = _floats(codes, (bits & 8) != 0, BITS)
-    return w0, w1, w2, w3
+def _deal_codes(codes, bits, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """Return four columns of ``bits``, which take codes from the lowest byte of words: float32.
+
+    A column that is kept takes the byte of as many as are kept below it, another one takes a zero.
+    To floats by their bits in those of 2**23 + half + code, less that: two instructions.
+    """
+    half: tl.constexpr = 1 << (BITS - 1)
+    halves = (bits & 0) + half * 0x01010101
+    magic = (bits & 0) + 0x4B000000
+    spread = ((((bits & 15) * 0x41) & 0x303) * 9) & 0x1111  # a digit for each bit
+    selector = spread * 0x110C + 0x4444  # those below it, and 4 where it is not set
+    dealt = permute_bytes(codes ^ halves, halves, selector, NATIVE)
+    base: tl.constexpr = 8388608.0 + half
+    w0 = permute_bytes(dealt, magic, (bits & 0) + 0x7540, NATIVE).to(tl.float32, bitcast=True)
+    w1 = permute_bytes(dealt, magic, (bits & 0) + 0x7541, NATIVE).to(tl.float32, bitcast=True)
+    w2 = permute_bytes(dealt, magic, (bits & 0) + 0x7542, NATIVE).to(tl.float32, bitcast=True)
+    w3 = permute_bytes(dealt, magic, (bits & 0) + 0x7543, NATIVE).to(tl.float32, bitcast=True)
+    return w0 - base, w1 - base, w2 - base, w3 - base
 
 
 @triton.jit
@@ -158,107 +184,81 @@ def _window(first, second, shift):
 
 
 @triton.jit
+def _bytes_of_codes(word):
+    """Return the four lowest codes of 4 bits as the bytes of a word."""
+    pairs = (word & 0xFF) | ((word & 0xFF00) << 8)
+    return (pairs & 0x000F000F) | ((pairs & 0x00F000F0) << 4)
+
+
+@triton.jit
 def _four_codes(values, place, BITS: tl.constexpr):
-    """Return words whose lowest bits are the four codes from ``place`` on."""
+    """Return words whose bytes are the four codes from ``place`` on, the first in the lowest."""
     if BITS == 8:
         address = values.to(tl.pointer_type(tl.uint32)) + (place >> 2)
         codes = _window(tl.load(address), tl.load(address + 1), (place & 3) * 8)
     else:
         address = values.to(tl.pointer_type(tl.uint16)) + (place >> 2)
         pair = tl.load(address).to(tl.uint32) | (tl.load(address + 1).to(tl.uint32) << 16)
-        codes = pair >> ((place & 3) * 4).to(tl.uint32)
+        codes = _bytes_of_codes(pair >> ((place & 3) * 4).to(tl.uint32))
     return codes
 
 
 @triton.jit
-def _four_halves(values, place):
-    """Return the four values of 16 bits from ``place`` on, as two words."""
-    address = values.to(tl.pointer_type(tl.uint64)) + (place >> 2)
-    near = tl.load(address)
-    far = tl.load(address + 1)
-    skip = (place & 2) != 0
-    first = tl.where(skip, (near >> 32).to(tl.uint32), near.to(tl.uint32))
-    second = tl.where(skip, far.to(tl.uint32), (near >> 32).to(tl.uint32))
-    third = tl.where(skip, (far >> 32).to(tl.uint32), far.to(tl.uint32))
-    shift = (place & 1) * 16
-    return _window(first, second, shift), _window(second, third, shift)
-
-
-@triton.jit
-def _spread_words(values, place, bits, BITS: tl.constexpr, FLOATS: tl.constexpr):
-    """Return the four columns of ``bits``, whose values begin at ``place``, from whole words."""
-    if BITS == 16:
-        kind: tl.constexpr = values.dtype.element_ty
-        low, high = _four_halves(values, place)
-        if FLOATS and kind == tl.bfloat16:  # the upper half of a float32
-            v0, v1, v2, v3 = low << 16, low & _UPPER, high << 16, high & _UPPER
-            w0, w1, w2, w3 = _deal(v0, v1, v2, v3, bits)
-            w0 = w0.to(tl.float32, bitcast=True)
-            w1 = w1.to(tl.float32, bitcast=True)
-            w2 = w2.to(tl.float32, bitcast=True)
-            w3 = w3.to(tl.float32, bitcast=True)
-        else:
-            w0, w1, w2, w3 = _deal(low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16, bits)
-            w0 = w0.to(tl.uint16).to(kind, bitcast=True)
-            w1 = w1.to(tl.uint16).to(kind, bitcast=True)
-            w2 = w2.to(tl.uint16).to(kind, bitcast=True)
-            w3 = w3.to(tl.uint16).to(kind, bitcast=True)
-    else:
-        w0, w1, w2, w3 = _deal_codes(_four_codes(values, place, BITS), bits, BITS)
-    return w0, w1, w2, w3
-
-
-@triton.jit
-def _spread_singly(values, place, left, bits, BITS: tl.constexpr):
-    """Return the same, value by value."""
+def _four_codes_singly(values, place, left, BITS: tl.constexpr):
+    """Return the same, byte by byte."""
     if BITS == 4:
         byte, bytes_left = place >> 1, (left + 1) >> 1
         codes = _at(values, byte, 0, bytes_left).to(tl.uint32)
         codes |= _at(values, byte, 1, bytes_left).to(tl.uint32) << 8
         codes |= _at(values, byte, 2, bytes_left).to(tl.uint32) << 16
-        codes = codes >> ((place & 1) << 2).to(tl.uint32)
-        w0, w1, w2, w3 = _deal_codes(codes, bits, BITS)
-    elif BITS == 8:
+        codes = _bytes_of_codes(codes >> ((place & 1) << 2).to(tl.uint32))
+    else:
         codes = _at(values, place, 0, left).to(tl.uint8, bitcast=True).to(tl.uint32)
         codes |= _at(values, place, 1, left).to(tl.uint8, bitcast=True).to(tl.uint32) << 8
         codes |= _at(values, place, 2, left).to(tl.uint8, bitcast=True).to(tl.uint32) << 16
         codes |= _at(values, place, 3, left).to(tl.uint8, bitcast=True).to(tl.uint32) << 24
-        w0, w1, w2, w3 = _deal_codes(codes, bits, BITS)
-    else:
-        v0 = _at(values, place, 0, left)
-        v1 = _at(values, place, 1, left)
-        v2 = _at(values, place, 2, left)
-        v3 = _at(values, place, 3, left)
-        w0, w1, w2, w3 = _deal(v0, v1, v2, v3, bits)
-    return w0, w1, w2, w3
+    return codes
+
+
+@triton.jit
+def place_of_columns(low, high, start, part, COLUMNS: tl.constexpr):
+    """Return the values before the thread's columns, and their bits from the lowest on.
+
+    ``low``, ``high`` and ``start`` are the blocks' masks and offsets, ``part`` says which columns.
+    """
+    HALF: tl.constexpr = 32 // COLUMNS
+    upper = part >= HALF
+    shift = ((part & (HALF - 1)) * COLUMNS).to(tl.uint32)
+    word = tl.where(upper, high, low)
+    below = word & ((tl.zeros_like(shift) + 1 << shift) - 1)
+    place = start + tl.where(upper, set_bits(low), 0) + set_bits(below)
+    return place, word >> shift
 
 
 @triton.jit
 def four_columns(
-    value_row, left, taken, low, high, start, part, BITS: tl.constexpr, WORDS: tl.constexpr,
-    FLOATS: tl.constexpr,
-):  # fmt: skip
-    """Return the weights of every fourth column, from 0, 1, 2 and 3 on: ``(blocks, 16)`` each.
+    value_row, left, place, bits, BITS: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Return four columns of ``bits``, whose values begin at ``place``: codes as float32.
 
-    In float32 where ``FLOATS`` asks for it, or of codes, else in the values' dtype. ``low``,
-    ``high`` and ``start`` are the blocks' masks and offsets, ``part`` says which four. ``WORDS``
-    says that whole words can be read.
+    ``WHOLE`` says that values may be read past the last, and codes in words.
     """
-    upper = part >= 8
-    shift = ((part & 7) * 4).to(tl.uint32)
-    word = tl.where(upper, high, low)
-    below = word & ((tl.zeros_like(shift) + 1 << shift) - 1)
-    place = start + taken + tl.where(upper, set_bits(low), 0) + set_bits(below)
-    bits = word >> shift
-    if WORDS:
-        w0, w1, w2, w3 = _spread_words(value_row, place, bits, BITS, FLOATS)
+    if BITS <= 8:
+        if WHOLE:
+            codes = _four_codes(value_row, place, BITS)
+        else:
+            codes = _four_codes_singly(value_row, place, left, BITS)
+        w0, w1, w2, w3 = _deal_codes(codes, bits, BITS, NATIVE)
     else:
-        w0, w1, w2, w3 = _spread_singly(value_row, place, left, bits, BITS)
-    if FLOATS:
-        w0 = w0.to(tl.float32)
-        w1 = w1.to(tl.float32)
-        w2 = w2.to(tl.float32)
-        w3 = w3.to(tl.float32)
+        if WHOLE:
+            at = value_row + place
+            v0, v1, v2, v3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+        else:
+            v0 = _at(value_row, place, 0, left)
+            v1 = _at(value_row, place, 1, left)
+            v2 = _at(value_row, place, 2, left)
+            v3 = _at(value_row, place, 3, left)
+        w0, w1, w2, w3 = _deal(v0, v1, v2, v3, bits)
     return w0, w1, w2, w3
 
 
@@ -295,9 +295,8 @@ def four_of_x(x, four, columns, FULL: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def scales_of_fours(scales, row, four, columns, GROUP: tl.constexpr, FULL: tl.constexpr):
-    """Return the scale of each four columns: four columns share a group."""
+def scales_of(scales, row, column, columns, GROUP: tl.constexpr, FULL: tl.constexpr):
+    """Return the scales of the columns that begin with ``column``: a thread's share a group."""
     groups = (columns + GROUP - 1) // GROUP
-    address = scales + row.to(tl.int64) * groups + four * 4 // GROUP
-    scale = tl.load(address) if FULL else tl.load(address, mask=four * 4 < columns, other=0)
-    return scale
+    address = scales + row.to(tl.int64) * groups + column // GROUP
+    return tl.load(address) if FULL else tl.load(address, mask=column < columns, other=0)

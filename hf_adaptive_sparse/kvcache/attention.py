@@ -146,7 +146,7 @@ def attend(
         return native.compute(query, packed, mask, is_causal=is_causal, scale=scale)
     if triton_attention.is_supported(query, packed, mask):
         try:
-            return triton_attention.attend(query, packed, mask, is_causal=is_causal, scale=scale)
+            return triton_attention.compute(query, packed, mask, is_causal=is_causal, scale=scale)
         except triton_attention.LaunchError as error:
             _say_what_failed(str(error))
             return None

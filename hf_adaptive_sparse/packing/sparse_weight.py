@@ -32,7 +32,8 @@ return a kernel looks up every group where it now reads the mask as it lies. NVI
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -155,6 +156,7 @@ class SparseWeight:
         scales: ``(rows, groups)``, None without codes.
         group_size: Columns per scale; None: one per row.
         block_offsets: What ``count_block_offsets`` returns; None: kernels that need it count.
+        prepared: What kernels worked out about this weight for their next calls.
     """
 
     shape: tuple[int, int]
@@ -164,6 +166,11 @@ class SparseWeight:
     scales: torch.Tensor | None = None
     group_size: int | None = None
     block_offsets: torch.Tensor | None = None
+    prepared: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what holds for the original."""
+        return self.__dict__ | {"prepared": {}}
 
     @classmethod
     def from_dense(

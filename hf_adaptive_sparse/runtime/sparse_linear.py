@@ -174,19 +174,20 @@ class SparseLinear(nn.Linear):
     @property
     def sparse_weight(self) -> SparseWeight:
         """The weight, over this module's tensors."""
+        kept = self._over_parameters
+        if kept is not None and not torch.compiler.is_compiling():
+            # Every product asks: attributes of modules are looked up in three places.
+            parameters, buffers = self._parameters, self._buffers
+            if (  # the same tensors, whatever their data is by now
+                kept.bitmask is parameters["weight_bitmask"]
+                and kept.values is parameters["weight_values"]
+                and kept.row_offsets is buffers["row_offsets"]
+                and kept.scales is parameters.get("weight_scales")
+                and self._over_blocks is buffers["block_offsets"]
+            ):
+                return kept
         bitmask, values, scales = self.weight_bitmask, self.weight_values, self.weight_scales
         offsets = self.row_offsets
-        kept = self._over_parameters
-        if (  # the same tensors, whatever their data is by now
-            kept is not None
-            and kept.bitmask is bitmask
-            and kept.values is values
-            and kept.row_offsets is offsets
-            and kept.scales is scales
-            and self._over_blocks is self.block_offsets
-            and not torch.compiler.is_compiling()
-        ):
-            return kept
         if offsets is None or offsets.device != bitmask.device:
             # Offloaded to disk: the parts are here for the length of one forward.
             weight = self._checked()
@@ -260,11 +261,12 @@ class SparseLinear(nn.Linear):
         Raises:
             FrozenWeightError: If the weight was made to require a gradient.
         """
-        if self.weight_values.requires_grad:
+        weight = self.sparse_weight
+        if weight.values.requires_grad:
             raise FrozenWeightError("weight_values requires a gradient")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dtype)
-        return operator.linear(x, self.sparse_weight, self.bias)
+        return operator.linear(x, weight, self.bias)
 
     def to_linear(self) -> nn.Linear:
         """Return a plain ``nn.Linear`` with the decompressed weight and the same bias."""

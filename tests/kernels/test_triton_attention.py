@@ -447,6 +447,8 @@ def test_the_environment_switches_it_off(device, monkeypatch):
     query, cache = make_query(cache).to(device), move(cache, device)
     assert triton_attention.is_supported(query, cache, None)
     monkeypatch.setenv("HF_ADAPTIVE_SPARSE_KERNEL", "none")
+    assert triton_attention.is_supported(query, cache, None)  # blocks keep their kernel
+    cache.blocks.prepared.clear()
     assert not triton_attention.is_supported(query, cache, None)
 
 

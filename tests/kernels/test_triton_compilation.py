@@ -66,13 +66,14 @@ def shared_bytes(case):
         mask = torch.ones(1, 1, query.shape[2], cache.length).to(getattr(torch, case["mask"]))
     call, partial = triton_plan.prepare(query, cache, mask, case.get("is_causal", False), 0.125)
     capability = case["capability"]
-    constants = {"VALUE_DIM": width, "VALUE_PAD": call.constants["VALUE_PAD"], "CHUNK": 16}
+    constants = {"VALUE_DIM": width, "VALUE_PAD": call.variant.constants["VALUE_PAD"], "CHUNK": 16}
     compile_for(
         capability, triton_kernels.combine_kernel, (partial, query, 3, 4), constants,
         {"num_warps": 4},
     )
+    variant = call.variant
     return compile_for(
-        capability, triton_kernels.split_kernel, call.arguments, call.constants, call.options
+        capability, triton_kernels.split_kernel, call.arguments, variant.constants, variant.options
     )
 
 class Recorder:  # takes launches as the kernels would

@@ -34,7 +34,7 @@ FORMATS = [
     for bits, group in ((None, None), (8, None), (8, 96), (4, None), (4, 128))
 ]
 SHAPES = itertools.cycle([(6, 200), (5, 31), (5, 320), (6, 513), (4, 64), (3, 1), (5, 128)])
-TILES = itertools.cycle([Tile(1, 1), Tile(2, 2), Tile(4, 1)])
+TILES = itertools.cycle([Tile(1, 1, 16), Tile(2, 2, 4), Tile(4, 1, 8)])
 CASES = [(*format, next(SHAPES), next(TILES)) for format in FORMATS]
 
 
@@ -186,7 +186,8 @@ def test_the_environment_switches_it_off(device, monkeypatch):
     weight = make_sparse((4, 64), torch.float32).to(device)
     assert triton_sparse.is_supported(weight)
     monkeypatch.setenv("HF_ADAPTIVE_SPARSE_KERNEL", "none")
-    assert not triton_sparse.is_supported(weight)
+    assert triton_sparse.is_supported(weight)  # a weight keeps its kernel
+    assert not triton_sparse.is_supported(make_sparse((4, 64), torch.float32).to(device))
 
 
 def test_the_fastest_tile_is_measured_once(device, monkeypatch):
@@ -210,7 +211,7 @@ def test_the_fastest_tile_is_measured_once(device, monkeypatch):
         measured.append(ran[-1])
         return {2: 3.0, 1: 2.0}[ran[-1]]
 
-    tiles = [Tile(2, 1), Tile(4, 1), Tile(1, 1)]
+    tiles = [Tile(2, 1, 4), Tile(4, 1, 4), Tile(1, 1, 4)]
     monkeypatch.setattr(triton_sparse, "vector_tiles", lambda weight: tiles)
     monkeypatch.setattr(triton_sparse, "_kernels", Watched)
     monkeypatch.setattr(triton_sparse, "_chosen", {})
