@@ -85,7 +85,7 @@ def prepare(
         *(token_stride % _ALIGNMENT == 0, token_stride == 1),
         *(stride >> 31 for stride in strides),
     )
-    arguments = (blocks, *parts, refused, *strides, heads, count)
+    arguments: tuple[torch.Tensor | int, ...] = (blocks, *parts, refused, *strides, heads, count)
     return Call(how.layout, (batch * heads * count, pieces, 1), arguments, constants, kind)
 
 

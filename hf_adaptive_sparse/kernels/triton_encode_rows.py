@@ -180,12 +180,7 @@ def store_packed(
     PATTERN: tl.constexpr = WORDS * WORD // BITS
     PATTERNS: tl.constexpr = codes.shape[1] // PATTERN
     ROW_WORDS: tl.constexpr = ROW_BYTES * 8 // WORD
-    if WORD == 32:
-        kind: tl.constexpr = tl.uint32
-    elif WORD == 16:
-        kind: tl.constexpr = tl.uint16
-    else:
-        kind: tl.constexpr = tl.uint8
+    kind: tl.constexpr = tl.uint32 if WORD == 32 else (tl.uint16 if WORD == 16 else tl.uint8)
     target = rows.to(tl.pointer_type(kind))
     place = first // PATTERN * WORDS + tl.arange(0, PATTERNS) * WORDS
     if PATTERN == 1:
