@@ -12,6 +12,9 @@ In one call:
 - bandwidth: bytes of a packed cache over the time that attention to it takes, as a share of the
   bandwidth (bytes read and written) that a large copy on the device reaches. Caches rotate, so that
   none is read from the L2 cache.
+- encoding: time to encode the keys, or the values, of a prompt of 2,048 tokens x 32 heads x 128, as
+  a layer of a 7B model has them, and of the 128 that fill a block while decoding: by the kernel
+  and by torch, with what Python takes and the wait for the device's word that all was finite.
 
     python benchmarks/gpu_kv_cache.py
 
@@ -35,7 +38,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_adaptive_sparse.architecture import cache_argument
-from hf_adaptive_sparse.kernels import triton_attention
+from hf_adaptive_sparse.kernels import triton_attention, triton_encoding
 from hf_adaptive_sparse.kernels.packed import PackedCache
 from hf_adaptive_sparse.kernels.reference import attention as reference
 from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
@@ -73,6 +76,7 @@ class Sizes:
         rounds: Tokens decoded per setting, more than a block so that each cache is flushed once.
         copy_bytes: Bytes of the large copy.
         rotation_bytes: Bytes of all caches that take turns, several times an L2 cache.
+        encoded_tokens: Tokens per measurement of encoding, whole blocks.
         head_sizes: Head sizes of the contract.
         contract_cases: How many of its cases are checked, None: all.
     """
@@ -85,6 +89,7 @@ class Sizes:
     rounds: int = 140
     copy_bytes: int = 4 << 30
     rotation_bytes: int = 1 << 30
+    encoded_tokens: tuple[int, ...] = (2048, 128)
     head_sizes: tuple[int, ...] = (64, 72, 80, 96, 128, 256)
     contract_cases: int | None = None
 
@@ -98,6 +103,7 @@ REHEARSAL = Sizes(
     rounds=3,
     copy_bytes=1 << 20,
     rotation_bytes=1 << 16,
+    encoded_tokens=(256,),
     head_sizes=(16,),
     contract_cases=9,
 )
@@ -302,6 +308,28 @@ def measure_bandwidth(
     return rows
 
 
+def measure_encoding(device: torch.device, sizes: Sizes, tokens: int) -> list[dict[str, Any]]:
+    """Microseconds to encode a prompt's keys and values, by the kernel and by torch."""
+    shape = (1, tokens, sizes.heads, sizes.head_dim)  # as models have it in memory
+    states = torch.randn(shape, device=device).bfloat16().transpose(1, 2)
+    blocks = states.unflatten(2, (tokens // 128, 128))
+    rows = []
+    for bits in PACKED_BITS[::-1]:
+        codecs = {"keys": key_codec(bits, "channel", 64), "values": value_codec(bits, 64)}
+        for what, codec in codecs.items():
+            kernel = functools.partial(triton_encoding.encode, blocks, codec.kernel_format)
+            reference = functools.partial(codec.encode, blocks, what)
+            for part, theirs in zip(kernel(), reference(), strict=True):
+                if not torch.equal(part, theirs):
+                    gpu.say(f"{what} at {bits} bits differ from torch's")
+            row = {"tokens": tokens, "what": what, "bits": bits}
+            row |= {"kernel_us": gpu.best_seconds([kernel] * 4, device) * 1e6}
+            row |= {"torch_us": gpu.best_seconds([reference] * 4, device) * 1e6}
+            rows.append(row)
+            gpu.say(row)
+    return rows
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
         gpu.verdict(result["contract"]),
@@ -321,6 +349,14 @@ def table(result: dict[str, Any]) -> str:
         f"| {row['tokens']} x {row['batch']} | {row['key_bits']}/{row['value_bits']} | "
         f"{row['device_us']:.1f} | {row['call_us']:.1f} | {row['share_of_copy']:.2f} |"
         for row in result["bandwidth"]
+    ]
+    lines += [""]
+    lines += ["| encoding | bits | by the kernel, µs | by torch, µs | times faster |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    lines += [
+        f"| {row['what']} of {row['tokens']} tokens | {row['bits']} | {row['kernel_us']:.0f} | "
+        f"{row['torch_us']:.0f} | {row['torch_us'] / row['kernel_us']:.1f} |"
+        for row in result.get("encoding", [])
     ]
     return "\n".join([*lines, *result.get("notes", [])])
 
@@ -348,6 +384,9 @@ def main() -> int:
         row
         for tokens, batch in sizes.settings
         for row in measure_bandwidth(device, sizes, tokens, batch, copied)
+    ]
+    result["encoding"] = [
+        row for tokens in sizes.encoded_tokens for row in measure_encoding(device, sizes, tokens)
     ]
     model = make_model(device, sizes, arguments.seed)
     result["decoding"] = {

@@ -18,8 +18,10 @@ from hf_adaptive_sparse.packing.bits import packed_size_bytes
 MAX_CODES = 1024
 """Tokens of a block and channels of a head that kernels take at most."""
 
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of states that kernels take, and their numbers in the library."""
+
 _LAYOUTS = {"channel": 0, "group": 1, "transposed": 2}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _METADATA_DTYPES = {
     torch.float32: torch.float16,
     torch.bfloat16: torch.bfloat16,
@@ -85,7 +87,7 @@ def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None
         return None
     if blocks.stride(4) != 1:
         blocks = blocks.contiguous()
-    parts = _empty_parts(blocks, how)
+    parts = empty_parts(blocks, how)
     call = _describe(how, parts, blocks.shape[3], blocks.shape[4], blocks.dtype)
     call.states = blocks.data_ptr()
     call.state_strides = blocks.stride()[:4]
@@ -131,7 +133,7 @@ def decode(
 
 def _is_served(dtype: torch.dtype, device: torch.device, tokens: int, width: int) -> bool:
     return (
-        dtype in _DTYPES
+        dtype in DTYPES
         and device.type == "cpu"
         and 1 <= tokens <= MAX_CODES
         and 1 <= width <= MAX_CODES
@@ -150,8 +152,8 @@ def _shapes(how: Format, tokens: int, width: int) -> tuple[tuple[int, ...], ...]
     return codes, (groups, tokens), (groups, tokens), (4,)
 
 
-def _empty_parts(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...]:
-    """Allocate what ``encode`` fills."""
+def empty_parts(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...]:
+    """Allocate what is filled by encoding ``blocks``: contiguous, uninitialised."""
     kept = _METADATA_DTYPES[blocks.dtype]
     eight = torch.uint8
     dtypes = (eight, eight, eight, kept) if how.layout == "transposed" else (eight, kept, kept)
@@ -174,7 +176,7 @@ def _describe(
     call.bits = how.bits
     call.group = min(how.group or width, width)
     call.fits = how.fits
-    call.dtype = _DTYPES[dtype]
+    call.dtype = DTYPES[dtype]
     call.codes = codes.data_ptr()
     call.code_strides = codes.stride()[:3]
     for i, part in enumerate(metadata):

@@ -1,16 +1,22 @@
-"""Blocks encoded and decoded by the native kernels where these serve, by the codec where not.
+"""Blocks encoded and decoded by kernels where these serve, by the codec where not.
 
-Both give the same bits; the codecs, in torch, are the readable form of it.
+Native ones serve the CPU, Triton's encode on a GPU. All give the same bits; the codecs, in torch,
+are the readable form of it.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
 
-from hf_adaptive_sparse.kernels import encoding
+from hf_adaptive_sparse.kernels import encoding, triton_encoding
+from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+
+logger = logging.getLogger(__name__)
 
 ENCODED_AT_ONCE = 1 << 18
 """Elements that torch encodes at once, one block of every head at least: 1 MiB in float32."""
@@ -23,7 +29,7 @@ GPU_ENCODED_AT_ONCE = 1 << 23
 def encode_blocks(codec: Codec, blocks: torch.Tensor, what: str) -> Parts:
     """Return the parts of ``blocks``; see ``Codec.encode``."""
     how = codec.kernel_format
-    parts = None if how is None else encoding.encode(blocks, how)
+    parts = None if how is None else _encode_by_kernel(blocks, how)
     if parts is not None:
         return codec.parts_type(*parts)
     # A few blocks at a time: what encoding computes with in between stays in the caches.
@@ -63,3 +69,28 @@ def decode_blocks(
     for i, length in enumerate(lengths):
         output[:, :, start : start + length] = blocks[:, :, i, :length]
         start += length
+
+
+def _encode_by_kernel(
+    blocks: torch.Tensor, how: encoding.Format
+) -> tuple[torch.Tensor, ...] | None:
+    parts = encoding.encode(blocks, how)
+    if parts is not None or not triton_encoding.is_supported(blocks, how):
+        return parts
+    try:
+        return triton_encoding.encode(blocks, how)
+    except triton_encoding.LaunchError as error:
+        _say_what_failed(str(error))
+        return None
+
+
+@functools.cache
+def _say_what_failed(error: str) -> None:
+    """Log, once per error, that a Triton kernel failed and torch encodes in its place."""
+    logger.warning(
+        "A Triton kernel that quantises keys and values failed. What is stored stays the same, but "
+        "torch quantises instead, which is slow. %s=none switches the kernels off. The failure "
+        "was: %s",
+        ENVIRONMENT_VARIABLE,
+        error,
+    )

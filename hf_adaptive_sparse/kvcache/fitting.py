@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_adaptive_sparse.kvcache.rounding import inverse_step
+from hf_adaptive_sparse.kvcache.rounding import divide, inverse_step
 
 KEY_FITS = {2: 1, 3: 6}
 """Steps for keys per channel, by bits; 0 for those not named."""
@@ -42,12 +42,12 @@ def scale_ends(
     low, high = lowest, highest
     if steps:
         count = elements.shape[dim]
-        mean = sum_in_halves(elements, dim) / count
+        mean = divide(sum_in_halves(elements, dim), count)
         centred = elements - mean
     for _ in range(steps):
-        step = (high - low) / (2**bits - 1)
+        step = divide(high - low, 2**bits - 1)
         codes = ((elements - low) * inverse_step(step)).round_().clamp_(0, 2**bits - 1)
-        mean_code = sum_in_halves(codes, dim) / count
+        mean_code = divide(sum_in_halves(codes, dim), count)
         codes -= mean_code
         variance = sum_in_halves(codes.square(), dim)
         fitted = sum_in_halves(codes.mul_(centred), dim) / variance

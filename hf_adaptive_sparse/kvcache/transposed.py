@@ -32,6 +32,7 @@ from hf_adaptive_sparse.kvcache.grouped import group_count, group_ends, spread_g
 from hf_adaptive_sparse.kvcache.rounding import (
     check_finite,
     compute_dtype,
+    divide,
     from_codes,
     metadata_dtype,
     round_down,
@@ -88,7 +89,7 @@ class TransposedCodec(Codec):
         dtype = metadata_dtype(blocks.dtype)
         min_codes, min_base, min_unit = _second_level(lowest, dtype, torch.floor)
         minimum = _first_level(min_codes, min_base, min_unit)
-        wanted = (highest - minimum) / (2**self.bits - 1)
+        wanted = divide(highest - minimum, 2**self.bits - 1)
         step_codes, step_base, step_unit = _second_level(wanted, dtype, torch.ceil)
         check_finite(torch.stack([step_base, step_unit]), blocks, what)
         step = _first_level(step_codes, step_base, step_unit)
@@ -135,7 +136,7 @@ def _second_level(
     """Return 8-bit codes of ``metadata`` ``(..., tokens, groups)``, and their base and unit."""
     base = round_down(metadata.amin(dim=(-1, -2)), dtype)
     spread = metadata.amax(dim=(-1, -2)) - base.to(metadata.dtype)
-    unit = round_up(spread / _HIGHEST, dtype)
+    unit = round_up(divide(spread, _HIGHEST), dtype)
     divisor = torch.where(unit > 0, unit, torch.ones_like(unit)).to(metadata.dtype)
     above = metadata - base.to(metadata.dtype)[..., None, None]
     codes = rounding(above / divisor[..., None, None]).clamp_(0, _HIGHEST)

@@ -1,15 +1,18 @@
 """Triton's kernels for tests without a GPU: by its interpreter, apart from the process's own."""
 
+import functools
 import importlib
 import sys
 
 import pytest
 import torch
 
-from hf_adaptive_sparse.kernels import triton_attention, triton_sparse
+from hf_adaptive_sparse.kernels import triton_attention, triton_encoding, triton_sparse
 
 KERNELS = "hf_adaptive_sparse.kernels.triton_"
-OWN = [f"{KERNELS}{name}" for name in ("rows", "kernels", "sparse_rows", "sparse_kernels")]
+USERS = {"kernels": triton_attention, "sparse_kernels": triton_sparse}
+USERS |= {"encode_kernels": triton_encoding}
+OWN = [f"{KERNELS}{name}" for name in ("rows", "sparse_rows", "encode_rows", *USERS)]
 
 
 def is_triton(name):
@@ -32,7 +35,7 @@ def interpreted():
             if not name.startswith("triton._C"):  # native code is loaded once
                 patch.delitem(sys.modules, name)
         importlib.import_module("triton.language")
-        imported = [importlib.import_module(name) for name in OWN]
+        imported = {name: importlib.import_module(name) for name in OWN}
         modules = {name: module for name, module in sys.modules.items() if is_triton(name)}
         # By hand, since the patch would put back what it takes out: a submodule of the
         # interpreter's Triton would then answer for the process's own.
@@ -47,10 +50,10 @@ def device(request, monkeypatch):
     if request.param == "cuda":
         yield torch.device("cuda")
         return
-    (_, attention, _, sparse), modules = request.getfixturevalue("interpreted")
+    kernels, modules = request.getfixturevalue("interpreted")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(triton_attention, "_kernels", lambda: attention)
-    monkeypatch.setattr(triton_sparse, "_kernels", lambda: sparse)
+    for name, user in USERS.items():
+        monkeypatch.setattr(user, "_kernels", functools.partial(kernels.get, KERNELS + name))
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     known = set(sys.modules)

@@ -21,8 +21,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from hf_adaptive_sparse.kernels import (
-    triton_kernels, triton_plan, triton_sparse, triton_sparse_kernels
+    triton_encode_kernels, triton_encode_plan, triton_kernels, triton_plan, triton_sparse,
+    triton_sparse_kernels,
 )
+from hf_adaptive_sparse.kernels.encoding import empty_parts
 from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache, PackedKeys, PackedValues
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -46,6 +48,9 @@ def compile_for(capability, function, arguments, constants, options):
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
     kernel = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert kernel.asm["cubin"]
+    if not options.get("enable_fp_fusion", True):  # what is to be exact to the last bit
+        inexact = ("fma.", ".ftz", "div.full", ".approx")
+        assert not [word for word in inexact if word in kernel.asm["ptx"]]
     return kernel.metadata.shared
 
 def shared_bytes(case):
@@ -105,13 +110,30 @@ def shared_bytes_of_sparse(case):
         for name, *launch in recorder.launches
     )
 
+def shared_bytes_of_encoding(case):
+    bits, mode, group = case["bits"], case["encode"], case.get("group", 64)
+    codec = value_codec(bits, group) if mode == "value" else key_codec(bits, mode, group)
+    states = torch.zeros(1, 256, 2, case["head_dim"], dtype=getattr(torch, case["dtype"]))
+    blocks = states.transpose(1, 2).unflatten(2, (2, 128))
+    parts = empty_parts(blocks, codec.kernel_format)
+    refused = torch.zeros(1, dtype=torch.int32)
+    call = triton_encode_plan.prepare(blocks, codec.kernel_format, parts, refused)
+    constants = dict(call.constants)
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    function = getattr(triton_encode_kernels, call.kernel + "_kernel")
+    return compile_for(case["capability"], function, call.arguments, constants, options)
+
+def shared_bytes_of_any(case):
+    if "encode" in case:
+        return shared_bytes_of_encoding(case)
+    return shared_bytes_of_sparse(case) if "tokens" in case else shared_bytes(case)
+
 for line in sys.stdin:
     case = json.loads(line)
     if "lengths" in case:
         case["lengths"] = tuple(case["lengths"])
     try:
-        compiled = shared_bytes_of_sparse if "tokens" in case else shared_bytes
-        print(json.dumps(compiled(case)), flush=True)
+        print(json.dumps(shared_bytes_of_any(case)), flush=True)
     except Exception:
         print(json.dumps(traceback.format_exc()[-3000:]), flush=True)
 """
@@ -150,6 +172,26 @@ CASES = [
     {"capability": 90, "dtype": "float32", "columns": 1024, "tokens": 3},
     {"capability": 90, "dtype": "bfloat16", "columns": 4096, "tokens": 0, "bits": 4},
     {"capability": 80, "dtype": "float32", "columns": 4096, "tokens": 0, "bits": 8},
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6, "encode": "channel"},
+    {"capability": 80, "dtype": "float16", "head_dim": 80, "bits": 3, "encode": "channel"},
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6, "encode": "value"},
+    {
+        "capability": 80,
+        "dtype": "float32",
+        "head_dim": 256,
+        "bits": 2,
+        "encode": "value",
+        "group": 128,
+    },
+    {
+        "capability": 80,
+        "dtype": "float16",
+        "head_dim": 256,
+        "bits": 6,
+        "encode": "value",
+        "group": 256,
+    },
+    {"capability": 90, "dtype": "float16", "head_dim": 72, "bits": 4, "encode": "token"},
 ]
 
 

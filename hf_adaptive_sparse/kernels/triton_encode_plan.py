@@ -1,0 +1,139 @@
+"""How blocks to encode are cut into programs of Triton's kernels, and the arguments they get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from hf_adaptive_sparse.kernels.encoding import Format
+
+_ALIGNMENT = 16  # in bytes, or elements of a stride, that Triton compiles for
+_TILE = 8192  # elements that a program takes at once where it has the choice
+_MOST_ELEMENTS = 32768  # that a program has to take at once
+_MOST_FITTED = (
+    16384  # the same where scales are fitted: what is halved passes through shared memory
+)
+_MOST_GROUPS = 32
+_MOST_CODES = 1024
+_ELEMENTS_PER_WARP = 1024
+
+
+class Call(NamedTuple):
+    """A launch.
+
+    Attributes:
+        kernel: The kernel's name.
+        grid: Programs.
+        arguments: Tensors, strides and counts, in the kernel's order.
+        constants: By name, Triton's own options among them.
+        kind: What a kernel is compiled for, but for the constants.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: tuple[torch.Tensor | int, ...]
+    constants: dict[str, int | bool]
+    kind: tuple[object, ...]
+
+
+def takes(how: Format, tokens: int, width: int) -> bool:
+    """Return whether a program can hold what has to be seen at once.
+
+    That is all groups of a token, and where values have steps of two levels also all tokens.
+    """
+    if not (1 <= tokens <= _MOST_CODES and 1 <= width <= _MOST_CODES):
+        return False
+    if how.layout == "channel":
+        return True
+    group = min(how.group or width, width)
+    if -(-width // group) > _MOST_GROUPS:
+        return False
+    columns = _power_of_two(tokens)
+    at_once = columns * max(_power_of_two(group), _power_of_two(-(-width // group)))
+    return how.layout == "group" or at_once <= (_MOST_FITTED if how.fits else _MOST_ELEMENTS)
+
+
+def prepare(
+    blocks: torch.Tensor, how: Format, parts: Sequence[torch.Tensor], refused: torch.Tensor
+) -> Call:
+    """Return the launch that fills ``parts``.
+
+    Args:
+        blocks: ``(batch, kv_heads, blocks, tokens, head_dim)``, channels side by side.
+        how: Their format, which ``takes`` takes.
+        parts: Contiguous, as the codec has them.
+        refused: int32 ``(1,)``, becomes 1 where blocks cannot be stored.
+    """
+    batch, heads, count, tokens, width = blocks.shape
+    strides = blocks.stride()[:4]
+    is_aligned = all(stride % _ALIGNMENT == 0 for stride in strides)
+    constants, pieces = _constants(how, tokens, width)
+    constants |= {
+        "TOKENS": tokens,
+        "WIDTH": width,
+        "BITS": how.bits,
+        "BFLOAT": blocks.dtype == torch.bfloat16,
+        "ALIGNED": is_aligned,
+        # Sums of products that are not rounded in between would be other numbers.
+        "enable_fp_fusion": False,
+    }
+    token_stride = strides[3]
+    kind = (
+        *(blocks.device, blocks.dtype, blocks.data_ptr() % _ALIGNMENT),
+        *(token_stride % _ALIGNMENT == 0, token_stride == 1),
+        *(stride >> 31 for stride in strides),
+    )
+    arguments: tuple[torch.Tensor | int, ...] = (blocks, *parts, refused, *strides, heads, count)
+    return Call(how.layout, (batch * heads * count, pieces, 1), arguments, constants, kind)
+
+
+def _constants(how: Format, tokens: int, width: int) -> tuple[dict[str, int | bool], int]:
+    """Return the tile's sizes and what follows from them, and the programs per block."""
+    if how.layout == "channel":
+        rows = _power_of_two(tokens)
+        columns = min(max(8, _TILE // rows), _least_columns(width))
+        constants = {"FITS": how.fits, "HALVINGS": rows.bit_length() - 1}
+        pieces, packed, elements = -(-width // columns), width, rows * columns
+    elif how.layout == "group":
+        columns = _least_columns(width)
+        rows = min(max(1, _TILE // columns), _power_of_two(tokens))
+        constants = {"GROUP": min(how.group or width, width), "ROWS": rows}
+        pieces, packed, elements = -(-tokens // rows), width, rows * columns
+    else:
+        group = min(how.group or width, width)
+        rows, columns = _power_of_two(group), _least_columns(tokens)
+        constants = {"GROUP": group, "GROUPS": _power_of_two(-(-width // group))}
+        constants |= {"FITS": how.fits, "HALVINGS": rows.bit_length() - 1}
+        pieces, packed, elements = 1, tokens, rows * columns
+    fixed: dict[str, int | bool] = {
+        **constants,
+        "COLUMNS": columns,
+        "WORD": _word(how.bits, packed, columns),
+        "num_warps": min(16, max(4, elements // _ELEMENTS_PER_WARP)),
+    }
+    return fixed, pieces
+
+
+def _word(bits: int, count: int, columns: int) -> int:
+    """Return the widest word that rows of ``count`` codes are whole ones of."""
+    if bits == 8:  # bytes as they are; neighbouring ones are stored together anyway
+        return 8
+    word, row_bytes = 32, (count * bits + 7) // 8
+    while word > 8 and (row_bytes % (word // 8) or _pattern(bits, word) > columns):
+        word //= 2
+    return word
+
+
+def _pattern(bits: int, word: int) -> int:
+    """Return the codes whose pattern in words repeats."""
+    return (3 if bits % 3 == 0 else 1) * word // bits
+
+
+def _least_columns(count: int) -> int:
+    return max(8, _power_of_two(count))  # eight codes are whole bytes at every width
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

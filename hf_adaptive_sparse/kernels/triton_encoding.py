@@ -1,0 +1,89 @@
+"""Blocks of keys and values into bytes on a GPU, by Triton: one launch for all blocks of a prompt.
+
+What is stored is what ``kernels/encoding.py`` stores, to the last bit. Decoding is left to torch:
+attention reads the blocks as they are (``triton_attention``). With ``TRITON_INTERPRET=1`` the
+kernels run on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from types import ModuleType
+
+import torch
+
+from hf_adaptive_sparse.kernels.encoding import DTYPES, Format, empty_parts
+from hf_adaptive_sparse.kernels.triton_device import (
+    Launch,
+    LaunchError,
+    compile_and_launch,
+    launch,
+    serves,
+)
+from hf_adaptive_sparse.kernels.triton_encode_plan import Call, prepare, takes
+
+__all__ = ["LaunchError", "encode", "is_supported"]
+
+
+def is_supported(blocks: torch.Tensor, how: Format) -> bool:
+    """Return whether ``encode`` can take these; see there."""
+    return (
+        blocks.dtype in DTYPES
+        and blocks.numel() > 0
+        and not blocks.requires_grad
+        and takes(how, blocks.shape[3], blocks.shape[4])
+        and serves(blocks.device)
+    )
+
+
+def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None:
+    """Return the parts of ``blocks``, or None where they cannot be stored.
+
+    They cannot where there is NaN or Inf, or spans overflow: torch says what is wrong. To know it,
+    the host waits for the device.
+
+    Args:
+        blocks: ``(batch, kv_heads, blocks, tokens, head_dim)``, see ``is_supported``; copied where
+            the channels of a head are not side by side.
+        how: The codec's format.
+
+    Returns:
+        New tensors ``(batch, kv_heads, blocks, ...)``, contiguous, as the codec has them.
+
+    Raises:
+        LaunchError: If Triton fails to compile or launch the kernel for this call, now or before:
+            what failed once is not tried again.
+    """
+    if blocks.stride(4) != 1:
+        blocks = blocks.contiguous()
+    parts = empty_parts(blocks, how)
+    on_device = torch.cuda.device(blocks.device) if blocks.is_cuda else contextlib.nullcontext()
+    with on_device:
+        refused = blocks.new_zeros(1, dtype=torch.int32)
+        call = prepare(blocks, how, parts, refused)
+        kernel = (call.kernel, blocks.device, blocks.dtype, *call.constants.values())
+        launch(_failures, kernel, lambda: _run(call))
+        return None if bool(refused) else parts
+
+
+_failures: dict[object, str] = {}
+"""Kernels that cannot be had on a device, and why."""
+
+_compiled: dict[object, Launch] = {}
+"""What launches a kernel again, by what it is compiled for."""
+
+
+def _run(call: Call) -> None:
+    asked = (call.kernel, *call.kind, *call.constants.values())
+    again = _compiled.get(asked)
+    if again is not None:
+        again(call.grid, call.arguments)
+        return
+    kernel = getattr(_kernels(), f"{call.kernel}_kernel")
+    _compiled[asked] = compile_and_launch(kernel, call.grid, call.arguments, call.constants)
+
+
+def _kernels() -> ModuleType:
+    # Not at the head of this module: Triton is optional and slow to import.
+    return importlib.import_module("hf_adaptive_sparse.kernels.triton_encode_kernels")
