@@ -7,7 +7,6 @@ kernels run on CPU tensors, for tests.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from types import ModuleType
 
@@ -19,6 +18,7 @@ from hf_adaptive_sparse.kernels.triton_device import (
     LaunchError,
     compile_and_launch,
     launch,
+    on_device,
     serves,
 )
 from hf_adaptive_sparse.kernels.triton_encode_plan import Call, prepare, takes
@@ -58,8 +58,7 @@ def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None
     if blocks.stride(4) != 1:
         blocks = blocks.contiguous()
     parts = empty_parts(blocks, how)
-    on_device = torch.cuda.device(blocks.device) if blocks.is_cuda else contextlib.nullcontext()
-    with on_device:
+    with on_device(blocks.device):
         refused = blocks.new_zeros(1, dtype=torch.int32)
         call = prepare(blocks, how, parts, refused)
         kernel = (call.kernel, blocks.device, blocks.dtype, *call.constants.values())

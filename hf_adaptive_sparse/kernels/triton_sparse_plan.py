@@ -36,14 +36,16 @@ class Tile:
 
 def vector_tiles(weight: SparseWeight) -> list[Tile]:
     """Return tiles for a few tokens, the first of them where none can be measured."""
-    columns = 8 if weight.bits > 8 else 16
-    wide = [Tile(8, 1, 8), Tile(16, 1, columns), Tile(16, 2, columns), Tile(32, 2, 16)]
+    if weight.bits > 8:
+        wide = [Tile(16, 2, 8), Tile(8, 1, 8), Tile(32, 2, 8), Tile(32, 4, 8)]
+    else:
+        wide = [Tile(32, 1, 16), Tile(16, 1, 16), Tile(8, 1, 16), Tile(32, 2, 16)]
     return list(dict.fromkeys(_fitted(weight, tile) for tile in wide))
 
 
 def decompress_tile(weight: SparseWeight) -> Tile:
     """Return the tile of decompression."""
-    return _fitted(weight, Tile(16, 2, 4))
+    return _fitted(weight, Tile(32, 4, 4))
 
 
 def constants_of(weight: SparseWeight, tile: Tile) -> dict[str, int]:
