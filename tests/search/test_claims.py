@@ -203,11 +203,16 @@ class TestWorkers:
         with lease(trial):
             assert failed.wait(10)
 
-    def test_a_trial_that_names_no_worker_is_abandoned_once_it_is_old(self, study, monkeypatch):
+    @pytest.mark.parametrize("hours", [-1, 1])
+    def test_a_trial_is_abandoned_once_it_is_seen_to_name_no_worker_for_long(
+        self, study, monkeypatch, hours
+    ):
         running(study)
-        assert not Watch().is_abandoned(study.trials[0])
+        watch, trial = Watch(), study.trials[0]
+        trial.datetime_start += timedelta(hours=hours)  # the clock of the machine that runs it
+        assert not watch.is_abandoned(trial)
         monkeypatch.setattr(worker, "UNCLAIMED_SECONDS", 0.0)
-        assert Watch().is_abandoned(study.trials[0])
+        assert watch.is_abandoned(trial)
 
 
 class TestRecovery:
@@ -253,6 +258,15 @@ class TestRecovery:
         monkeypatch.setattr(recovery, "ORPHAN_SECONDS", 0.0)
         recover(study, Watch())
         assert study.trials[1].user_attrs == {RETRY_OF: 0, KILLS: 0}
+
+    def test_how_long_is_told_without_the_clock_of_the_worker_that_ended_it(self, study):
+        ended = {"datetime_start": datetime(2020, 1, 1), "datetime_complete": datetime(2020, 1, 2)}
+        lost = create_trial(state=TrialState.FAIL, user_attrs={DIGEST: "a"})
+        for name, value in ended.items():
+            setattr(lost, name, value)
+        study.add_trial(lost)
+        recover(study, Watch())
+        assert len(study.trials) == 1
 
     def test_a_search_that_begins_repeats_it_at_once(self, study):
         study.tell(claimed(study, "a", 1).number, state=TrialState.FAIL)
