@@ -314,6 +314,12 @@ class TestWork:
         # 0, 2 and the repetition of 1 come before it.
         assert trial_place(study, study.ask().number) == 3
 
+    def test_places_pass_over_what_was_killed_before_its_draw(self, study):
+        study.tell(claimed(study, "a", 1).number, 1.0)
+        study.ask().set_user_attr(WORKER_ATTRIBUTE, str(dead_worker()))
+        recover(study, Watch())
+        assert trial_place(study, study.ask().number) == 1
+
 
 class TestOpening:
     @pytest.fixture
