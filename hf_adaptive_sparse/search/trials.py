@@ -27,7 +27,8 @@ UNIFORM = "uniform"
 """Trial attribute: this is the baseline."""
 
 WITHDRAWN = "withdrawn"
-"""Trial attribute: enough trials were under way when it was drawn, so it was not evaluated."""
+"""Trial attribute: enough trials were under way when it was drawn, so it was not evaluated. One
+whose parameters were set before it began is tried again should the search be extended."""
 
 RETRY_OF = "retry_of"
 """Trial attribute: number of the interrupted trial whose parameters it takes."""
@@ -98,7 +99,12 @@ def tally(study: Study) -> Tally:
     trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
     for trial in trials:
         attributes = trial.user_attrs
-        if WITHDRAWN in attributes or not trial.state.is_finished():
+        if not trial.state.is_finished():
+            continue
+        if WITHDRAWN in attributes:
+            # A fresh draw that was faster took its place; what was asked for is still owed.
+            if is_enqueued(trial):
+                interrupted.append(trial)
             continue
         if DUPLICATE_OF in attributes:
             finished += 1

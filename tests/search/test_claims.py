@@ -305,6 +305,17 @@ class TestWork:
         count = tally(study)
         assert (count.attempts, count.finished, count.owed, count.repeats) == (0, 0, 0, 0)
 
+    def test_an_enqueued_trial_that_was_withdrawn_is_still_owed(self, study):
+        study.enqueue_trial({"x": 0.25})
+        trial = claimed(study, "a", 1)
+        trial.set_user_attr(WITHDRAWN, True)
+        study.tell(trial.number, state=TrialState.FAIL)
+        assert [t.number for t in tally(study).interrupted] == [trial.number]
+        recover(study, Watch(), opening=True)
+        assert study.trials[1].system_attrs["fixed_params"] == {"x": 0.25}
+        assert (tally(study).attempts, tally(study).owed) == (0, 1)
+        assert trial_place(study, 1) == 0
+
     def test_places_pass_over_what_was_interrupted(self, study):
         study.tell(claimed(study, "a", 1).number, 1.0)
         study.tell(claimed(study, "b", 2).number, state=TrialState.FAIL)
