@@ -16,13 +16,14 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
 from hf_adaptive_sparse.pruning.apply import PruningReport
+from hf_adaptive_sparse.search.comparison import HELD_OUT, held_out_of
 from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, library_versions
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import detached_study
 from hf_adaptive_sparse.search.trials import DUPLICATE_OF, history, tally
-from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing
+from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing, narrowing_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -123,11 +124,8 @@ class SearchResult:
 
         Its ``lines`` say it in words.
         """
-        stored = self.study.user_attrs.get(NARROWER)
         best = tally(self.study).best
-        if stored is None or best is None or stored["trial"] != best.number:
-            return None
-        return Narrowing.from_dict(stored)
+        return narrowing_of(self.study.user_attrs, None if best is None else best.number)
 
     @property
     def target_sparsity(self) -> float:
@@ -250,17 +248,10 @@ class SearchResult:
             "uniform_value": self.baseline,
             "best_value": self.best_value,
             "best_trial": self.best_trial.number,
-            "held_out": self._held_out(),
+            HELD_OUT: held_out_of(self.study.user_attrs, self.best_trial.number),
             NARROWER: None if self.narrowing is None else self.narrowing.to_dict(),
             "history": self.history,
         }
-
-    def _held_out(self) -> dict[str, Any] | None:
-        """Return the comparison on held-out data, if it is of the profile that is the best now."""
-        stored: dict[str, Any] | None = self.study.user_attrs.get("held_out")
-        if stored is None or stored.get("trial") != self.best_trial.number:
-            return None
-        return stored
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``profile.json`` and ``search.json``, each whole or not at all.

@@ -232,12 +232,13 @@ def search(
                     sweeps_budget=goal.sweeps_budget,
                 )
                 runner.run(n_trials, progress=progress, ends=ends)
+                if compare_widths and is_due(study, space, goal, evaluation_batches):
+                    narrow_on(study, evaluator, space, shape, draw=runner.suggest)
+                # Last, as it is of the profile that is returned.
                 if held_out_batches is not None and not is_compared(study, held_out_batches):
                     compare_on(
                         study, evaluator, space, shape, held_out_batches, draw=runner.suggest
                     )
-                if compare_widths and is_due(study, space, goal, evaluation_batches):
-                    narrow_on(study, evaluator, space, shape, draw=runner.suggest)
         check_outcome(tally(study), n_trials, goal)
         too_small = None if goal.is_front else resolution_warning(tally(study), evaluation_batches)
         if too_small is not None:

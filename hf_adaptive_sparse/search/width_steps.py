@@ -21,6 +21,19 @@ CONFIDENCE = 0.95
 KV, WEIGHTS = "KV", "weight"
 
 
+def narrowing_of(attributes: Mapping[str, Any], best: int | None) -> Narrowing | None:
+    """Return the comparison that is stored, if it is of the trial that is the best now.
+
+    Args:
+        attributes: Of a study, or what ``search.json`` holds.
+        best: Number of the best trial.
+    """
+    stored = attributes.get(NARROWER)
+    if stored is None or stored["trial"] != best:
+        return None
+    return Narrowing.from_dict(stored)
+
+
 @dataclass(frozen=True)
 class WidthStep:
     """One comparison with the best profile.

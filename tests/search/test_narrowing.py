@@ -107,6 +107,21 @@ def test_under_a_ceiling_in_bytes_the_narrower_is_taken(run, costs, tmp_path):
     assert read_study(tmp_path).narrowing == facts.narrowing
 
 
+def test_held_out_figures_are_those_of_the_profile_that_is_returned(run, costs, tmp_path):
+    costs({8: 0.0, 4: 0.0002, 2: 0.3})
+    held_out = [{"input_ids": torch.ones(4, 16, dtype=torch.long)}]
+    settings = {"n_trials": 1, "storage": tmp_path / "search.journal"}
+    wide = run(IN_MEMORY, held_out=held_out, compare_widths=False, **settings)
+    assert wide.to_dict()["held_out"]["change_percent"] == 0
+    narrowed = run(IN_MEMORY, **settings)
+    assert widest(narrowed.best_profile) == {4}
+    assert narrowed.to_dict()["held_out"] is None
+    assert read_study(tmp_path).held_out is None
+    again = run(IN_MEMORY, held_out=held_out, **settings).to_dict()["held_out"]
+    assert again["change_percent"] == pytest.approx(100 * math.expm1(0.0002))
+    assert read_study(tmp_path).held_out == again
+
+
 @pytest.mark.parametrize(
     ("loss", "noise", "said"),
     [
