@@ -36,6 +36,7 @@ from hf_adaptive_sparse.search.width_steps import (
     WEIGHTS,
     Narrowing,
     WidthStep,
+    narrowing_of,
 )
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ def is_due(study: Study, space: SearchSpace, goal: Goal, evaluation: Batches) ->
         return False
     if len(windows_of(evaluation)) < FEWEST_WINDOWS:
         return False
-    best, stored = tally(study).best, study.user_attrs.get(NARROWER)
-    return best is None or stored is None or stored["trial"] != best.number
+    best = tally(study).best
+    stored = narrowing_of(study.user_attrs, None if best is None else best.number)
+    return stored is None or not stored.repeatable
 
 
 def narrow_on(
@@ -70,6 +72,8 @@ def narrow_on(
     draw: Callable[[BaseTrial, SearchSpace, ModelShape], Candidate],
 ) -> None:
     """Compare the best profile with narrower ones, and store the outcome with the study.
+
+    What breaks the comparison off is the outcome, too; the best profile then stays as it is.
 
     Args:
         study: The study, with a complete trial.
@@ -86,6 +90,7 @@ def narrow_on(
     found = draw(FixedTrial(best.params), space, shape)
     windows = windows_of(evaluator.evaluation)
     narrowest, steps = found, []
+    failure, repeatable = "", True
     try:
         before = evaluator.losses(found, windows)
         # KV bits make no difference on windows that fill no block of the cache.
@@ -99,8 +104,8 @@ def narrow_on(
                     break
                 narrowest = candidate
     except (TrialFailure, ValueError) as error:
-        logger.warning("Narrower widths could not be compared with the best profile's: %s", error)
-        return
+        narrowest, failure = found, str(error)
+        repeatable = not isinstance(error, TrialFailure) or error.repeatable
     same = narrowest is not found
     kept = _kept(found, narrowest, space) if same else ""
     narrowing = Narrowing(
@@ -112,9 +117,11 @@ def narrow_on(
         kv_bytes_per_token=_kv_bytes(found, shape) - _kv_bytes(narrowest, shape),
         weight_bytes=_weight_bytes(found, evaluator) - _weight_bytes(narrowest, evaluator),
         kept=kept,
+        failure=failure,
+        repeatable=repeatable,
     )
     for line in narrowing.lines:
-        logger.info(line)
+        logger.log(logging.WARNING if failure else logging.INFO, line)
     study.set_user_attr(NARROWER, narrowing.to_dict())
 
 

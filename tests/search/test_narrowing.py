@@ -13,6 +13,7 @@ from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.report.study_facts import read_study
 from hf_adaptive_sparse.report.study_page import write_study_report
+from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -138,6 +139,27 @@ def test_widths_that_differ_or_cannot_be_told_apart_are_kept(run, costs, loss, n
     assert line.startswith(said)
     assert result.narrowing.profile is None
     assert widest(result.best_profile) == {6, 8}
+
+
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_what_breaks_it_off_is_told_and_tried_again_if_it_may_pass(
+    run, monkeypatch, tmp_path, repeatable
+):
+    calls = []
+
+    def fail(self, candidate, windows):
+        calls.append(1)
+        raise TrialFailure("Out of memory: 5", repeatable=repeatable)
+
+    monkeypatch.setattr(Evaluator, "losses", fail)
+    result = run(MEAN_SEVEN, n_trials=1, storage=tmp_path / "search.journal")
+    assert result.narrowing.lines == (
+        "Narrower widths could not all be compared: Out of memory: 5",
+    )
+    assert read_study(tmp_path).narrowing == result.narrowing
+    assert widest(result.best_profile) == {6, 8}
+    run(MEAN_SEVEN, n_trials=1, storage=tmp_path / "search.journal")
+    assert len(calls) == (1 if repeatable else 2)
 
 
 def test_weight_bits_are_narrowed_likewise(run, costs):
