@@ -174,6 +174,19 @@ def test_weight_bits_are_narrowed_likewise(run, costs):
     assert result.narrowing.lines[0].startswith("16 and 8 weight bits do not differ")
 
 
+def test_a_limit_on_disk_takes_narrower_weights_but_leaves_the_mean_of_the_cache(run, costs):
+    costs({8: 0.0, 6: 0.0001})
+    space = SearchSpace(
+        target_sparsity=None, blocks=2, weight_bits=(8, 16), size_bytes=10**7, kv_bits=(6, 8), **KV
+    )
+    result = run(space, n_trials=1)
+    assert [step.part for step in result.narrowing.steps] == ["KV", "weight"]
+    assert result.narrowing.taken
+    assert result.narrowing.kv_bytes_per_token == 0
+    assert widest(result.best_profile) == {6, 8}
+    assert set(result.best_profile.weight_bits.values()) == {8}
+
+
 def test_the_figures_are_those_of_the_model(run, tiny_llama):
     result = run(IN_MEMORY, n_trials=1)
     generator = torch.Generator().manual_seed(3)
