@@ -18,6 +18,7 @@ from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, c
 from hf_adaptive_sparse.pruning.apply import PruningReport
 from hf_adaptive_sparse.search.comparison import HELD_OUT, held_out_of
 from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, library_versions
+from hf_adaptive_sparse.search.front import MEAN
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -129,10 +130,8 @@ class SearchResult:
 
     @property
     def target_sparsity(self) -> float:
-        """The mean ratio of the best profile: the space's, or what a budget in bytes led to."""
-        if not self.space.is_free:
-            return self.space.target
-        return float(self.best_trial.user_attrs["mean_sparsity"])
+        """The mean ratio of the best profile: the space's, or what its trial came to."""
+        return self._target(self.best_trial)
 
     @property
     def best_config(self) -> SparsityConfig:
@@ -160,6 +159,11 @@ class SearchResult:
             for trial in front
         )
 
+    def _target(self, trial: FrozenTrial) -> float:
+        if self.goal.sweeps_budget:
+            return float(trial.params[MEAN])
+        return float(trial.user_attrs["mean_sparsity"]) if self.space.is_free else self.space.target
+
     def _profile(self, trial: FrozenTrial) -> CompressionProfile:
         narrowing = self.narrowing
         if narrowing is not None and narrowing.taken and narrowing.trial == trial.number:
@@ -177,23 +181,23 @@ class SearchResult:
             # Linears are named by their ratios; one that is only quantised has ratio 0.
             ratios = ratios or dict.fromkeys(profile.weight_bits, 0.0)
         return SparsityConfig(
-            target_sparsity=self.target_sparsity,
+            target_sparsity=self._target(trial),
             metric=self.metric,
             sparsity=ratios,
             **weights,
             kv_cache=profile.kv_cache,
             calibration=self.calibration_config,
             modules_to_not_convert=list(self.modules_to_not_convert),
-            provenance=self._provenance(),
+            provenance=self._provenance(trial),
         )
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, trial: FrozenTrial) -> dict[str, Any]:
         return {
             "search": {
                 "trials": tally(self.study).attempts,
                 "seed": self.seed,
-                "best_trial": self.best_trial.number,
-                f"one_shot_{self.goal.labels[0]}": self.best_value,
+                "best_trial": trial.number,
+                f"one_shot_{self.goal.labels[0]}": float(trial.values[0]),
                 f"one_shot_{self.goal.labels[0]}_uniform": self.baseline,
             },
         }
