@@ -145,7 +145,8 @@ def search(
     if isinstance(sampler, str):
         sampler_maker(sampler)
     shape = ModelShape.of(model, space, modules_to_not_convert)
-    if n_trials > 1 and not uniform_params(space, shape):
+    # On a front each trial draws its mean ratio, whatever else there is to choose.
+    if n_trials > 1 and not goal.sweeps_budget and not uniform_params(space, shape):
         raise SearchError(
             "The space leaves nothing to choose on this model: every trial would be the uniform "
             f"profile ({len(shape.blocks)} blocks, sparsity_range={space.sparsity_range}, "

@@ -308,6 +308,11 @@ class TestFront:
         profiles = [point.profile.to_dict() for point in front.pareto]
         assert all(profiles.count(profile) == 1 for profile in profiles)
 
+    def test_a_single_block_still_has_a_front_of_sizes(self, run):
+        space = SearchSpace(blocks=1, kv_bits=None, sparsity_range=0.2)
+        front = run(n_trials=3, objective=("perplexity", "bytes"), space=space)
+        assert len({row["mean_sparsity"] for row in front.history}) > 1
+
     def test_one_objective_has_one_point(self, run):
         result = run()
         assert [point.trial for point in result.pareto] == [result.best_trial.number]
