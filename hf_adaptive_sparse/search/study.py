@@ -220,7 +220,7 @@ def search(
                 progress=progress,
             ) as evaluator:
                 ends = None if timeout_seconds is None else monotonic() + timeout_seconds
-                if warm_start and n_trials > 1:
+                if warm_start and n_trials > 1 and goes_on(tally(study), n_trials):
                     suggest_start(study, evaluator, space, shape)
                 runner = TrialRunner(
                     study,

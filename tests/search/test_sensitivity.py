@@ -132,6 +132,16 @@ def test_it_is_measured_once_per_study(tiny_llama, text_batches, evaluation, tmp
     assert again.history[:2] == first.history[:2]
 
 
+def test_a_study_that_is_finished_gets_no_start(tiny_llama, text_batches, evaluation, tmp_path):
+    arguments = (tiny_llama, text_batches[:1], evaluation, SPACE)
+    options = {"n_trials": 2, "storage": tmp_path / "s.log", "progress": False}
+    search(*arguments, warm_start=False, **options)
+    again = search(*arguments, held_out=text_batches, **options)
+    assert again.to_dict()["held_out"] is not None
+    assert [row["state"] for row in again.history] == ["complete"] * 2
+    assert SENSITIVITY not in again.study.user_attrs
+
+
 def test_where_a_probe_fails_the_search_starts_from_uniform(
     tiny_llama, text_batches, evaluation, monkeypatch, caplog
 ):
