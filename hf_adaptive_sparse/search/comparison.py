@@ -42,6 +42,11 @@ NARROWED = "narrowed"
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
+DRAWS_HELD = 1 << 20
+"""Windows drawn at once, 8 bytes each in a few arrays; at least a resample."""
+
+Figures = np.ndarray[Any, np.dtype[Any]]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -100,11 +105,8 @@ def compare(trial: int, uniform: Sequence[Loss], best: Sequence[Loss], seed: int
             "At least two windows of held-out data must score a token, or there is nothing to tell "
             "how certain a difference is; got one. Use more data, or smaller batches."
         )
-    draws = np.random.default_rng(seed).integers(len(tokens), size=(RESAMPLES, len(tokens)))
-    counts = tokens[draws].sum(1)
-    means = gain[draws].sum(1)[counts > 0] / counts[counts > 0]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(_resampled_means(gain, tokens, seed), [tail, 1 - tail])
     total = float(tokens.sum())
     return Comparison(
         trial=trial,
@@ -116,6 +118,25 @@ def compare(trial: int, uniform: Sequence[Loss], best: Sequence[Loss], seed: int
         low_percent=100 * math.expm1(float(low)),
         high_percent=100 * math.expm1(float(high)),
     )
+
+
+def _resampled_means(gain: Figures, tokens: Figures, seed: int) -> Figures:
+    """Return the mean gain per token of each resample that scores one, drawn some at a time.
+
+    Args:
+        gain: Difference of the losses, (windows,).
+        tokens: Tokens that each window scores, (windows,).
+        seed: Seed of the draws, which do not depend on how many are held at once.
+    """
+    generator = np.random.default_rng(seed)
+    rows = max(1, DRAWS_HELD // len(tokens))
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        size = (min(rows, RESAMPLES - start), len(tokens))
+        draws = generator.integers(len(tokens), size=size)
+        counts = tokens[draws].sum(1)
+        means.append(gain[draws].sum(1)[counts > 0] / counts[counts > 0])
+    return np.concatenate(means)
 
 
 def windows_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
