@@ -38,7 +38,7 @@ from hf_adaptive_sparse.search.opening import open_study
 from hf_adaptive_sparse.search.resolution import resolution_warning
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.runner import TrialRunner, goes_on
-from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_maker
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, check_sampler
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.start import suggest_start
@@ -142,8 +142,7 @@ def search(
     goal = Goal.of(objective)
     check_arguments(n_trials, seed, metric, space)
     check_limits(timeout_seconds, goal, space)
-    if isinstance(sampler, str):
-        sampler_maker(sampler)
+    check_sampler(sampler)
     shape = ModelShape.of(model, space, modules_to_not_convert)
     # On a front each trial draws its mean ratio, whatever else there is to choose.
     if n_trials > 1 and not goal.sweeps_budget and not uniform_params(space, shape):
