@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import tracemalloc
 from html.parser import HTMLParser
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -373,6 +375,24 @@ class TestHeldOut:
         assert wide.low_percent < wide.change_percent < wide.high_percent
         assert wide.change_percent == pytest.approx(same.change_percent)
         assert compare(7, uniform, noisy) == wide
+
+    def test_resamples_are_the_same_however_many_are_held(self, monkeypatch):
+        from hf_adaptive_sparse.search import comparison
+
+        generator = np.random.default_rng(1)
+        tokens = generator.integers(0, 3, size=7)
+        gain = generator.normal(size=7) * (tokens > 0)
+        draws = np.random.default_rng(5).integers(7, size=(comparison.RESAMPLES, 7))
+        counts = tokens[draws].sum(1)
+        expected = gain[draws].sum(1)[counts > 0] / counts[counts > 0]
+        monkeypatch.setattr(comparison, "DRAWS_HELD", 1000)
+        means = comparison._resampled_means(gain, tokens, 5)
+        np.testing.assert_array_equal(means, expected)
+        tracemalloc.start()
+        comparison._resampled_means(np.ones(500), np.ones(500, dtype=int), 5)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < comparison.RESAMPLES * 500
 
     def test_windows_that_differ_are_refused(self):
         from hf_adaptive_sparse.search.comparison import compare

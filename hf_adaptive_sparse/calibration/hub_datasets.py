@@ -44,13 +44,12 @@ def hub_table(source: str, split: str, revision: str | None, token: str | bool |
     split = parts[2] if len(parts) > 2 and parts[2] else split
     try:
         data = _open_hub_dataset(name, config, split, revision, token)
+        # A stream may not know its columns before its first row.
+        columns = list(data.column_names or next(iter(data), {}))
     except DataError:
         raise
     except Exception as error:  # the Hub's clients raise many unrelated types
         raise _hub_error(source, error) from error
-    columns = list(data.column_names or ())
-    if not columns:  # a stream may not know its columns before its first row
-        columns = list(next(iter(data), {}))
 
     def scan(wanted: Sequence[str]) -> Iterator[Row]:
         try:

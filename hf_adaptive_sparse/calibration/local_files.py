@@ -90,7 +90,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not readable UTF-8 text: {error}") from error
     except ValueError:  # many ".json" files hold one object per line
         yield from _json_lines(path)

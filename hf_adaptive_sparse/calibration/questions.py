@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """Label of a token that is not scored."""
 
+MOST_ADDED = 3
+"""Tokens that may follow an answer: our end of sequence, and what a tokenizer adds by itself."""
+
 PLAIN_PROMPT = "\nQ: {question} A:"
 """What follows the image where a processor has no chat template."""
 
@@ -200,12 +203,27 @@ def question_batch(
     batch = encode_questions(processor, texts, Media.of(rows), "right")
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for index, (before, text) in enumerate(zip(prompts, answered, strict=True)):
-        count = len(answer_ids(processor, before, text))
-        if count == 0:
+        answer = answer_ids(processor, before, text)
+        if not answer:
             raise DataError(f"The answer to {rows[index][QUESTION]!r} has no tokens.")
-        end = int(batch["attention_mask"][index].sum()) - bool(eos)
-        labels[index, end - count : end] = batch["input_ids"][index, end - count : end]
+        read = batch["input_ids"][index, : int(batch["attention_mask"][index].sum())]
+        end = _answer_end(read.tolist(), answer, len(read) - bool(eos))
+        labels[index, end - len(answer) : end] = read[end - len(answer) : end]
     return {**batch, "labels": labels}
+
+
+def _answer_end(ids: Sequence[int], answer: Sequence[int], expected: int) -> int:
+    """Return where an answer ends: some tokenizers add an end of sequence of their own.
+
+    Args:
+        ids: Tokens that are read, without padding.
+        answer: Tokens of the answer.
+        expected: Where it ends if a processor has made other tokens of it.
+    """
+    for end in range(len(ids), len(ids) - MOST_ADDED - 1, -1):
+        if list(ids[end - len(answer) : end]) == list(answer):
+            return end
+    return expected
 
 
 def most_frequent(answers: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,12 @@ def load_sound(sound: Any, sampling_rate: int) -> np.ndarray[Any, np.dtype[np.fl
         )
     if not np.isfinite(samples).all():
         raise DataError("The samples of a sound must be finite; some are NaN or infinite.")
-    if isinstance(rate, bool) or rate < 1 or rate != int(rate):
-        raise DataError(f"sampling_rate must be a whole number >= 1, got {rate!r}.")
+    number = isinstance(rate, Real) and not isinstance(rate, bool) and math.isfinite(rate)
+    if not number or rate < 1 or rate != int(rate):
+        raise DataError(
+            f"sampling_rate must be a whole number >= 1, got {rate!r}. Give the samples per second "
+            "that the sound was recorded with, such as 16000."
+        )
     if rate != sampling_rate:
         from scipy.signal import resample_poly
 

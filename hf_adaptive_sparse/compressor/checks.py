@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.space import SearchSpace
 
 
@@ -33,6 +34,27 @@ def check_offloadable(max_loss: float | None) -> None:
         raise ValueError(
             f"max_loss={max_loss} prunes for each size that it tries, which needs the model in "
             "memory: leave out offload, or give a budget (target_sparsity, size_bytes) instead."
+        )
+
+
+def check_bounded(
+    max_loss: float | None, objective: ObjectiveSpec, timeout_seconds: float | None
+) -> None:
+    """Check that nothing is asked for that a search within a loss does not do.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if max_loss is None:
+        return
+    if Goal.of(objective).to_json() != "perplexity":
+        raise ValueError(
+            f"max_loss bounds the perplexity, got objective={objective!r}: leave one out."
+        )
+    if timeout_seconds is not None:
+        raise ValueError(
+            "max_loss needs its searches complete, so timeout_seconds excludes it, got "
+            f"{timeout_seconds!r}: give fewer trials."
         )
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 
 import torch
 
@@ -46,14 +47,14 @@ def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSour
     threads = torch.get_num_threads()
     share = max(1, threads // workers)
     context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_work, args=(job, other, share), daemon=True) for other in models[1:]
-    ]
+    processes: list[SpawnProcess] = []
     finished = False
     try:
         with _environment(OMP_NUM_THREADS=str(share)):
-            for process in processes:
+            for other in models[1:]:
+                process = context.Process(target=_work, args=(job, other, share), daemon=True)
                 process.start()
+                processes.append(process)  # only one that was started can be waited for
         if processes:
             torch.set_num_threads(share)
         yield models[0]

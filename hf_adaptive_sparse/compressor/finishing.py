@@ -42,7 +42,7 @@ def output_folder(target: Path, *, offload: bool, overwrite: bool) -> AbstractCo
 def finish_in_memory(
     model: PreTrainedModel,
     config: SparsityConfig,
-    calibration: list[Batch],
+    calibration: list[Batch] | None,
     processor: Any,
     folder: Path,
     *,
@@ -57,7 +57,7 @@ def finish_in_memory(
 def finish_from_disk(
     source: ModelSource,
     config: SparsityConfig,
-    calibration: list[Batch],
+    calibration: list[Batch] | None,
     processor: Any,
     folder: Path,
     *,

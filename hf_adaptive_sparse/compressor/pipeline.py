@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor.checks import check_goal, check_offloadable, on_cpu
+from hf_adaptive_sparse.compressor.checks import (
+    check_bounded,
+    check_goal,
+    check_offloadable,
+    on_cpu,
+)
 from hf_adaptive_sparse.compressor.companions import companions, thread_count
 from hf_adaptive_sparse.compressor.final_prune import final_config
 from hf_adaptive_sparse.compressor.finishing import (
@@ -152,6 +157,7 @@ def compress(
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
+    check_bounded(max_loss, objective, timeout_seconds)
     if offload:
         check_offloadable(max_loss)
         origin = on_cpu(origin)

@@ -11,6 +11,7 @@ from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.final_prune import final_config, pruned_for_now, ranking_metric
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
+from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.max_loss import FinalPrune, search_within
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
@@ -26,12 +27,13 @@ JOURNAL = "search.journal"
 class Loaded(NamedTuple):
     """What a worker has in memory: the dense model, and the batches.
 
-    ``held_out`` is ``searched`` where the data make a single batch.
+    ``calibration`` is ``None`` where nothing that the plan does reads it. ``held_out`` is
+    ``searched`` where the data make a single batch.
     """
 
     model: PreTrainedModel
     processor: Any
-    calibration: list[Batch]
+    calibration: list[Batch] | None
     searched: list[Batch]
     held_out: list[Batch]
 
@@ -83,7 +85,9 @@ class SearchPlan:
         """
         processor = source.load_processor()
         model = source.load_dense()
-        calibration = self.calibration_data.batches(processor, model.config, "train")
+        calibration = None
+        if self.needs_calibration:
+            calibration = self.calibration_data.batches(processor, model.config, "train")
         searched, held_out = held_out_batches(self.evaluation, processor, model.config)
         if self.max_loss is not None and searched is held_out:
             raise ValueError(
@@ -96,6 +100,15 @@ class SearchPlan:
     def calibration_data(self) -> DataSource:
         """The calibration data; WikiText-2 where none are named."""
         return self.calibration or DataSource()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the search, or the final prune, reads calibration data."""
+        if self.space.prunes and get_metric(ranking_metric(self.metric)).needs_calibration:
+            return True
+        if self.final is None or not self.final.needs_calibration:
+            return False
+        return self.space.prunes or bool(self.final.target_sparsity or self.final.sparsity)
 
     def search(self, loaded: Loaded, *, progress: bool = True) -> SearchResult:
         """Carry the search out, together with whoever else works on its study."""

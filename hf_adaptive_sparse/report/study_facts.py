@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_adaptive_sparse.search.comparison import HELD_OUT
+from hf_adaptive_sparse.search.comparison import held_out_of
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.result import HISTORY_FILE, SearchResult
 from hf_adaptive_sparse.search.storage import open_storage, quiet_optuna, storage_errors
 from hf_adaptive_sparse.search.trials import history
-from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing
+from hf_adaptive_sparse.search.width_steps import Narrowing, narrowing_of
 from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def facts_of(study: Study) -> StudyFacts:
     trials = study.get_trials(deepcopy=False)
     best = _best(rows)
     profile = None if best is None else trials[best["number"]].user_attrs["profile"]
-    narrowing = _narrowing(attributes.get(NARROWER), best)
+    number = None if best is None else best["number"]
+    narrowing = narrowing_of(attributes, number)
     if narrowing is not None and narrowing.taken and narrowing.profile is not None:
         profile = narrowing.profile.to_dict()
     started = [t.datetime_start for t in trials if t.datetime_start and t.state.is_finished()]
@@ -170,7 +171,7 @@ def facts_of(study: Study) -> StudyFacts:
         numel=layout.get("numel", {}),
         labels=_labels(made_for.get("objective")),
         measured=attributes.get("sensitivity"),
-        held_out=attributes.get(HELD_OUT),
+        held_out=held_out_of(attributes, number),
         narrowing=narrowing,
         workers=len(named) or None,
         seconds=span,
@@ -189,6 +190,7 @@ def _from_file(folder: Path, name: str | None) -> StudyFacts:
         raise SearchError(f"The folder holds the study {data['study_name']!r}, not {name!r}.")
     rows = tuple(data["history"])
     best = _best(rows)
+    number = None if best is None else best["number"]
     return StudyFacts(
         name=data["study_name"],
         space=data["space"],
@@ -199,18 +201,12 @@ def _from_file(folder: Path, name: str | None) -> StudyFacts:
         numel={},
         labels=_labels(data.get("objective")),
         measured=None,
-        held_out=data.get(HELD_OUT),
-        narrowing=_narrowing(data.get(NARROWER), best),
+        held_out=held_out_of(data, number),
+        narrowing=narrowing_of(data, number),
         workers=None,
         seconds=None,
         versions=data["versions"],
     )
-
-
-def _narrowing(stored: Mapping[str, Any] | None, best: Row | None) -> Narrowing | None:
-    if stored is None or best is None or stored["trial"] != best["number"]:
-        return None
-    return Narrowing.from_dict(stored)
 
 
 def _best(rows: Sequence[Row]) -> Row | None:

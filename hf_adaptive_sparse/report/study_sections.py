@@ -88,7 +88,7 @@ def _profile_rows(profile: CompressionProfile, numel: Mapping[str, int]) -> list
 
 
 def _widths(facts: StudyFacts, folder: Path) -> str:
-    if facts.narrowing is None or not facts.narrowing.steps:
+    if facts.narrowing is None or not facts.narrowing.lines:
         return ""
     lines = "".join(f"<p>{escape(line)}</p>" for line in facts.narrowing.lines)
     note = (

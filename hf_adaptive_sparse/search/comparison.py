@@ -1,8 +1,8 @@
 """The best profile against the uniform one on data that the search did not see.
 
-Both are read window by window on the same masks that trials are evaluated on, and compared in
-pairs: windows differ far more from each other than profiles do. The interval is a bootstrap over
-windows.
+The best profile is the one that a search returns: the narrower one where that took its place. Both
+are read window by window on the same masks that trials are evaluated on, and compared in pairs:
+windows differ far more from each other than profiles do. The interval is a bootstrap over windows.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.candidate import Candidate, suggest
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
 from hf_adaptive_sparse.search.fingerprint import batches_digest
+from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.trials import DIGEST, tally
+from hf_adaptive_sparse.search.trials import tally
+from hf_adaptive_sparse.search.width_steps import narrowing_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -33,11 +36,16 @@ logger = logging.getLogger(__name__)
 HELD_OUT = "held_out"
 """Study attribute, and key of ``search.json``, with the comparison."""
 
+NARROWED = "narrowed"
+"""Key of the comparison: whether it is of a narrower profile than the best trial's."""
+
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
-Loss = tuple[float, int]
-"""Summed negative log-likelihood of a window in nats, and tokens that it scores."""
+DRAWS_HELD = 1 << 20
+"""Windows drawn at once, 8 bytes each in a few arrays; at least a resample."""
+
+Figures = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -97,11 +105,8 @@ def compare(trial: int, uniform: Sequence[Loss], best: Sequence[Loss], seed: int
             "At least two windows of held-out data must score a token, or there is nothing to tell "
             "how certain a difference is; got one. Use more data, or smaller batches."
         )
-    draws = np.random.default_rng(seed).integers(len(tokens), size=(RESAMPLES, len(tokens)))
-    counts = tokens[draws].sum(1)
-    means = gain[draws].sum(1)[counts > 0] / counts[counts > 0]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(_resampled_means(gain, tokens, seed), [tail, 1 - tail])
     total = float(tokens.sum())
     return Comparison(
         trial=trial,
@@ -113,6 +118,25 @@ def compare(trial: int, uniform: Sequence[Loss], best: Sequence[Loss], seed: int
         low_percent=100 * math.expm1(float(low)),
         high_percent=100 * math.expm1(float(high)),
     )
+
+
+def _resampled_means(gain: Figures, tokens: Figures, seed: int) -> Figures:
+    """Return the mean gain per token of each resample that scores one, drawn some at a time.
+
+    Args:
+        gain: Difference of the losses, (windows,).
+        tokens: Tokens that each window scores, (windows,).
+        seed: Seed of the draws, which do not depend on how many are held at once.
+    """
+    generator = np.random.default_rng(seed)
+    rows = max(1, DRAWS_HELD // len(tokens))
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        size = (min(rows, RESAMPLES - start), len(tokens))
+        draws = generator.integers(len(tokens), size=size)
+        counts = tokens[draws].sum(1)
+        means.append(gain[draws].sum(1)[counts > 0] / counts[counts > 0])
+    return np.concatenate(means)
 
 
 def windows_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
@@ -158,25 +182,45 @@ def compare_on(
     if best is None:
         return
     windows = windows_of(held_out)
+    profile = _narrower(study.user_attrs, best.number)
     try:
-        uniform = evaluator.losses(evaluator.uniform, windows)
-        losses = uniform
-        if best.user_attrs.get(DIGEST) != evaluator.uniform.digest:
-            candidate = draw(FixedTrial(best.params), space, shape)
+        candidate = draw(FixedTrial(best.params), space, shape)
+        if profile is not None:
+            bits = dict(profile.weight_bits or {})
+            candidate = replace(candidate, kv_cache=profile.kv_cache, weight_bits=bits, spent=None)
+        losses = uniform = evaluator.losses(evaluator.uniform, windows)
+        if candidate.digest != evaluator.uniform.digest:
             losses = evaluator.losses(candidate, windows)
         comparison = compare(best.number, uniform, losses)
     except (TrialFailure, ValueError) as error:
         logger.warning("The held-out comparison failed: %s", error)
         return
-    study.set_user_attr(HELD_OUT, comparison.to_dict() | {"data": batches_digest(held_out)})
+    of_what = {NARROWED: profile is not None, "data": batches_digest(held_out)}
+    study.set_user_attr(HELD_OUT, comparison.to_dict() | of_what)
 
 
 def is_compared(study: Study, held_out: Batches) -> bool:
     """Return whether a study holds the comparison of its best trial on these data."""
-    best, stored = tally(study).best, study.user_attrs.get(HELD_OUT)
-    return (
-        best is not None
-        and stored is not None
-        and stored["trial"] == best.number
-        and stored["data"] == batches_digest(held_out)
-    )
+    best = tally(study).best
+    stored = held_out_of(study.user_attrs, None if best is None else best.number)
+    return stored is not None and stored["data"] == batches_digest(held_out)
+
+
+def held_out_of(attributes: Mapping[str, Any], best: int | None) -> dict[str, Any] | None:
+    """Return the comparison that is stored, if it is of the profile that is the best now.
+
+    Args:
+        attributes: Of a study, or what ``search.json`` holds.
+        best: Number of the best trial.
+    """
+    stored: dict[str, Any] | None = attributes.get(HELD_OUT)
+    if stored is None or stored["trial"] != best:
+        return None
+    narrowed = _narrower(attributes, best) is not None
+    return stored if stored.get(NARROWED, False) == narrowed else None
+
+
+def _narrower(attributes: Mapping[str, Any], best: int | None) -> CompressionProfile | None:
+    """Return the profile that took the place of the best trial's, if one did."""
+    narrowing = narrowing_of(attributes, best)
+    return narrowing.profile if narrowing is not None and narrowing.taken else None

@@ -9,7 +9,9 @@ from hf_adaptive_sparse.search.candidate import Candidate
 
 
 def candidate_bytes(candidate: Candidate, value_bytes: int) -> int:
-    """Return the bytes of the prunable weights as a checkpoint stores them: values and bitmask.
+    """Return the bytes of the prunable weights as a checkpoint stores them.
+
+    Those are values and a bitmask; a weight that keeps all its values and their dtype has none.
 
     Args:
         candidate: The profile. Of weights of 8 or 4 bits, the few bytes of their scales are left
@@ -20,7 +22,8 @@ def candidate_bytes(candidate: Candidate, value_bytes: int) -> int:
     for name, numel in candidate.numel.items():
         width = candidate.weight_bits.get(name, 16)
         kept = numel - candidate.removed.get(name, 0)
-        bits += kept * (8 * value_bytes if width == 16 else width) + numel
+        bits += kept * (8 * value_bytes if width == 16 else width)
+        bits += 0 if kept == numel and width == 16 else numel
     return -(-bits // 8)
 
 

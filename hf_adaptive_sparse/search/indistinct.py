@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.comparison import Loss
 from hf_adaptive_sparse.search.increase import increase_of
+from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.within_loss import CONFIDENCE
 

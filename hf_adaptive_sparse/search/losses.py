@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+Loss = tuple[float, int]
+"""Summed negative log-likelihood of a window in nats, and tokens that it scores."""
+
 
 class Losses:
     """Summed losses and what divides them, per objective and batch."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.comparison import Loss, windows_of
+from hf_adaptive_sparse.search.comparison import windows_of
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
 from hf_adaptive_sparse.search.increase import Batches, increase_of, losses_under
 from hf_adaptive_sparse.search.indistinct import without_indistinct
@@ -38,6 +38,7 @@ from hf_adaptive_sparse.search.loss_budgets import (
     chooses,
     spaces_by_budget,
 )
+from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import STUDY_NAME, search

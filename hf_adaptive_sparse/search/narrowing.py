@@ -36,6 +36,7 @@ from hf_adaptive_sparse.search.width_steps import (
     WEIGHTS,
     Narrowing,
     WidthStep,
+    narrowing_of,
 )
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ def is_due(study: Study, space: SearchSpace, goal: Goal, evaluation: Batches) ->
         return False
     if len(windows_of(evaluation)) < FEWEST_WINDOWS:
         return False
-    best, stored = tally(study).best, study.user_attrs.get(NARROWER)
-    return best is None or stored is None or stored["trial"] != best.number
+    best = tally(study).best
+    stored = narrowing_of(study.user_attrs, None if best is None else best.number)
+    return stored is None or not stored.repeatable
 
 
 def narrow_on(
@@ -70,6 +72,8 @@ def narrow_on(
     draw: Callable[[BaseTrial, SearchSpace, ModelShape], Candidate],
 ) -> None:
     """Compare the best profile with narrower ones, and store the outcome with the study.
+
+    What breaks the comparison off is the outcome, too; the best profile then stays as it is.
 
     Args:
         study: The study, with a complete trial.
@@ -86,10 +90,15 @@ def narrow_on(
     found = draw(FixedTrial(best.params), space, shape)
     windows = windows_of(evaluator.evaluation)
     narrowest, steps = found, []
+    kept_back = found
+    failure, repeatable = "", True
     try:
         before = evaluator.losses(found, windows)
         # KV bits make no difference on windows that fill no block of the cache.
         for part in (KV, WEIGHTS) if fills_a_block(windows, space) else (WEIGHTS,):
+            if _kept(found, narrowest, space) and not _has_mean(part, space):
+                # KV bits that their mean keeps must not keep the weights' bits from being taken.
+                narrowest, kept_back = found, narrowest
             for wide, narrow in _caps(found, part, space, shape):
                 candidate = _capped(narrowest, part, narrow, shape)
                 after = evaluator.losses(candidate, windows)
@@ -99,8 +108,9 @@ def narrow_on(
                     break
                 narrowest = candidate
     except (TrialFailure, ValueError) as error:
-        logger.warning("Narrower widths could not be compared with the best profile's: %s", error)
-        return
+        narrowest, kept_back, failure = found, found, str(error)
+        repeatable = not isinstance(error, TrialFailure) or error.repeatable
+    narrowest = kept_back if narrowest is found else narrowest
     same = narrowest is not found
     kept = _kept(found, narrowest, space) if same else ""
     narrowing = Narrowing(
@@ -112,9 +122,11 @@ def narrow_on(
         kv_bytes_per_token=_kv_bytes(found, shape) - _kv_bytes(narrowest, shape),
         weight_bytes=_weight_bytes(found, evaluator) - _weight_bytes(narrowest, evaluator),
         kept=kept,
+        failure=failure,
+        repeatable=repeatable,
     )
     for line in narrowing.lines:
-        logger.info(line)
+        logger.log(logging.WARNING if failure else logging.INFO, line)
     study.set_user_attr(NARROWER, narrowing.to_dict())
 
 
@@ -173,9 +185,13 @@ def _weight_bytes(candidate: Candidate, evaluator: Evaluator) -> int:
 def _kept(found: Candidate, narrowest: Candidate, space: SearchSpace) -> str:
     """Return which exact means, that the caller asked for, the narrower profile would not have."""
     means = []
-    exact_kv = space.kv_mean_bits is not None or not space.in_bytes
-    if exact_kv and found.kv_cache != narrowest.kv_cache:
+    if _has_mean(KV, space) and found.kv_cache != narrowest.kv_cache:
         means.append(f"{space.mean_kv_bits:g} KV bits")
-    if space.weight_mean_bits is not None and found.weight_bits != narrowest.weight_bits:
+    if _has_mean(WEIGHTS, space) and found.weight_bits != narrowest.weight_bits:
         means.append(f"{space.weight_mean_bits:g} weight bits")
     return " and ".join(means)
+
+
+def _has_mean(part: str, space: SearchSpace) -> bool:
+    """Return whether bits have an exact mean, also one that comes of an equal split."""
+    return (space.mean_kv_bits if part == KV else space.weight_mean_bits) is not None

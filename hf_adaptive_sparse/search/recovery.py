@@ -9,7 +9,6 @@ claimed (see `claims`), so it is still evaluated once.
 from __future__ import annotations
 
 import logging
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from hf_adaptive_sparse.search.trials import DIGEST, FAILURE, REPEATABLE, RETRY_OF, tally
@@ -28,7 +27,10 @@ MOST_KILLS = 3
 """After so many the profile is taken to be what kills them, and its trial counts as failed."""
 
 ORPHAN_SECONDS = 20.0
-"""How long the worker that ended an interrupted trial has to enqueue it again."""
+"""How long the worker that ended an interrupted trial has to enqueue it again, from when another
+first sees it."""
+
+_INTERRUPTED = "interrupted"
 
 
 def recover(study: Study, watch: Watch, *, opening: bool = False) -> None:
@@ -43,9 +45,9 @@ def recover(study: Study, watch: Watch, *, opening: bool = False) -> None:
     for trial in count.running:
         if watch.is_abandoned(trial):
             _end(study, trial)
-    patience = timedelta(seconds=0 if opening else ORPHAN_SECONDS)
+    patience = 0.0 if opening else ORPHAN_SECONDS
     for trial in count.interrupted:
-        if trial.datetime_complete is None or datetime.now() - trial.datetime_complete >= patience:
+        if watch.unchanged_seconds(trial, _INTERRUPTED) >= patience:
             _enqueue_again(study, trial, trial.user_attrs.get(KILLS, 0))
 
 

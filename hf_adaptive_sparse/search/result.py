@@ -16,13 +16,15 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
 from hf_adaptive_sparse.pruning.apply import PruningReport
+from hf_adaptive_sparse.search.comparison import HELD_OUT, held_out_of
 from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, library_versions
+from hf_adaptive_sparse.search.front import MEAN
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import detached_study
 from hf_adaptive_sparse.search.trials import DUPLICATE_OF, history, tally
-from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing
+from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing, narrowing_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -123,18 +125,13 @@ class SearchResult:
 
         Its ``lines`` say it in words.
         """
-        stored = self.study.user_attrs.get(NARROWER)
         best = tally(self.study).best
-        if stored is None or best is None or stored["trial"] != best.number:
-            return None
-        return Narrowing.from_dict(stored)
+        return narrowing_of(self.study.user_attrs, None if best is None else best.number)
 
     @property
     def target_sparsity(self) -> float:
-        """The mean ratio of the best profile: the space's, or what a budget in bytes led to."""
-        if not self.space.is_free:
-            return self.space.target
-        return float(self.best_trial.user_attrs["mean_sparsity"])
+        """The mean ratio of the best profile: the space's, or what its trial came to."""
+        return self._target(self.best_trial)
 
     @property
     def best_config(self) -> SparsityConfig:
@@ -162,6 +159,11 @@ class SearchResult:
             for trial in front
         )
 
+    def _target(self, trial: FrozenTrial) -> float:
+        if self.goal.sweeps_budget:
+            return float(trial.params[MEAN])
+        return float(trial.user_attrs["mean_sparsity"]) if self.space.is_free else self.space.target
+
     def _profile(self, trial: FrozenTrial) -> CompressionProfile:
         narrowing = self.narrowing
         if narrowing is not None and narrowing.taken and narrowing.trial == trial.number:
@@ -179,23 +181,23 @@ class SearchResult:
             # Linears are named by their ratios; one that is only quantised has ratio 0.
             ratios = ratios or dict.fromkeys(profile.weight_bits, 0.0)
         return SparsityConfig(
-            target_sparsity=self.target_sparsity,
+            target_sparsity=self._target(trial),
             metric=self.metric,
             sparsity=ratios,
             **weights,
             kv_cache=profile.kv_cache,
             calibration=self.calibration_config,
             modules_to_not_convert=list(self.modules_to_not_convert),
-            provenance=self._provenance(),
+            provenance=self._provenance(trial),
         )
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, trial: FrozenTrial) -> dict[str, Any]:
         return {
             "search": {
                 "trials": tally(self.study).attempts,
                 "seed": self.seed,
-                "best_trial": self.best_trial.number,
-                f"one_shot_{self.goal.labels[0]}": self.best_value,
+                "best_trial": trial.number,
+                f"one_shot_{self.goal.labels[0]}": float(trial.values[0]),
                 f"one_shot_{self.goal.labels[0]}_uniform": self.baseline,
             },
         }
@@ -250,17 +252,10 @@ class SearchResult:
             "uniform_value": self.baseline,
             "best_value": self.best_value,
             "best_trial": self.best_trial.number,
-            "held_out": self._held_out(),
+            HELD_OUT: held_out_of(self.study.user_attrs, self.best_trial.number),
             NARROWER: None if self.narrowing is None else self.narrowing.to_dict(),
             "history": self.history,
         }
-
-    def _held_out(self) -> dict[str, Any] | None:
-        """Return the comparison on held-out data, if it is of the profile that is the best now."""
-        stored: dict[str, Any] | None = self.study.user_attrs.get("held_out")
-        if stored is None or stored.get("trial") != self.best_trial.number:
-            return None
-        return stored
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``profile.json`` and ``search.json``, each whole or not at all.

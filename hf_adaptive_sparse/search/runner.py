@@ -210,6 +210,9 @@ class TrialRunner:
             raise self._failed(trial, former.user_attrs[FAILURE], repeatable=True)
         if former.state == TrialState.PRUNED:
             raise self._stopped(trial, values[0], former.last_step or 0)
+        # Of equals, a database may take this one for the best, which others are stopped against.
+        for step, value in former.intermediate_values.items():
+            trial.report(value, step)
         return values[0] if len(values) == 1 else values
 
     @staticmethod

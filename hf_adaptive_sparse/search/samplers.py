@@ -65,6 +65,23 @@ def sampler_maker(name: str) -> Maker:
     return make
 
 
+def check_sampler(sampler: object) -> None:
+    """Refuse what is neither the name of a sampler nor an Optuna sampler.
+
+    Raises:
+        ValueError: If it is not, or a package that it needs is not installed.
+    """
+    from optuna.samplers import BaseSampler
+
+    if isinstance(sampler, str):
+        sampler_maker(sampler)
+    elif not isinstance(sampler, BaseSampler):
+        raise ValueError(
+            f"sampler must be one of {', '.join(_MAKERS)}, or an Optuna sampler, got {sampler!r}. "
+            f"Leave it out for {DEFAULT_SAMPLER!r}."
+        )
+
+
 def as_sampler(sampler: BaseSampler | str, seed: int) -> BaseSampler:
     """Return an Optuna sampler: the one given, or the named one, seeded trial by trial."""
     if not isinstance(sampler, str):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.samplers import BaseSampler, RandomSampler
 
-from hf_adaptive_sparse.search.trials import WITHDRAWN, tally
+from hf_adaptive_sparse.search.trials import DUPLICATE_OF, FAILURE, WITHDRAWN, tally
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -81,14 +81,18 @@ class PerTrialSampler(BaseSampler):
 
 def trial_place(study: Study, number: int) -> int:
     """Return how many trials before this one were carried through or are still under way."""
+    return sum(
+        trial.number < number and _takes_a_place(trial)
+        for trial in study.get_trials(deepcopy=False)
+    )
+
+
+def _takes_a_place(trial: FrozenTrial) -> bool:
+    """Return whether a trial counts among those drawn; what was interrupted does not."""
     from optuna.trial import TrialState
 
-    count = tally(study)
-    interrupted = {t.number for t in count.interrupted}
-    earlier = [t for t in study.get_trials(deepcopy=False) if t.number < number]
-    retried = {t.user_attrs.get("retry_of") for t in earlier}
-    skipped = interrupted | retried
-    return sum(
-        t.number not in skipped and WITHDRAWN not in t.user_attrs and t.state != TrialState.WAITING
-        for t in earlier
-    )
+    if trial.state == TrialState.WAITING or WITHDRAWN in trial.user_attrs:
+        return False
+    # Also one that was killed before its draw, which no other trial repeats.
+    settled = {FAILURE, DUPLICATE_OF} & set(trial.user_attrs)
+    return trial.state != TrialState.FAIL or bool(settled)

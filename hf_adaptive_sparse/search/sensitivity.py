@@ -193,10 +193,10 @@ def probe_losses(evaluator: Evaluator, candidate: Candidate, batches: Sequence[i
     Raises:
         TrialFailure: If a loss is not finite, or memory does not suffice.
     """
-    evaluator.put_in_force(candidate)
     settings = layer_settings(candidate, evaluator.layers_name, evaluator.num_layers)
     losses = Losses()
     with failures():
+        evaluator.put_in_force(candidate)
         for index in batches:
             losses.add(index, evaluator.score(index, candidate, settings))
     return losses

@@ -172,9 +172,3 @@ def check_budget(space: SearchSpace) -> None:
             "target_sparsity='free' leaves the mean ratio to a budget in bytes. Set size_bytes, or "
             "fit_bytes with context_length, or give the mean ratio as a number."
         )
-    on_disk_alone = space.size_bytes is not None and space.fit_bytes is None
-    if on_disk_alone and space.kv_bits is not None and space.mean_kv_bits is None:
-        raise ValueError(
-            "size_bytes counts what lies on disk, which holds no KV cache, so it bounds no KV "
-            "bits. Set kv_mean_bits, or kv_split='equal', or fit_bytes."
-        )

@@ -38,7 +38,7 @@ from hf_adaptive_sparse.search.opening import open_study
 from hf_adaptive_sparse.search.resolution import resolution_warning
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.runner import TrialRunner, goes_on
-from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_maker
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, check_sampler
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.start import suggest_start
@@ -142,10 +142,10 @@ def search(
     goal = Goal.of(objective)
     check_arguments(n_trials, seed, metric, space)
     check_limits(timeout_seconds, goal, space)
-    if isinstance(sampler, str):
-        sampler_maker(sampler)
+    check_sampler(sampler)
     shape = ModelShape.of(model, space, modules_to_not_convert)
-    if n_trials > 1 and not uniform_params(space, shape):
+    # On a front each trial draws its mean ratio, whatever else there is to choose.
+    if n_trials > 1 and not goal.sweeps_budget and not uniform_params(space, shape):
         raise SearchError(
             "The space leaves nothing to choose on this model: every trial would be the uniform "
             f"profile ({len(shape.blocks)} blocks, sparsity_range={space.sparsity_range}, "
@@ -219,7 +219,7 @@ def search(
                 progress=progress,
             ) as evaluator:
                 ends = None if timeout_seconds is None else monotonic() + timeout_seconds
-                if warm_start and n_trials > 1:
+                if warm_start and n_trials > 1 and goes_on(tally(study), n_trials):
                     suggest_start(study, evaluator, space, shape)
                 runner = TrialRunner(
                     study,
@@ -232,12 +232,13 @@ def search(
                     sweeps_budget=goal.sweeps_budget,
                 )
                 runner.run(n_trials, progress=progress, ends=ends)
+                if compare_widths and is_due(study, space, goal, evaluation_batches):
+                    narrow_on(study, evaluator, space, shape, draw=runner.suggest)
+                # Last, as it is of the profile that is returned.
                 if held_out_batches is not None and not is_compared(study, held_out_batches):
                     compare_on(
                         study, evaluator, space, shape, held_out_batches, draw=runner.suggest
                     )
-                if compare_widths and is_due(study, space, goal, evaluation_batches):
-                    narrow_on(study, evaluator, space, shape, draw=runner.suggest)
         check_outcome(tally(study), n_trials, goal)
         too_small = None if goal.is_front else resolution_warning(tally(study), evaluation_batches)
         if too_small is not None:

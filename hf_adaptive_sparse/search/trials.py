@@ -27,7 +27,8 @@ UNIFORM = "uniform"
 """Trial attribute: this is the baseline."""
 
 WITHDRAWN = "withdrawn"
-"""Trial attribute: enough trials were under way when it was drawn, so it was not evaluated."""
+"""Trial attribute: enough trials were under way when it was drawn, so it was not evaluated. One
+whose parameters were set before it began is tried again should the search be extended."""
 
 RETRY_OF = "retry_of"
 """Trial attribute: number of the interrupted trial whose parameters it takes."""
@@ -42,7 +43,6 @@ class Tally:
         stopped: Trials that were given up early, being worse than the best one, by number.
         failed: Trials that failed for a reason of their own.
         known: Digest of a projected profile -> the trial that settled its value.
-        finished: Trials that were carried through, duplicates included, interrupted ones not.
         repeats: Duplicates since the last trial that was not one.
         running: Trials that a worker is at, or was at when it was killed.
         waiting: Trials that are enqueued.
@@ -53,7 +53,6 @@ class Tally:
     stopped: tuple[FrozenTrial, ...]
     failed: tuple[FrozenTrial, ...]
     known: Mapping[str, FrozenTrial] = field(repr=False)
-    finished: int
     repeats: int
     running: tuple[FrozenTrial, ...] = ()
     waiting: tuple[FrozenTrial, ...] = ()
@@ -94,14 +93,18 @@ def tally(study: Study) -> Tally:
     failed: list[FrozenTrial] = []
     interrupted: list[FrozenTrial] = []
     known: dict[str, FrozenTrial] = {}
-    finished, repeats = 0, 0
+    repeats = 0
     trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
     for trial in trials:
         attributes = trial.user_attrs
-        if WITHDRAWN in attributes or not trial.state.is_finished():
+        if not trial.state.is_finished():
+            continue
+        if WITHDRAWN in attributes:
+            # A fresh draw that was faster took its place; what was asked for is still owed.
+            if is_enqueued(trial):
+                interrupted.append(trial)
             continue
         if DUPLICATE_OF in attributes:
-            finished += 1
             repeats += 1
             continue
         kind = {TrialState.COMPLETE: completed, TrialState.PRUNED: stopped}.get(trial.state, failed)
@@ -110,7 +113,6 @@ def tally(study: Study) -> Tally:
             if is_enqueued(trial) or DIGEST in attributes:
                 interrupted.append(trial)
             continue
-        finished += 1
         repeats = 0
         kind.append(trial)
         if kind is not failed or (attributes.get(REPEATABLE) and DIGEST in attributes):
@@ -121,7 +123,6 @@ def tally(study: Study) -> Tally:
         stopped=tuple(stopped),
         failed=tuple(failed),
         known=known,
-        finished=finished,
         repeats=repeats,
         running=tuple(t for t in trials if t.state == TrialState.RUNNING),
         waiting=tuple(t for t in trials if t.state == TrialState.WAITING),

@@ -21,6 +21,19 @@ CONFIDENCE = 0.95
 KV, WEIGHTS = "KV", "weight"
 
 
+def narrowing_of(attributes: Mapping[str, Any], best: int | None) -> Narrowing | None:
+    """Return the comparison that is stored, if it is of the trial that is the best now.
+
+    Args:
+        attributes: Of a study, or what ``search.json`` holds.
+        best: Number of the best trial.
+    """
+    stored = attributes.get(NARROWER)
+    if stored is None or stored["trial"] != best:
+        return None
+    return Narrowing.from_dict(stored)
+
+
 @dataclass(frozen=True)
 class WidthStep:
     """One comparison with the best profile.
@@ -99,6 +112,8 @@ class Narrowing:
         kv_bytes_per_token: Bytes of codes that it saves per token in the KV cache.
         weight_bytes: Bytes of the prunable weights that it saves in a checkpoint.
         kept: The exact means that keep the best profile in its place, in words; else empty.
+        failure: Why the comparison broke off; else empty.
+        repeatable: Whether it would break off again, so that it need not be tried again.
     """
 
     trial: int
@@ -109,6 +124,8 @@ class Narrowing:
     kv_bytes_per_token: float
     weight_bytes: int
     kept: str
+    failure: str = ""
+    repeatable: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -123,6 +140,8 @@ class Narrowing:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "weight_bytes": self.weight_bytes,
             "kept": self.kept,
+            "failure": self.failure,
+            "repeatable": self.repeatable,
         }
 
     @classmethod
@@ -138,6 +157,9 @@ class Narrowing:
             kv_bytes_per_token=data["kv_bytes_per_token"],
             weight_bytes=data["weight_bytes"],
             kept=data["kept"],
+            # Not in the first form, which only holds what came to an end.
+            failure=data.get("failure", ""),
+            repeatable=data.get("repeatable", True),
         )
 
     @property
@@ -150,6 +172,8 @@ class Narrowing:
         for part in (KV, WEIGHTS):
             steps = [step for step in self.steps if step.part == part]
             told += [str(step) for step in steps[-2:] if step.is_same or step is steps[-1]]
+        if self.failure:
+            told.append(f"Narrower widths could not all be compared: {self.failure}")
         if self.profile is None:
             return tuple(told)
         saved = []

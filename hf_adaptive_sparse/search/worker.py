@@ -1,8 +1,9 @@
 """Who runs a trial, and whether it still does.
 
 Every running trial names its worker. A worker of this machine is alive as long as its process is;
-one of another machine renews a lease, a counter stored with the trial, from a thread of its own. A
-lease is judged by the reader's own clock: no two machines have to agree on the time.
+one of another machine renews a lease, a counter stored with the trial, from a thread of its own.
+How long something has not changed is judged by the reader's own clock, from when the reader first
+saw it: no two machines have to agree on the time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ LEASE_SECONDS = 180.0
 """A lease that was not renewed for this long has run out."""
 
 UNCLAIMED_SECONDS = 60.0
-"""A running trial that names no worker after this long was killed before it could."""
+"""A running trial that is seen to name no worker for this long was killed before it could."""
 
 _active: set[str] = set()
 """Searches that this process is carrying out, by the last part of their worker's name."""
@@ -152,7 +152,7 @@ def lease(trial: Trial) -> Iterator[None]:
 
 
 class Watch:
-    """Watches the running trials of a study, and tells which of them nobody runs any more."""
+    """Watches the trials of a study, and tells which of them nobody runs any more."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[object, float]] = {}
@@ -161,7 +161,8 @@ class Watch:
         """Return whether the worker of a running trial has stopped.
 
         That is known at once of a process of this machine that is gone. Otherwise the lease has to
-        stay as it is for `LEASE_SECONDS` while this process looks on.
+        stay as it is for `LEASE_SECONDS` while this process looks on, or the trial has to name no
+        worker for `UNCLAIMED_SECONDS`.
         """
         name = trial.user_attrs.get(WORKER_ATTRIBUTE)
         if name is not None:
@@ -170,13 +171,20 @@ class Watch:
                     return True
             except ValueError:
                 logger.debug("Trial %d names no worker that can be told: %r", trial.number, name)
-        elif trial.datetime_start is not None:
-            # A worker names itself as soon as it has a trial, so clocks that differ do not matter.
-            return datetime.now() - trial.datetime_start > timedelta(seconds=UNCLAIMED_SECONDS)
+        unchanged = self.unchanged_seconds(trial, (name, trial.user_attrs.get(LEASE_ATTRIBUTE)))
+        # A worker names itself as soon as it has a trial.
+        return unchanged > (UNCLAIMED_SECONDS if name is None else LEASE_SECONDS)
+
+    def unchanged_seconds(self, trial: FrozenTrial, state: object) -> float:
+        """Return for how long this process has seen a trial in one state; 0 at the first look.
+
+        Args:
+            trial: The trial.
+            state: What is compared with the last look.
+        """
         now = time.monotonic()
-        state = (name, trial.user_attrs.get(LEASE_ATTRIBUTE))
         seen, since = self._seen.get(trial.number, (None, now))
         if seen != state:
-            self._seen[trial.number] = (state, now)
-            return False
-        return now - since > LEASE_SECONDS
+            since = now
+        self._seen[trial.number] = (state, since)
+        return now - since

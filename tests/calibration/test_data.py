@@ -96,9 +96,19 @@ def test_images_and_text_models(question_file: Path, text_file: Path, tiny_llava
     assert torch.isfinite(tiny_llava(**text[0]).logits).all()
 
 
-@pytest.mark.parametrize("setting", [{"num_samples": 0}, {"batch_size": 0}, {"num_samples": True}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"num_samples": 0},
+        {"batch_size": 0},
+        {"num_samples": True},
+        {"num_samples": 2.5},
+        {"num_samples": "2"},
+        {"batch_size": None},
+    ],
+)
 def test_bad_sizes(text_file: Path, setting: dict) -> None:
-    with pytest.raises(ValueError, match="must be a whole number >= 1"):
+    with pytest.raises(ValueError, match=r"must be a whole number >= 1.*, got "):
         load_batches(text_file, make_tokenizer(), config=llama_config(), **setting)
 
 

@@ -170,6 +170,8 @@ def test_sounds_are_resampled() -> None:
         ({"array": [0.0, float("nan")], "sampling_rate": RATE}, "must be finite"),
         ({"array": ["a"], "sampling_rate": RATE}, "must hold numbers"),
         ({"array": [0.0], "sampling_rate": 0.5}, "whole number >= 1, got 0.5"),
+        ({"array": [0.0], "sampling_rate": "16k"}, "whole number >= 1, got '16k'.*such as 16000"),
+        ({"array": [0.0], "sampling_rate": float("nan")}, "whole number >= 1, got nan"),
         (b"RIFF broken", "WAV file cannot be read"),
         ("missing.wav", "cannot be opened"),
     ],

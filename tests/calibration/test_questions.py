@@ -5,6 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import LlavaProcessor
 
 from hf_adaptive_sparse.calibration.media import Media
@@ -88,6 +89,17 @@ def test_labels_are_the_answers_where_a_processor_pads_on_the_left() -> None:
     ):
         assert processor.tokenizer.decode(ids[labels != -100]) == f" {answer}"
     assert batch["attention_mask"][:, 0].all()
+
+
+def test_labels_are_the_answers_where_a_tokenizer_adds_an_end_of_its_own() -> None:
+    processor = make_llava_processor(adds_bos=True)
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    batch = question_batch(processor, rows("two dogs"))
+    assert batch["input_ids"][0, -2:].tolist() == [2, 2]
+    scored = batch["labels"][0]
+    assert processor.tokenizer.decode(scored[scored != -100]).strip() == "two dogs"
 
 
 def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:

@@ -141,6 +141,16 @@ def test_errors_of_files(tmp_path: Path) -> None:
         read_records(tmp_path / "a.json")
 
 
+def test_a_json_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.json").write_text("[]")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(DataError, match=r"a\.json is not readable .*Permission denied"):
+        read_records(tmp_path / "a.json")
+
+
 def test_unusable_columns_are_listed() -> None:
     with pytest.raises(DataError, match=r"'text', or .*'answer'.* has the columns title, body"):
         read_records([{"title": "x", "body": "y"}])
@@ -178,6 +188,21 @@ class TestHub:
         with pytest.raises(DataError, match=r"ConnectionError: no route\)"):
             read_records(None, "validation")
         assert asked[0][:3] == ("Salesforce/wikitext", "wikitext-2-raw-v1", "validation")
+
+    def test_a_stream_that_breaks_off_at_its_first_row_is_one_clear_error(
+        self, monkeypatch
+    ) -> None:
+        class Broken:
+            column_names = None
+
+            def __iter__(self):
+                raise ConnectionError("reset by peer")
+
+        monkeypatch.setattr(
+            "hf_adaptive_sparse.calibration.hub_datasets._open_hub_dataset", lambda *_: Broken()
+        )
+        with pytest.raises(DataError, match=r"'a/b' cannot be read .*reset by peer.*local file"):
+            read_records("a/b")
 
     def test_bad_name(self) -> None:
         with pytest.raises(DataError, match="name:config:split"):

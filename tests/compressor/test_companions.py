@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def test_a_companion_that_fails_is_reported(caplog: pytest.LogCaptureFixture) ->
 def test_companions_end_with_a_failed_search(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), companions(MODEL, Job(tmp_path), workers=2):
         raise KeyboardInterrupt
+
+
+def test_a_job_that_cannot_be_sent_to_a_process_is_the_error_that_is_raised() -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
+        companions(MODEL, lambda model: None, workers=3).__enter__()
 
 
 def test_workers_must_be_at_least_one() -> None:

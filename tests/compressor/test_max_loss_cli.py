@@ -8,6 +8,7 @@ import pytest
 
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.space_arguments import loss
+from hf_adaptive_sparse.compressor import compress
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -50,6 +51,18 @@ def test_other_losses_are_usage_errors(text, capsys):
         main(["search", "m", "--output", "o", f"--max-loss={text}"])
     assert stop.value.code == 2
     assert "a percentage such as 0.5%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "kl"}, "bounds the perplexity, got objective='kl'"),
+        ({"timeout_seconds": 60.0}, "timeout_seconds excludes it, got 60.0"),
+    ],
+)
+def test_what_a_bound_excludes_is_refused_before_anything_is_loaded(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        compress("no/such/model", tmp_path / "out", max_loss=0.1, **changes)
 
 
 def test_the_fewest_kv_bits_are_written_with_their_bound(within, tmp_path):

@@ -203,11 +203,16 @@ class TestWorkers:
         with lease(trial):
             assert failed.wait(10)
 
-    def test_a_trial_that_names_no_worker_is_abandoned_once_it_is_old(self, study, monkeypatch):
+    @pytest.mark.parametrize("hours", [-1, 1])
+    def test_a_trial_is_abandoned_once_it_is_seen_to_name_no_worker_for_long(
+        self, study, monkeypatch, hours
+    ):
         running(study)
-        assert not Watch().is_abandoned(study.trials[0])
+        watch, trial = Watch(), study.trials[0]
+        trial.datetime_start += timedelta(hours=hours)  # the clock of the machine that runs it
+        assert not watch.is_abandoned(trial)
         monkeypatch.setattr(worker, "UNCLAIMED_SECONDS", 0.0)
-        assert Watch().is_abandoned(study.trials[0])
+        assert watch.is_abandoned(trial)
 
 
 class TestRecovery:
@@ -254,6 +259,15 @@ class TestRecovery:
         recover(study, Watch())
         assert study.trials[1].user_attrs == {RETRY_OF: 0, KILLS: 0}
 
+    def test_how_long_is_told_without_the_clock_of_the_worker_that_ended_it(self, study):
+        ended = {"datetime_start": datetime(2020, 1, 1), "datetime_complete": datetime(2020, 1, 2)}
+        lost = create_trial(state=TrialState.FAIL, user_attrs={DIGEST: "a"})
+        for name, value in ended.items():
+            setattr(lost, name, value)
+        study.add_trial(lost)
+        recover(study, Watch())
+        assert len(study.trials) == 1
+
     def test_a_search_that_begins_repeats_it_at_once(self, study):
         study.tell(claimed(study, "a", 1).number, state=TrialState.FAIL)
         recover(study, Watch(), opening=True)
@@ -289,7 +303,18 @@ class TestWork:
         trial.set_user_attr(WITHDRAWN, True)
         study.tell(trial.number, state=TrialState.FAIL)
         count = tally(study)
-        assert (count.attempts, count.finished, count.owed, count.repeats) == (0, 0, 0, 0)
+        assert (count.attempts, count.owed, count.repeats) == (0, 0, 0)
+
+    def test_an_enqueued_trial_that_was_withdrawn_is_still_owed(self, study):
+        study.enqueue_trial({"x": 0.25})
+        trial = claimed(study, "a", 1)
+        trial.set_user_attr(WITHDRAWN, True)
+        study.tell(trial.number, state=TrialState.FAIL)
+        assert [t.number for t in tally(study).interrupted] == [trial.number]
+        recover(study, Watch(), opening=True)
+        assert study.trials[1].system_attrs["fixed_params"] == {"x": 0.25}
+        assert (tally(study).attempts, tally(study).owed) == (0, 1)
+        assert trial_place(study, 1) == 0
 
     def test_places_pass_over_what_was_interrupted(self, study):
         study.tell(claimed(study, "a", 1).number, 1.0)
@@ -299,6 +324,12 @@ class TestWork:
         study.ask()
         # 0, 2 and the repetition of 1 come before it.
         assert trial_place(study, study.ask().number) == 3
+
+    def test_places_pass_over_what_was_killed_before_its_draw(self, study):
+        study.tell(claimed(study, "a", 1).number, 1.0)
+        study.ask().set_user_attr(WORKER_ATTRIBUTE, str(dead_worker()))
+        recover(study, Watch())
+        assert trial_place(study, study.ask().number) == 1
 
 
 class TestOpening:

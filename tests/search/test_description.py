@@ -49,9 +49,11 @@ def test_a_cache_that_is_left_alone_is_another_setting():
     assert settings(replace(PROFILE, kv_cache=None))[0] != settings(PROFILE)[0]
 
 
-def test_bytes_are_values_and_a_bit_per_weight():
+def test_bytes_are_values_and_a_bit_per_weight_that_is_not_left_alone():
     assert candidate_bytes(PROFILE, 2) == 6 * 10 * 2 + 120 // 8
     quantised = replace(PROFILE, weight_bits={NAMES[0]: 4, NAMES[1]: 8})
     assert candidate_bytes(quantised, 4) == 4 * 10 * 4 + 10 // 2 + 10 + 120 // 8
     dense = replace(PROFILE, removed={})
-    assert candidate_bytes(dense, 2) == 120 * 2 + 120 // 8
+    assert candidate_bytes(dense, 2) == 120 * 2
+    one = replace(PROFILE, removed={NAMES[0]: 4}, weight_bits={NAMES[1]: 8})
+    assert candidate_bytes(one, 2) == 16 * 2 + 20 + 4 * 20 * 2 + 2 * 20 // 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
@@ -11,7 +12,7 @@ from optuna.trial import TrialState
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.search.candidate import Draw, project, uniform_candidate
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
-from hf_adaptive_sparse.search.runner import FEWEST_BATCHES
+from hf_adaptive_sparse.search.runner import FEWEST_BATCHES, TrialRunner
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
@@ -170,6 +171,16 @@ def test_complete_values_do_not_depend_on_early_stopping(run):
     for row in same:
         if row["value"] is not None:
             assert row["value"] == known[tuple(row["block_ratios"])]
+
+
+def test_a_repetition_takes_the_figures_of_the_batches_too():
+    study = optuna.create_study()
+    former = optuna.trial.create_trial(value=1.5, intermediate_values={0: 1.0, 1: 2.0})
+    study.add_trial(former)
+    trial = study.ask()
+    assert TrialRunner._repeat(object.__new__(TrialRunner), trial, study.trials[0]) == 1.5
+    study.tell(trial, 1.5)
+    assert study.trials[1].intermediate_values == former.intermediate_values
 
 
 def test_a_stopped_profile_is_known_and_not_evaluated_again(run, monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.report.study_facts import read_study
 from hf_adaptive_sparse.report.study_page import write_study_report
+from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -107,6 +108,21 @@ def test_under_a_ceiling_in_bytes_the_narrower_is_taken(run, costs, tmp_path):
     assert read_study(tmp_path).narrowing == facts.narrowing
 
 
+def test_held_out_figures_are_those_of_the_profile_that_is_returned(run, costs, tmp_path):
+    costs({8: 0.0, 4: 0.0002, 2: 0.3})
+    held_out = [{"input_ids": torch.ones(4, 16, dtype=torch.long)}]
+    settings = {"n_trials": 1, "storage": tmp_path / "search.journal"}
+    wide = run(IN_MEMORY, held_out=held_out, compare_widths=False, **settings)
+    assert wide.to_dict()["held_out"]["change_percent"] == 0
+    narrowed = run(IN_MEMORY, **settings)
+    assert widest(narrowed.best_profile) == {4}
+    assert narrowed.to_dict()["held_out"] is None
+    assert read_study(tmp_path).held_out is None
+    again = run(IN_MEMORY, held_out=held_out, **settings).to_dict()["held_out"]
+    assert again["change_percent"] == pytest.approx(100 * math.expm1(0.0002))
+    assert read_study(tmp_path).held_out == again
+
+
 @pytest.mark.parametrize(
     ("loss", "noise", "said"),
     [
@@ -125,6 +141,27 @@ def test_widths_that_differ_or_cannot_be_told_apart_are_kept(run, costs, loss, n
     assert widest(result.best_profile) == {6, 8}
 
 
+@pytest.mark.parametrize("repeatable", [True, False])
+def test_what_breaks_it_off_is_told_and_tried_again_if_it_may_pass(
+    run, monkeypatch, tmp_path, repeatable
+):
+    calls = []
+
+    def fail(self, candidate, windows):
+        calls.append(1)
+        raise TrialFailure("Out of memory: 5", repeatable=repeatable)
+
+    monkeypatch.setattr(Evaluator, "losses", fail)
+    result = run(MEAN_SEVEN, n_trials=1, storage=tmp_path / "search.journal")
+    assert result.narrowing.lines == (
+        "Narrower widths could not all be compared: Out of memory: 5",
+    )
+    assert read_study(tmp_path).narrowing == result.narrowing
+    assert widest(result.best_profile) == {6, 8}
+    run(MEAN_SEVEN, n_trials=1, storage=tmp_path / "search.journal")
+    assert len(calls) == (1 if repeatable else 2)
+
+
 def test_weight_bits_are_narrowed_likewise(run, costs):
     costs({16: 0.0, 8: 0.0001, 4: 0.5}, of="weights")
     space = SearchSpace(
@@ -135,6 +172,19 @@ def test_weight_bits_are_narrowed_likewise(run, costs):
     assert result.narrowing.weight_bytes > 0
     assert result.narrowing.kv_bytes_per_token == 0
     assert result.narrowing.lines[0].startswith("16 and 8 weight bits do not differ")
+
+
+def test_a_limit_on_disk_takes_narrower_weights_but_leaves_the_mean_of_the_cache(run, costs):
+    costs({8: 0.0, 6: 0.0001})
+    space = SearchSpace(
+        target_sparsity=None, blocks=2, weight_bits=(8, 16), size_bytes=10**7, kv_bits=(6, 8), **KV
+    )
+    result = run(space, n_trials=1)
+    assert [step.part for step in result.narrowing.steps] == ["KV", "weight"]
+    assert result.narrowing.taken
+    assert result.narrowing.kv_bytes_per_token == 0
+    assert widest(result.best_profile) == {6, 8}
+    assert set(result.best_profile.weight_bits.values()) == {8}
 
 
 def test_the_figures_are_those_of_the_model(run, tiny_llama):

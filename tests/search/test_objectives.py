@@ -291,12 +291,27 @@ class TestFront:
         assert dict(point.config.sparsity) == dict(point.profile.sparsity.ratios)
         assert front.best_trial.number == front.pareto[0].trial
 
+    def test_every_config_has_the_mean_and_the_figure_of_its_own_trial(self, front):
+        assert front.target_sparsity != front.space.target
+        for point in front.pareto:
+            row = front.history[point.trial]
+            assert point.config.target_sparsity == pytest.approx(row["mean_sparsity"], abs=1e-3)
+            searched = point.config.provenance["search"]
+            assert searched["best_trial"] == point.trial
+            assert searched["one_shot_perplexity"] == point.values["perplexity"]
+        assert front.target_sparsity == front.pareto[0].config.target_sparsity
+
     def test_a_range_from_nothing_on_leaves_out_the_dense_model(self, run):
         space = SearchSpace(blocks=4, kv_bits=None, sparsity_low=0.0, sparsity_high=0.75)
         front = run(n_trials=10, objective=("perplexity", "bytes"), space=space)
         assert all(0 < row["mean_sparsity"] <= 0.75 for row in front.history)
         profiles = [point.profile.to_dict() for point in front.pareto]
         assert all(profiles.count(profile) == 1 for profile in profiles)
+
+    def test_a_single_block_still_has_a_front_of_sizes(self, run):
+        space = SearchSpace(blocks=1, kv_bits=None, sparsity_range=0.2)
+        front = run(n_trials=3, objective=("perplexity", "bytes"), space=space)
+        assert len({row["mean_sparsity"] for row in front.history}) > 1
 
     def test_one_objective_has_one_point(self, run):
         result = run()

@@ -425,6 +425,7 @@ def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
         ({"n_trials": 0}, ValueError, "n_trials must be a whole number >= 1, got 0"),
         ({"n_trials": 2.0}, ValueError, "n_trials must be a whole number >= 1"),
         ({"timeout_seconds": 0}, ValueError, "timeout_seconds must be a number > 0 or None, got 0"),
+        ({"sampler": None}, ValueError, "sampler must be one of tpe, .*, got None"),
         ({"seed": -1}, ValueError, "seed must be a whole number >= 0"),
         ({"metric": "lognrm"}, ValueError, "lognorm"),
         ({"metric": "sparsegpt"}, ValueError, "cannot rank weights once"),

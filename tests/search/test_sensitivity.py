@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
-from hf_adaptive_sparse.search.candidate import uniform_candidate
+from hf_adaptive_sparse.search.candidate import Candidate, uniform_candidate
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
 from hf_adaptive_sparse.search.sensitivity import GROWTH, Sensitivity, measure_sensitivity
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -131,6 +132,16 @@ def test_it_is_measured_once_per_study(tiny_llama, text_batches, evaluation, tmp
     assert again.history[:2] == first.history[:2]
 
 
+def test_a_study_that_is_finished_gets_no_start(tiny_llama, text_batches, evaluation, tmp_path):
+    arguments = (tiny_llama, text_batches[:1], evaluation, SPACE)
+    options = {"n_trials": 2, "storage": tmp_path / "s.log", "progress": False}
+    search(*arguments, warm_start=False, **options)
+    again = search(*arguments, held_out=text_batches, **options)
+    assert again.to_dict()["held_out"] is not None
+    assert [row["state"] for row in again.history] == ["complete"] * 2
+    assert SENSITIVITY not in again.study.user_attrs
+
+
 def test_where_a_probe_fails_the_search_starts_from_uniform(
     tiny_llama, text_batches, evaluation, monkeypatch, caplog
 ):
@@ -146,6 +157,17 @@ def test_where_a_probe_fails_the_search_starts_from_uniform(
     result = search(tiny_llama, text_batches[:1], evaluation, SPACE, n_trials=2, progress=False)
     assert "cannot be measured: Out of memory: no room" in caplog.text
     assert [row["state"] for row in result.history] == ["complete"] * 2
+
+
+def test_masks_that_find_no_memory_are_a_probe_that_failed():
+    def put_in_force(candidate):
+        raise RuntimeError("CUDA out of memory.")
+
+    evaluator = SimpleNamespace(
+        put_in_force=put_in_force, layers_name="model.layers", num_layers=1, order=[0, 1]
+    )
+    evaluator.uniform = Candidate((), {}, {}, None, None)
+    assert measure_sensitivity(evaluator, {}, low=0.4, high=0.6, target=0.5) is None
 
 
 def test_a_free_split_of_kv_bits_starts_from_its_sensitivity(tiny_llama, text_batches):

@@ -1,0 +1,42 @@
+"""What a search loads before it begins."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.search_plan import SearchPlan
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.search.space import SearchSpace
+
+KV_ALONE = SearchSpace(target_sparsity=None)
+
+
+@pytest.mark.parametrize(
+    ("space", "metric", "final", "needed"),
+    [
+        (SearchSpace(), "lognorm", None, True),
+        (SearchSpace(), "magnitude", None, False),
+        (SearchSpace(), "sparsegpt", None, True),
+        (SearchSpace(), "magnitude", SparsityConfig(metric="magnitude"), False),
+        (SearchSpace(), "magnitude", SparsityConfig(metric="magnitude", weight_update="obs"), True),
+        (KV_ALONE, "lognorm", None, False),
+        (KV_ALONE, "lognorm", SparsityConfig(target_sparsity=0.0), False),
+        (KV_ALONE, "lognorm", SparsityConfig(pattern="2:4"), True),
+    ],
+)
+def test_calibration_data_are_needed_where_something_reads_them(space, metric, final, needed):
+    plan = SearchPlan(space, "study.journal", metric=metric, final=final)
+    assert plan.needs_calibration is needed
+
+
+def test_data_that_nothing_reads_are_not_loaded(llava_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a fox sees a dog\n" * 60)
+    plan = SearchPlan(
+        KV_ALONE,
+        "study.journal",
+        calibration=DataSource(tmp_path / "missing.txt"),
+        evaluation=DataSource(text, num_samples=2, sequence_length=16),
+    )
+    assert plan.load(ModelSource(llava_folder)).calibration is None
