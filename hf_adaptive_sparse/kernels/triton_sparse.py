@@ -167,7 +167,7 @@ def _product(
     )
     asked = (
         *(tokens, stride, x.data_ptr() % 16, None if bias is None else bias.data_ptr() % 16),
-        weight.values.data_ptr(),  # another where the weight was moved
+        *(weight.values.dtype, weight.values.data_ptr()),  # others where the weight was moved
     )
     known = weight.prepared.get(asked)
     if known is None:

@@ -69,7 +69,7 @@ def test_both_runtimes_generate_the_same(pruned: Path, monkeypatch: pytest.Monke
         found = model(ids.cuda()).logits.cpu()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     calls = []
-    for module, name in ((triton_sparse, "linear"), (triton_attention, "attend")):
+    for module, name in ((triton_sparse, "linear"), (triton_attention, "compute")):
         kernel = getattr(module, name)
 
         def counted(*args, kernel=kernel, name=name, **kwargs):
@@ -78,7 +78,7 @@ def test_both_runtimes_generate_the_same(pruned: Path, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(module, name, counted)
     found = sparse.generate(ids.cuda(), **SETTINGS).cpu()
-    assert set(calls) == {"linear", "attend"}
+    assert set(calls) == {"linear", "compute"}
     expected = on_cpu.generate(ids, **SETTINGS)
     # A random model's tokens are close calls: once two runs part they stay apart.
     assert torch.equal(found[:, :60], expected[:, :60])

@@ -365,11 +365,11 @@ def test_a_model_decodes_with_it(device, monkeypatch, tiny_llama):
 
     def counted(*arguments, **named):
         calls.append(arguments[0].shape)
-        return attend(*arguments, **named)
+        return compute(*arguments, **named)
 
-    attend = triton_attention.attend
+    compute = triton_attention.compute
     monkeypatch.setattr(native, "is_supported", lambda *arguments: False)
-    monkeypatch.setattr(triton_attention, "attend", counted)
+    monkeypatch.setattr(triton_attention, "compute", counted)
 
     def logits():
         cache = AdaptiveQuantizedCache(model.config, config)
