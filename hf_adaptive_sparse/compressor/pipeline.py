@@ -33,6 +33,7 @@ from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, param
 from hf_adaptive_sparse.compressor.within import save_bound
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
+from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
@@ -193,6 +194,7 @@ def compress(
         if offload:
             del loaded  # and with it the mapped files
             gc.collect()
+            release_freed()
             done = finish_from_disk(origin, config, data, processor, folder, progress=progress)
         else:
             # Sums depend on the number of threads, and a bound is that of the very weights that

@@ -15,6 +15,7 @@ from hf_adaptive_sparse.calibration.activations import (
 )
 from hf_adaptive_sparse.calibration.replay import evaluation_mode, run_decoder
 from hf_adaptive_sparse.experts import ExpertStack
+from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.pruning.expert_ranking import ExpertRanking
 from hf_adaptive_sparse.pruning.experts import expert_inputs, experts_without_data
@@ -95,6 +96,7 @@ def rank_model(
                 norm = None if known is None else known.input_norm(name)
                 found = score_stacked(chosen, stored, norm, fused_rows(model, name))
                 rankings[name] = Ranking(found, low, high, chosen.grouping)
+            release_freed()  # a ranking takes a tenth of what it is made from
             bar.update()
     experts_without_data(starved)
     return rankings

@@ -22,6 +22,7 @@ from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES, ReusingModel
 from hf_adaptive_sparse.evaluation.scoring import predict
+from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.apply import MaskedModel, masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import QuantisedModel, quantised
 from hf_adaptive_sparse.search.candidate import Candidate
@@ -153,6 +154,7 @@ class Evaluator:
         """Lay a profile's masks over the model."""
         if self.mask is not None:
             self.mask.apply(candidate.ratios)
+            release_freed()  # small masks lie between what large ones were made from
         if self.codes is not None:
             self.codes.apply(candidate.weight_bits, GROUP_SIZES)
 
