@@ -3,7 +3,7 @@
 Rows of the weight are decompressed into a buffer of at most ``TILE_BYTES``, tile after tile, and
 each tile goes through the matrix product that torch has for the device, and no dense copy of the
 weight exists. With hundreds of tokens that product takes so long on a CPU that decompressing hardly
-shows; an H100 multiplies 2,048 so fast that it adds 30 to 70 %.
+shows; an H200 multiplies 2,048 so fast that it adds 20 to 60 %.
 
 On a GPU all of it is enqueued on the current stream, in order: a tile is overwritten after the
 product that reads it. Tiles are larger there, and equal, because a product of few rows leaves most
