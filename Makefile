@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # torch goes in first and by itself, so that nothing else decides which build of it is installed.
 TORCH  ?= torch==2.13.0
+# Each takes some 2 GB of memory.
+TEST_WORKERS ?= 2
 
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,8 +28,8 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard hf_adaptive_sparse/kernels/csrc
 demo: $(INSTALLED) ## Compress the bundled model, offline, and compare it with the dense one
 	HF_HUB_OFFLINE=1 $(BIN)/hf-adaptive-sparse demo --output demo-output --overwrite
 
-test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## Run the tests, in TEST_WORKERS processes
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 lint: $(INSTALLED) ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .
