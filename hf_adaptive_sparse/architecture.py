@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_adaptive_sparse.experts import ExpertStack, expert_stacks
 
@@ -174,16 +175,26 @@ def prunable_weights(
         if plain and weight.is_floating_point() and uses[id(weight)] == 1:
             found[name] = module
     if not found:
-        raise ValueError(
-            f"No prunable linears in {layers_name!r} of {type(model).__name__}: its decoder layers "
-            "must hold nn.Linear with floating-point weights of their own (GPT-2's Conv1D and "
-            "already quantised linears are not supported; weights that the sparse runtime keeps "
-            "compressed are plain with runtime='dense')."
-        )
+        raise _nothing_prunable(model, layers_name, layers)
     excluded: set[str] = set()
     for pattern in modules_to_not_convert or ():
         excluded |= set(match_names(pattern, found, "modules_to_not_convert"))
     return {name: module for name, module in found.items() if name not in excluded}
+
+
+def _nothing_prunable(model: nn.Module, layers_name: str, layers: nn.ModuleList) -> ValueError:
+    if any(isinstance(module, Conv1D) for module in layers.modules()):
+        return ValueError(
+            f"Pruning works on nn.Linear; the decoder layers {layers_name!r} of "
+            f"{type(model).__name__} hold their weights in Conv1D instead, transposed (as GPT-2 "
+            "does). Only the KV cache can be quantised: target_sparsity=0 with a kv_cache."
+        )
+    return ValueError(
+        f"No prunable linears in {layers_name!r} of {type(model).__name__}: its decoder layers "
+        "must hold nn.Linear with floating-point weights of their own (already quantised linears "
+        "are not supported; weights that the sparse runtime keeps compressed are plain with "
+        "runtime='dense')."
+    )
 
 
 def prunable_linears(

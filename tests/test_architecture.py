@@ -137,9 +137,15 @@ def test_models_without_decoder_layers_are_refused():
             decoder_layers(model)
 
 
-def test_conv1d_models_have_no_prunable_linears():
-    with pytest.raises(ValueError, match="No prunable linears"):
+def test_conv1d_models_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"'transformer\.h' of GPT2LMHeadModel .* Conv1D"):
         prunable_linears(on_meta("gpt2", AutoModelForCausalLM, n_layer=2))
+    with torch.device("meta"):
+        bare = tiny_model("llama")
+    for layer in bare.model.layers:
+        layer.self_attn = layer.mlp = nn.Identity()
+    with pytest.raises(ValueError, match="No prunable linears"):
+        prunable_linears(bare)
 
 
 def test_experts_are_prunable_where_their_layout_is_known():

@@ -1,4 +1,4 @@
-"""Benchmarks from the command line, ours and lm-evaluation-harness."""
+"""Benchmarks from the command line: ours, lm-evaluation-harness, and lmms-eval."""
 
 from __future__ import annotations
 
@@ -28,6 +28,39 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list:
   - metric: acc
+"""
+
+LMMS_TASK = """\
+task: local_questions
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: generate_until
+doc_to_visual: !function functions.pictures
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 3
+process_results: !function functions.score
+metric_list:
+  - metric: exact
+    aggregation: mean
+    higher_is_better: true
+"""
+
+LMMS_FUNCTIONS = """\
+from pathlib import Path
+
+from PIL import Image
+
+
+def pictures(row):
+    return [Image.open(Path({folder!r}, row["image"])).convert("RGB")]
+
+
+def score(row, answers):
+    return {{"exact": float(answers[0].strip() == row["answer"])}}
 """
 
 
@@ -83,20 +116,50 @@ def test_lm_evaluation_harness_reads_our_checkpoints(tiny_llama, tmp_path: Path)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "local_choices.yaml").write_text(HARNESS_TASK.format(data=data))
-    # As installed, torch calls the hook; here the package may be on the path only.
-    start = (
-        "import hf_adaptive_sparse_autoload as hook; hook.install()\n"
-        "import runpy, sys; sys.argv[0] = 'lm_eval'; runpy.run_module('lm_eval', None, '__main__')"
-    )
-    command = [
-        sys.executable, "-c", start, "run", "--model", "hf",
+    _run_program(
+        tmp_path, "lm_eval", "run", "--model", "hf",
         "--model_args", f"pretrained={folder},dtype=float32", "--tasks", "local_choices",
         "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / "out"),
-    ]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "newly initialized" not in done.stderr
+    )  # fmt: skip
     results = next((tmp_path / "out").rglob("results_*.json"))
     found = json.loads(results.read_text())["results"]["local_choices"]
     assert 0.0 <= found["acc,none"] <= 1.0
+
+
+@pytest.mark.slow
+def test_lmms_eval_reads_our_checkpoints(
+    tiny_llava, llava_folder: Path, question_file: Path, tmp_path: Path
+) -> None:
+    for module in ("lmms_eval", "decord"):  # which its LLaVA models import
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"lmms-eval or a module that it needs ({module}) is not installed")
+    apply_config(tiny_llava, SparsityConfig(metric="magnitude", kv_cache=8), progress=False)
+    tiny_llava.save_pretrained(llava_folder)  # beside its processor
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "local_questions.yaml").write_text(LMMS_TASK.format(data=question_file))
+    (tasks / "functions.py").write_text(LMMS_FUNCTIONS.format(folder=str(tmp_path)))
+    model = f"pretrained={llava_folder},dtype=float32,device_map=cpu"
+    _run_program(
+        tmp_path, "lmms_eval", "eval", "--model", "llava_hf", "--force_simple", "--model_args",
+        model + ",chat_template={{ messages[0]['content'] }}", "--tasks", "local_questions",
+        "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path / "out"),
+    )  # fmt: skip
+    results = next((tmp_path / "out").rglob("*results.json"))
+    found = json.loads(results.read_text())["results"]["local_questions"]
+    assert 0.0 <= found["exact,none"] <= 1.0
+
+
+def _run_program(tmp_path: Path, module: str, *arguments: str) -> None:
+    """Run another program that knows nothing of the package, and see that it loads all weights."""
+    # As installed, torch calls the hook; here the package may be on the path only.
+    start = (
+        "import hf_adaptive_sparse_autoload as hook; hook.install()\n"
+        f"import runpy, sys; sys.argv[0] = '{module}'\n"
+        f"runpy.run_module('{module}', None, '__main__')"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", start, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert "newly initialized" not in done.stdout + done.stderr

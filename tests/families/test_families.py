@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.architecture import cache_argument
 from tests.families.catalogue import FAMILIES, Family
-from tests.families.matrix import run
+from tests.families.matrix import CACHE, generate, make_batch, run
+from tests.families.tiny_models import tiny_model
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks/results/families.json"
 PUBLISHED = {row["family"]: row for row in json.loads(RESULT.read_text(encoding="utf-8"))["rows"]}
@@ -27,3 +30,14 @@ def test_enough_families_work_and_none_is_missing() -> None:
     assert list(PUBLISHED) == titles
     working = {f.model_type for f in FAMILIES if PUBLISHED[f.title]["status"] == "works"}
     assert len(working) >= 30
+
+
+def test_a_model_that_cannot_be_pruned_takes_the_cache(tmp_path: Path) -> None:
+    family = next(f for f in FAMILIES if f.model_type == "gpt2")
+    model = tiny_model(family.model_type, family.changes)
+    config = has.SparsityConfig(target_sparsity=0, kv_cache=CACHE)
+    has.prune(model, config, progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    output = generate(loaded, make_batch(family, loaded))
+    assert isinstance(output[cache_argument(loaded)], has.AdaptiveQuantizedCache)
