@@ -5,6 +5,9 @@ than any ticket it can see, and then waits until every other running trial has i
 then on all workers see the same order of claims, so each knows by itself whether an earlier one
 holds its profile, and whether the number of trials that was asked for is reached. (This is
 Lamport's bakery algorithm: it needs no lock, so a worker that is killed leaves none behind.)
+
+With SQLite, which locks no rows, Optuna itself may hand a trial that was enqueued to two workers at
+once. Both then evaluate it; one ends it, and it counts once.
 """
 
 from __future__ import annotations
