@@ -90,9 +90,20 @@ def check_weight_bits(bits: object, what: str) -> int:
     return int(bits)
 
 
-def _check_count(value: object, what: str, least: int = 1) -> int:
+def check_count(value: object, what: str, least: int = 1, also: str = "") -> int:
+    """Return a whole number that is not below ``least``.
+
+    Args:
+        value: What was given.
+        what: Its name, for the message.
+        least: The lowest number.
+        also: What else may be given, for the message.
+
+    Raises:
+        ValueError: If it is none.
+    """
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
-        raise ValueError(f"{what} must be a whole number >= {least}, got {value!r}.")
+        raise ValueError(f"{what} must be a whole number >= {least}{also}, got {value!r}.")
     return int(value)
 
 
@@ -205,8 +216,8 @@ class KVCacheConfig:
             if value is not None or name == "bits":
                 object.__setattr__(self, name, _check_bits(value, name))
         for name in ("group_size", "residual_length"):
-            object.__setattr__(self, name, _check_count(getattr(self, name), name))
-        sinks = _check_count(self.sink_length, "sink_length", least=0)
+            object.__setattr__(self, name, check_count(getattr(self, name), name))
+        sinks = check_count(self.sink_length, "sink_length", least=0)
         object.__setattr__(self, "sink_length", sinks)
         if not isinstance(self.key_mode, str) or self.key_mode not in KV_KEY_MODES:
             raise ValueError(
@@ -329,9 +340,9 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "batch_size", "min_expert_tokens"):
-            object.__setattr__(self, name, _check_count(getattr(self, name), name))
+            object.__setattr__(self, name, check_count(getattr(self, name), name))
         if self.sequence_length is not None:
-            length = _check_count(self.sequence_length, "sequence_length")
+            length = check_count(self.sequence_length, "sequence_length")
             object.__setattr__(self, "sequence_length", length)
         weight = self.image_weight
         if not isinstance(weight, Real) or isinstance(weight, bool) or not float(weight) >= 0.0:

@@ -12,7 +12,6 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from hf_adaptive_sparse.calibration.questions import (
 )
 from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
+from hf_adaptive_sparse.profiles import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,9 @@ def load_batches(
     """
     if source is not None and not isinstance(source, str | os.PathLike):
         return check_batches(source)
-    _check_count("batch_size", batch_size)
+    check_count(batch_size, "batch_size")
     if num_samples is not None:
-        _check_count("num_samples", num_samples, ", or None for all there are")
+        check_count(num_samples, "num_samples", also=", or None for all there are")
     shuffle = split == "train" if shuffle is None else shuffle
     records = read_records(
         source, split, media=accepted_media(config), revision=revision, token=token
@@ -120,11 +120,6 @@ def load_batches(
     if medium is None:
         return [_window_batch(chunk) for chunk in _chunks(samples, batch_size)]
     return [question_batch(processor, chunk) for chunk in _chunks(samples, batch_size)]
-
-
-def _check_count(name: str, value: object, also: str = "") -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1{also}, got {value!r}.")
 
 
 def _chunks(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

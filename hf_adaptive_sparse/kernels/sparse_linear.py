@@ -87,7 +87,7 @@ def _few_tokens(
         try:
             return triton_sparse.linear(x, weight, bias)
         except triton_sparse.LaunchError as error:
-            triton_sparse.say_what_failed(str(error))
+            triton_sparse.say_what_failed(error)
     elif few:
         _say_why_not(weight.device.type)
     return None

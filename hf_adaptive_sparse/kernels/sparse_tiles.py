@@ -93,7 +93,7 @@ def _decompress(weight: SparseWeight, start: int, stop: int, tile: torch.Tensor)
             triton_sparse.decompress(weight, start, stop, tile)
             return
         except triton_sparse.LaunchError as error:
-            triton_sparse.say_what_failed(str(error))
+            triton_sparse.say_what_failed(error)
     tile.copy_(weight.dense_rows(start, stop))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -86,6 +87,23 @@ def launch(failures: dict[object, str], kernel: object, run: Callable[[], None])
             failures[kernel] = f"{type(error).__name__}: {error}"
             raise LaunchError(failures[kernel]) from error
     raise LaunchError(failures[kernel])
+
+
+@functools.cache
+def say_what_failed(logger: logging.Logger, what: str, instead: str, error: str) -> None:
+    """Log, once per error, that a kernel failed and torch computes in its place.
+
+    Args:
+        logger: Of the module that goes on with torch.
+        what: What the kernel is for.
+        instead: What stays as it is, and what torch does instead.
+        error: Why the kernel failed.
+    """
+    logger.warning(
+        "A Triton kernel %s failed. %s, which is slow. %s=none switches the kernels off. The "
+        "failure was: %s",
+        *(what, instead, ENVIRONMENT_VARIABLE, error),
+    )
 
 
 Launch = Callable[[tuple[int, int, int], Sequence[Any]], None]

@@ -62,6 +62,15 @@ def _store_halves(target, place, half, inside):
     tl.store(target.to(tl.pointer_type(tl.uint16)) + place, half.to(tl.uint16), mask=inside)
 
 
+@triton.jit
+def _stored_scale(low, high, LEVELS: tl.constexpr, BFLOAT: tl.constexpr):
+    """Return minimum and step as halves, then as float32; see ``rounding.stored_scale``."""
+    minimum_half = round_down(low, BFLOAT)
+    minimum = widen(minimum_half, BFLOAT)
+    step_half = round_up(quotient(high - minimum, LEVELS), BFLOAT)
+    return minimum_half, step_half, minimum, widen(step_half, BFLOAT)
+
+
 @triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "blocks"])
 def channel_kernel(
     states, codes, step, minimum, refused, s_b, s_h, s_n, s_t, heads, blocks,
@@ -84,10 +93,7 @@ def channel_kernel(
     inside = token_in[:, None] & channel_in[None, :]
     x = _load(source, token[:, None], channel[None, :], s_t, inside)
     low, high = scale_ends(x, token_in, TOKENS, LEVELS, FITS, HALVINGS)
-    minimum_half = round_down(low, BFLOAT)
-    low = widen(minimum_half, BFLOAT)
-    step_half = round_up(quotient(high - low, LEVELS), BFLOAT)
-    wide = widen(step_half, BFLOAT)
+    minimum_half, step_half, low, wide = _stored_scale(low, high, LEVELS, BFLOAT)
     worst = tl.maximum(tl.max(magnitude(x)), tl.max(magnitude(wide)))
     tl.store(refused, 1, mask=worst >= _INFINITE)
     _store_halves(step, block * WIDTH + channel, step_half, channel_in)
@@ -124,10 +130,7 @@ def group_kernel(
         is_of = ((group_of == group) & channel_in)[None, :]
         low = tl.min(tl.where(is_of, x, float("inf")), axis=1)
         high = tl.max(tl.where(is_of, x, float("-inf")), axis=1)
-        minimum_half = round_down(low, BFLOAT)
-        low = widen(minimum_half, BFLOAT)
-        step_half = round_up(quotient(high - low, LEVELS), BFLOAT)
-        wide = widen(step_half, BFLOAT)
+        minimum_half, step_half, low, wide = _stored_scale(low, high, LEVELS, BFLOAT)
         worst = tl.maximum(worst, tl.max(magnitude(wide)))
         _store_halves(step, place + group, step_half, token_in)
         _store_halves(minimum, place + group, minimum_half, token_in)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
+from hf_adaptive_sparse.kernels.triton_sizes import ALIGNMENT, pattern_codes, power_of_two
 
-_ALIGNMENT = 16  # in bytes, or elements of a stride, that Triton compiles for
 _TILE = 8192  # elements that a program takes at once where it has the choice
 _MOST_ELEMENTS = 32768  # that a program has to take at once
 _MOST_FITTED = (
@@ -50,8 +50,8 @@ def takes(how: Format, tokens: int, width: int) -> bool:
     group = min(how.group or width, width)
     if -(-width // group) > _MOST_GROUPS:
         return False
-    columns = _power_of_two(tokens)
-    at_once = columns * max(_power_of_two(group), _power_of_two(-(-width // group)))
+    columns = power_of_two(tokens)
+    at_once = columns * max(power_of_two(group), power_of_two(-(-width // group)))
     return how.layout == "group" or at_once <= (_MOST_FITTED if how.fits else _MOST_ELEMENTS)
 
 
@@ -68,7 +68,7 @@ def prepare(
     """
     batch, heads, count, tokens, width = blocks.shape
     strides = blocks.stride()[:4]
-    is_aligned = all(stride % _ALIGNMENT == 0 for stride in strides)
+    is_aligned = all(stride % ALIGNMENT == 0 for stride in strides)
     constants, pieces = _constants(how, tokens, width)
     constants |= {
         "TOKENS": tokens,
@@ -81,8 +81,8 @@ def prepare(
     }
     token_stride = strides[3]
     kind = (
-        *(blocks.device, blocks.dtype, blocks.data_ptr() % _ALIGNMENT),
-        *(token_stride % _ALIGNMENT == 0, token_stride == 1),
+        *(blocks.device, blocks.dtype, blocks.data_ptr() % ALIGNMENT),
+        *(token_stride % ALIGNMENT == 0, token_stride == 1),
         *(stride >> 31 for stride in strides),
     )
     arguments: tuple[torch.Tensor | int, ...] = (blocks, *parts, refused, *strides, heads, count)
@@ -92,19 +92,19 @@ def prepare(
 def _constants(how: Format, tokens: int, width: int) -> tuple[dict[str, int | bool], int]:
     """Return the tile's sizes and what follows from them, and the programs per block."""
     if how.layout == "channel":
-        rows = _power_of_two(tokens)
+        rows = power_of_two(tokens)
         columns = min(max(8, _TILE // rows), _least_columns(width))
         constants = {"FITS": how.fits, "HALVINGS": rows.bit_length() - 1}
         pieces, packed, elements = -(-width // columns), width, rows * columns
     elif how.layout == "group":
         columns = _least_columns(width)
-        rows = min(max(1, _TILE // columns), _power_of_two(tokens))
+        rows = min(max(1, _TILE // columns), power_of_two(tokens))
         constants = {"GROUP": min(how.group or width, width), "ROWS": rows}
         pieces, packed, elements = -(-tokens // rows), width, rows * columns
     else:
         group = min(how.group or width, width)
-        rows, columns = _power_of_two(group), _least_columns(tokens)
-        constants = {"GROUP": group, "GROUPS": _power_of_two(-(-width // group))}
+        rows, columns = power_of_two(group), _least_columns(tokens)
+        constants = {"GROUP": group, "GROUPS": power_of_two(-(-width // group))}
         constants |= {"FITS": how.fits, "HALVINGS": rows.bit_length() - 1}
         pieces, packed, elements = 1, tokens, rows * columns
     fixed: dict[str, int | bool] = {
@@ -121,19 +121,10 @@ def _word(bits: int, count: int, columns: int) -> int:
     if bits == 8:  # bytes as they are; neighbouring ones are stored together anyway
         return 8
     word, row_bytes = 32, (count * bits + 7) // 8
-    while word > 8 and (row_bytes % (word // 8) or _pattern(bits, word) > columns):
+    while word > 8 and (row_bytes % (word // 8) or pattern_codes(bits, word) > columns):
         word //= 2
     return word
 
 
-def _pattern(bits: int, word: int) -> int:
-    """Return the codes whose pattern in words repeats."""
-    return (3 if bits % 3 == 0 else 1) * word // bits
-
-
 def _least_columns(count: int) -> int:
-    return max(8, _power_of_two(count))  # eight codes are whole bytes at every width
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return max(8, power_of_two(count))  # eight codes are whole bytes at every width

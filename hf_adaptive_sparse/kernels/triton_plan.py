@@ -17,11 +17,11 @@ import torch
 
 from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
 from hf_adaptive_sparse.kernels.triton_device import Launch, interprets, processors
+from hf_adaptive_sparse.kernels.triton_sizes import ALIGNMENT, pattern_codes, power_of_two
 
 _MATRIX_ROWS = 16  # rows, and summed elements, that a matrix product has at least
 _MOST_ROWS = 32
 _LEAST_TILE_OF_BYTES = 32
-_ALIGNMENT = 16  # in bytes, or elements of a stride, that Triton compiles for
 _PROGRAMS_PER_PROCESSOR = 8
 _LOG2E = math.log2(math.e)
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
@@ -64,19 +64,19 @@ def plan(query: torch.Tensor, cache: PackedCache, processors: int) -> Plan:
     """Return the plan of a call for a device of ``processors`` multiprocessors."""
     batch, heads, queries, key_dim = query.shape
     kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
-    groups = _power_of_two(channel_groups(cache))
+    groups = power_of_two(channel_groups(cache))
     row_count = heads // kv_heads * queries
     half = query.dtype != torch.float32
     most_rows = max(1, (_MOST_ROWS if half else _MATRIX_ROWS) // groups)
-    rows = max(_MATRIX_ROWS // groups, min(_power_of_two(row_count), most_rows), 1)
+    rows = max(_MATRIX_ROWS // groups, min(power_of_two(row_count), most_rows), 1)
     row_tiles = -(-row_count // rows)
     widest = max(key_dim, value_dim)
     # As many codes as registers and shared memory hold as operands of a matrix product.
-    wished = (128 if widest <= 128 else 64) if half else max(16, 4096 // _power_of_two(widest))
-    tile = min(wished, _power_of_two(cache.blocks.block_length))
+    wished = (128 if widest <= 128 else 64) if half else max(16, 4096 // power_of_two(widest))
+    tile = min(wished, power_of_two(cache.blocks.block_length))
     value_word = _word(cache.blocks.values.bits, tile, cache.blocks.values.codes)
     tile = max(tile, _least_tile(cache.blocks.values.bits, value_word))
-    key_word = _word(cache.blocks.keys.bits, _power_of_two(key_dim), cache.blocks.keys.codes)
+    key_word = _word(cache.blocks.keys.bits, power_of_two(key_dim), cache.blocks.keys.codes)
     tiles = cache.blocks.keys.codes.shape[2] * -(-cache.blocks.block_length // tile)
     wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // (batch * kv_heads * row_tiles))
     tiles_per_split = max(1, -(-tiles // wanted))
@@ -173,8 +173,8 @@ def prepare(
     strides = (*query.stride()[:3], *raw_strides, *mask_strides)
     asked = (
         *(mask_kind, mask_rows, is_causal, given_mask.dtype),
-        *(query.data_ptr() % _ALIGNMENT, given_mask.data_ptr() % _ALIGNMENT),
-        *(raw_keys.data_ptr() % _ALIGNMENT, raw_values.data_ptr() % _ALIGNMENT),
+        *(query.data_ptr() % ALIGNMENT, given_mask.data_ptr() % ALIGNMENT),
+        *(raw_keys.data_ptr() % ALIGNMENT, raw_values.data_ptr() % ALIGNMENT),
         *(_all_divisible(raw_strides), max(strides) >> 31),
     )
     variant = blocks.variants.get(asked)
@@ -274,8 +274,8 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
     constants: dict[str, int | bool] = {
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
-        "KEY_PAD": max(_power_of_two(key_dim), _least_tile(keys.bits, cut.key_word)),
-        "VALUE_PAD": max(_MATRIX_ROWS, _power_of_two(value_dim)),
+        "KEY_PAD": max(power_of_two(key_dim), _least_tile(keys.bits, cut.key_word)),
+        "VALUE_PAD": max(_MATRIX_ROWS, power_of_two(value_dim)),
         "KEY_BITS": keys.bits,
         "VALUE_BITS": values.bits,
         "KEY_WORD": cut.key_word,
@@ -303,8 +303,8 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
         constants=constants,
         is_aligned=_aligned(keys.codes, values.codes, values.step_codes),
         kind=(
-            *((part.dtype, part.data_ptr() % _ALIGNMENT) for part in (*key_parts, *value_parts)),
-            *((s % _ALIGNMENT == 0, s == 1, s >> 31) for s in strides),
+            *((part.dtype, part.data_ptr() % ALIGNMENT) for part in (*key_parts, *value_parts)),
+            *((s % ALIGNMENT == 0, s == 1, s >> 31) for s in strides),
         ),
     )
 
@@ -317,14 +317,9 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
         return ends.to(device)
 
 
-def _power_of_two(number: int) -> int:
-    """Return the lowest power of two that is not below ``number``."""
-    return 1 << max(0, number - 1).bit_length()
-
-
 def _least_size(bits: int, word: int) -> int:
     """Return the codes that fill the words which repeat the pattern, and a matrix product."""
-    return max(_MATRIX_ROWS, (3 if bits % 3 == 0 else 1) * word // bits)
+    return max(_MATRIX_ROWS, pattern_codes(bits, word))
 
 
 def _least_tile(bits: int, word: int) -> int:
@@ -350,7 +345,7 @@ def _aligned(*parts: torch.Tensor) -> bool:
 
 
 def _all_divisible(strides: Iterable[int]) -> bool:
-    return all(stride % _ALIGNMENT == 0 for stride in strides)
+    return all(stride % ALIGNMENT == 0 for stride in strides)
 
 
 def _tokens(part: torch.Tensor) -> torch.Tensor:

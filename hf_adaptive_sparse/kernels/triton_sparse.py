@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
+from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.triton_device import (
     Launch,
     LaunchError,
@@ -133,15 +133,13 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
         launch(_failures, kernel, run)
 
 
-@functools.cache
-def say_what_failed(error: str) -> None:
+def say_what_failed(error: LaunchError) -> None:
     """Log, once per error, that a kernel failed and torch computes in its place."""
-    logger.warning(
-        "A Triton kernel for sparse weights failed. Results stay right, but torch decompresses "
-        "them for every product instead, which is slow. %s=none switches the kernels off. The "
-        "failure was: %s",
-        ENVIRONMENT_VARIABLE,
-        error,
+    triton_device.say_what_failed(
+        logger,
+        "for sparse weights",
+        "Results stay right, but torch decompresses them for every product instead",
+        str(error),
     )
 
 

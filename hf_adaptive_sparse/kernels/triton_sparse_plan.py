@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_adaptive_sparse.kernels.triton_device import interprets
+from hf_adaptive_sparse.kernels.triton_sizes import power_of_two
 from hf_adaptive_sparse.packing.sparse_weight import BLOCK_COLUMNS, SparseWeight, block_count
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, code_limit
 
@@ -76,11 +77,6 @@ def is_packed(tensor: torch.Tensor) -> bool:
 
 
 def _fitted(weight: SparseWeight, tile: Tile) -> Tile:
-    blocks = min(tile.blocks, _power_of_two(block_count(weight.shape[1])))
+    blocks = min(tile.blocks, power_of_two(block_count(weight.shape[1])))
     threads = blocks * BLOCK_COLUMNS // tile.columns
     return Tile(blocks, max(1, min(tile.warps, threads // 32)), tile.columns)
-
-
-def _power_of_two(number: int) -> int:
-    """Return the lowest power of two that is not below ``number``."""
-    return 1 << max(0, number - 1).bit_length()

@@ -15,13 +15,14 @@ import torch
 
 from hf_adaptive_sparse.kernels import attention as native
 from hf_adaptive_sparse.kernels import triton_attention
-from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE, active_path
+from hf_adaptive_sparse.kernels.library import active_path
 from hf_adaptive_sparse.kernels.packed import (
     PackedBlocks,
     PackedCache,
     PackedKeys,
     PackedValues,
 )
+from hf_adaptive_sparse.kernels.triton_device import say_what_failed
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
 from hf_adaptive_sparse.kvcache.grouped import GroupCodec
 from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
@@ -148,7 +149,12 @@ def attend(
         try:
             return triton_attention.compute(query, packed, mask, is_causal=is_causal, scale=scale)
         except triton_attention.LaunchError as error:
-            _say_what_failed(str(error))
+            say_what_failed(
+                logger,
+                "for attention over the quantised cache",
+                "Results stay right, but torch decodes all of the cache at every step instead",
+                str(error),
+            )
             return None
     _say_why_not(query.device.type, query.dtype)
     return None
@@ -161,18 +167,6 @@ def _fits(mask: torch.Tensor, query: torch.Tensor, tokens: int) -> bool:
     wanted = (*query.shape[:3], tokens)
     sizes = zip(reversed(mask.shape), reversed(wanted), strict=False)
     return all(size in (1, whole) for size, whole in sizes)
-
-
-@functools.cache
-def _say_what_failed(error: str) -> None:
-    """Log, once per error, that a Triton kernel failed and torch computes in its place."""
-    logger.warning(
-        "A Triton kernel for attention over the quantised cache failed. Results stay right, but "
-        "torch decodes all of the cache at every step instead, which is slow. %s=none switches "
-        "the kernels off. The failure was: %s",
-        ENVIRONMENT_VARIABLE,
-        error,
-    )
 
 
 @functools.cache

@@ -6,14 +6,13 @@ are the readable form of it.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 
 import torch
 
 from hf_adaptive_sparse.kernels import encoding, triton_encoding
-from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
+from hf_adaptive_sparse.kernels.triton_device import say_what_failed
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 
 logger = logging.getLogger(__name__)
@@ -80,17 +79,10 @@ def _encode_by_kernel(
     try:
         return triton_encoding.encode(blocks, how)
     except triton_encoding.LaunchError as error:
-        _say_what_failed(str(error))
+        say_what_failed(
+            logger,
+            "that quantises keys and values",
+            "What is stored stays the same, but torch quantises instead",
+            str(error),
+        )
         return None
-
-
-@functools.cache
-def _say_what_failed(error: str) -> None:
-    """Log, once per error, that a Triton kernel failed and torch encodes in its place."""
-    logger.warning(
-        "A Triton kernel that quantises keys and values failed. What is stored stays the same, but "
-        "torch quantises instead, which is slow. %s=none switches the kernels off. The failure "
-        "was: %s",
-        ENVIRONMENT_VARIABLE,
-        error,
-    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from numbers import Integral, Real
+from numbers import Real
 
+from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
@@ -22,9 +23,8 @@ def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -
         ValueError: If a number is out of range, or the metric cannot rank weights once.
         TypeError: If the space is none.
     """
-    for name, value, lowest in (("n_trials", n_trials, 1), ("seed", seed, 0)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < lowest:
-            raise ValueError(f"{name} must be a whole number >= {lowest}, got {value!r}.")
+    check_count(n_trials, "n_trials")
+    check_count(seed, "seed", least=0)
     if not isinstance(space, SearchSpace):
         raise TypeError(f"space must be a SearchSpace, got {type(space).__name__}.")
     if get_metric(metric).updates_weights and space.prunes:

@@ -201,8 +201,7 @@ def compare_on(
 
 def is_compared(study: Study, held_out: Batches) -> bool:
     """Return whether a study holds the comparison of its best trial on these data."""
-    best = tally(study).best
-    stored = held_out_of(study.user_attrs, None if best is None else best.number)
+    stored = held_out_of(study.user_attrs, tally(study).best_number)
     return stored is not None and stored["data"] == batches_digest(held_out)
 
 

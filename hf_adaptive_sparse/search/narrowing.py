@@ -59,8 +59,7 @@ def is_due(study: Study, space: SearchSpace, goal: Goal, evaluation: Batches) ->
         return False
     if len(windows_of(evaluation)) < FEWEST_WINDOWS:
         return False
-    best = tally(study).best
-    stored = narrowing_of(study.user_attrs, None if best is None else best.number)
+    stored = narrowing_of(study.user_attrs, tally(study).best_number)
     return stored is None or not stored.repeatable
 
 

@@ -125,8 +125,7 @@ class SearchResult:
 
         Its ``lines`` say it in words.
         """
-        best = tally(self.study).best
-        return narrowing_of(self.study.user_attrs, None if best is None else best.number)
+        return narrowing_of(self.study.user_attrs, tally(self.study).best_number)
 
     @property
     def target_sparsity(self) -> float:

@@ -7,14 +7,20 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_adaptive_sparse.profiles import KV_BITS, WEIGHT_BITS, Bits, KVCacheConfig, check_ratio
+from hf_adaptive_sparse.profiles import (
+    KV_BITS,
+    WEIGHT_BITS,
+    Bits,
+    KVCacheConfig,
+    check_count,
+    check_ratio,
+)
 from hf_adaptive_sparse.search.byte_sizes import parse_bytes
 from hf_adaptive_sparse.search.space_rules import (
     GRANULARITIES,
     KV_SPLITS,
     check_budget,
     check_choice,
-    check_count,
     check_kv,
     check_number,
     check_palette,

@@ -27,17 +27,6 @@ def check_number(value: object, what: str) -> float:
     return float(value)
 
 
-def check_count(value: object, what: str) -> int:
-    """Return a whole number >= 1.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what} must be a whole number >= 1, got {value!r}.")
-    return int(value)
-
-
 def check_choice(value: object, choices: Sequence[str], what: str) -> None:
     """Refuse what is not one of the choices.
 

@@ -74,6 +74,12 @@ class Tally:
         return min(self.completed, key=_value, default=None)
 
     @property
+    def best_number(self) -> int | None:
+        """Number of that trial."""
+        best = self.best
+        return None if best is None else best.number
+
+    @property
     def baseline(self) -> FrozenTrial | None:
         """The completed trial of the uniform profile."""
         return next((t for t in self.completed if t.user_attrs.get(UNIFORM)), None)

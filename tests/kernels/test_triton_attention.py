@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hf_adaptive_sparse.kernels import attention as native
-from hf_adaptive_sparse.kernels import triton_attention, triton_plan
+from hf_adaptive_sparse.kernels import triton_attention, triton_device, triton_plan
 from hf_adaptive_sparse.kernels.packed import (
     PackedBlocks,
     PackedCache,
@@ -410,7 +410,7 @@ def test_generation_goes_on_when_a_kernel_fails(device, monkeypatch, caplog, tin
     monkeypatch.setattr(triton_attention, "_failures", {})
     monkeypatch.setattr(triton_attention, "_compiled", {})
     monkeypatch.setattr(triton_attention, "_kernels", lambda: Broken)
-    cache_attention._say_what_failed.cache_clear()
+    triton_device.say_what_failed.cache_clear()
 
     def generate():
         cache = AdaptiveQuantizedCache(model.config, config)

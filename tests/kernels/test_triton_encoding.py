@@ -11,7 +11,7 @@ import logging
 import pytest
 import torch
 
-from hf_adaptive_sparse.kernels import encoding, triton_encoding
+from hf_adaptive_sparse.kernels import encoding, triton_device, triton_encoding
 from hf_adaptive_sparse.kvcache import coding
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
 from hf_adaptive_sparse.kvcache.fitting import scale_ends
@@ -207,7 +207,7 @@ def test_a_kernel_that_fails_is_said_once_and_torch_encodes(device, monkeypatch,
     monkeypatch.setattr(triton_encoding, "_failures", {})
     monkeypatch.setattr(triton_encoding, "_compiled", {})
     monkeypatch.setattr(triton_encoding, "_kernels", lambda: Broken)
-    coding._say_what_failed.cache_clear()
+    triton_device.say_what_failed.cache_clear()
     codec = ChannelCodec(6)
     blocks = torch.randn(1, 2, 2, 16, 24)
     with caplog.at_level(logging.WARNING, logger=coding.__name__):

@@ -17,6 +17,7 @@ from hf_adaptive_sparse.kernels import (
     sparse_linear,
     sparse_native,
     sparse_tiles,
+    triton_device,
     triton_sparse,
 )
 from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
@@ -171,7 +172,7 @@ def test_a_kernel_that_fails_is_told_once_and_replaced(device, monkeypatch, capl
     monkeypatch.setattr(triton_sparse, "_failures", {})
     monkeypatch.setattr(triton_sparse, "_chosen", {})
     monkeypatch.setattr(triton_sparse, "_kernels", Broken)
-    triton_sparse.say_what_failed.cache_clear()
+    triton_device.say_what_failed.cache_clear()
     weight, x = make_sparse((6, 70), torch.float32), make_x(1, 70, torch.float32)
     with caplog.at_level(logging.WARNING, logger=triton_sparse.__name__):
         for _ in range(3):

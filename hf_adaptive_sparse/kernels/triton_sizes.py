@@ -1,0 +1,16 @@
+"""Sizes that the plans of Triton's kernels have in common."""
+
+from __future__ import annotations
+
+ALIGNMENT = 16
+"""In bytes, or elements of a stride: what Triton compiles for."""
+
+
+def power_of_two(number: int) -> int:
+    """Return the lowest power of two that is not below ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def pattern_codes(bits: int, word: int) -> int:
+    """Return the codes that fill the words, of so many bits, which repeat the pattern."""
+    return (3 if bits % 3 == 0 else 1) * word // bits
