@@ -53,6 +53,7 @@ TARGETS = {
     "peak_8": ("at most", 1.15),
     "first_token_16": ("at most", 1.2),
     "decode_16": ("at least", 2.0),
+    "decode_8": ("at least", 2.0),
 }
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
+from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.report.tables import format_bytes
 
 CHILD = "hf_adaptive_sparse.compressor.bench_process"
@@ -121,9 +122,8 @@ def bench(
         ValueError: If a number is below 1, or a model cannot be measured.
         OSError: If a model cannot be found.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value}.")
+    check_count(prompt_tokens, "prompt_tokens")
+    check_count(new_tokens, "new_tokens")
     jobs: list[tuple[ModelSource, str]]
     jobs = [(model, runtime) for runtime in runtimes] if _is_ours(model) else [(model, "dense")]
     jobs += [] if dense is None else [(dense, "dense")]

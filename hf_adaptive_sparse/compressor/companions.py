@@ -14,6 +14,7 @@ from multiprocessing.context import SpawnProcess
 import torch
 
 from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.profiles import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSour
     Raises:
         ValueError: If ``workers`` is not at least 1.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be a whole number >= 1, got {workers!r}.")
+    check_count(workers, "workers")
     models = share_devices(model, workers, torch.cuda.device_count())
     threads = torch.get_num_threads()
     share = max(1, threads // workers)

@@ -38,7 +38,7 @@ def ranking_metric(metric: str) -> str:
 
 
 def final_config(
-    config: SparsityConfig, space: SearchSpace, result: SearchResult | None, *, data: str
+    config: SparsityConfig, space: SearchSpace, result: SearchResult | None, *, data: str | None
 ) -> SparsityConfig:
     """Return the config of the final prune: the caller's, with the profile that was found.
 
@@ -46,7 +46,7 @@ def final_config(
         config: What the caller asked for.
         space: The space, which fixes the KV bits where there was nothing to search.
         result: The search, if there was one.
-        data: Name of the calibration data, recorded in the checkpoint.
+        data: Name of the calibration data, recorded in the checkpoint; ``None``: none were read.
     """
     ratios, kv_cache, target = config.sparsity, None, config.target_sparsity
     weight_bits: int | Mapping[str, int] = config.weight_bits
@@ -78,7 +78,7 @@ def final_config(
         checkpoint_format=config.checkpoint_format,
         weight_bits=weight_bits,
         weight_group_size=config.weight_group_size,
-        provenance=provenance | {"calibration": data},
+        provenance=provenance if data is None else provenance | {"calibration": data},
     )
 
 

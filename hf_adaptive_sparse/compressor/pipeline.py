@@ -189,7 +189,7 @@ def compress(
             started = perf_counter()
             within, result = _search(plan, loaded, progress)
             searched_with = torch.get_num_threads()
-        config = final_config(config, space, result, data=plan.calibration_data.label)
+        config = final_config(config, space, result, data=plan.calibration_label)
         data, processor = loaded.calibration, loaded.processor
         if offload:
             del loaded  # and with it the mapped files
@@ -209,7 +209,7 @@ def compress(
         row = measured("compressed", done.model, report.mean_sparsity, size, config, rows[0].match)
         rows.append(replace(row, seconds=seconds))
         recipe = Recipe(
-            str(origin.name), plan.calibration_data.label, evaluation.label, seed, push_to_hub
+            str(origin.name), plan.calibration_label, evaluation.label, seed, push_to_hub
         )
         if within is not None:
             save_bound(within, folder)

@@ -102,6 +102,11 @@ class SearchPlan:
         return self.calibration or DataSource()
 
     @property
+    def calibration_label(self) -> str | None:
+        """The calibration data in words; ``None`` where none are read."""
+        return self.calibration_data.label if self.needs_calibration else None
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the search, or the final prune, reads calibration data."""
         if self.space.prunes and get_metric(ranking_metric(self.metric)).needs_calibration:
@@ -166,7 +171,7 @@ class SearchPlan:
         asked = self.final
 
         def final_prune(result: SearchResult) -> Any:
-            config = final_config(asked, result.space, result, data=self.calibration_data.label)
+            config = final_config(asked, result.space, result, data=self.calibration_label)
             return pruned_for_now(loaded.model, config, loaded.calibration, loaded.processor)
 
         return final_prune

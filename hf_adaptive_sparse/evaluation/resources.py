@@ -26,6 +26,7 @@ from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cach
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
 from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 
@@ -247,8 +248,7 @@ def kv_bytes_per_token(
         ValueError: If ``length`` is below 1, or the profile does not fit the model.
         TypeError: If ``kv_cache`` is none of these.
     """
-    if isinstance(length, bool) or length < 1:
-        raise ValueError(f"length must be a whole number >= 1, got {length!r}.")
+    check_count(length, "length")
     profile = resolve_kv_cache(config, kv_cache)
     text = config.get_text_config(decoder=True)
     if dtype is None:

@@ -40,6 +40,7 @@ from hf_adaptive_sparse.evaluation.forward import (
 )
 from hf_adaptive_sparse.evaluation.vqa_answers import mean_agreement, normalize_answer
 from hf_adaptive_sparse.kvcache.generation import kv_cache_config
+from hf_adaptive_sparse.profiles import check_count
 
 Match = Literal["whole", "prefix"]
 
@@ -125,8 +126,8 @@ def vqa_accuracy(
         raise ValueError(f"match must be 'whole', 'prefix' or 'auto', got {match!r}.")
     limits = (("batch_size", batch_size), ("max_new_tokens", max_new_tokens))
     for name, value in (*limits, ("num_samples", num_samples)):
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+        if value is not None:
+            check_count(value, name)
     media = accepted_media(model.config)
     if not media:
         raise ValueError(

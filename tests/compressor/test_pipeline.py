@@ -204,3 +204,19 @@ def test_searched_widths_have_their_own_groups() -> None:
     space = SearchSpace(weight_bits=(4, 8, 16), weight_mean_bits=8.0)
     with pytest.raises(ValueError, match="groups of their own"):
         check_goal(config, space, None, 1)
+
+
+def test_calibration_data_that_nothing_reads_are_not_named(
+    llava_folder: Path, data: DataSource, tmp_path: Path
+) -> None:
+    result = compress(
+        llava_folder,
+        tmp_path / "out",
+        config=SparsityConfig(metric="magnitude"),
+        trials=2,
+        calibration=DataSource(tmp_path / "missing.txt"),
+        evaluation=data,
+        progress=False,
+    )
+    assert "calibration" not in result.config.provenance
+    assert "missing.txt" not in (tmp_path / "out" / "README.md").read_text()

@@ -26,7 +26,7 @@ from hf_adaptive_sparse.evaluation.tasks.task import (
     TaskResult,
     find_task,
 )
-from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.profiles import KVCacheConfig, check_count
 
 
 def run_task(
@@ -69,8 +69,8 @@ def run_task(
     task = find_task(name)
     setting = Setting() if setting is None else setting
     for argument, value in (("batch_size", batch_size), ("num_samples", num_samples)):
-        if value is not None and (isinstance(value, bool) or value < 1):
-            raise ValueError(f"{argument} must be a whole number >= 1, got {value!r}.")
+        if value is not None:
+            check_count(value, argument)
     started = time.perf_counter()
     if task.needs_images:
         if not accepts_images(model):

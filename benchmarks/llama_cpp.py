@@ -1,0 +1,206 @@
+"""How fast does llama.cpp decode the same billion parameters, in 8 bits and dense?
+
+For information: llama.cpp reads all weights in 8 bits, ours half of them and a bitmask, on the same
+processor with as many threads. The model is that of `sparse_runtime.py`; its weights are random and
+written to GGUF as Q8_0, the embedding included. Each keeps its own cache of the context (16 bits in
+llama.cpp, a mean of 7 in ours), and all take turns, one token each per round.
+
+Needs ``llama-cpp-python`` and ``gguf``, which build from source where there is no wheel.
+
+    python benchmarks/llama_cpp.py [--layers 22] [--context 2048] [--rounds 24]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import torch
+from environment import describe, write_result
+from sparse_runtime import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    filled_cache,
+    kv_profile,
+    load,
+    model_config,
+    write_models,
+)
+from transformers import DynamicCache, LlamaConfig
+
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.architecture import cache_argument
+from hf_adaptive_sparse.report import markdown_table
+
+FORMS = ("dense", "sparse, 16 bits", "sparse, 8 bits", "sparse, 4 bits")
+REST_SECONDS = 0.02
+"""Between turns: llama.cpp's threads go on looking for work for a moment."""
+
+
+def gguf_tensors(config: LlamaConfig, seed: int) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield llama.cpp's names and random weights, float32."""
+    generator = np.random.default_rng(seed)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "attn_q": (hidden, hidden),
+        "attn_k": (KV_HEADS * HEAD_DIM, hidden),
+        "attn_v": (KV_HEADS * HEAD_DIM, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+
+    def normal(rows: int, columns: int) -> np.ndarray[Any, Any]:
+        weight = generator.standard_normal((rows, columns), dtype=np.float32)
+        return weight / np.float32(columns**0.5)
+
+    yield "token_embd.weight", normal(config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        for name, shape in shapes.items():
+            yield f"blk.{layer}.{name}.weight", normal(*shape)
+        for name in ("attn_norm", "ffn_norm"):
+            yield f"blk.{layer}.{name}.weight", np.ones(hidden, dtype=np.float32)
+    yield "output_norm.weight", np.ones(hidden, dtype=np.float32)
+
+
+def write_gguf(path: Path, config: LlamaConfig, seed: int) -> None:
+    """Write a model without a tokenizer: tokens go in and come out as numbers."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, weight in gguf_tensors(config, seed):
+        if weight.ndim == 1:
+            writer.add_tensor(name, weight)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_step(path: Path, config: LlamaConfig, context: int, room: int) -> Callable[[], None]:
+    """Return what decodes one token behind the context."""
+    threads = torch.get_num_threads()
+    model = llama_cpp.Llama(
+        str(path),
+        n_ctx=context + room,
+        n_batch=512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
+    generator = np.random.default_rng(1)
+    model.eval(generator.integers(config.vocab_size, size=context).tolist())
+    return lambda: model.eval([5])
+
+
+def our_step(folder: Path, form: str, config: LlamaConfig, context: int) -> Callable[[], None]:
+    """Return the same of one of our forms, dense with ``DynamicCache``."""
+    model = load(folder, form)
+    cache = (
+        DynamicCache(config=config)
+        if form == "dense"
+        else has.AdaptiveQuantizedCache(config, kv_profile(config))
+    )
+    arguments = {cache_argument(model): filled_cache(cache, config, context)}
+    token = torch.tensor([[5]])
+    return lambda: model(token, logits_to_keep=1, **arguments)
+
+
+@torch.no_grad()
+def in_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            time.sleep(REST_SECONDS)
+            started = time.perf_counter()
+            step()
+            if number >= 2:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    own = f"llama.cpp, Q8_0 (llama-cpp-python {result['llama_cpp_python']})"
+    reference = result["milliseconds"][own]
+    rows = [
+        {
+            "form": name,
+            "weights": f"{result['bytes'][name] / 1e6:,.0f} MB",
+            "decode ms": f"{found:.1f}",
+            "tokens per second against llama.cpp": f"{reference / found:.2f} x",
+        }
+        for name, found in result["milliseconds"].items()
+    ]
+    return (
+        "# Decoding a billion parameters, beside llama.cpp\n\n"
+        f"Random Llama of 0.97 B decoder parameters, {result['context']:,} tokens of context, "
+        f"{result['environment']['threads']} threads of {result['environment']['processor']}; "
+        f"medians of {result['rounds']} rounds in turns. Ours are half zeros; the embedding is "
+        "bfloat16 in ours and 8 bits in llama.cpp's.\n\n" + markdown_table(rows)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    config = model_config(options.layers)
+    own = f"llama.cpp, Q8_0 (llama-cpp-python {version('llama-cpp-python')})"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(folder, model_config(options.layers), options.seed)
+        write_gguf(folder / "model.gguf", config, options.seed)
+        steps = {form: our_step(folder, form, config, options.context) for form in FORMS}
+        steps[own] = llama_step(
+            folder / "model.gguf", config, options.context, room=options.rounds + 8
+        )
+        sizes = {
+            form: sum(file.stat().st_size for file in (folder / form).glob("*.safetensors"))
+            for form in FORMS
+        }
+        sizes[own] = (folder / "model.gguf").stat().st_size
+        found = in_turns(steps, options.rounds)
+    result = {
+        "seed": options.seed,
+        "layers": options.layers,
+        "context": options.context,
+        "rounds": options.rounds,
+        "environment": describe(),
+        "llama_cpp_python": version("llama-cpp-python"),
+        "bytes": sizes,
+        "milliseconds": found,
+    }
+    text = table(result)
+    write_result("llama_cpp", result, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
