@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-_GATED, _PLAIN, _DOWN = "gate_up_proj", "up_proj", "down_proj"
+PARAMETERS = _GATED, _PLAIN, _DOWN = "gate_up_proj", "up_proj", "down_proj"
+"""Names of parameters that hold experts, in the order in which they multiply."""
+
 _ROUTED_ARGUMENTS = 3  # hidden states, experts chosen, their weights
 
 

@@ -28,7 +28,7 @@ from transformers.quantizers.auto import (
 from hf_adaptive_sparse.checkpoint.applying import Calibration, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.merging import merge_configs
-from hf_adaptive_sparse.checkpoint.profile import linear_formats
+from hf_adaptive_sparse.checkpoint.profile import runtime_formats
 from hf_adaptive_sparse.checkpoint.quantizer import (
     AdaptiveSparseQuantizer,
     attach,
@@ -62,10 +62,10 @@ def apply_config(
 ) -> PruningReport:
     """Prune a model in place, layer by layer, and let it carry what was done.
 
-    The model then consists of plain weights as before (with ``runtime="sparse"`` of linears that
-    are compressed in memory; experts stay plain), saves in the config's form, and reloads and
-    generates exactly as one loaded with ``sparsity_config=config``. A config that it carried before
-    is replaced.
+    The model then consists of plain weights as before (with ``runtime="sparse"`` of linears and
+    experts that are compressed in memory), saves in the config's form, and reloads and generates
+    exactly as one loaded with ``sparsity_config=config``. A config that it carried before is
+    replaced.
 
     Args:
         model: A `transformers` model with plain weights.
@@ -86,7 +86,7 @@ def apply_config(
     check_plain(model)
     report, resolved = prune_and_resolve(model, config, calibration, processor, progress=progress)
     if config.runtime == "sparse":
-        compress_(model, linear_formats(model, resolved))
+        compress_(model, runtime_formats(model, resolved))
     attach(model, resolved)
     return report
 

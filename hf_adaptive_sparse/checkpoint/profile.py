@@ -13,6 +13,7 @@ from hf_adaptive_sparse.architecture import match_names, num_decoder_layers
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks, sparse_stacks
 
 
 def storable_weights(model: nn.Module) -> dict[str, str]:
@@ -29,6 +30,7 @@ def storable_weights(model: nn.Module) -> dict[str, str]:
             found[name] = f"{name}.weight"
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found |= {key: key for key, parameter in parameters.items() if parameter.ndim == 3}
+    found |= {key: key for key in sparse_stacks(model)}
     return {
         name: key
         for name, key in found.items()
@@ -44,10 +46,15 @@ def parameter_formats(
     return {keys.get(n, f"{n}.weight"): form for n, form in config.value_formats.items()}
 
 
-def linear_formats(model: nn.Module, config: SparsityConfig) -> dict[str, tuple[int, int | None]]:
-    """Return the value formats of a config, of linears alone, by the names of the modules."""
+def runtime_formats(model: nn.Module, config: SparsityConfig) -> dict[str, tuple[int, int | None]]:
+    """Return the value formats of what the sparse runtime keeps compressed.
+
+    That is linears, by the names of the modules, and the stacks of experts that it can, by theirs.
+    """
     keys = storable_weights(model)
-    return {n: form for n, form in config.value_formats.items() if keys.get(n) != n}
+    stacks = [name for name in config.value_formats if keys.get(name) == name]
+    kept = {*compressible_stacks(model, stacks), *sparse_stacks(model)}
+    return {n: f for n, f in config.value_formats.items() if keys.get(n) != n or n in kept}
 
 
 def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:

@@ -3,8 +3,8 @@
 In transformers' terms the plugin is a quantizer. In the dense runtime the loaded model consists of
 plain ``nn.Linear``; only `hf_quantizer` stays on it, which compresses what ``save_pretrained``
 writes, and the flags by which transformers refuses casts are taken off again. In the sparse runtime
-the linears are replaced while they are empty, and the files' tensors go straight into them; stacks
-of experts are decompressed in either runtime.
+the weights are replaced while they are empty, and the files' tensors go straight into them, but for
+experts of a layout that no kernel reads, which are decompressed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_a
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.profile import (
-    linear_formats,
     parameter_formats,
     per_layer_kv_cache,
     rename_for_model,
+    runtime_formats,
     storable_weights,
 )
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
@@ -49,12 +49,14 @@ from hf_adaptive_sparse.runtime.choice import (
     main_device,
 )
 from hf_adaptive_sparse.runtime.conversion import (
-    StoredWeight,
     compress_,
     decompress_,
     replace_by_empty_,
     sparse_linears,
 )
+from hf_adaptive_sparse.runtime.sparse_experts import SparseStack, sparse_stacks
+from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
+from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 logger = logging.getLogger(__name__)
 
@@ -151,21 +153,21 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         checked = validate_checkpoint(model, files, formats, conversions)
         if not self._runs_sparse(model):
             return conversions
-        linears = linear_formats(model, self.quantization_config)
+        kept = runtime_formats(model, self.quantization_config)
+        found = {name: checked.get(name) or checked[f"{name}.weight"] for name in kept}
         with torch.device("meta"):
             replace_by_empty_(
                 model,
                 {
                     name: StoredWeight(
-                        checked[f"{name}.weight"].values.numel * (2 if bits == 4 else 1),
-                        bits,
-                        group,
+                        found[name].values.numel * (2 if bits == 4 else 1), bits, group
                     )
-                    for name, (bits, group) in linears.items()
+                    for name, (bits, group) in kept.items()
                 },
             )
-        self.row_offsets = {name: checked[f"{name}.weight"].row_offsets for name in linears}
-        return [c for c in conversions if not (_is_ours(c) and c.target_patterns == ["weight"])]
+        self.row_offsets = {name: weight.row_offsets for name, weight in found.items()}
+        direct = [["weight"], *([name.rpartition(".")[2]] for name in sparse_stacks(model))]
+        return [c for c in conversions if not (_is_ours(c) and c.target_patterns in direct)]
 
     def _process_model_after_weight_loading(
         self,
@@ -177,14 +179,16 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             _, config = prune_and_resolve(model, config, hub_arguments=hub_arguments.get())
             config.runtime = self.quantization_config.runtime
             self.quantization_config = config
-        loaded = sparse_linears(model)
-        for name, module in loaded.items():
+        loaded: dict[str, SparseLinear | SparseStack]
+        loaded = {**sparse_linears(model), **sparse_stacks(model)}
+        for name, weight in loaded.items():
             try:
-                module.settle(self.row_offsets.get(name))
+                weight.settle(self.row_offsets.get(name))
             except BitmaskError as error:
-                raise CheckpointError(f"{name}.weight: {error}") from error
+                key = name if isinstance(weight, SparseStack) else f"{name}.weight"
+                raise CheckpointError(f"{key}: {error}") from error
         if not loaded and self._runs_sparse(model):
-            compress_(model, linear_formats(model, config))
+            compress_(model, runtime_formats(model, config))
         choice = self.runtime_choice
         attach(model, config)
         model.hf_quantizer.runtime_choice = choice
@@ -193,9 +197,11 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     def _runs_sparse(self, model: PreTrainedModel) -> bool:
         """Decide the runtime, once, and say why."""
         config = self.quantization_config
-        formats = linear_formats(model, config)
-        shapes = {n: tuple(model.get_submodule(n).weight.shape) for n in formats}
-        dtype = model.get_submodule(next(iter(formats))).weight.dtype if formats else model.dtype
+        formats = runtime_formats(model, config)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        held = {n: parameters[n if n in parameters else f"{n}.weight"] for n in formats}
+        shapes = {n: (w.shape[:-1].numel(), w.shape[-1]) for n, w in held.items()}
+        dtype = next(iter(held.values())).dtype if held else model.dtype
         weights = CompressedWeights(shapes, formats, config.sparsity or {}, dtype)
         self.runtime_choice = choose_runtime(config.runtime, weights, self.device)
         logger.info("Runtime: %s, because %s.", *astuple(self.runtime_choice))
@@ -203,8 +209,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         dense_experts = len(config.value_formats) - len(formats)
         if sparse and dense_experts:
             logger.warning(
-                "The sparse runtime keeps linears compressed; %d weights of experts are "
-                "decompressed and take their dense size in memory.",
+                "The sparse runtime has no kernel for the layout of this model's experts; %d of "
+                "their weights are decompressed and take their dense size in memory.",
                 dense_experts,
             )
         return sparse
@@ -227,7 +233,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             return None, {}
         dense: dict[str, torch.Tensor] = model.state_dict()
         formats = parameter_formats(model, config)
-        sparse = {f"{name}.weight" for name in sparse_linears(model)}
+        sparse = {f"{name}.weight" for name in sparse_linears(model)} | sparse_stacks(model).keys()
         for key in sorted(formats.keys() - sparse - dense.keys()):
             raise CheckpointError(
                 f"The model's sparsity profile names {key!r}, which it does not have. If modules "
@@ -349,7 +355,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
             "To attach a config, its sparsity must name the pruned modules and their ratios; it is "
             "None. hf_adaptive_sparse.prune(model, config) prunes and fills it in."
         )
-    sparse = sparse_linears(model)
+    sparse = {**sparse_linears(model), **sparse_stacks(model)}
     weights = {**storable_weights(model), **sparse}
     for name in config.sparsity:
         if name not in weights:
@@ -383,7 +389,7 @@ def check_plain(model: PreTrainedModel) -> None:
         ValueError: If another quantizer holds it, or its weights are compressed in memory.
     """
     check_unquantized(model)
-    for name in sparse_linears(model):
+    for name in (*sparse_linears(model), *sparse_stacks(model)):
         raise ValueError(
             f"The model must have plain weights; that of {name!r} is compressed in memory (sparse "
             "runtime). Load it with sparsity_config=SparsityConfig(runtime='dense')."

@@ -28,6 +28,7 @@ from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
 from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
+from hf_adaptive_sparse.runtime.sparse_experts import SparseStack, sparse_stacks
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 
 _BYTES_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -134,6 +135,11 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
             weight = module.sparse_weight.to_dense()
             memory, stored = module.memory_bytes, module.memory_bytes - module.offset_bytes
             counted |= {id(p) for n, p in module.named_parameters() if n != "bias"}
+        elif isinstance(module, SparseStack):
+            _check_in_memory(module.parts["bitmask"], name)
+            weight = module.to_dense()
+            memory, stored = module.memory_bytes, module.memory_bytes - module.offset_bytes
+            counted |= {id(part) for part in module.parts.values()}
         else:
             _check_in_memory(module.weight, parameter_name(name, module))
             weight = module.weight.detach()
@@ -146,16 +152,19 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
     return SparsityReport(tuple(reports), "bitmask" if formats else "dense", other)
 
 
-def _counted_weights(model: nn.Module, config: SparsityConfig | None) -> dict[str, Prunable]:
+def _counted_weights(
+    model: nn.Module, config: SparsityConfig | None
+) -> dict[str, Prunable | SparseStack]:
     """Return the prunable weights, plain or compressed in memory, in the model's order."""
-    sparse = sparse_linears(model)
+    sparse: dict[str, Prunable | SparseStack]
+    sparse = {**sparse_linears(model), **sparse_stacks(model)}
     try:
         plain = prunable_weights(model, config.modules_to_not_convert if config else ())
     except ValueError:
         if not sparse:
             raise
         plain = {}  # all of them are compressed
-    known: dict[str, Prunable] = {**plain, **sparse}
+    known: dict[str, Prunable | SparseStack] = {**plain, **sparse}
     places = {name: place for place, (name, _) in enumerate(model.named_modules())}
 
     def place(name: str) -> int:

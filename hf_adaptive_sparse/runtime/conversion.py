@@ -1,30 +1,22 @@
-"""From plain linears to sparse ones and back, in place, one at a time."""
+"""From plain weights to sparse ones and back, in place, one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.runtime.sparse_experts import (
+    compressible_stacks,
+    hold_,
+    hold_empty_,
+    release_,
+    sparse_stacks,
+)
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """How one weight is stored, before it is there.
-
-    Attributes:
-        nnz: Weights that are kept.
-        bits: 16 for values in the weight's dtype; 8 or 4 for codes.
-        group_size: Columns per scale, of codes; ``None``: one scale per row.
-    """
-
-    nnz: int
-    bits: int = 16
-    group_size: int | None = None
+from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 
 def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
@@ -33,13 +25,18 @@ def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
 
 
 def replace_by_empty_(model: nn.Module, weights: Mapping[str, StoredWeight]) -> None:
-    """Replace plain linears by sparse ones without values, to be loaded into.
+    """Replace plain weights by sparse ones without values, to be loaded into.
 
     Args:
         model: A model on the meta device.
-        weights: Module name -> how its weight is stored.
+        weights: Name of a linear, or of a stack of experts that can be kept compressed -> how its
+            weight is stored.
     """
+    stacks = compressible_stacks(model, _stack_names(model, weights))
     for name, stored in weights.items():
+        if name in stacks:
+            hold_empty_(stacks[name], stored)
+            continue
         linear = _linear(model, name)
         made = SparseLinear(
             linear.in_features,
@@ -57,22 +54,24 @@ def replace_by_empty_(model: nn.Module, weights: Mapping[str, StoredWeight]) -> 
 
 @torch.no_grad()
 def compress_(model: nn.Module, weights: Mapping[str, tuple[int, int | None]]) -> None:
-    """Compress the weights of plain linears in memory, one after the other.
+    """Compress weights in memory, one after the other.
 
     Args:
         model: A model with weights.
-        weights: Module name -> bits of its values (16, 8 or 4), and columns per scale.
+        weights: Name of a linear, or of a stack of experts that can be kept compressed -> bits of
+            its values (16, 8 or 4), and columns per scale.
 
     Raises:
         ValueError: If a weight is not in memory, or cannot be quantised.
     """
+    stacks = compressible_stacks(model, _stack_names(model, weights))
     for name, (bits, group_size) in weights.items():
+        if name in stacks:
+            _check_here(name, stacks[name].weight, stacks[name].experts.module)
+            hold_(stacks[name], bits, group_size)
+            continue
         linear = _linear(model, name)
-        if linear.weight.is_meta or hasattr(linear, "_hf_hook"):
-            raise ValueError(
-                f"The weight of {name!r} is offloaded or waits on another device, where it cannot "
-                "be compressed. Save the pruned model, and load it with runtime='sparse'."
-            )
+        _check_here(name, linear.weight, linear)
         weight = SparseWeight.from_dense(
             linear.weight.detach(), None if bits == 16 else bits, group_size
         )
@@ -98,9 +97,24 @@ def quantise_(weight: torch.Tensor, bits: int, group_size: int | None) -> None:
 
 @torch.no_grad()
 def decompress_(model: nn.Module) -> None:
-    """Replace every sparse linear by a plain one with the same values."""
+    """Replace every sparse weight by a plain one with the same values."""
+    for stack in sparse_stacks(model).values():
+        release_(stack)
     for name, module in sparse_linears(model).items():
         model.set_submodule(name, module.to_linear())
+
+
+def _check_here(name: str, weight: torch.Tensor, owner: nn.Module) -> None:
+    if weight.is_meta or hasattr(owner, "_hf_hook"):
+        raise ValueError(
+            f"The weight of {name!r} is offloaded or waits on another device, where it cannot be "
+            "compressed. Save the pruned model, and load it with runtime='sparse'."
+        )
+
+
+def _stack_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    modules = dict(model.named_modules())
+    return [name for name in names if name not in modules]
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -14,9 +14,9 @@ from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES, group_count
 from hf_adaptive_sparse.runtime import operator
+from hf_adaptive_sparse.runtime.stored_form import CODE_DTYPES
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
-_CODES = {8: torch.int8, 4: torch.uint8}
 _OFFSETS = ("row_offsets", "block_offsets")
 _STORED = ("weight_values", "weight_bitmask", "weight_scales")
 
@@ -108,7 +108,7 @@ class SparseLinear(nn.Linear):
         def empty(*shape: int, dtype: torch.dtype) -> FrozenParameter:
             return FrozenParameter(torch.empty(shape, dtype=dtype, device=device))
 
-        self.weight_values = empty(values, dtype=_CODES.get(bits, dtype))
+        self.weight_values = empty(values, dtype=CODE_DTYPES.get(bits, dtype))
         self.weight_bitmask = empty(out_features, row_bytes(in_features), dtype=torch.uint8)
         self.weight_scales = empty(out_features, groups, dtype=dtype) if groups else None
         given = (
@@ -198,7 +198,7 @@ class SparseLinear(nn.Linear):
                 # Where parts were moved one by one; else they came with `set_weight` or `to`.
                 self._index(weight)
                 weight = self._over(bitmask, values, offsets, scales)
-            if not _is_offloaded(self):  # it would keep what is here for one forward
+            if not is_offloaded(self):  # it would keep what is here for one forward
                 self._over_parameters, self._over_blocks = weight, self.block_offsets
         return weight
 
@@ -241,7 +241,8 @@ class SparseLinear(nn.Linear):
     @property
     def bits(self) -> int:
         """Bits per kept value: 8, 4, or 16 for those in the weight's own dtype."""
-        return next((b for b, dtype in _CODES.items() if dtype == self.weight_values.dtype), 16)
+        own = self.weight_values.dtype
+        return next((bits for bits, dtype in CODE_DTYPES.items() if dtype == own), 16)
 
     @property
     def memory_bytes(self) -> int:
@@ -358,7 +359,7 @@ class SparseLinear(nn.Linear):
             self.settle()
 
 
-def _is_offloaded(module: nn.Module) -> bool:
+def is_offloaded(module: nn.Module) -> bool:
     """Return whether accelerate puts the module's tensors in place for one forward at a time."""
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -74,22 +73,6 @@ def test_dense_and_compressed_experts_side_by_side(tmp_path: Path) -> None:
     assert weight.stored_bytes < 0.3 * weight.memory_bytes + 4 * 4 * 96
     found = {m.name: m.ratio for m in has.inspect(tmp_path).modules}
     assert found[UP.format(1)] == (0.5, 0.5)
-
-
-def test_the_sparse_runtime_decompresses_experts_and_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = pruned()
-    model.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="hf_adaptive_sparse"):
-        sparse = type(model).from_pretrained(
-            tmp_path, sparsity_config=has.SparsityConfig(runtime="sparse")
-        )
-    assert "4 weights of experts are decompressed" in caplog.text
-    experts = sparse.model.layers[0].mlp.experts.gate_up_proj
-    assert torch.equal(experts, model.model.layers[0].mlp.experts.gate_up_proj)
-    sparse.save_pretrained(tmp_path / "again")
-    assert_same(model, type(model).from_pretrained(tmp_path / "again"))
 
 
 def test_damaged_experts_are_named(tmp_path: Path) -> None:

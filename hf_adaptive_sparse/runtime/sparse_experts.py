@@ -1,0 +1,358 @@
+"""Stacks of experts that stay compressed in memory; each matrix multiplies as it is stored.
+
+A module of experts asks for ``self.gate_up_proj[expert]`` and hands that to ``linear``. A
+`SparseStack` stands in the place of the 3-D parameter: indexing it gives a view of one expert's
+compressed matrix, and ``linear`` with such a view goes to the kernels of sparse weights, which read
+where the expert's rows lie. So a token reads the experts that it is sent to, compressed, and no
+others.
+
+The module keeps its class and its forward. Its parameters are then the tensors that a checkpoint
+stores (`packing.stored_names`), so that loading, saving and moving need nothing of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hf_adaptive_sparse.experts import PARAMETERS, ExpertStack, expert_stacks
+from hf_adaptive_sparse.kernels import sparse_linear
+from hf_adaptive_sparse.packing.bitmask import row_bytes
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
+from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.runtime import operator
+from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, is_offloaded
+from hf_adaptive_sparse.runtime.stored_form import CODE_DTYPES, StoredWeight
+from hf_adaptive_sparse.runtime.weight_view import SparseWeightView
+
+EAGER = "eager"
+"""transformers' experts implementation that takes one expert after the other."""
+
+
+class ExpertView(SparseWeightView):
+    """One expert's matrix ``(out, in)``, compressed; ``linear`` multiplies with it as it is."""
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Send ``linear`` to the kernels of sparse weights; all else decompresses this matrix."""
+        given = dict(kwargs or {})
+        if func is functional.linear:
+            x, weight, bias = _linear_arguments(*args, **given)
+            if isinstance(weight, cls) and not isinstance(x, cls):
+                if torch.is_autocast_enabled(x.device.type):
+                    x = x.to(weight.dtype)
+                return operator.linear(x, weight._sparse, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **given)
+
+
+def _linear_arguments(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return input, weight, bias
+
+
+class SparseStack:
+    """What stands in a module of experts for a parameter ``(experts, out, in)``.
+
+    The module holds, under the names that a checkpoint has, the kept values, the bitmask
+    ``(experts, out, ceil(in / 8))`` and, with codes, the scales ``(experts, out, groups)``.
+
+    Args:
+        owner: The module.
+        key: Name of the parameter that this stands for.
+        shape: Of the parameter.
+        group_size: Columns per scale, of codes; ``None``: one per row.
+    """
+
+    def __init__(
+        self, owner: nn.Module, key: str, shape: tuple[int, int, int], group_size: int | None
+    ) -> None:
+        self.owner, self.key, self.shape = owner, key, torch.Size(shape)
+        self.group_size = group_size
+        self._state: object = None
+        self._weight: SparseWeight | None = None
+        self._views: dict[int, ExpertView] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave views out of copies: they are of the original's tensors."""
+        return self.__dict__ | {"_state": None, "_weight": None, "_views": {}}
+
+    def __repr__(self) -> str:
+        return f"SparseStack(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __getitem__(self, expert: Any) -> ExpertView:
+        """Return one expert's matrix.
+
+        Args:
+            expert: Its number, or a tensor that holds one.
+
+        Raises:
+            TypeError: If more is asked for than one expert.
+        """
+        if isinstance(expert, slice | tuple) or (
+            isinstance(expert, torch.Tensor) and expert.numel() != 1
+        ):
+            raise TypeError(
+                f"{self.key!r} is kept compressed in memory (sparse runtime) and gives one expert "
+                "at a time. Leave the model's experts implementation 'eager', or load it with "
+                "sparsity_config=SparsityConfig(runtime='dense')."
+            )
+        number = range(len(self))[int(expert)]
+        weight = self.weight
+        if self._weight is not weight:  # not kept: its tensors are here for one forward
+            return ExpertView(self._of(weight, number))
+        if number not in self._views:
+            self._views[number] = ExpertView(self._of(weight, number))
+        return self._views[number]
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the parameter."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights as they multiply."""
+        scales = self._part("scales")
+        return self._held("values").dtype if scales is None else scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._held("bitmask").device
+
+    @property
+    def weight(self) -> SparseWeight:
+        """The matrices of all experts as one, ``(experts * out, in)``; no tensor is copied."""
+        parts, offsets = [self._part(kind) for kind in KINDS], self.row_offsets
+        state: list[object] = [None if p is None else (p.data_ptr(), p.dtype) for p in parts]
+        state.append(id(offsets))
+        keeps = not is_offloaded(self.owner)  # then, what is here is here for one forward
+        if not keeps:
+            self._weight, self._views = None, {}
+        elif self._weight is not None and self._state == state:
+            return self._weight
+        values, bitmask, scales = parts
+        assert values is not None
+        assert bitmask is not None
+        masks = bitmask.detach().flatten(0, 1)
+        if offsets is None or offsets.device != masks.device:
+            offsets = sparse_linear.count_row_offsets(masks).to(masks.device)
+        rows = self.shape[0] * self.shape[1]
+        weight = SparseWeight(
+            (rows, self.shape[2]),
+            masks,
+            values.detach(),
+            offsets,
+            None if scales is None else scales.detach().flatten(0, 1),
+            self.group_size,
+        )
+        blocks = sparse_linear.block_offsets_for(weight)
+        if blocks is not None:
+            weight = replace(weight, block_offsets=blocks)
+        if keeps:
+            self._state, self._weight, self._views = state, weight, {}
+        return weight
+
+    def _of(self, weight: SparseWeight, expert: int) -> SparseWeight:
+        """Return an expert's rows: offsets count from the first value of all."""
+        rows = slice(expert * self.shape[1], (expert + 1) * self.shape[1])
+        blocks, scales = weight.block_offsets, weight.scales
+        return SparseWeight(
+            (self.shape[1], self.shape[2]),
+            weight.bitmask[rows],
+            weight.values,
+            weight.row_offsets[rows.start : rows.stop + 1],
+            None if scales is None else scales[rows],
+            self.group_size,
+            None if blocks is None else blocks[rows],
+        )
+
+    @property
+    def row_offsets(self) -> torch.Tensor | None:
+        """Values before each row of all experts: ``(experts * out + 1,)``."""
+        return cast("torch.Tensor | None", getattr(self.owner, _offsets_name(self.key)))
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint stores, by their kind."""
+        found = {kind: self._part(kind) for kind in KINDS}
+        return {kind: part for kind, part in found.items() if part is not None}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of values, bitmask, scales and offsets."""
+        return sum(part.nbytes for part in self.parts.values()) + self.offset_bytes
+
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes of the offsets, which a checkpoint does not store."""
+        offsets = self.row_offsets
+        blocks = None if self._weight is None else self._weight.block_offsets
+        return sum(tensor.nbytes for tensor in (offsets, blocks) if tensor is not None)
+
+    def settle(self, row_offsets: torch.Tensor | None = None) -> None:
+        """Check what was loaded, and keep the offsets that follow from it.
+
+        Args:
+            row_offsets: The offsets, where the bitmask has been counted already.
+
+        Raises:
+            BitmaskError: If the tensors do not make the experts' weights.
+        """
+        parts = {k: p if p.ndim < 3 else p.detach().flatten(0, 1) for k, p in self.parts.items()}
+        if any(part.is_meta for part in parts.values()):
+            return
+        masks = parts["bitmask"]
+        if row_offsets is None:
+            row_offsets = sparse_linear.count_row_offsets(masks)
+        weight = SparseWeight.from_tensors(
+            self.shape[2],
+            group_size=self.group_size,
+            row_offsets=row_offsets.to(masks.device),
+            **parts,
+        )
+        setattr(self.owner, _offsets_name(self.key), weight.row_offsets)
+        for kind, part in self.parts.items():  # transformers puts plain parameters in their place
+            name = leaf_names(self.key)[KINDS.index(kind)]
+            setattr(self.owner, name, FrozenParameter(part.detach()))
+
+    def to_dense(self) -> torch.Tensor:
+        """Return the parameter ``(experts, out, in)``, decompressed."""
+        return self.weight.to_dense().view(self.shape)
+
+    def _part(self, kind: str) -> torch.Tensor | None:
+        name = leaf_names(self.key)[KINDS.index(kind)]
+        return cast("torch.Tensor | None", getattr(self.owner, name))
+
+    def _held(self, kind: str) -> torch.Tensor:
+        part = self._part(kind)
+        assert part is not None
+        return part
+
+
+def sparse_stacks(model: nn.Module) -> dict[str, SparseStack]:
+    """Return the stacks of experts that are compressed in memory, by the parameter's name."""
+    return {
+        f"{name}.{key}" if name else key: held
+        for name, module in model.named_modules()
+        for key in PARAMETERS
+        if isinstance(held := module.__dict__.get(key), SparseStack)
+    }
+
+
+def compressible_stacks(model: nn.Module, names: Collection[str]) -> dict[str, ExpertStack]:
+    """Return the stacks among some parameters that the sparse runtime can keep compressed.
+
+    Those of modules whose eager forward multiplies with one ``(out, in)`` matrix after the other.
+    It is all of them or none: one conversion reads the tensors of all stacks of a name.
+
+    Args:
+        model: The model, possibly on the meta device.
+        names: Names of the parameters.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        for stack in expert_stacks(module):
+            key = f"{name}.{stack.key}" if name else stack.key
+            if key in names:
+                found[key] = stack
+    fits = found.keys() == set(names) and all(_fits(stack) for stack in found.values())
+    return found if fits else {}
+
+
+def _fits(stack: ExpertStack) -> bool:
+    experts, module = stack.experts, stack.experts.module
+    # What transformers' `use_experts_implementation` leaves on a class and its modules.
+    chosen = hasattr(type(module).forward, "__wrapped__") and hasattr(module, "config")
+    return experts.routed and not experts.transposed and chosen
+
+
+def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> SparseStack:
+    """Put a `SparseStack` without values in a parameter's place, to be loaded into.
+
+    Args:
+        stack: A stack of a model on the meta device.
+        stored: How it is stored.
+    """
+    count, rows, columns = stack.weight.shape
+    dtype = stack.weight.dtype
+    groups = 0 if stored.bits == 16 else group_count(columns, stored.group_size)
+    values = stored.nnz if stored.bits != 4 else (stored.nnz + 1) // 2
+    parts = {
+        "values": torch.empty(values, dtype=CODE_DTYPES.get(stored.bits, dtype), device="meta"),
+        "bitmask": torch.empty((count, rows, row_bytes(columns)), dtype=torch.uint8, device="meta"),
+    }
+    if groups:
+        parts["scales"] = torch.empty((count, rows, groups), dtype=dtype, device="meta")
+    return _hold_(stack, parts, stored.group_size)
+
+
+def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> SparseStack:
+    """Compress a stack in memory, in its parameter's place.
+
+    Args:
+        stack: A stack of a model with weights.
+        bits: Bits of the values: 16, 8 or 4.
+        group_size: Columns per scale; ``None``: one per row.
+    """
+    count = stack.count
+    weight = SparseWeight.from_dense(
+        stack.weight.detach().flatten(0, 1), None if bits == 16 else bits, group_size
+    )
+    parts = {
+        kind: part if kind == "values" else part.unflatten(0, (count, -1))
+        for kind, part in weight.tensors().items()
+    }
+    held = _hold_(stack, parts, group_size)
+    held.settle(weight.row_offsets)
+    return held
+
+
+def _hold_(
+    stack: ExpertStack, parts: Mapping[str, torch.Tensor], group_size: int | None
+) -> SparseStack:
+    module, key = stack.place
+    count, rows, columns = stack.weight.shape
+    delattr(module, key)
+    for kind, name in zip(KINDS, leaf_names(key), strict=True):
+        part = parts.get(kind)
+        module.register_parameter(name, None if part is None else FrozenParameter(part))
+    module.register_buffer(_offsets_name(key), None, persistent=False)
+    held = SparseStack(module, key, (count, rows, columns), group_size)
+    setattr(module, key, held)
+    # What a model's initialisation would do to the parameter has no meaning here.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    module.config._experts_implementation = EAGER  # type: ignore[union-attr]
+    return held
+
+
+def release_(held: SparseStack) -> None:
+    """Put the decompressed parameter back."""
+    module, key, dense = held.owner, held.key, held.to_dense()
+    for name in (*leaf_names(key), _offsets_name(key), key):
+        delattr(module, name)
+    setattr(module, key, nn.Parameter(dense))
+
+
+def _offsets_name(key: str) -> str:
+    return leaf_names(key)[0].removesuffix("values") + "row_offsets"

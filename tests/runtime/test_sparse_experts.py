@@ -1,0 +1,199 @@
+"""Experts that stay compressed in memory: the same model as with plain ones, in less of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from transformers import PreTrainedModel
+
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.kernels import sparse_linear
+from hf_adaptive_sparse.runtime.sparse_experts import ExpertView, SparseStack, sparse_stacks
+from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
+from tests.families.tiny_models import tiny_model
+
+FAMILIES = ["mixtral", "qwen3_moe", "qwen3_vl_moe", "glm4_moe", "olmoe", "phimoe"]
+FIELDS = {"glm4_moe": {"n_group": 1, "topk_group": 1}}
+IDS = torch.arange(24).view(2, 12) % 60 + 3
+
+
+def saved(folder: Path, model_type: str = "mixtral", **fields: object) -> PreTrainedModel:
+    model = tiny_model(model_type, FIELDS.get(model_type, {}))
+    apply_config(model, has.SparsityConfig(metric="magnitude", **fields), progress=False)
+    model.save_pretrained(folder)
+    return model
+
+
+def loaded(folder: Path, model: PreTrainedModel, runtime: str = "sparse") -> PreTrainedModel:
+    config = has.SparsityConfig(runtime=runtime)
+    return type(model).from_pretrained(folder, sparsity_config=config).eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_logits_are_those_of_plain_experts(model_type, bits, tmp_path):
+    model = saved(tmp_path, model_type, weight_bits=bits)
+    dense, sparse = loaded(tmp_path, model, "dense"), loaded(tmp_path, model)
+    assert sparse_stacks(sparse)
+    assert not sparse_stacks(dense)
+    torch.testing.assert_close(logits(sparse), logits(dense), rtol=2e-3, atol=2e-3)
+    tokens = dense.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(sparse.generate(input_ids=IDS, max_new_tokens=4, do_sample=False), tokens)
+
+
+def test_no_dense_matrix_is_made(tmp_path, monkeypatch):
+    model = saved(tmp_path)
+    sparse = loaded(tmp_path, model)
+    seen = []
+    monkeypatch.setattr(
+        sparse_linear,
+        "linear",
+        lambda x, weight, bias, real=sparse_linear.linear: (
+            seen.append(weight.shape) or real(x, weight, bias)
+        ),
+    )
+    monkeypatch.setattr(ExpertView, "__torch_dispatch__", None)
+    logits(sparse)
+    stack = sparse.model.layers[0].mlp.experts.gate_up_proj
+    assert isinstance(stack, SparseStack)
+    assert tuple(stack.shape[1:]) in seen
+
+
+def test_memory_is_what_the_compressed_tensors_take(tmp_path):
+    model = saved(tmp_path, "qwen3_moe")
+    sparse = loaded(tmp_path, model)
+    names = [name for name, _ in sparse.named_parameters()]
+    assert not [name for name in names if name.endswith(("gate_up_proj", "down_proj"))]
+    assert sparse.get_memory_footprint() < model.get_memory_footprint()
+    report = has.sparsity_report(sparse)
+    dense = has.sparsity_report(loaded(tmp_path, model, "dense"))
+    assert [w.name for w in report.modules] == [w.name for w in dense.modules]
+    assert report.mean_sparsity == dense.mean_sparsity
+    stacks = sparse_stacks(sparse)
+    by_name = {w.name: w for w in report.modules}
+    assert stacks.keys() <= by_name.keys()
+    for name, stack in stacks.items():
+        held = [*stack.parts.values(), stack.row_offsets]
+        assert by_name[name].memory_bytes == sum(tensor.nbytes for tensor in held)
+        assert by_name[name].stored_bytes == sum(part.nbytes for part in stack.parts.values())
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_saves_what_it_was_loaded_from(bits, tmp_path):
+    model = saved(tmp_path / "first", "qwen3_vl_moe", weight_bits=bits)
+    loaded(tmp_path / "first", model).save_pretrained(tmp_path / "again")
+    first, again = (tmp_path / f / "model.safetensors" for f in ("first", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "dequantize"])
+def test_copies_and_plain_models_compute_the_same(how, tmp_path):
+    model = saved(tmp_path)
+    sparse = loaded(tmp_path, model)
+    expected = logits(sparse)
+    other = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        "dequantize": lambda m: copy.deepcopy(m).dequantize(),
+    }[how](sparse)
+    torch.testing.assert_close(logits(other), expected, rtol=2e-3, atol=2e-3)
+    if how == "dequantize":
+        weights = other.state_dict()
+        name = "model.layers.0.mlp.experts.down_proj"
+        assert torch.equal(weights[name], model.state_dict()[name])
+    else:  # of tensors of their own
+        own = {p.data_ptr() for p in sparse.parameters()}
+        assert not own & {p.data_ptr() for p in other.parameters()}
+        stack = other.model.layers[0].mlp.experts.gate_up_proj
+        assert stack.owner is other.model.layers[0].mlp.experts
+
+
+def test_another_dtype(tmp_path):
+    model = saved(tmp_path, weight_bits=8)
+    sparse = loaded(tmp_path, model)
+    logits(sparse)  # what is kept of the first dtype must not be used in the second
+    sparse.to(torch.bfloat16)
+    assert sparse.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert logits(sparse).isfinite().all()
+
+
+def test_compressed_in_memory_where_the_files_are_dense(tmp_path):
+    model = saved(tmp_path)
+    pruned = tiny_model("mixtral")
+    pruned.load_state_dict(model.state_dict())
+    config = has.SparsityConfig(metric="magnitude", runtime="sparse", target_sparsity=0.5)
+    apply_config(pruned, config, progress=False)
+    assert sparse_stacks(pruned)
+    torch.testing.assert_close(logits(pruned), logits(model), rtol=2e-3, atol=2e-3)
+
+
+def test_gradients_flow_through_and_not_into_experts(tmp_path):
+    model = saved(tmp_path)
+    sparse, dense = loaded(tmp_path, model), loaded(tmp_path, model, "dense")
+    found = []
+    for each in (sparse, dense):
+        embeds = each.get_input_embeddings()(IDS).detach().requires_grad_()
+        each(inputs_embeds=embeds).logits.square().mean().backward()
+        found.append(embeds.grad)
+    torch.testing.assert_close(*found, rtol=5e-3, atol=1e-5)
+    values = sparse.model.layers[0].mlp.experts.sparse_down_proj_values
+    assert values.grad is None
+    with pytest.raises(FrozenWeightError):
+        values.requires_grad_()
+
+
+def test_more_than_one_expert_at_a_time_is_refused(tmp_path):
+    model = saved(tmp_path)
+    stack = loaded(tmp_path, model).model.layers[0].mlp.experts.gate_up_proj
+    assert torch.equal(stack[1].clone(), stack.to_dense()[1])
+    assert stack[torch.tensor(1)].shape == stack.shape[1:]
+    for several in (slice(None), torch.tensor([0, 1]), (0, 1)):
+        with pytest.raises(TypeError, match="gives one expert at a time"):
+            stack[several]
+    with pytest.raises(IndexError):
+        stack[len(stack)]
+
+
+def test_a_model_with_compressed_experts_is_not_pruned_again(tmp_path):
+    model = saved(tmp_path)
+    with pytest.raises(ValueError, match="compressed in memory"):
+        has.prune(loaded(tmp_path, model), has.SparsityConfig(metric="magnitude"))
+
+
+def test_transposed_experts_are_decompressed(tmp_path, caplog):
+    model = saved(tmp_path, "gpt_oss")
+    with caplog.at_level("WARNING", logger="hf_adaptive_sparse"):
+        sparse = loaded(tmp_path, model)
+    assert "no kernel for the layout of this model's experts" in caplog.text
+    assert not sparse_stacks(sparse)
+    torch.testing.assert_close(logits(sparse), logits(model), rtol=2e-3, atol=2e-3)
+
+
+def test_experts_that_accelerate_keeps_elsewhere(tmp_path):
+    model = saved(tmp_path)
+    sparse = loaded(tmp_path, model)
+    expected = logits(sparse)
+    cpu_offload(sparse, execution_device=torch.device("cpu"))
+    assert sparse.model.layers[0].mlp.experts.sparse_down_proj_values.is_meta
+    for _ in range(2):
+        assert torch.equal(logits(sparse), expected)
+    assert sparse.model.layers[0].mlp.experts.down_proj._weight is None
+
+
+def test_compiled_around_experts(tmp_path):
+    model = saved(tmp_path)
+    sparse = loaded(tmp_path, model)
+    expected = logits(sparse)
+    compiled = torch.compile(sparse, backend="eager")
+    torch.testing.assert_close(logits(compiled), expected)
