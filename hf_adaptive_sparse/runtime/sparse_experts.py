@@ -77,6 +77,9 @@ class SparseStack:
         key: Name of the parameter that this stands for.
         shape: Of the parameter.
         group_size: Columns per scale, of codes; ``None``: one per row.
+
+    Attributes:
+        implementation: How transformers ran the model's experts before, if this stack changed that.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class SparseStack:
     ) -> None:
         self.owner, self.key, self.shape = owner, key, torch.Size(shape)
         self.group_size = group_size
+        self.implementation: str | None = None
         self._state: object = None
         self._weight: SparseWeight | None = None
         self._views: dict[int, ExpertView] = {}
@@ -342,7 +346,9 @@ def _hold_(
     setattr(module, key, held)
     # What a model's initialisation would do to the parameter has no meaning here.
     module._is_hf_initialized = True  # type: ignore[assignment]
-    module.config._experts_implementation = EAGER  # type: ignore[union-attr]
+    config: Any = module.config
+    if config._experts_implementation != EAGER:
+        held.implementation, config._experts_implementation = config._experts_implementation, EAGER
     return held
 
 
@@ -352,6 +358,8 @@ def release_(held: SparseStack) -> None:
     for name in (*leaf_names(key), _offsets_name(key), key):
         delattr(module, name)
     setattr(module, key, nn.Parameter(dense))
+    if held.implementation is not None:
+        module.config._experts_implementation = held.implementation  # type: ignore[union-attr]
 
 
 def _offsets_name(key: str) -> str:

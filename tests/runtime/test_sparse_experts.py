@@ -109,6 +109,8 @@ def test_copies_and_plain_models_compute_the_same(how, tmp_path):
     }[how](sparse)
     torch.testing.assert_close(logits(other), expected, rtol=2e-3, atol=2e-3)
     if how == "dequantize":
+        implementation = loaded(tmp_path, model, "dense").config._experts_implementation
+        assert other.config._experts_implementation == implementation
         weights = other.state_dict()
         name = "model.layers.0.mlp.experts.down_proj"
         assert torch.equal(weights[name], model.state_dict()[name])
