@@ -312,6 +312,23 @@ class SparseWeight:
             return None
         return self.block_offsets.to(device)
 
+    def part(self, start: int, stop: int) -> SparseWeight:
+        """Return rows ``start`` to ``stop - 1`` as a weight for kernels; no tensor is copied.
+
+        It keeps all values: its offsets go on counting from the first of them. So its ``nnz``,
+        ``nbytes`` and ``tensors()`` say nothing of it alone.
+        """
+        scales, blocks = self.scales, self.block_offsets
+        return SparseWeight(
+            (stop - start, self.shape[1]),
+            self.bitmask[start:stop],
+            self.values,
+            self.row_offsets[start : stop + 1],
+            None if scales is None else scales[start:stop],
+            self.group_size,
+            None if blocks is None else blocks[start:stop],
+        )
+
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decompress: ``shape`` in ``dtype``, by default the weight's own; zero where pruned."""
         dense = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)

@@ -121,12 +121,13 @@ class SparseStack:
                 "sparsity_config=SparsityConfig(runtime='dense')."
             )
         number = range(len(self))[int(expert)]
-        weight = self.weight
-        if self._weight is not weight:  # not kept: its tensors are here for one forward
-            return ExpertView(self._of(weight, number))
-        if number not in self._views:
-            self._views[number] = ExpertView(self._of(weight, number))
-        return self._views[number]
+        weight, rows = self.weight, self.shape[1]
+        view = self._views.get(number)
+        if view is None:
+            view = ExpertView(weight.part(number * rows, (number + 1) * rows))
+            if self._weight is weight:  # else its tensors are here for one forward
+                self._views[number] = view
+        return view
 
     @property
     def ndim(self) -> int:
@@ -176,20 +177,6 @@ class SparseStack:
         if keeps:
             self._state, self._weight, self._views = state, weight, {}
         return weight
-
-    def _of(self, weight: SparseWeight, expert: int) -> SparseWeight:
-        """Return an expert's rows: offsets count from the first value of all."""
-        rows = slice(expert * self.shape[1], (expert + 1) * self.shape[1])
-        blocks, scales = weight.block_offsets, weight.scales
-        return SparseWeight(
-            (self.shape[1], self.shape[2]),
-            weight.bitmask[rows],
-            weight.values,
-            weight.row_offsets[rows.start : rows.stop + 1],
-            None if scales is None else scales[rows],
-            self.group_size,
-            None if blocks is None else blocks[rows],
-        )
 
     @property
     def row_offsets(self) -> torch.Tensor | None:

@@ -136,6 +136,19 @@ def test_any_strides_of_x(path, bits):
         assert torch.equal(sparse_linear.linear(strided, weight), wanted)
 
 
+@pytest.mark.parametrize(("dtype", "bits", "group_size"), FORMATS)
+def test_a_part_of_the_rows(path, dtype, bits, group_size):
+    """Its offsets count from the first value of all rows; one of 4 bits may start in a byte."""
+    for columns, rows in ((100, (1, 4)), (513, (19, 38))):
+        dense = make_dense(columns, dtype, rows=40)
+        part = SparseWeight.from_dense(dense, bits, group_size).part(*rows)
+        for tokens in (1, 3):
+            check(make_x(tokens, columns, dtype), part)
+        found = torch.empty(part.shape, dtype=dtype)
+        sparse_native.decompress(part, 0, part.shape[0], found)
+        assert torch.equal(found, part.to_dense())
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_int64_offsets(path, bits, monkeypatch):
     dense = make_dense(300, torch.float32)

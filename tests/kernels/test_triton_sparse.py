@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import logging
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_products(device, monkeypatch, dtype, bits, group, shape, tile):
     weight = make_sparse(shape, dtype, bits, group)
     check(make_x(1, shape[1], dtype), weight, device)
     check(make_x(3, shape[1], dtype), weight, device, make_x(1, shape[0], dtype)[0])
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_products_with_a_part_of_the_rows(device, bits):
+    """Its offsets count from the first value of all rows, and 4-bit ones may start in a byte."""
+    whole = make_sparse((9, 130), torch.float32, bits).to(device)
+    if device.type == "cuda":
+        whole = replace(whole, block_offsets=sparse_linear.block_offsets_for(whole))
+    x = make_x(2, 130, torch.float32)
+    found = triton_sparse.linear(x.to(device), whole.part(3, 8)).cpu()
+    expected = triton_sparse.linear(x.to(device), whole).cpu()[:, 3:8]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("dtype", "bits", "group", "shape", "tile"), CASES)
