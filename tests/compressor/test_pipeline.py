@@ -218,5 +218,5 @@ def test_calibration_data_that_nothing_reads_are_not_named(
         evaluation=data,
         progress=False,
     )
-    assert "calibration" not in result.config.provenance
+    assert result.config.provenance["calibration"] is None
     assert "missing.txt" not in (tmp_path / "out" / "README.md").read_text()
