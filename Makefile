@@ -65,6 +65,7 @@ bench: $(INSTALLED) ## Regenerate benchmarks/results (needs the evaluation data,
 	$(BIN)/python benchmarks/prune_memory.py
 	$(BIN)/python benchmarks/sparse_linear.py
 	$(BIN)/python benchmarks/sparse_runtime.py
+	$(BIN)/python benchmarks/sparse_experts.py
 	$(BIN)/python benchmarks/kv_bytes.py
 	$(BIN)/python benchmarks/kv_codecs.py
 	$(BIN)/python benchmarks/kv_cache.py
