@@ -65,22 +65,17 @@ class PaperSearch:
         start = perf_counter()
         model = self.load()
         candidate = suggest(trial, self.space, ModelShape.of(model, self.space))
-        value = pruned_perplexity(
-            model, candidate.profile, self.calibration, self.evaluation, self.metric
-        )
+        prune_in_place(model, candidate.profile, self.calibration, self.metric)
+        value = perplexity(model, self.evaluation, candidate.profile.kv_cache)
         trial.set_user_attr("profile", candidate.profile.to_dict())
         self.seconds.append(perf_counter() - start)
         return value
 
 
-def pruned_perplexity(
-    model: PreTrainedModel,
-    profile: CompressionProfile,
-    calibration: Batches,
-    evaluation: Batches,
-    metric: str,
-) -> float:
-    """Prune ``model`` in place, layer by layer, and return its perplexity through its KV cache."""
+def prune_in_place(
+    model: PreTrainedModel, profile: CompressionProfile, calibration: Batches, metric: str
+) -> None:
+    """Prune a model layer by layer."""
     prune_model(
         model,
         ratios=profile.sparsity.ratios,
@@ -89,4 +84,3 @@ def pruned_perplexity(
         sequential=True,
         progress=False,
     )
-    return perplexity(model, evaluation, profile.kv_cache)
