@@ -35,6 +35,13 @@ EAGER = "eager"
 """transformers' experts implementation that takes one expert after the other."""
 
 
+_ONE_BY_ONE = (
+    "These experts are kept compressed in memory (sparse runtime), and give one matrix at a time: "
+    "leave the model's experts implementation 'eager', or load it with "
+    "sparsity_config=SparsityConfig(runtime='dense')."
+)
+
+
 class ExpertView(SparseWeightView):
     """One expert's matrix ``(out, in)``, compressed; ``linear`` multiplies with it as it is."""
 
@@ -115,11 +122,7 @@ class SparseStack:
         if isinstance(expert, slice | tuple) or (
             isinstance(expert, torch.Tensor) and expert.numel() != 1
         ):
-            raise TypeError(
-                f"{self.key!r} is kept compressed in memory (sparse runtime) and gives one expert "
-                "at a time. Leave the model's experts implementation 'eager', or load it with "
-                "sparsity_config=SparsityConfig(runtime='dense')."
-            )
+            raise TypeError(f"More than one expert was asked for. {_ONE_BY_ONE}")
         number = range(len(self))[int(expert)]
         weight, rows = self.weight, self.shape[1]
         view = self._views.get(number)
@@ -128,6 +131,10 @@ class SparseStack:
             if self._weight is weight:  # else its tensors are here for one forward
                 self._views[number] = view
         return view
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what a tensor would have, and what copies ask for."""
+        raise AttributeError(f"There is no {name!r}. {_ONE_BY_ONE}")
 
     @property
     def ndim(self) -> int:

@@ -161,10 +161,18 @@ def test_more_than_one_expert_at_a_time_is_refused(tmp_path):
     assert torch.equal(stack[1].clone(), stack.to_dense()[1])
     assert stack[torch.tensor(1)].shape == stack.shape[1:]
     for several in (slice(None), torch.tensor([0, 1]), (0, 1)):
-        with pytest.raises(TypeError, match="gives one expert at a time"):
+        with pytest.raises(TypeError, match="give one matrix at a time"):
             stack[several]
     with pytest.raises(IndexError):
         stack[len(stack)]
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_another_experts_implementation_is_told_what_to_do(implementation, tmp_path):
+    sparse = loaded(tmp_path, saved(tmp_path))
+    sparse.set_experts_implementation(implementation)
+    with pytest.raises((TypeError, AttributeError), match="experts implementation 'eager'"):
+        logits(sparse)
 
 
 def test_a_model_with_compressed_experts_is_not_pruned_again(tmp_path):
