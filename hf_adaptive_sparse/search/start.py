@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 SENSITIVITY = "sensitivity"
 """Study attribute: what was measured of the groups of linears."""
 
+REACH = 0.05
+"""How far from the target groups are probed at most, and what is tried first may lie.
+
+Farther out the damage grows otherwise than `sensitivity` takes it to: on the benchmarks' model a
+start from probes at 0.05 gained most on held-out text, one at 0.1 less, one at 0.2 least, and the
+last two lost on the very windows that they were measured on."""
+
 FREE_REACH = 0.1
-"""How far from the uniform ratio groups are probed where the range is that of a free mean."""
+"""The same from the uniform ratio, where the range is that of a free mean."""
 
 KV_SENSITIVITY = "kv_sensitivity"
 """Study attribute: what was measured of the layers' keys and values."""
@@ -73,12 +80,14 @@ def _ratios(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> Sens
         return None
     groups = {group.label: group.names for group in shape.groups}
     target, (low, high) = space.target, space.grid
+    reach = max(REACH, space.step)
     if space.is_free:
         # The mean is what the uniform profile takes to meet the budget.
-        target = evaluator.uniform.mean_sparsity or 0.0
-        low, high = max(space.low, target - FREE_REACH), min(space.high, target + FREE_REACH)
-        if not low < target - space.step < target + space.step < high:
-            return None
+        target, low, high = evaluator.uniform.mean_sparsity or 0.0, space.low, space.high
+        reach = FREE_REACH
+    low, high = max(low, target - reach), min(high, target + reach)
+    if space.is_free and not low < target - space.step < target + space.step < high:
+        return None
     return measure_sensitivity(evaluator, groups, low=low, high=high, target=target)
 
 

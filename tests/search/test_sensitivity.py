@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -121,6 +122,19 @@ def test_it_is_the_second_trial_and_is_kept_with_the_study(tiny_llama, text_batc
     assert second[felt.index(min(felt))] == max(second)
     cold = search(*arguments, n_trials=3, warm_start=False, progress=False)
     assert SENSITIVITY not in cold.study.user_attrs
+
+
+@pytest.mark.parametrize(("width", "step", "low"), [(0.2, 0.025, 0.45), (0.2, 0.1, 0.4)])
+def test_probes_stay_close_to_the_target_in_a_wide_range(
+    width, step, low, tiny_llama, text_batches, evaluation
+):
+    space = replace(SPACE, sparsity_range=width, step=step)
+    result = search(tiny_llama, text_batches[:1], evaluation, space, n_trials=2, progress=False)
+    stored = result.study.user_attrs[SENSITIVITY]
+    assert (stored["low"], stored["high"]) == pytest.approx((low, 1 - low))
+    # Ratios are moved to the exact budget by less than a step.
+    assert min(result.history[1]["block_ratios"]) > low - step
+    assert max(result.history[1]["block_ratios"]) < 1 - low + step
 
 
 def test_it_is_measured_once_per_study(tiny_llama, text_batches, evaluation, tmp_path):
