@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -30,22 +29,19 @@ import numpy as np
 import torch
 from environment import describe, write_result
 from sparse_runtime import (
+    FORMS,
     HEAD_DIM,
     HEADS,
     KV_HEADS,
-    filled_cache,
-    kv_profile,
-    load,
+    decode_step,
     model_config,
     write_models,
 )
-from transformers import DynamicCache, LlamaConfig
+from transformers import LlamaConfig
+from turns import WARM_UP, in_turns
 
-import hf_adaptive_sparse as has
-from hf_adaptive_sparse.architecture import cache_argument
 from hf_adaptive_sparse.report import markdown_table
 
-FORMS = ("dense", "sparse, 16 bits", "sparse, 8 bits", "sparse, 4 bits")
 REST_SECONDS = 0.02
 """Between turns: llama.cpp's threads go on looking for work for a moment."""
 
@@ -120,7 +116,7 @@ def plain_buffers() -> Iterator[None]:
         llama_cpp.llama_cpp.llama_model_default_params = default
 
 
-def llama_step(path: Path, config: LlamaConfig, context: int, room: int) -> Callable[[], None]:
+def llama_step(path: Path, config: LlamaConfig, context: int, room: int) -> Callable[[], object]:
     """Return what decodes one token behind the context."""
     threads = torch.get_num_threads()
     model = llama_cpp.Llama(
@@ -134,33 +130,6 @@ def llama_step(path: Path, config: LlamaConfig, context: int, room: int) -> Call
     generator = np.random.default_rng(1)
     model.eval(generator.integers(config.vocab_size, size=context).tolist())
     return lambda: model.eval([5])
-
-
-def our_step(folder: Path, form: str, config: LlamaConfig, context: int) -> Callable[[], None]:
-    """Return the same of one of our forms, dense with ``DynamicCache``."""
-    model = load(folder, form)
-    cache = (
-        DynamicCache(config=config)
-        if form == "dense"
-        else has.AdaptiveQuantizedCache(config, kv_profile(config))
-    )
-    arguments = {cache_argument(model): filled_cache(cache, config, context)}
-    token = torch.tensor([[5]])
-    return lambda: model(token, logits_to_keep=1, **arguments)
-
-
-@torch.no_grad()
-def in_turns(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
-        for name, step in steps.items():
-            time.sleep(REST_SECONDS)
-            started = time.perf_counter()
-            step()
-            if number >= 2:
-                times[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -199,17 +168,18 @@ def main() -> None:
         folder = Path(name)
         write_models(folder, model_config(options.layers), options.seed)
         write_gguf(folder / "model.gguf", config, options.seed)
-        steps = {form: our_step(folder, form, config, options.context) for form in FORMS}
+        steps = {form: decode_step(folder, form, config, options.context) for form in FORMS}
         with plain_buffers() if options.plain_buffers else contextlib.nullcontext():
             steps[own] = llama_step(
-                folder / "model.gguf", config, options.context, room=options.rounds + 8
+                folder / "model.gguf", config, options.context, room=options.rounds + WARM_UP
             )
         sizes = {
             form: sum(file.stat().st_size for file in (folder / form).glob("*.safetensors"))
             for form in FORMS
         }
         sizes[own] = (folder / "model.gguf").stat().st_size
-        found = in_turns(steps, options.rounds)
+        seconds = in_turns(steps, options.rounds, rest_seconds=REST_SECONDS)
+        found = {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}
     result = {
         "seed": options.seed,
         "layers": options.layers,

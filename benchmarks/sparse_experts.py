@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from environment import describe, write_result
+from environment import write_result
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from turns import in_turns
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument
@@ -68,23 +70,21 @@ def forms(layers: int, seed: int) -> dict[str, Qwen3MoeForCausalLM]:
 
 
 @torch.no_grad()
-def decoding(models: dict[str, Qwen3MoeForCausalLM], context: int, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds per token of each form."""
+def decode_step(model: Qwen3MoeForCausalLM, context: int) -> Callable[[], object]:
+    """Return what decodes a token behind a prompt: the same tokens in all forms, each another."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(3, 32000, (1, context), generator=generator)
-    caches = {}
-    for form, model in models.items():
-        caches[form] = {cache_argument(model): DynamicCache(config=model.config)}
-        model(prompt, logits_to_keep=1, **caches[form])
-    times: dict[str, list[float]] = {form: [] for form in models}
-    for number in range(rounds + 2):
-        token = torch.randint(3, 32000, (1, 1), generator=generator)
-        for form, model in models.items():
-            started = time.perf_counter()
-            model(token, logits_to_keep=1, **caches[form])
-            if number >= 2:
-                times[form].append(1000 * (time.perf_counter() - started))
-    return {form: statistics.median(found) for form, found in times.items()}
+    tokens = itertools.cycle(torch.randint(3, 32000, (64, 1, 1), generator=generator).unbind())
+    cache = {cache_argument(model): DynamicCache(config=model.config)}
+    model(prompt, logits_to_keep=1, **cache)
+    return lambda: model(next(tokens), logits_to_keep=1, **cache)
+
+
+def decoding(models: dict[str, Qwen3MoeForCausalLM], context: int, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds per token of each form."""
+    steps = {form: decode_step(model, context) for form, model in models.items()}
+    seconds = in_turns(steps, rounds)
+    return {form: 1000 * statistics.median(taken) for form, taken in seconds.items()}
 
 
 def expert_bytes(model: Qwen3MoeForCausalLM) -> int:
@@ -128,7 +128,6 @@ def main() -> None:
     times = decoding(models, options.context, options.rounds)
     result = {
         **vars(options),
-        "environment": describe(),
         "kernels": library.describe(),
         "forms": {
             form: {"expert_bytes": expert_bytes(model), "milliseconds": times[form]}

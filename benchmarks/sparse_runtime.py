@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ import torch
 from environment import write_result
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from turns import in_turns
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument, prunable_linears
@@ -204,35 +205,30 @@ def filled_cache(cache: Any, config: LlamaConfig, tokens: int) -> Any:
 
 
 @torch.no_grad()
+def decode_step(folder: Path, form: str, config: LlamaConfig, context: int) -> Callable[[], object]:
+    """Load a form; return what decodes a token behind the context, dense with ``DynamicCache``."""
+    model = load(folder, form)
+    cache = (
+        DynamicCache(config=config)
+        if FORMS[form] is None
+        else has.AdaptiveQuantizedCache(config, kv_profile(config))
+    )
+    arguments = {cache_argument(model): filled_cache(cache, config, context)}
+    token = torch.tensor([[5]])
+    return lambda: model(token, logits_to_keep=1, **arguments)
+
+
 def decoding(folder: Path, config: LlamaConfig, context: int, rounds: int) -> dict[str, Any]:
     say("loading all forms")
-    models = {form: load(folder, form) for form in FORMS}
-    caches = {
-        form: filled_cache(
-            DynamicCache(config=config)
-            if bits is None
-            else has.AdaptiveQuantizedCache(config, kv_profile(config)),
-            config,
-            context,
-        )
-        for form, bits in FORMS.items()
-    }
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    token = torch.tensor([[5]])
-    for number in range(rounds + 2):
-        say(f"decoding, round {number}")
-        for form, model in models.items():
-            started = time.perf_counter()
-            model(token, logits_to_keep=1, **{cache_argument(model): caches[form]})
-            if number >= 2:
-                times[form].append(time.perf_counter() - started)
+    steps = {form: decode_step(folder, form, config, context) for form in FORMS}
+    say(f"decoding, {rounds} rounds")
     return {
         form: {
             "median_ms": 1000 * statistics.median(t),
             "least_ms": 1000 * min(t),
             "tokens_per_second": 1 / statistics.median(t),
         }
-        for form, t in times.items()
+        for form, t in in_turns(steps, rounds).items()
     }
 
 

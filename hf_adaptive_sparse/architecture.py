@@ -205,9 +205,14 @@ def prunable_linears(
     return {name: module for name, module in weights.items() if isinstance(module, nn.Linear)}
 
 
-def parameter_name(name: str, weight: Prunable) -> str:
-    """Return the name of the parameter of a prunable weight that goes by ``name``."""
-    return name if isinstance(weight, ExpertStack) else f"{name}.weight"
+def parameter_name(name: str, weight: object) -> str:
+    """Return the name of the parameter of a weight that goes by ``name``.
+
+    Args:
+        name: The name.
+        weight: A linear, or a stack of experts, plain or compressed in memory.
+    """
+    return f"{name}.weight" if isinstance(weight, nn.Module) else name
 
 
 def weight_place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:

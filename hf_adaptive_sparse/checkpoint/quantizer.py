@@ -22,6 +22,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
+from hf_adaptive_sparse.architecture import parameter_name
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
@@ -52,10 +53,9 @@ from hf_adaptive_sparse.runtime.conversion import (
     compress_,
     decompress_,
     replace_by_empty_,
-    sparse_linears,
+    sparse_weights,
 )
-from hf_adaptive_sparse.runtime.sparse_experts import SparseStack, sparse_stacks
-from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
+from hf_adaptive_sparse.runtime.sparse_experts import sparse_stacks
 from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 logger = logging.getLogger(__name__)
@@ -179,14 +179,12 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             _, config = prune_and_resolve(model, config, hub_arguments=hub_arguments.get())
             config.runtime = self.quantization_config.runtime
             self.quantization_config = config
-        loaded: dict[str, SparseLinear | SparseStack]
-        loaded = {**sparse_linears(model), **sparse_stacks(model)}
+        loaded = sparse_weights(model)
         for name, weight in loaded.items():
             try:
                 weight.settle(self.row_offsets.get(name))
             except BitmaskError as error:
-                key = name if isinstance(weight, SparseStack) else f"{name}.weight"
-                raise CheckpointError(f"{key}: {error}") from error
+                raise CheckpointError(f"{parameter_name(name, weight)}: {error}") from error
         if not loaded and self._runs_sparse(model):
             compress_(model, runtime_formats(model, config))
         choice = self.runtime_choice
@@ -233,7 +231,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             return None, {}
         dense: dict[str, torch.Tensor] = model.state_dict()
         formats = parameter_formats(model, config)
-        sparse = {f"{name}.weight" for name in sparse_linears(model)} | sparse_stacks(model).keys()
+        sparse = {parameter_name(n, weight) for n, weight in sparse_weights(model).items()}
         for key in sorted(formats.keys() - sparse - dense.keys()):
             raise CheckpointError(
                 f"The model's sparsity profile names {key!r}, which it does not have. If modules "
@@ -355,7 +353,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
             "To attach a config, its sparsity must name the pruned modules and their ratios; it is "
             "None. hf_adaptive_sparse.prune(model, config) prunes and fills it in."
         )
-    sparse = {**sparse_linears(model), **sparse_stacks(model)}
+    sparse = sparse_weights(model)
     weights = {**storable_weights(model), **sparse}
     for name in config.sparsity:
         if name not in weights:
@@ -389,7 +387,7 @@ def check_plain(model: PreTrainedModel) -> None:
         ValueError: If another quantizer holds it, or its weights are compressed in memory.
     """
     check_unquantized(model)
-    for name in (*sparse_linears(model), *sparse_stacks(model)):
+    for name in sparse_weights(model):
         raise ValueError(
             f"The model must have plain weights; that of {name!r} is compressed in memory (sparse "
             "runtime). Load it with sparsity_config=SparsityConfig(runtime='dense')."

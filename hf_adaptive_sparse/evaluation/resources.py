@@ -27,8 +27,8 @@ from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
 from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.profiles import check_count
-from hf_adaptive_sparse.runtime.conversion import sparse_linears
-from hf_adaptive_sparse.runtime.sparse_experts import SparseStack, sparse_stacks
+from hf_adaptive_sparse.runtime.conversion import sparse_weights
+from hf_adaptive_sparse.runtime.sparse_experts import SparseStack
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 
 _BYTES_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -156,8 +156,7 @@ def _counted_weights(
     model: nn.Module, config: SparsityConfig | None
 ) -> dict[str, Prunable | SparseStack]:
     """Return the prunable weights, plain or compressed in memory, in the model's order."""
-    sparse: dict[str, Prunable | SparseStack]
-    sparse = {**sparse_linears(model), **sparse_stacks(model)}
+    sparse = sparse_weights(model)
     try:
         plain = prunable_weights(model, config.modules_to_not_convert if config else ())
     except ValueError:

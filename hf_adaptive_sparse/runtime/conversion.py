@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.runtime.sparse_experts import (
+    SparseStack,
     compressible_stacks,
     hold_,
     hold_empty_,
@@ -22,6 +23,11 @@ from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
     """Return the linears whose weight is compressed in memory, by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def sparse_weights(model: nn.Module) -> dict[str, SparseLinear | SparseStack]:
+    """Return all weights that are compressed in memory: of linears, and stacks of experts."""
+    return {**sparse_linears(model), **sparse_stacks(model)}
 
 
 def replace_by_empty_(model: nn.Module, weights: Mapping[str, StoredWeight]) -> None:

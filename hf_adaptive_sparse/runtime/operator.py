@@ -22,7 +22,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
     """Return ``x @ W.T + bias``, differentiable in ``x`` and ``bias``.
 
     Args:
-        x: ``(..., columns)`` in the weight's dtype and on its device.
+        x: ``(..., columns)`` in the weight's dtype (under autocast any) and on its device.
         weight: ``(rows, columns)``.
         bias: ``(rows,)`` in the same dtype, or ``None``.
 
@@ -32,6 +32,8 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
     if _nobody_watches(x, bias):
         return sparse_linear.linear(x, weight, bias)
     product: torch.Tensor = _linear(

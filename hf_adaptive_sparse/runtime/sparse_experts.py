@@ -22,13 +22,11 @@ from torch.nn import functional
 
 from hf_adaptive_sparse.experts import PARAMETERS, ExpertStack, expert_stacks
 from hf_adaptive_sparse.kernels import sparse_linear
-from hf_adaptive_sparse.packing.bitmask import row_bytes
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
-from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
-from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names, tensor_name
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, is_offloaded
-from hf_adaptive_sparse.runtime.stored_form import CODE_DTYPES, StoredWeight
+from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 from hf_adaptive_sparse.runtime.weight_view import SparseWeightView
 
 EAGER = "eager"
@@ -58,8 +56,6 @@ class ExpertView(SparseWeightView):
         if func is functional.linear:
             x, weight, bias = _linear_arguments(*args, **given)
             if isinstance(weight, cls) and not isinstance(x, cls):
-                if torch.is_autocast_enabled(x.device.type):
-                    x = x.to(weight.dtype)
                 return operator.linear(x, weight._sparse, bias)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **given)
@@ -95,6 +91,8 @@ class SparseStack:
         self.owner, self.key, self.shape = owner, key, torch.Size(shape)
         self.group_size = group_size
         self.implementation: str | None = None
+        # Every product with an expert asks for the tensors.
+        self._names = {kind: tensor_name(key, kind) for kind in KINDS}
         self._state: object = None
         self._weight: SparseWeight | None = None
         self._views: dict[int, ExpertView] = {}
@@ -137,11 +135,6 @@ class SparseStack:
         raise AttributeError(f"There is no {name!r}. {_ONE_BY_ONE}")
 
     @property
-    def ndim(self) -> int:
-        """Dimensions of the parameter."""
-        return len(self.shape)
-
-    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights as they multiply."""
         scales = self._part("scales")
@@ -178,9 +171,7 @@ class SparseStack:
             None if scales is None else scales.detach().flatten(0, 1),
             self.group_size,
         )
-        blocks = sparse_linear.block_offsets_for(weight)
-        if blocks is not None:
-            weight = replace(weight, block_offsets=blocks)
+        weight = replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
         if keeps:
             self._state, self._weight, self._views = state, weight, {}
         return weight
@@ -231,16 +222,14 @@ class SparseStack:
         )
         setattr(self.owner, _offsets_name(self.key), weight.row_offsets)
         for kind, part in self.parts.items():  # transformers puts plain parameters in their place
-            name = leaf_names(self.key)[KINDS.index(kind)]
-            setattr(self.owner, name, FrozenParameter(part.detach()))
+            setattr(self.owner, self._names[kind], FrozenParameter(part.detach()))
 
     def to_dense(self) -> torch.Tensor:
         """Return the parameter ``(experts, out, in)``, decompressed."""
         return self.weight.to_dense().view(self.shape)
 
     def _part(self, kind: str) -> torch.Tensor | None:
-        name = leaf_names(self.key)[KINDS.index(kind)]
-        return cast("torch.Tensor | None", getattr(self.owner, name))
+        return cast("torch.Tensor | None", getattr(self.owner, self._names[kind]))
 
     def _held(self, kind: str) -> torch.Tensor:
         part = self._part(kind)
@@ -292,16 +281,8 @@ def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> SparseStack:
         stack: A stack of a model on the meta device.
         stored: How it is stored.
     """
-    count, rows, columns = stack.weight.shape
-    dtype = stack.weight.dtype
-    groups = 0 if stored.bits == 16 else group_count(columns, stored.group_size)
-    values = stored.nnz if stored.bits != 4 else (stored.nnz + 1) // 2
-    parts = {
-        "values": torch.empty(values, dtype=CODE_DTYPES.get(stored.bits, dtype), device="meta"),
-        "bitmask": torch.empty((count, rows, row_bytes(columns)), dtype=torch.uint8, device="meta"),
-    }
-    if groups:
-        parts["scales"] = torch.empty((count, rows, groups), dtype=dtype, device="meta")
+    weight = stack.weight
+    parts = stored.empty(*weight.shape, dtype=weight.dtype, device="meta")
     return _hold_(stack, parts, stored.group_size)
 
 

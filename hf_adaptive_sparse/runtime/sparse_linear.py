@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.kernels import sparse_linear
-from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
+from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
-from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES, group_count
+from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
-from hf_adaptive_sparse.runtime.stored_form import CODE_DTYPES
+from hf_adaptive_sparse.runtime.stored_form import CODE_DTYPES, StoredWeight
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 _OFFSETS = ("row_offsets", "block_offsets")
@@ -102,15 +102,12 @@ class SparseLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
-        values = nnz if bits != 4 else (nnz + 1) // 2
-        groups = 0 if bits == 16 else group_count(in_features, group_size)
-
-        def empty(*shape: int, dtype: torch.dtype) -> FrozenParameter:
-            return FrozenParameter(torch.empty(shape, dtype=dtype, device=device))
-
-        self.weight_values = empty(values, dtype=CODE_DTYPES.get(bits, dtype))
-        self.weight_bitmask = empty(out_features, row_bytes(in_features), dtype=torch.uint8)
-        self.weight_scales = empty(out_features, groups, dtype=dtype) if groups else None
+        parts = StoredWeight(nnz, bits, group_size).empty(
+            out_features, in_features, dtype=dtype, device=device
+        )
+        for name in _STORED:
+            part = parts.get(name.removeprefix("weight_"))
+            setattr(self, name, None if part is None else FrozenParameter(part))
         given = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -265,8 +262,6 @@ class SparseLinear(nn.Linear):
         weight = self.sparse_weight
         if weight.values.requires_grad:
             raise FrozenWeightError("weight_values requires a gradient")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.dtype)
         return operator.linear(x, weight, self.bias)
 
     def to_linear(self) -> nn.Linear:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_adaptive_sparse.packing.bitmask import row_bytes
+from hf_adaptive_sparse.packing.weight_codes import group_count
+
 CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
 """Dtype of the values that are codes, by their bits."""
 
@@ -23,3 +26,28 @@ class StoredWeight:
     nnz: int
     bits: int = 16
     group_size: int | None = None
+
+    def empty(
+        self, *shape: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> dict[str, torch.Tensor]:
+        """Return its tensors, uninitialised, by their kind.
+
+        Args:
+            shape: ``out, in``, or ``experts, out, in``.
+            dtype: Dtype of the weight, whichever bits its values take.
+            device: Where they lie.
+
+        Raises:
+            ValueError: If ``group_size`` is invalid.
+        """
+        *leading, columns = shape
+        count = self.nnz if self.bits != 4 else (self.nnz + 1) // 2
+        kinds = {
+            "values": ((count,), CODE_DTYPES.get(self.bits, dtype)),
+            "bitmask": ((*leading, row_bytes(columns)), torch.uint8),
+        }
+        if self.bits != 16:
+            kinds["scales"] = ((*leading, group_count(columns, self.group_size)), dtype)
+        return {
+            kind: torch.empty(size, dtype=of, device=device) for kind, (size, of) in kinds.items()
+        }
