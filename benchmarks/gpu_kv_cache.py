@@ -15,6 +15,8 @@ In one call:
 - encoding: time to encode the keys, or the values, of a prompt of 2,048 tokens x 32 heads x 128, as
   a layer of a 7B model has them, and of the 128 that fill a block while decoding: by the kernel
   and by torch, with what Python takes and the wait for the device's word that all was finite.
+- the way back: time to decode the same, as attention over a prompt needs it, likewise, and what the
+  kernel takes on the device alone. Outputs rotate, several times an L2 cache in all.
 
     python benchmarks/gpu_kv_cache.py
 
@@ -38,7 +40,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_adaptive_sparse.architecture import cache_argument
-from hf_adaptive_sparse.kernels import triton_attention, triton_encoding
+from hf_adaptive_sparse.kernels import triton_attention, triton_decoding, triton_encoding
 from hf_adaptive_sparse.kernels.packed import PackedCache
 from hf_adaptive_sparse.kernels.reference import attention as reference
 from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
@@ -330,6 +332,49 @@ def measure_encoding(device: torch.device, sizes: Sizes, tokens: int) -> list[di
     return rows
 
 
+def measure_restoring(device: torch.device, sizes: Sizes, tokens: int) -> list[dict[str, Any]]:
+    """Microseconds to decode a prompt's keys and values, by the kernel and by torch."""
+    shape = (1, sizes.heads, tokens, sizes.head_dim)
+    blocks = torch.randn(shape, device=device).bfloat16().unflatten(2, (tokens // 128, 128))
+    size = blocks.numel() * blocks.element_size()
+    count = 1 + min(64, sizes.rotation_bytes // size)
+    outputs = [blocks.new_empty(shape) for _ in range(count)]
+    rows = []
+    for bits in PACKED_BITS[::-1]:
+        codecs = {"keys": key_codec(bits, "channel", 64), "values": value_codec(bits, 64)}
+        for what, codec in codecs.items():
+            parts = codec.parts_type(*(part.contiguous() for part in codec.encode(blocks, what)))
+            kernels = [
+                functools.partial(triton_decoding.decode, parts, codec.kernel_format, 128, output)
+                for output in outputs
+            ]
+
+            def reference(codec: Any = codec, parts: Any = parts) -> torch.Tensor:
+                found: torch.Tensor = codec.decode(parts, (128, shape[3]), blocks.dtype)
+                return outputs[0].copy_(found.flatten(2, 3))
+
+            kernels[-1]()
+            if not torch.equal(outputs[-1].view(torch.int16), reference().view(torch.int16)):
+                gpu.say(f"{what} at {bits} bits differ from torch's")
+            found = gpu.seconds_of(kernels, device)
+            row = {"tokens": tokens, "what": what, "bits": bits, "kernel_us": found["call_us"]}
+            row |= {"device_us": found["device_us"], "bytes": size + sum(p.nbytes for p in parts)}
+            row |= {"torch_us": gpu.best_seconds([reference] * 4, device) * 1e6}
+            rows.append(row)
+            gpu.say(row)
+    return rows
+
+
+def coding_table(rows: list[dict[str, Any]], name: str) -> list[str]:
+    lines = ["", f"| {name} | bits | by the kernel, µs | by torch, µs | times faster |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    return lines + [
+        f"| {row['what']} of {row['tokens']} tokens | {row['bits']} | {row['kernel_us']:.0f} | "
+        f"{row['torch_us']:.0f} | {row['torch_us'] / row['kernel_us']:.1f} |"
+        for row in rows
+    ]
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
         gpu.verdict(result["contract"]),
@@ -350,14 +395,9 @@ def table(result: dict[str, Any]) -> str:
         f"{row['device_us']:.1f} | {row['call_us']:.1f} | {row['share_of_copy']:.2f} |"
         for row in result["bandwidth"]
     ]
-    lines += [""]
-    lines += ["| encoding | bits | by the kernel, µs | by torch, µs | times faster |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
-    lines += [
-        f"| {row['what']} of {row['tokens']} tokens | {row['bits']} | {row['kernel_us']:.0f} | "
-        f"{row['torch_us']:.0f} | {row['torch_us'] / row['kernel_us']:.1f} |"
-        for row in result.get("encoding", [])
-    ]
+    lines += coding_table(result.get("encoding", []), "encoding")
+    if "restoring" in result:
+        lines += coding_table(result["restoring"], "decoding what was encoded")
     return "\n".join([*lines, *result.get("notes", [])])
 
 
@@ -387,6 +427,9 @@ def main() -> int:
     ]
     result["encoding"] = [
         row for tokens in sizes.encoded_tokens for row in measure_encoding(device, sizes, tokens)
+    ]
+    result["restoring"] = [
+        row for tokens in sizes.encoded_tokens for row in measure_restoring(device, sizes, tokens)
     ]
     model = make_model(device, sizes, arguments.seed)
     result["decoding"] = {

@@ -111,17 +111,10 @@ def decode(
         lengths: Tokens to write of each block, from its start; None: all. Blocks follow each other.
     """
     width = output.shape[3]
-    if output.numel() == 0:
+    if not _is_served(output.dtype, output.device, block_length, width):
         return False
-    if not _is_served(output.dtype, output.device, block_length, width) or output.stride(3) != 1:
+    if not are_parts_of(parts, how, block_length, output):
         return False
-    expected = _shapes(how, block_length, width)
-    kept = _METADATA_DTYPES[output.dtype]
-    for part, shape in zip(parts, expected, strict=True):
-        if part.dtype not in (torch.uint8, kept) or part.device != output.device:
-            return False
-        if part.shape[3:] != shape or not part[0, 0, 0].is_contiguous():
-            return False
     call = _describe(how, parts, block_length, width, output.dtype)
     call.states = output.data_ptr()
     strides = output.stride()
@@ -129,6 +122,28 @@ def decode(
     array = None if lengths is None else (_Int * len(lengths))(*lengths)
     call.lengths = None if array is None else ctypes.addressof(array)
     return _run("has_decode", call)
+
+
+def are_parts_of(
+    parts: Sequence[torch.Tensor], how: Format, block_length: int, output: torch.Tensor
+) -> bool:
+    """Return whether kernels can decode ``parts`` to ``output``, on a device that they serve.
+
+    That is, whether they are what encoding states like these makes, blocks of heads contiguous, and
+    the channels to write are side by side; see ``decode``.
+    """
+    width = output.shape[3]
+    if output.dtype not in DTYPES or output.numel() == 0 or output.stride(3) != 1:
+        return False
+    if not (1 <= block_length <= MAX_CODES and 1 <= width <= MAX_CODES):
+        return False
+    kept = _METADATA_DTYPES[output.dtype]
+    for part, shape in zip(parts, _shapes(how, block_length, width), strict=True):
+        if part.dtype not in (torch.uint8, kept) or part.device != output.device:
+            return False
+        if part.shape[3:] != shape or not part[0, 0, 0].is_contiguous():
+            return False
+    return True
 
 
 def _is_served(dtype: torch.dtype, device: torch.device, tokens: int, width: int) -> bool:

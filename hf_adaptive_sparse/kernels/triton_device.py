@@ -9,7 +9,8 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -141,6 +142,43 @@ def compile_and_launch(
         compiled[grid](*arguments, *fixed)
 
     return launch_again
+
+
+class Call(NamedTuple):
+    """What is to be launched, and what it is compiled for.
+
+    Attributes:
+        kernel: The kernel's name, without ``_kernel``.
+        grid: Programs.
+        arguments: Tensors, strides and counts, in the kernel's order.
+        constants: By name, Triton's own options among them.
+        kind: What a kernel is compiled for, but for the constants.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: tuple[torch.Tensor | int, ...]
+    constants: dict[str, int | bool]
+    kind: tuple[object, ...]
+
+
+def launch_call(
+    call: Call, compiled: dict[object, Launch], kernels: Callable[[], ModuleType]
+) -> None:
+    """Launch a kernel by ``compile_and_launch`` once, and by what that returned from then on.
+
+    Args:
+        call: What to launch.
+        compiled: What launches a kernel again, by what it is compiled for.
+        kernels: Imports the module that has the kernel.
+    """
+    asked = (call.kernel, *call.kind, *call.constants.values())
+    again = compiled.get(asked)
+    if again is not None:
+        again(call.grid, call.arguments)
+        return
+    kernel = getattr(kernels(), f"{call.kernel}_kernel")
+    compiled[asked] = compile_and_launch(kernel, call.grid, call.arguments, call.constants)
 
 
 @functools.cache

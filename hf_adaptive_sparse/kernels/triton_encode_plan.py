@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
+from hf_adaptive_sparse.kernels.triton_device import Call
 from hf_adaptive_sparse.kernels.triton_sizes import ALIGNMENT, pattern_codes, power_of_two
 
 _TILE = 8192  # elements that a program takes at once where it has the choice
@@ -18,24 +18,6 @@ _MOST_FITTED = (
 _MOST_GROUPS = 32
 _MOST_CODES = 1024
 _ELEMENTS_PER_WARP = 1024
-
-
-class Call(NamedTuple):
-    """A launch.
-
-    Attributes:
-        kernel: The kernel's name.
-        grid: Programs.
-        arguments: Tensors, strides and counts, in the kernel's order.
-        constants: By name, Triton's own options among them.
-        kind: What a kernel is compiled for, but for the constants.
-    """
-
-    kernel: str
-    grid: tuple[int, int, int]
-    arguments: tuple[torch.Tensor | int, ...]
-    constants: dict[str, int | bool]
-    kind: tuple[object, ...]
 
 
 def takes(how: Format, tokens: int, width: int) -> bool:

@@ -1,8 +1,7 @@
 """Blocks of keys and values into bytes on a GPU, by Triton: one launch for all blocks of a prompt.
 
-What is stored is what ``kernels/encoding.py`` stores, to the last bit. Decoding is left to torch:
-attention reads the blocks as they are (``triton_attention``). With ``TRITON_INTERPRET=1`` the
-kernels run on CPU tensors, for tests.
+What is stored is what ``kernels/encoding.py`` stores, to the last bit; ``triton_decoding`` is the
+way back. With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from hf_adaptive_sparse.kernels.encoding import DTYPES, Format, empty_parts
 from hf_adaptive_sparse.kernels.triton_device import (
     Launch,
     LaunchError,
-    compile_and_launch,
     launch,
+    launch_call,
     on_device,
     serves,
 )
-from hf_adaptive_sparse.kernels.triton_encode_plan import Call, prepare, takes
+from hf_adaptive_sparse.kernels.triton_encode_plan import prepare, takes
 
 __all__ = ["LaunchError", "encode", "is_supported"]
 
@@ -62,7 +61,7 @@ def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None
         refused = blocks.new_zeros(1, dtype=torch.int32)
         call = prepare(blocks, how, parts, refused)
         kernel = (call.kernel, blocks.device, blocks.dtype, *call.constants.values())
-        launch(_failures, kernel, lambda: _run(call))
+        launch(_failures, kernel, lambda: launch_call(call, _compiled, _kernels))
         return None if bool(refused) else parts
 
 
@@ -71,16 +70,6 @@ _failures: dict[object, str] = {}
 
 _compiled: dict[object, Launch] = {}
 """What launches a kernel again, by what it is compiled for."""
-
-
-def _run(call: Call) -> None:
-    asked = (call.kernel, *call.kind, *call.constants.values())
-    again = _compiled.get(asked)
-    if again is not None:
-        again(call.grid, call.arguments)
-        return
-    kernel = getattr(_kernels(), f"{call.kernel}_kernel")
-    _compiled[asked] = compile_and_launch(kernel, call.grid, call.arguments, call.constants)
 
 
 def _kernels() -> ModuleType:

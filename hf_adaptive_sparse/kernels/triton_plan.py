@@ -7,7 +7,6 @@ where there are more (benchmarks/results/gpu_kv_cache.json has the sweep).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +16,12 @@ import torch
 
 from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
 from hf_adaptive_sparse.kernels.triton_device import Launch, interprets, processors
-from hf_adaptive_sparse.kernels.triton_sizes import ALIGNMENT, pattern_codes, power_of_two
+from hf_adaptive_sparse.kernels.triton_sizes import (
+    ALIGNMENT,
+    pattern_codes,
+    power_of_two,
+    token_starts,
+)
 
 _MATRIX_ROWS = 16  # rows, and summed elements, that a matrix product has at least
 _MOST_ROWS = 32
@@ -295,7 +299,7 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
         cut=cut,
         tensors=(*key_parts, *value_parts),
         strides=strides,
-        starts=None if lengths is None else _starts(lengths, query.device),
+        starts=None if lengths is None else token_starts(lengths, query.device),
         heads=(heads // kv_heads * queries, kv_heads, heads // kv_heads, queries),
         count=keys.codes.shape[2],
         cuts=(cut.tiles_per_split, cut.block_splits, cut.row_tiles),
@@ -307,14 +311,6 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
             *((s % ALIGNMENT == 0, s == 1, s >> 31) for s in strides),
         ),
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return the first token of each block and the end, int32: the same for all layers."""
-    with torch.inference_mode(False):
-        ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return ends.to(device)
 
 
 def _least_size(bits: int, word: int) -> int:

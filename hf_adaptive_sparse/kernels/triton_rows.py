@@ -1,4 +1,4 @@
-"""Packed rows as an operand of a matrix product, for Triton.
+"""Packed rows as tiles of codes, and as an operand of a matrix product, for Triton.
 
 A row is read in words, one or three at a time: as many as the pattern of codes takes to repeat.
 Each code of the pattern comes from its word by a shift and a mask, and is laid beside its
@@ -36,7 +36,8 @@ def _code(w0, w1, w2, J: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, H
         # The float16 with these bits is 1024 + code: cheaper than a conversion.
         number = (code.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
     else:
-        number = code.to(tl.float32)
+        # The float32 with these bits is 2**23 + code.
+        number = (code.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     return number
 
 
@@ -99,51 +100,13 @@ def _codes32(
 
 
 @triton.jit
-def load_words(
-    rows, row_in, count, SIZE: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr,
-    FULL: tl.constexpr,
+def unpack(
+    w0, w1, w2, CODES: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """Return the words of packed rows of ``count`` codes: one or three of ``(rows, units)``.
+    """Return the ``CODES`` codes of each unit: the words' shape and then ``(2, 2, ...)``.
 
-    ``rows`` are the byte addresses of the rows' first words, ``row_in`` says which may be read.
-    ``FULL`` says that ``count`` is ``SIZE``.
+    They are in their order, and as float16 or float32 as ``HALF`` says.
     """
-    WORDS: tl.constexpr = 3 if BITS % 3 == 0 else 1
-    UNITS: tl.constexpr = SIZE * BITS // (WORDS * WORD)
-    place = tl.arange(0, UNITS) * WORDS
-    if WORD == 8:
-        address = rows
-    elif WORD == 16:
-        address = rows.to(tl.pointer_type(tl.uint16))
-    else:
-        address = rows.to(tl.pointer_type(tl.uint32))
-    address = address[:, None] + place[None, :]
-    readable = row_in[:, None]
-    # Words that hold a code: what lies behind the last of them is another row.
-    filled = (count * BITS + WORD - 1) // WORD
-    if not FULL:
-        readable = readable & (place < filled)[None, :]
-    w0 = tl.load(address, mask=readable, other=0)
-    w1 = w0
-    w2 = w0
-    if WORDS == 3:
-        if not FULL:
-            readable = readable & (place + 1 < filled)[None, :]
-        w1 = tl.load(address + 1, mask=readable, other=0)
-        if not FULL:
-            readable = readable & (place + 2 < filled)[None, :]
-        w2 = tl.load(address + 2, mask=readable, other=0)
-    return w0, w1, w2
-
-
-@triton.jit
-def dot_rows(
-    weights, w0, w1, w2, BITS: tl.constexpr, WORD: tl.constexpr, HALF: tl.constexpr
-):  # fmt: skip
-    """Return ``weights @ codes.T``, ``(M, rows)``."""
-    ROWS: tl.constexpr = w0.shape[0]
-    SIZE: tl.constexpr = weights.shape[1]
-    CODES: tl.constexpr = SIZE // w0.shape[1]
     if CODES == 1:
         codes = _codes1(w0, w1, w2, 0, 1, BITS, WORD, HALF)
     elif CODES == 2:
@@ -157,6 +120,71 @@ def dot_rows(
     else:
         tl.static_assert(CODES == 32)
         codes = _codes32(w0, w1, w2, 0, 1, BITS, WORD, HALF)
+    return codes
+
+
+@triton.jit
+def load_words(
+    rows, row_in, count, SIZE: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    """Return the words of packed rows of ``count`` codes: one or three of ``(rows, units)``.
+
+    ``rows`` are the byte addresses of the rows' first words, ``row_in`` says which may be read.
+    ``FULL`` says that ``count`` is ``SIZE``.
+    """
+    UNITS: tl.constexpr = SIZE * BITS // ((3 if BITS % 3 == 0 else 1) * WORD)
+    unit = tl.arange(0, UNITS)[None, :]
+    return load_units(rows[:, None], row_in[:, None], unit, count, BITS, WORD, FULL)
+
+
+@triton.jit
+def load_units(
+    rows, row_in, unit, count, BITS: tl.constexpr, WORD: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """Return the words of units of rows, a unit being one repetition of the pattern of codes.
+
+    ``rows``, ``row_in`` and ``unit`` broadcast; else as ``load_words``.
+    """
+    WORDS: tl.constexpr = 3 if BITS % 3 == 0 else 1
+    place = unit * WORDS
+    if WORD == 8:
+        address = rows
+    elif WORD == 16:
+        address = rows.to(tl.pointer_type(tl.uint16))
+    elif WORD == 32:
+        address = rows.to(tl.pointer_type(tl.uint32))
+    else:
+        tl.static_assert(WORD == 64)
+        address = rows.to(tl.pointer_type(tl.uint64))
+    address = address + place
+    readable = row_in
+    # Words that hold a code: what lies behind the last of them is another row.
+    filled = (count * BITS + WORD - 1) // WORD
+    if not FULL:
+        readable = readable & (place < filled)
+    w0 = tl.load(address, mask=readable, other=0)
+    w1 = w0
+    w2 = w0
+    if WORDS == 3:
+        if not FULL:
+            readable = readable & (place + 1 < filled)
+        w1 = tl.load(address + 1, mask=readable, other=0)
+        if not FULL:
+            readable = readable & (place + 2 < filled)
+        w2 = tl.load(address + 2, mask=readable, other=0)
+    return w0, w1, w2
+
+
+@triton.jit
+def dot_rows(
+    weights, w0, w1, w2, BITS: tl.constexpr, WORD: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """Return ``weights @ codes.T``, ``(M, rows)``."""
+    ROWS: tl.constexpr = w0.shape[0]
+    SIZE: tl.constexpr = weights.shape[1]
+    CODES: tl.constexpr = SIZE // w0.shape[1]
+    codes = unpack(w0, w1, w2, CODES, BITS, WORD, HALF)
     operand = tl.trans(tl.reshape(codes, (ROWS, SIZE)))
     if HALF:
         product = tl.dot(weights, operand)

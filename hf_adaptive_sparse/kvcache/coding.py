@@ -1,6 +1,6 @@
 """Blocks encoded and decoded by kernels where these serve, by the codec where not.
 
-Native ones serve the CPU, Triton's encode on a GPU. All give the same bits; the codecs, in torch,
+Native ones serve the CPU, Triton's a GPU. All give the same bits; the codecs, in torch,
 are the readable form of it.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_adaptive_sparse.kernels import encoding, triton_encoding
+from hf_adaptive_sparse.kernels import encoding, triton_decoding, triton_encoding
 from hf_adaptive_sparse.kernels.triton_device import say_what_failed
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 
@@ -58,7 +58,7 @@ def decode_blocks(
         lengths: Tokens of each block that count, from its start; None: all.
     """
     how = codec.kernel_format
-    if how is not None and encoding.decode(parts, how, block_length, output, lengths):
+    if how is not None and _decode_by_kernel(parts, how, block_length, output, lengths):
         return
     blocks = codec.decode(parts, (block_length, output.shape[-1]), output.dtype)
     if lengths is None:
@@ -86,3 +86,28 @@ def _encode_by_kernel(
             str(error),
         )
         return None
+
+
+def _decode_by_kernel(
+    parts: Parts,
+    how: encoding.Format,
+    block_length: int,
+    output: torch.Tensor,
+    lengths: Sequence[int] | None,
+) -> bool:
+    """Return whether a kernel wrote ``output``."""
+    if encoding.decode(parts, how, block_length, output, lengths):
+        return True
+    if not triton_decoding.is_supported(parts, how, block_length, output):
+        return False
+    try:
+        triton_decoding.decode(parts, how, block_length, output, lengths)
+    except triton_decoding.LaunchError as error:
+        say_what_failed(
+            logger,
+            "that restores keys and values",
+            "What is restored stays the same, but torch restores instead",
+            str(error),
+        )
+        return False
+    return True

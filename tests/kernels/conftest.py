@@ -7,11 +7,16 @@ import sys
 import pytest
 import torch
 
-from hf_adaptive_sparse.kernels import triton_attention, triton_encoding, triton_sparse
+from hf_adaptive_sparse.kernels import (
+    triton_attention,
+    triton_decoding,
+    triton_encoding,
+    triton_sparse,
+)
 
 KERNELS = "hf_adaptive_sparse.kernels.triton_"
 USERS = {"kernels": triton_attention, "sparse_kernels": triton_sparse}
-USERS |= {"encode_kernels": triton_encoding}
+USERS |= {"encode_kernels": triton_encoding, "decode_kernels": triton_decoding}
 OWN = [f"{KERNELS}{name}" for name in ("rows", "sparse_rows", "encode_rows", *USERS)]
 
 

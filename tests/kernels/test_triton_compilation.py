@@ -21,8 +21,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from hf_adaptive_sparse.kernels import (
-    triton_encode_kernels, triton_encode_plan, triton_kernels, triton_plan, triton_sparse,
-    triton_sparse_kernels,
+    triton_decode_kernels, triton_decode_plan, triton_encode_kernels, triton_encode_plan,
+    triton_kernels, triton_plan, triton_sparse, triton_sparse_kernels,
 )
 from hf_adaptive_sparse.kernels.encoding import empty_parts
 from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache, PackedKeys, PackedValues
@@ -110,22 +110,29 @@ def shared_bytes_of_sparse(case):
         for name, *launch in recorder.launches
     )
 
-def shared_bytes_of_encoding(case):
-    bits, mode, group = case["bits"], case["encode"], case.get("group", 64)
+def shared_bytes_of_coding(case, mode):
+    bits, group, tokens = case["bits"], case.get("group", 64), case.get("block", 128)
     codec = value_codec(bits, group) if mode == "value" else key_codec(bits, mode, group)
-    states = torch.zeros(1, 256, 2, case["head_dim"], dtype=getattr(torch, case["dtype"]))
-    blocks = states.transpose(1, 2).unflatten(2, (2, 128))
+    states = torch.zeros(1, 2 * tokens, 2, case["head_dim"], dtype=getattr(torch, case["dtype"]))
+    blocks = states.transpose(1, 2).unflatten(2, (2, tokens))
     parts = empty_parts(blocks, codec.kernel_format)
-    refused = torch.zeros(1, dtype=torch.int32)
-    call = triton_encode_plan.prepare(blocks, codec.kernel_format, parts, refused)
+    if "encode" in case:
+        refused = torch.zeros(1, dtype=torch.int32)
+        call = triton_encode_plan.prepare(blocks, codec.kernel_format, parts, refused)
+        kernels = triton_encode_kernels
+    else:
+        output, lengths = states.transpose(1, 2), case.get("lengths")
+        call = triton_decode_plan.prepare(parts, codec.kernel_format, tokens, output, lengths)
+        kernels = triton_decode_kernels
     constants = dict(call.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    function = getattr(triton_encode_kernels, call.kernel + "_kernel")
+    function = getattr(kernels, call.kernel + "_kernel")
     return compile_for(case["capability"], function, call.arguments, constants, options)
 
 def shared_bytes_of_any(case):
-    if "encode" in case:
-        return shared_bytes_of_encoding(case)
+    mode = case.get("encode") or case.get("decode")
+    if mode:
+        return shared_bytes_of_coding(case, mode)
     return shared_bytes_of_sparse(case) if "tokens" in case else shared_bytes(case)
 
 for line in sys.stdin:
@@ -192,6 +199,34 @@ CASES = [
         "group": 256,
     },
     {"capability": 90, "dtype": "float16", "head_dim": 72, "bits": 4, "encode": "token"},
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 8, "decode": "channel"},
+    {"capability": 80, "dtype": "float16", "head_dim": 72, "bits": 3, "decode": "channel"},
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6, "decode": "token"},
+    {
+        "capability": 80,
+        "dtype": "float32",
+        "head_dim": 50,
+        "bits": 2,
+        "decode": "token",
+        "group": 6,
+    },
+    {
+        "capability": 90,
+        "dtype": "bfloat16",
+        "head_dim": 128,
+        "bits": 6,
+        "decode": "value",
+        "lengths": [128, 7],
+    },
+    {"capability": 80, "dtype": "float32", "head_dim": 256, "bits": 4, "decode": "value"},
+    {
+        "capability": 80,
+        "dtype": "float16",
+        "head_dim": 80,
+        "bits": 3,
+        "decode": "value",
+        "block": 1000,
+    },
 ]
 
 
