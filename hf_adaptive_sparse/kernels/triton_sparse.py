@@ -33,9 +33,10 @@ from hf_adaptive_sparse.kernels.triton_device import (
     serves,
 )
 from hf_adaptive_sparse.kernels.triton_sparse_plan import (
-    constants_of,
-    decompress_tile,
+    ROWS,
+    decompress_constants,
     is_packed,
+    vector_constants,
     vector_tiles,
 )
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
@@ -51,7 +52,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 4
+MAX_TOKENS = 8
 """Tokens up to which reading the sparse weight beats decompressing it."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,22 +116,46 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
     """
     if output.numel() == 0:
         return
-    constants = constants_of(weight, decompress_tile(weight))
-    constants |= {"PACKED": is_packed(output)}
-    rows = stop - start
-
-    def run() -> None:
-        _kernels().decompress_kernel[(rows,)](
-            *(weight.bitmask, weight.values, weight.row_offsets, _block_offsets(weight)),
-            weight.values if weight.scales is None else weight.scales,
-            output,
-            *(start, *weight.shape, output.stride(0)),
-            **constants,
-        )
-
-    kernel = ("decompress", weight.device, weight.dtype, *sorted(constants.items()))
+    arguments = (
+        *(weight.bitmask, weight.values, weight.row_offsets, _block_offsets(weight)),
+        weight.values if weight.scales is None else weight.scales,
+        *(output, start, *weight.shape, output.stride(0)),
+    )
+    asked = (
+        *("decompress", is_packed(output), output.data_ptr() % 16, output.stride(0)),
+        weight.values.data_ptr(),  # another where the weight was moved
+    )
     with on_device(weight.device):
-        launch(_failures, kernel, run)
+        known = weight.prepared.get(asked)
+        if known is None:
+            constants = decompress_constants(weight, output)
+            kernel = ("decompress", weight.device, weight.dtype, *sorted(constants.items()))
+            call = (
+                *kernel,
+                weight.shape,
+                weight.row_offsets.dtype,
+                *asked,
+                *_alignments(arguments),
+            )
+            known = weight.prepared[asked] = (kernel, call, constants)
+        kernel, call, constants = known
+        grid = (stop - start, 1, 1)
+        launch(_failures, kernel, lambda: _decompress(call, grid, arguments, constants))
+
+
+def _decompress(
+    call: object, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, int]
+) -> None:
+    again = _chosen.get(call)
+    if again is None:
+        kernel = _kernels().decompress_kernel
+        _chosen[call] = compile_and_launch(kernel, grid, arguments, constants)
+    else:
+        again(grid, arguments)
+
+
+def _alignments(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(part.data_ptr() % 16 for part in arguments if torch.is_tensor(part))
 
 
 def say_what_failed(error: LaunchError) -> None:
@@ -147,7 +172,7 @@ _failures: dict[object, str] = {}
 """Kernels that cannot be had on a device, and why."""
 
 _chosen: dict[object, Launch] = {}
-"""What launches ``vector_kernel`` with the fastest tile, by what is called."""
+"""What launches a kernel again, ``vector_kernel`` with the fastest tile, by what is called."""
 
 
 def _product(
@@ -173,23 +198,26 @@ def _product(
             *(x.device, x.dtype, weight.values.dtype, weight.row_offsets.dtype, weight.group_size),
             *(tokens, rows, columns, stride, bias is None),
         )
-        alignments = tuple(part.data_ptr() % 16 for part in arguments if torch.is_tensor(part))
-        call = (*kernel, *alignments)
+        call = (*kernel, *_alignments(arguments))
         if call not in _chosen:
-            fixed = {"TOKENS": tokens, "PACKED": is_packed(x), "BIAS": bias is not None}
-            launch(_failures, kernel, lambda: _choose(call, weight, fixed, arguments))
+            tiles = [vector_constants(weight, x, tile) for tile in vector_tiles(weight)]
+            tiles = [{**tile, "BIAS": bias is not None} for tile in tiles]
+            launch(_failures, kernel, lambda: _choose(call, weight, tiles, arguments))
             return
         known = weight.prepared[asked] = (kernel, _chosen[call])
     kernel, again = known
-    launch(_failures, kernel, lambda: again((rows, 1, 1), arguments))
+    launch(_failures, kernel, lambda: again(_grid(rows), arguments))
+
+
+def _grid(rows: int) -> tuple[int, int, int]:
+    return -(-rows // ROWS), 1, 1
 
 
 def _choose(
-    call: object, weight: SparseWeight, fixed: dict[str, int], arguments: tuple[Any, ...]
+    call: object, weight: SparseWeight, tiles: list[dict[str, int]], arguments: tuple[Any, ...]
 ) -> None:
-    """Launch, and remember, the fastest tile, measured where that can be done."""
-    kernel, grid = _kernels().vector_kernel, (weight.shape[0], 1, 1)
-    tiles = [{**constants_of(weight, tile), **fixed} for tile in vector_tiles(weight)]
+    """Launch, and remember, the fastest of what can be compiled for, measured where it can be."""
+    kernel, grid = _kernels().vector_kernel, _grid(weight.shape[0])
     # What fails here fails for good; of the others, those that run take part.
     fastest = compile_and_launch(kernel, grid, arguments, tiles[0])
     if weight.shape[0] * weight.shape[1] >= _TUNED_ELEMENTS:

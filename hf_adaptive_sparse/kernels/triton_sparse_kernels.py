@@ -1,17 +1,18 @@
 """Triton kernels of products with a sparse weight; ``triton_sparse`` launches them.
 
 Importing this module imports Triton, an optional dependency. How a weight is read is described in
-``triton_sparse_rows``. Arguments that all kernels are compiled for:
+``triton_sparse_rows``, how it is multiplied in ``triton_sparse_numbers``. Arguments that all
+kernels are compiled for:
 
     BITS     per value: 32, 16, 8, 4
     GROUP    columns per scale, 0: one per row
     LIMIT    the largest code, 0: values are no codes
     ALIGNED  whether each row's mask is whole words of 64 bits
-    WHOLE    whether codes can be read in words of four, see ``triton_sparse_rows``
-    NATIVE   whether bytes are permuted by NVIDIA's instruction
+    WHOLE    whether values can be read in words, see ``triton_sparse_rows``
+    NATIVE   whether NVIDIA's instructions can be had
     FULL     whether rows are whole tiles
     BLOCKS   blocks of 64 columns in a tile
-    COLUMNS  columns per thread: 4, 8 or 16
+    COLUMNS  columns per thread: 4 of 32 bits, 8 of 16, 8 or 16 with codes
 """
 
 # What Triton compiles has no types that mypy knows.
@@ -22,88 +23,116 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_adaptive_sparse.kernels.triton_sparse_numbers import (
+    add_products,
+    four_numbers,
+    no_sums,
+    rows_of_sums,
+    words_of_eight,
+)
 from hf_adaptive_sparse.kernels.triton_sparse_rows import (
     block_starts,
-    four_columns,
-    four_of_x,
     mask_halves,
     place_of_columns,
     places,
+    read_words,
     row_start,
     scales_of,
-    set_bits,
+    spread,
 )
 
 
 @triton.jit
-def _dot(acc, x, four, columns, w0, w1, w2, w3, FULL: tl.constexpr, PACKED: tl.constexpr):
-    """Return ``acc`` plus the products of four columns with one token."""
-    x0, x1, x2, x3 = four_of_x(x, four, columns, FULL, PACKED)
-    acc += w0.to(tl.float32) * x0
-    acc += w1.to(tl.float32) * x1
-    acc += w2.to(tl.float32) * x2
-    acc += w3.to(tl.float32) * x3
-    return acc
+def _index(
+    mask_row, offsets_row, block, columns, ALIGNED: tl.constexpr, FULL: tl.constexpr
+):  # fmt: skip
+    """Return blocks' masks, in two words, and the values before them."""
+    blocks = (columns + 63) // 64
+    low, high = mask_halves(mask_row, block, (columns + 7) // 8, blocks, ALIGNED, FULL)
+    return low, high, block_starts(offsets_row, block, blocks, FULL)
 
 
 @triton.jit
-def _row_sums(
-    x, x_stride, mask_row, offsets_row, value_row, left, taken, scales, row, columns,
+def _words(
+    values, taken, left, index, where, BITS: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr
+):  # fmt: skip
+    """Return the words of each thread's columns, and their bits."""
+    low, high, start = index
+    low_below, high_below, upper, shift = where
+    place, bits = place_of_columns(low, high, start + taken, low_below, high_below, upper, shift)
+    w0, w1, w2, w3, w4, within = read_words(values, place, left, BITS, WHOLE, SAFE)
+    return w0, w1, w2, w3, w4, within, bits
+
+
+@triton.jit
+def _spread(words, BITS: tl.constexpr, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
+    w0, w1, w2, w3, w4, within, bits = words
+    return spread(w0, w1, w2, w3, w4, within, bits, BITS, COLUMNS, NATIVE)
+
+
+@triton.jit
+def _sums_of_rows(
+    x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u, taken_v,
+    left_u, left_v, scales, u, v, columns,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+    TOKENS: tl.constexpr, MATRIX: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of ``vector_kernel`` for each thread's columns, of four tokens."""
-    row_bytes = (columns + 7) // 8
+    """Return the sums of ``vector_kernel`` for two rows, ``u`` and ``v``: four per token."""
+    THREADS: tl.constexpr = BLOCKS * 64 // COLUMNS
+    SHORT: tl.constexpr = MATRIX and TOKENS <= 4  # others take the compiler long as it is
     blocks = (columns + 63) // 64
-    inner, part = places(BLOCKS, COLUMNS)
-    acc0 = tl.zeros((BLOCKS * 64 // COLUMNS,), dtype=tl.float32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
-    low, high = mask_halves(mask_row, inner, row_bytes, blocks, ALIGNED, FULL)
-    start = block_starts(offsets_row, inner, blocks, FULL)
-    for begin in range(0, blocks, BLOCKS):
-        # Asked for a tile ahead: where the values lie is known only once the mask is here.
-        ahead = begin + BLOCKS + inner
-        low_ahead, high_ahead = mask_halves(mask_row, ahead, row_bytes, blocks, ALIGNED, False)
-        start_ahead = block_starts(offsets_row, ahead, blocks, False)
-        place, bits = place_of_columns(low, high, start + taken, part, COLUMNS)
-        column = (begin + inner) * 64 + part * COLUMNS
-        sum0 = tl.zeros_like(acc0)
-        sum1 = sum0
-        sum2 = sum0
-        sum3 = sum0
-        for i in tl.static_range(COLUMNS // 4):
-            four = (column >> 2) + i
-            w0, w1, w2, w3 = four_columns(value_row, left, place, bits, BITS, WHOLE, NATIVE)
-            sum0 = _dot(sum0, x, four, columns, w0, w1, w2, w3, FULL, PACKED)
-            if TOKENS > 1:
-                sum1 = _dot(sum1, x + x_stride, four, columns, w0, w1, w2, w3, FULL, PACKED)
-            if TOKENS > 2:
-                sum2 = _dot(sum2, x + 2 * x_stride, four, columns, w0, w1, w2, w3, FULL, PACKED)
-            if TOKENS > 3:
-                sum3 = _dot(sum3, x + 3 * x_stride, four, columns, w0, w1, w2, w3, FULL, PACKED)
-            place += set_bits(bits & 15)
-            bits = bits >> 4
-        unit = 1.0
+    inner, low_below, high_below, upper, shift = places(BLOCKS, COLUMNS)
+    where = (low_below, high_below, upper, shift)
+    sums = no_sums(THREADS)
+    for _ in tl.static_range(1, TOKENS):
+        sums = sums + no_sums(THREADS)
+    # Words are asked for a tile ahead, and where they lie is known only once the mask is here: the
+    # index is asked for two tiles ahead. Behind the last tile it is that of the last again. Two
+    # tiles take turns: with one, words were moved to where the next reads them, and waited for.
+    index_u = _index(masks_u, offsets_u, inner, columns, ALIGNED, FULL)
+    index_v = _index(masks_v, offsets_v, inner, columns, ALIGNED, FULL)
+    words_u = _words(values_u, taken_u, left_u, index_u, where, BITS, WHOLE, SAFE)
+    words_v = _words(values_v, taken_v, left_v, index_v, where, BITS, WHOLE, SAFE)
+    ahead = tl.minimum(BLOCKS, blocks - BLOCKS) if FULL else BLOCKS
+    index_u = _index(masks_u, offsets_u, ahead + inner, columns, ALIGNED, FULL)
+    index_v = _index(masks_v, offsets_v, ahead + inner, columns, ALIGNED, FULL)
+    for first in tl.range(0, blocks, BLOCKS, loop_unroll_factor=2 if SAFE and SHORT else 1):
+        next_u = _words(values_u, taken_u, left_u, index_u, where, BITS, WHOLE, SAFE)
+        next_v = _words(values_v, taken_v, left_v, index_v, where, BITS, WHOLE, SAFE)
+        ahead = first + 2 * BLOCKS
+        if FULL:
+            ahead = tl.minimum(ahead, blocks - BLOCKS)
+        index_u = _index(masks_u, offsets_u, ahead + inner, columns, ALIGNED, FULL)
+        index_v = _index(masks_v, offsets_v, ahead + inner, columns, ALIGNED, FULL)
+        spread_u = _spread(words_u, BITS, COLUMNS, NATIVE)
+        spread_v = _spread(words_v, BITS, COLUMNS, NATIVE)
+        begin = first * 64
+        unit_u = 1.0
+        unit_v = 1.0
         if GROUP > 0:
-            scale = scales_of(scales, row, column, columns, GROUP, FULL)
-            unit = scale.to(tl.float32) * (1.0 / LIMIT)
-        acc0 += unit * sum0
-        acc1 += unit * sum1
-        acc2 += unit * sum2
-        acc3 += unit * sum3
-        low = low_ahead
-        high = high_ahead
-        start = start_ahead
-    return acc0, acc1, acc2, acc3
-
-
-@triton.jit
-def _store_sum(acc, token: tl.constexpr, factor, added, output, row, rows):
-    total = tl.sum(acc, axis=0) * factor + added
-    tl.store(output + token * rows + row, total.to(output.dtype.element_ty))
+            column = begin + tl.arange(0, THREADS) * COLUMNS
+            unit_u = scales_of(scales, u, column, columns, GROUP, FULL).to(tl.float32)
+            unit_v = scales_of(scales, v, column, columns, GROUP, FULL).to(tl.float32)
+            unit_u *= 1.0 / LIMIT
+            unit_v *= 1.0 / LIMIT
+        added = ()
+        for t in tl.static_range(TOKENS):
+            before = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
+            product = add_products(
+                no_sums(THREADS) if GROUP > 0 else before, spread_u, spread_v, x + t * x_stride,
+                begin, columns, BITS, COLUMNS, THREADS, NATIVE, MATRIX, FULL,
+            )  # fmt: skip
+            if GROUP > 0:
+                product = (
+                    before[0] + unit_u * product[0], before[1] + unit_u * product[1],
+                    before[2] + unit_v * product[2], before[3] + unit_v * product[3],
+                )  # fmt: skip
+            added = added + product
+        sums = added
+        words_u = next_u
+        words_v = next_v
+    return sums
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -111,39 +140,53 @@ def vector_kernel(
     x, bitmask, values, row_offsets, block_offsets, scales, bias, output, rows, columns, x_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, MATRIX: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one to four tokens, ``x`` ``(tokens, columns)``, with a row per program.
+    """Multiply a few tokens, ``x`` ``(tokens, columns)``, with two rows per program.
 
-    Sums are float32.
+    Sums are float32. ``MATRIX`` says that matrix units can be used, see ``triton_sparse_numbers``:
+    then ``x`` is read by 16 bytes, and a group is a multiple of 64 columns.
     """
-    row = tl.program_id(0)
-    mask_row = bitmask + row.to(tl.int64) * ((columns + 7) // 8)
-    offsets_row = block_offsets + row.to(tl.int64) * ((columns + 63) // 64)
-    value_row, taken, left, safe = row_start(values, row_offsets, row, rows, BITS)
-    if WHOLE and safe:
-        acc0, acc1, acc2, acc3 = _row_sums(
-            x, x_stride, mask_row, offsets_row, value_row, left, taken, scales, row, columns,
-            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED, True,
+    u = tl.program_id(0) * 2
+    v = tl.minimum(u + 1, rows - 1)
+    mask_bytes = (columns + 7) // 8
+    blocks = (columns + 63) // 64
+    values_u, taken_u, left_u, safe_u = row_start(values, row_offsets, u, rows, BITS)
+    values_v, taken_v, left_v, safe_v = row_start(values, row_offsets, v, rows, BITS)
+    masks_u = bitmask + u.to(tl.int64) * mask_bytes
+    masks_v = bitmask + v.to(tl.int64) * mask_bytes
+    offsets_u = block_offsets + u.to(tl.int64) * blocks
+    offsets_v = block_offsets + v.to(tl.int64) * blocks
+    if WHOLE and safe_u and safe_v:
+        sums = _sums_of_rows(
+            x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
+            taken_v, left_u, left_v, scales, u, v, columns,
+            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, MATRIX,
+            WHOLE, True,
         )  # fmt: skip
     else:
-        acc0, acc1, acc2, acc3 = _row_sums(
-            x, x_stride, mask_row, offsets_row, value_row, left, taken, scales, row, columns,
-            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED, False,
+        sums = _sums_of_rows(
+            x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
+            taken_v, left_u, left_v, scales, u, v, columns,
+            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, MATRIX,
+            WHOLE, False,
         )  # fmt: skip
-    factor = 1.0
+    unit_u = 1.0
+    unit_v = 1.0
     if LIMIT > 0 and GROUP == 0:
-        factor = tl.load(scales + row).to(tl.float32) * (1.0 / LIMIT)
-    added = 0.0
+        unit_u = tl.load(scales + u).to(tl.float32) * (1.0 / LIMIT)
+        unit_v = tl.load(scales + v).to(tl.float32) * (1.0 / LIMIT)
+    added_u = 0.0
+    added_v = 0.0
     if BIAS:
-        added = tl.load(bias + row).to(tl.float32)
-    _store_sum(acc0, 0, factor, added, output, row, rows)
-    if TOKENS > 1:
-        _store_sum(acc1, 1, factor, added, output, row, rows)
-    if TOKENS > 2:
-        _store_sum(acc2, 2, factor, added, output, row, rows)
-    if TOKENS > 3:
-        _store_sum(acc3, 3, factor, added, output, row, rows)
+        added_u = tl.load(bias + u).to(tl.float32)
+        added_v = tl.load(bias + v).to(tl.float32)
+    for t in tl.static_range(TOKENS):
+        of_token = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
+        total_u, total_v = rows_of_sums(of_token, MATRIX)
+        place = output + t * rows
+        tl.store(place + u, (total_u * unit_u + added_u).to(output.dtype.element_ty))
+        tl.store(place + v, (total_v * unit_v + added_v).to(output.dtype.element_ty), mask=v > u)
 
 
 @triton.jit
@@ -157,30 +200,47 @@ def _unit(scale, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _joined(first, second):
-    """Return two 16-bit numbers as one uint32, the first in its lower half."""
-    low = first.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return low | (second.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+def _joined(first, second, HALF: tl.constexpr, NATIVE: tl.constexpr):
+    """Return two float32 rounded to 16 bits as one uint32, the first in its lower half."""
+    if NATIVE:  # in one instruction, which takes the upper half first
+        kind: tl.constexpr = "f16x2" if HALF else "bf16x2"
+        word = tl.inline_asm_elementwise(
+            "cvt.rn." + kind + ".f32 $0, $2, $1;",
+            "=r,f,f",
+            [first, second],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        number: tl.constexpr = tl.float16 if HALF else tl.bfloat16
+        low = first.to(number).to(tl.uint16, bitcast=True).to(tl.uint32)
+        word = low | (second.to(number).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    return word
 
 
 @triton.jit
-def _write_four(
-    output_row, four, columns, w0, w1, w2, w3, FULL: tl.constexpr, PACKED: tl.constexpr
+def _store_words(
+    output_row, w0, w1, w2, w3, begin, columns, COLUMNS: tl.constexpr, i: tl.constexpr,
+    THREADS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Write four columns, at once where they are of 16 bits and ``PACKED`` says so."""
-    if PACKED:
-        upper = _joined(w2, w3).to(tl.uint64) << 32
-        address = output_row.to(tl.pointer_type(tl.uint64)) + four
-        if FULL:
-            tl.store(address, upper | _joined(w0, w1).to(tl.uint64))
-        else:
-            tl.store(address, upper | _joined(w0, w1).to(tl.uint64), mask=four * 4 < columns)
+    """Write a thread's four words at once, where its ``i``-th 16 bytes belong."""
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (THREADS, 4))
+    SIZE: tl.constexpr = output_row.dtype.element_ty.primitive_bitwidth // 8
+    address = words_of_eight(output_row, begin * SIZE // 2, COLUMNS * SIZE // 2, i, THREADS)
+    if FULL:
+        tl.store(address, words)
     else:
-        column = four * 4
-        tl.store(output_row + column, w0, mask=column < columns)
-        tl.store(output_row + column + 1, w1, mask=column + 1 < columns)
-        tl.store(output_row + column + 2, w2, mask=column + 2 < columns)
-        tl.store(output_row + column + 3, w3, mask=column + 3 < columns)
+        column = begin + tl.arange(0, THREADS) * COLUMNS + i * (16 // SIZE)
+        tl.store(address, words, mask=(column < columns)[:, None])
+
+
+@triton.jit
+def _store_four(output_row, n0, n1, n2, n3, column, columns):
+    tl.store(output_row + column, n0, mask=column < columns)
+    tl.store(output_row + column + 1, n1, mask=column + 1 < columns)
+    tl.store(output_row + column + 2, n2, mask=column + 2 < columns)
+    tl.store(output_row + column + 3, n3, mask=column + 3 < columns)
 
 
 @triton.jit
@@ -188,38 +248,55 @@ def _write_row(
     mask_row, offsets_row, value_row, left, taken, scales, output_row, row, columns,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    PACKED: tl.constexpr, WHOLE: tl.constexpr,
+    PACKED: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
     kind: tl.constexpr = output_row.dtype.element_ty
+    HALF: tl.constexpr = kind == tl.float16
     # In float64 for float32, as packing/weight_codes.py has it and why.
     wide: tl.constexpr = tl.float64 if kind == tl.float32 else tl.float32
-    row_bytes = (columns + 7) // 8
-    blocks = (columns + 63) // 64
-    inner, part = places(BLOCKS, COLUMNS)
+    THREADS: tl.constexpr = BLOCKS * 64 // COLUMNS
+    inner, low_below, high_below, upper, shift = places(BLOCKS, COLUMNS)
+    where = (low_below, high_below, upper, shift)
     if LIMIT > 0 and GROUP == 0:
-        unit = _unit(tl.load(scales + row + part * 0).to(wide), LIMIT)
-    for begin in range(0, blocks, BLOCKS):
-        block = begin + inner
-        low, high = mask_halves(mask_row, block, row_bytes, blocks, ALIGNED, FULL)
-        start = block_starts(offsets_row, block, blocks, FULL)
-        place, bits = place_of_columns(low, high, start + taken, part, COLUMNS)
-        column = block * 64 + part * COLUMNS
-        if GROUP > 0:
-            scale = scales_of(scales, row, column, columns, GROUP, FULL)
-            unit = _unit(scale.to(wide), LIMIT)
-        for i in tl.static_range(COLUMNS // 4):
-            w0, w1, w2, w3 = four_columns(value_row, left, place, bits, BITS, WHOLE, NATIVE)
-            if LIMIT > 0:
-                w0 = w0.to(wide) * unit
-                w1 = w1.to(wide) * unit
-                w2 = w2.to(wide) * unit
-                w3 = w3.to(wide) * unit
-            _write_four(
-                output_row, (column >> 2) + i, columns,
-                w0.to(kind), w1.to(kind), w2.to(kind), w3.to(kind), FULL, PACKED,
-            )  # fmt: skip
-            place += set_bits(bits & 15)
-            bits = bits >> 4
+        unit = _unit(tl.load(scales + row + inner * 0).to(wide), LIMIT)
+    for first in range(0, (columns + 63) // 64, BLOCKS):
+        index = _index(mask_row, offsets_row, first + inner, columns, ALIGNED, FULL)
+        words = _words(value_row, taken, left, index, where, BITS, WHOLE, SAFE)
+        w0, w1, w2, w3 = _spread(words, BITS, COLUMNS, NATIVE)
+        begin = first * 64
+        if PACKED and LIMIT == 0:
+            _store_words(output_row, w0, w1, w2, w3, begin, columns, COLUMNS, 0, THREADS, FULL)
+        else:
+            column = begin + tl.arange(0, THREADS) * COLUMNS
+            if GROUP > 0:
+                unit = _unit(scales_of(scales, row, column, columns, GROUP, FULL).to(wide), LIMIT)
+            for i in tl.static_range(COLUMNS // 4):
+                n0, n1, n2, n3 = four_numbers(w0, w1, w2, w3, i, BITS, HALF, NATIVE)
+                if LIMIT > 0:
+                    n0 = (n0.to(wide) * unit).to(tl.float32)
+                    n1 = (n1.to(wide) * unit).to(tl.float32)
+                    n2 = (n2.to(wide) * unit).to(tl.float32)
+                    n3 = (n3.to(wide) * unit).to(tl.float32)
+                if not PACKED:
+                    _store_four(
+                        output_row, n0.to(kind), n1.to(kind), n2.to(kind), n3.to(kind),
+                        column + 4 * i, columns,
+                    )  # fmt: skip
+                elif kind == tl.float32:
+                    _store_words(
+                        output_row, n0.to(tl.uint32, bitcast=True), n1.to(tl.uint32, bitcast=True),
+                        n2.to(tl.uint32, bitcast=True), n3.to(tl.uint32, bitcast=True),
+                        begin, columns, COLUMNS, i, THREADS, FULL,
+                    )  # fmt: skip
+                elif i % 2 == 0:
+                    even0 = _joined(n0, n1, HALF, NATIVE)
+                    even1 = _joined(n2, n3, HALF, NATIVE)
+                else:
+                    _store_words(
+                        output_row, even0, even1,
+                        _joined(n0, n1, HALF, NATIVE), _joined(n2, n3, HALF, NATIVE),
+                        begin, columns, COLUMNS, i // 2, THREADS, FULL,
+                    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -230,7 +307,10 @@ def decompress_kernel(
     WHOLE: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Write the weight's rows, from ``first_row`` on, to ``output``, a row per program."""
+    """Write the weight's rows, from ``first_row`` on, to ``output``, a row per program.
+
+    ``PACKED`` says that it can be written by 16 bytes.
+    """
     place = tl.program_id(0)
     row = first_row + place
     mask_row = bitmask + row.to(tl.int64) * ((columns + 7) // 8)
@@ -240,10 +320,10 @@ def decompress_kernel(
     if WHOLE and safe:
         _write_row(
             mask_row, offsets_row, value_row, left, taken, scales, output_row, row, columns,
-            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, PACKED, True,
+            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, PACKED, WHOLE, True,
         )  # fmt: skip
     else:
         _write_row(
             mask_row, offsets_row, value_row, left, taken, scales, output_row, row, columns,
-            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, PACKED, False,
+            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, PACKED, WHOLE, False,
         )  # fmt: skip

@@ -1,21 +1,23 @@
 """Rows of a sparse weight as operands, for Triton.
 
-A program has one row, and takes some blocks of 64 columns at a time. A thread has 4, 8 or 16
-columns of a block: it reads the block's mask and where the block's values begin, counts the set
-bits below its columns, and takes four columns at a time: it reads the next four values, of which
-those columns take none to all, and deals them out bit by bit. No thread waits for another.
+A program takes some blocks of 64 columns of a row at a time, and a thread four words of them: eight
+columns with values of 16 bits, sixteen with codes. It reads the block's mask and where the block's
+values begin, counts the set bits below its columns, and reads the words in which the values of its
+columns lie (``read_words``), of which those columns take none to all. ``spread`` moves the values
+to their columns, and zeros where weights are gone. No thread waits for another.
+
+Values of 16 bits are spread one column after the other: where a bit is not set, all that lies above
+moves up by one, which is one instruction a word. Codes are dealt four at a time by permuting bytes.
 
 Tiles are tensors of one dimension, whose neighbouring elements are neighbours in the row, and so
 are their values: each byte of the weight comes from memory once. With a dimension for the blocks
 Triton gave neighbouring threads the columns of different blocks, because their masks lie side by
 side, and moved all values through shared memory to meet x.
 
-What it costs is instructions, about 27 per 64 columns and warp with values of 16 bits: that is why
-a thread has more than four columns, and codes are dealt by bytes of a word (``permute_bytes``).
-
-Words of codes, and values beside those that are needed, are read past a row's last. That is done
-where there are as many values behind it; the last programs, and all where codes do not begin at
-whole words, read value by value and ask for each whether it is there.
+Words are read past a row's last value. Where there are as many values behind it that is done
+unasked; the last programs ask for each word whether it is there. Of the last word all is read: it
+is no more than a word beyond, in the same page of memory. Where values do not begin at whole words
+they are read one by one.
 
 Weights that are gone multiply as zeros, so that NaN and infinity in x spread as in a dense product.
 """
@@ -28,7 +30,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_UPPER: tl.constexpr = tl.constexpr(0xFFFF0000)
+from hf_adaptive_sparse.kernels.triton_words import permute_bytes
+
+READ_PAST: tl.constexpr = tl.constexpr(32)
+"""Values behind a row's that must be there for words to be read unasked: more than are read."""
 
 
 @triton.jit
@@ -41,30 +46,39 @@ def set_bits(words):
 
 @triton.jit
 def places(BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the block of each element of a tile, and which of its ``COLUMNS`` that has."""
+    """Return the block of each element of a tile, and how its columns are found in a block's mask.
+
+    That is the bits of the lower and of the upper half that are below its columns, whether these
+    are in the upper half, and how far up.
+    """
     PARTS: tl.constexpr = 64 // COLUMNS
     index = tl.arange(0, BLOCKS * PARTS)
     # By bits: were neighbours known to be neighbours, a thread would be given two of them.
-    return index // PARTS, index & (PARTS - 1)
+    part = index & (PARTS - 1)
+    upper = part >= PARTS // 2
+    shift = ((part & (PARTS // 2 - 1)) * COLUMNS).to(tl.uint32)
+    below = (tl.zeros_like(shift) + 1 << shift) - 1
+    low_below = tl.where(upper, 0xFFFFFFFF, below)
+    high_below = tl.where(upper, below, 0)
+    return index // PARTS, low_below, high_below, upper, shift
 
 
 @triton.jit
 def row_start(values, row_offsets, row, rows, BITS: tl.constexpr):
     """Return the address of the word in which a row's values begin, and three things beside.
 
-    These are the values of another row in the same word, the values from there to the end of all,
-    and whether there are enough behind this row's for whole words to be read. A word is as wide as
-    four values; codes of 4 bits are stored two to a byte, and begin anywhere.
+    These are the values of another row before it, the values from there to the end of all, and
+    whether there are enough behind this row's for words to be read unasked.
     """
     first = tl.load(row_offsets + row).to(tl.int64)
     behind = tl.load(row_offsets + row + 1).to(tl.int64)
     end = tl.load(row_offsets + rows).to(tl.int64)
-    taken = (first & 3).to(tl.int32)
+    taken = (first & 7).to(tl.int32)  # eight values of 4 bits are a word
     first = first - taken
     left = tl.minimum(end - first, 0x7FFFFFF0).to(tl.int32)
     if BITS == 4:
         first = first >> 1
-    return values + first, taken, left, behind + 8 <= end
+    return values + first, taken, left, behind + READ_PAST <= end
 
 
 @triton.jit
@@ -106,59 +120,185 @@ def block_starts(offsets_row, block, blocks, FULL: tl.constexpr):
 
 
 @triton.jit
+def place_of_columns(low, high, start, low_below, high_below, upper, shift):
+    """Return the values before the thread's columns, and their bits from the lowest on.
+
+    ``low``, ``high`` and ``start`` are the blocks' masks and offsets, the others as in ``places``.
+    """
+    place = start + set_bits(low & low_below) + set_bits(high & high_below)
+    return place, tl.where(upper, high, low) >> shift
+
+
+@triton.jit
 def _at(values, place, k: tl.constexpr, left):
     """Return what is stored at ``place + k``; undefined behind the end of all values."""
     return tl.load(values + place + k, mask=place + k < left)
 
 
 @triton.jit
-def permute_bytes(first, second, selector, NATIVE: tl.constexpr):
-    """Return the bytes of two words that the four digits of a selector name: 4 to 7, the second's.
+def _halves_singly(values, place, k: tl.constexpr, left):
+    low = _at(values, place, k, left).to(tl.uint16, bitcast=True).to(tl.uint32)
+    high = _at(values, place, k + 1, left).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return low | (high << 16)
 
-    ``NATIVE`` says that it is NVIDIA's instruction, else it takes shifts.
+
+@triton.jit
+def _bytes_singly(values, place, k: tl.constexpr, left):
+    word = (place * 0).to(tl.uint32)
+    for i in tl.static_range(4):
+        byte = _at(values, place, k + i, left).to(tl.uint8, bitcast=True).to(tl.uint32)
+        word |= byte << (8 * i)
+    return word
+
+
+@triton.jit
+def _word(address, index, k: tl.constexpr, count, SAFE: tl.constexpr):
+    """Return word ``index + k`` of ``count``; zero behind the last, for which ``SAFE`` stands."""
+    inside = None if SAFE else index + k < count
+    return tl.load(address + k, mask=inside, other=None if SAFE else 0)
+
+
+@triton.jit
+def read_words(values, place, left, BITS: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr):
+    """Return the words in which values lie from ``place`` on, and by how many bits into the first.
+
+    Five words uint32, of which four are filled from there; with codes of 4 bits three and two.
+    Values of 32 bits begin with words. ``WHOLE`` says that values begin with words and are read by
+    them, ``SAFE`` that there are as many as may be read.
     """
+    if BITS == 32:
+        w0 = _at(values, place, 0, left).to(tl.uint32, bitcast=True)
+        w1 = _at(values, place, 1, left).to(tl.uint32, bitcast=True)
+        w2 = _at(values, place, 2, left).to(tl.uint32, bitcast=True)
+        w3 = _at(values, place, 3, left).to(tl.uint32, bitcast=True)
+        w4 = w3
+        within = (place & 0).to(tl.uint32)
+    elif WHOLE:
+        PER_WORD: tl.constexpr = 32 // BITS
+        index = place // PER_WORD
+        address = values.to(tl.pointer_type(tl.uint32)) + index
+        count = (left + PER_WORD - 1) // PER_WORD
+        w0 = _word(address, index, 0, count, SAFE)
+        w1 = _word(address, index, 1, count, SAFE)
+        w2 = _word(address, index, 2, count, SAFE)
+        w3 = w2
+        w4 = w2
+        if BITS > 4:
+            w3 = _word(address, index, 3, count, SAFE)
+            w4 = _word(address, index, 4, count, SAFE)
+        within = ((place & (PER_WORD - 1)) * BITS).to(tl.uint32)
+    else:
+        within = (place & 0).to(tl.uint32)
+        if BITS == 16:
+            w0 = _halves_singly(values, place, 0, left)
+            w1 = _halves_singly(values, place, 2, left)
+            w2 = _halves_singly(values, place, 4, left)
+            w3 = _halves_singly(values, place, 6, left)
+            w4 = w3
+        elif BITS == 8:
+            w0 = _bytes_singly(values, place, 0, left)
+            w1 = _bytes_singly(values, place, 4, left)
+            w2 = _bytes_singly(values, place, 8, left)
+            w3 = _bytes_singly(values, place, 12, left)
+            w4 = w3
+        else:
+            bytes_left = (left + 1) >> 1
+            w0 = _bytes_singly(values, place >> 1, 0, bytes_left)
+            w1 = _bytes_singly(values, place >> 1, 4, bytes_left)
+            w2 = _bytes_singly(values, place >> 1, 8, bytes_left)
+            w3 = w2
+            w4 = w2
+            within = ((place & 1) * 4).to(tl.uint32)
+    return w0, w1, w2, w3, w4, within
+
+
+@triton.jit
+def _shifted(low, high, bits, NATIVE: tl.constexpr):
+    """Return 32 bits of two words from bit ``bits``, 0 to 32, of the first on."""
     if NATIVE:
-        taken = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;",
+        word = tl.inline_asm_elementwise(
+            "shf.r.clamp.b32 $0, $1, $2, $3;",
             "=r,r,r,r",
-            [first, second, selector],
+            [low, high, bits],
             dtype=tl.uint32,
             is_pure=True,
             pack=1,
         )
     else:
-        taken = first & 0
-        for i in tl.static_range(4):
-            digit = selector >> (4 * i)
-            word = tl.where((digit & 4) != 0, second, first)
-            taken |= ((word >> ((digit & 3) * 8)) & 0xFF) << (8 * i)
-    return taken
+        both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+        word = (both >> bits.to(tl.uint64)).to(tl.uint32)
+    return word
 
 
 @triton.jit
-def _deal_codes(codes, bits, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Return four columns of ``bits``, which take codes from the lowest byte of words: float32.
+def _moved_up(kept, below, here, NATIVE: tl.constexpr):
+    """Return a word of two halves, or where none is kept the upper half below and the lower."""
+    if NATIVE:
+        word = tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $1, 0;"
+            + "mov.b32 $0, $3; @!p prmt.b32 $0, $2, $3, 0x5432;}",
+            "=r,r,r,r",
+            [kept, below, here],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        word = tl.where(kept != 0, here, (below >> 16) | (here << 16))
+    return word
 
-    A column that is kept takes the byte of as many as are kept below it, another one takes a zero.
-    To floats by their bits in those of 2**23 + half + code, less that: two instructions.
+
+@triton.jit
+def _gap(kept, here, UPPER: tl.constexpr, NATIVE: tl.constexpr):
+    """Return a word of two halves, or where none is kept a zero, and the lower half above it.
+
+    With ``UPPER`` the zero is the upper half, and nothing is above it.
     """
-    half: tl.constexpr = 1 << (BITS - 1)
-    halves = (bits & 0) + half * 0x01010101
-    magic = (bits & 0) + 0x4B000000
-    spread = ((((bits & 15) * 0x41) & 0x303) * 9) & 0x1111  # a digit for each bit
-    selector = spread * 0x110C + 0x4444  # those below it, and 4 where it is not set
-    dealt = permute_bytes(codes ^ halves, halves, selector, NATIVE)
-    base: tl.constexpr = 8388608.0 + half
-    w0 = permute_bytes(dealt, magic, (bits & 0) + 0x7540, NATIVE).to(tl.float32, bitcast=True)
-    w1 = permute_bytes(dealt, magic, (bits & 0) + 0x7541, NATIVE).to(tl.float32, bitcast=True)
-    w2 = permute_bytes(dealt, magic, (bits & 0) + 0x7542, NATIVE).to(tl.float32, bitcast=True)
-    w3 = permute_bytes(dealt, magic, (bits & 0) + 0x7543, NATIVE).to(tl.float32, bitcast=True)
-    return w0 - base, w1 - base, w2 - base, w3 - base
+    if NATIVE:
+        if UPPER:
+            word = tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.u32 p, $1, 0; mov.b32 $0, $2; @!p and.b32 $0, $2, 0xffff;}",
+                "=r,r,r",
+                [kept, here],
+                dtype=tl.uint32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            word = tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.u32 p, $1, 0; mov.b32 $0, $2; @!p shl.b32 $0, $2, 16;}",
+                "=r,r,r",
+                [kept, here],
+                dtype=tl.uint32,
+                is_pure=True,
+                pack=1,
+            )
+    else:
+        word = tl.where(kept != 0, here, here & 0xFFFF if UPPER else here << 16)
+    return word
 
 
 @triton.jit
-def _deal(v0, v1, v2, v3, bits):
-    """Return four columns of ``bits``: one that is kept takes the first, and the others move up."""
+def _spread_halves(w0, w1, w2, w3, bits, NATIVE: tl.constexpr):
+    """Return eight values of 16 bits in their columns: from the lowest bit on, each makes a gap."""
+    for i in tl.static_range(8):
+        kept = bits & (1 << i)
+        w3 = _moved_up(kept, w2, w3, NATIVE) if i < 6 else _gap(kept, w3, i == 7, NATIVE)
+        if i < 4:
+            w2 = _moved_up(kept, w1, w2, NATIVE)
+        elif i < 6:
+            w2 = _gap(kept, w2, i == 5, NATIVE)
+        if i < 2:
+            w1 = _moved_up(kept, w0, w1, NATIVE)
+            w0 = _gap(kept, w0, i == 1, NATIVE)
+        elif i < 4:
+            w1 = _gap(kept, w1, i == 3, NATIVE)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _spread_words(v0, v1, v2, v3, bits):
+    """Return four values in their columns: one that is kept takes the first, others move up."""
     kept = (bits & 1) != 0
     w0 = tl.where(kept, v0, 0)
     v0 = tl.where(kept, v1, v0)
@@ -176,11 +316,11 @@ def _deal(v0, v1, v2, v3, bits):
 
 
 @triton.jit
-def _window(first, second, shift):
-    """Return 32 bits of two words of 32, from bit ``shift``, below 32, of the first on."""
-    return ((first.to(tl.uint64) | (second.to(tl.uint64) << 32)) >> shift.to(tl.uint64)).to(
-        tl.uint32
-    )
+def _digits(bits):
+    """Return a digit of four bits for each of the lowest eight."""
+    digits = ((bits & 0xFF) | (bits << 12)) & 0x000F000F
+    digits = (digits | (digits << 6)) & 0x03030303
+    return (digits | (digits << 3)) & 0x11111111
 
 
 @triton.jit
@@ -191,107 +331,62 @@ def _bytes_of_codes(word):
 
 
 @triton.jit
-def _four_codes(values, place, BITS: tl.constexpr):
-    """Return words whose bytes are the four codes from ``place`` on, the first in the lowest."""
-    if BITS == 8:
-        address = values.to(tl.pointer_type(tl.uint32)) + (place >> 2)
-        codes = _window(tl.load(address), tl.load(address + 1), (place & 3) * 8)
-    else:
-        address = values.to(tl.pointer_type(tl.uint16)) + (place >> 2)
-        pair = tl.load(address).to(tl.uint32) | (tl.load(address + 1).to(tl.uint32) << 16)
-        codes = _bytes_of_codes(pair >> ((place & 3) * 4).to(tl.uint32))
-    return codes
+def _deal_codes(
+    w0, w1, w2, w3, bits, BITS: tl.constexpr, COLUMNS: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    """Return codes in their columns, a byte each, four to a word: in excess of the zero.
 
-
-@triton.jit
-def _four_codes_singly(values, place, left, BITS: tl.constexpr):
-    """Return the same, byte by byte."""
-    if BITS == 4:
-        byte, bytes_left = place >> 1, (left + 1) >> 1
-        codes = _at(values, byte, 0, bytes_left).to(tl.uint32)
-        codes |= _at(values, byte, 1, bytes_left).to(tl.uint32) << 8
-        codes |= _at(values, byte, 2, bytes_left).to(tl.uint32) << 16
-        codes = _bytes_of_codes(codes >> ((place & 1) << 2).to(tl.uint32))
-    else:
-        codes = _at(values, place, 0, left).to(tl.uint8, bitcast=True).to(tl.uint32)
-        codes |= _at(values, place, 1, left).to(tl.uint8, bitcast=True).to(tl.uint32) << 8
-        codes |= _at(values, place, 2, left).to(tl.uint8, bitcast=True).to(tl.uint32) << 16
-        codes |= _at(values, place, 3, left).to(tl.uint8, bitcast=True).to(tl.uint32) << 24
-    return codes
-
-
-@triton.jit
-def place_of_columns(low, high, start, part, COLUMNS: tl.constexpr):
-    """Return the values before the thread's columns, and their bits from the lowest on.
-
-    ``low``, ``high`` and ``start`` are the blocks' masks and offsets, ``part`` says which columns.
+    A column that is kept takes the byte of as many as are kept below it, another one takes a zero.
     """
-    HALF: tl.constexpr = 32 // COLUMNS
-    upper = part >= HALF
-    shift = ((part & (HALF - 1)) * COLUMNS).to(tl.uint32)
-    word = tl.where(upper, high, low)
-    below = word & ((tl.zeros_like(shift) + 1 << shift) - 1)
-    place = start + tl.where(upper, set_bits(low), 0) + set_bits(below)
-    return place, word >> shift
+    BYTE: tl.constexpr = 3 if BITS == 8 else 2  # by how much to shift for so many bits
+    zeros = (bits & 0) + (1 << (BITS - 1)) * 0x01010101
+    d0 = zeros
+    d1 = zeros
+    d2 = zeros
+    d3 = zeros
+    for i in tl.static_range(COLUMNS // 4):
+        if i % 2 == 0:
+            digits = _digits(bits >> (4 * i))
+            sums = digits * 0x1111  # every fourth digit is the sum of four
+        codes = w0 if BITS == 8 else _bytes_of_codes(w0)
+        selector = (digits >> (16 * (i % 2))) * 0x110C + 0x4444  # 4 where it is not kept
+        dealt = permute_bytes(codes ^ zeros, zeros, selector, NATIVE)
+        if i == 0:
+            d0 = dealt
+        elif i == 1:
+            d1 = dealt
+        elif i == 2:
+            d2 = dealt
+        else:
+            d3 = dealt
+        used = (sums >> (12 - BYTE + 16 * (i % 2))) & (7 << BYTE)
+        w0 = _shifted(w0, w1, used, NATIVE)
+        w1 = _shifted(w1, w2, used, NATIVE)
+        w2 = _shifted(w2, w3, used, NATIVE)
+    return d0, d1, d2, d3
 
 
 @triton.jit
-def four_columns(
-    value_row, left, place, bits, BITS: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr
-):
-    """Return four columns of ``bits``, whose values begin at ``place``: codes as float32.
+def spread(
+    w0, w1, w2, w3, w4, within, bits, BITS: tl.constexpr, COLUMNS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Return four words of values in their columns, zeros between them, from ``read_words``.
 
-    ``WHOLE`` says that values may be read past the last, and codes in words.
+    Codes are bytes in excess of the zero: 128 with 8 bits, 8 with 4.
     """
-    if BITS <= 8:
-        if WHOLE:
-            codes = _four_codes(value_row, place, BITS)
-        else:
-            codes = _four_codes_singly(value_row, place, left, BITS)
-        w0, w1, w2, w3 = _deal_codes(codes, bits, BITS, NATIVE)
+    if BITS == 32:
+        w0, w1, w2, w3 = _spread_words(w0, w1, w2, w3, bits)
     else:
-        if WHOLE:
-            at = value_row + place
-            v0, v1, v2, v3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+        w0 = _shifted(w0, w1, within, NATIVE)
+        w1 = _shifted(w1, w2, within, NATIVE)
+        w2 = _shifted(w2, w3, within, NATIVE)
+        w3 = _shifted(w3, w4, within, NATIVE)
+        if BITS == 16:
+            w0, w1, w2, w3 = _spread_halves(w0, w1, w2, w3, bits, NATIVE)
         else:
-            v0 = _at(value_row, place, 0, left)
-            v1 = _at(value_row, place, 1, left)
-            v2 = _at(value_row, place, 2, left)
-            v3 = _at(value_row, place, 3, left)
-        w0, w1, w2, w3 = _deal(v0, v1, v2, v3, bits)
+            w0, w1, w2, w3 = _deal_codes(w0, w1, w2, w3, bits, BITS, COLUMNS, NATIVE)
     return w0, w1, w2, w3
-
-
-@triton.jit
-def _pair(word, HALF: tl.constexpr):
-    """Return the two 16-bit numbers of uint32 words as float32."""
-    if HALF:
-        first = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        second = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        first = (word << 16).to(tl.float32, bitcast=True)
-        second = (word & _UPPER).to(tl.float32, bitcast=True)
-    return first, second
-
-
-@triton.jit
-def four_of_x(x, four, columns, FULL: tl.constexpr, PACKED: tl.constexpr):
-    """Return one token's numbers of the same columns, float32; ``four`` counts fours of the row.
-
-    ``PACKED`` says that they are of 16 bits and can be read four at a time.
-    """
-    if PACKED:
-        address = x.to(tl.pointer_type(tl.uint64)) + four
-        numbers = tl.load(address) if FULL else tl.load(address, mask=four * 4 < columns, other=0)
-        x0, x1 = _pair(numbers.to(tl.uint32), x.dtype.element_ty == tl.float16)
-        x2, x3 = _pair((numbers >> 32).to(tl.uint32), x.dtype.element_ty == tl.float16)
-    else:
-        column = four * 4
-        x0 = tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
-        x1 = tl.load(x + column + 1, mask=column + 1 < columns, other=0).to(tl.float32)
-        x2 = tl.load(x + column + 2, mask=column + 2 < columns, other=0).to(tl.float32)
-        x3 = tl.load(x + column + 3, mask=column + 3 < columns, other=0).to(tl.float32)
-    return x0, x1, x2, x3
 
 
 @triton.jit

@@ -17,7 +17,8 @@ from hf_adaptive_sparse.kernels import (
 KERNELS = "hf_adaptive_sparse.kernels.triton_"
 USERS = {"kernels": triton_attention, "sparse_kernels": triton_sparse}
 USERS |= {"encode_kernels": triton_encoding, "decode_kernels": triton_decoding}
-OWN = [f"{KERNELS}{name}" for name in ("rows", "sparse_rows", "encode_rows", *USERS)]
+HELPERS = ("words", "rows", "sparse_rows", "sparse_numbers", "encode_rows")
+OWN = [f"{KERNELS}{name}" for name in (*HELPERS, *USERS)]
 
 
 def is_triton(name):

@@ -177,6 +177,7 @@ CASES = [
     {"capability": 80, "dtype": "float16", "columns": 1032, "tokens": 1, "bits": 4, "group": 96},
     {"capability": 80, "dtype": "bfloat16", "columns": 1024, "tokens": 4, "bits": 8, "group": 64},
     {"capability": 90, "dtype": "float32", "columns": 1024, "tokens": 3},
+    {"capability": 90, "dtype": "float16", "columns": 4096, "tokens": 8, "bits": 8},
     {"capability": 90, "dtype": "bfloat16", "columns": 4096, "tokens": 0, "bits": 4},
     {"capability": 80, "dtype": "float32", "columns": 4096, "tokens": 0, "bits": 8},
     {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6, "encode": "channel"},

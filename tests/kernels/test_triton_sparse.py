@@ -20,6 +20,7 @@ from hf_adaptive_sparse.kernels import (
     sparse_tiles,
     triton_device,
     triton_sparse,
+    triton_sparse_plan,
 )
 from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
 from hf_adaptive_sparse.kernels.triton_sparse_plan import Tile
@@ -36,7 +37,7 @@ FORMATS = [
     for bits, group in ((None, None), (8, None), (8, 96), (4, None), (4, 128))
 ]
 SHAPES = itertools.cycle([(6, 200), (5, 31), (5, 320), (6, 513), (4, 64), (3, 1), (5, 128)])
-TILES = itertools.cycle([Tile(1, 1, 16), Tile(2, 2, 4), Tile(4, 1, 8)])
+TILES = itertools.cycle([Tile(1, 1), Tile(2, 2), Tile(4, 1)])
 CASES = [(*format, next(SHAPES), next(TILES)) for format in FORMATS]
 
 
@@ -88,7 +89,7 @@ def test_products_with_a_part_of_the_rows(device, bits):
 
 @pytest.mark.parametrize(("dtype", "bits", "group", "shape", "tile"), CASES)
 def test_decompression_is_exact(device, monkeypatch, dtype, bits, group, shape, tile):
-    monkeypatch.setattr(triton_sparse, "decompress_tile", lambda weight: tile)
+    monkeypatch.setattr(triton_sparse_plan, "decompress_tile", lambda weight: tile)
     weight = make_sparse(shape, dtype, bits, group)
     for start, stop in ((0, shape[0]), (1, shape[0] - 1)):
         found = torch.full((stop - start, shape[1]), 7.0, dtype=dtype, device=device)
@@ -225,12 +226,12 @@ def test_the_fastest_tile_is_measured_once(device, monkeypatch):
         measured.append(ran[-1])
         return {2: 3.0, 1: 2.0}[ran[-1]]
 
-    tiles = [Tile(2, 1, 4), Tile(4, 1, 4), Tile(1, 1, 4)]
+    tiles = [Tile(2, 1), Tile(4, 1), Tile(1, 1)]
     monkeypatch.setattr(triton_sparse, "vector_tiles", lambda weight: tiles)
     monkeypatch.setattr(triton_sparse, "_kernels", Watched)
     monkeypatch.setattr(triton_sparse, "_chosen", {})
     monkeypatch.setattr(triton_sparse, "_seconds", measure)
-    weight = make_sparse((4, 64), torch.float32)
+    weight = make_sparse((4, 256), torch.float32)
     for can, least, expected, measures in (
         (True, 1 << 20, 2, []),
         (False, 0, 2, []),
@@ -241,7 +242,7 @@ def test_the_fastest_tile_is_measured_once(device, monkeypatch):
             triton_sparse._chosen.clear()
         monkeypatch.setattr(triton_sparse, "_can_measure", lambda device, can=can: can)
         monkeypatch.setattr(triton_sparse, "_TUNED_ELEMENTS", least)
-        check(make_x(1, 64, torch.float32), weight, device)
+        check(make_x(1, 256, torch.float32), weight, device)
         assert ran[-1] == expected
         assert measured == measures
 
