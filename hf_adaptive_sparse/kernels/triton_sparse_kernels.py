@@ -76,11 +76,11 @@ def _sums_of_rows(
     left_u, left_v, scales, u, v, columns,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr, MATRIX: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr,
+    TOKENS: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
     """Return the sums of ``vector_kernel`` for two rows, ``u`` and ``v``: four per token."""
     THREADS: tl.constexpr = BLOCKS * 64 // COLUMNS
-    SHORT: tl.constexpr = MATRIX and TOKENS <= 4  # others take the compiler long as it is
+    SHORT: tl.constexpr = PACKED and TOKENS <= 4  # others take the compiler long as it is
     blocks = (columns + 63) // 64
     inner, low_below, high_below, upper, shift = places(BLOCKS, COLUMNS)
     where = (low_below, high_below, upper, shift)
@@ -121,7 +121,7 @@ def _sums_of_rows(
             before = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
             product = add_products(
                 no_sums(THREADS) if GROUP > 0 else before, spread_u, spread_v, x + t * x_stride,
-                begin, columns, BITS, COLUMNS, THREADS, NATIVE, MATRIX, FULL,
+                begin, columns, BITS, COLUMNS, THREADS, NATIVE, PACKED, FULL,
             )  # fmt: skip
             if GROUP > 0:
                 product = (
@@ -140,12 +140,12 @@ def vector_kernel(
     x, bitmask, values, row_offsets, block_offsets, scales, bias, output, rows, columns, x_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, MATRIX: tl.constexpr, BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Multiply a few tokens, ``x`` ``(tokens, columns)``, with two rows per program.
 
-    Sums are float32. ``MATRIX`` says that matrix units can be used, see ``triton_sparse_numbers``:
-    then ``x`` is read by 16 bytes, and a group is a multiple of 64 columns.
+    Sums are float32. ``PACKED`` says that ``x`` can be read by 16 bytes, that a group is a multiple
+    of 64 columns, and that a tile is columns for whole warps: see ``triton_sparse_numbers``.
     """
     u = tl.program_id(0) * 2
     v = tl.minimum(u + 1, rows - 1)
@@ -157,18 +157,18 @@ def vector_kernel(
     masks_v = bitmask + v.to(tl.int64) * mask_bytes
     offsets_u = block_offsets + u.to(tl.int64) * blocks
     offsets_v = block_offsets + v.to(tl.int64) * blocks
-    if WHOLE and safe_u and safe_v:
+    if WHOLE and (safe_u and safe_v):
         sums = _sums_of_rows(
             x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
             taken_v, left_u, left_v, scales, u, v, columns,
-            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, MATRIX,
+            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED,
             WHOLE, True,
         )  # fmt: skip
     else:
         sums = _sums_of_rows(
             x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
             taken_v, left_u, left_v, scales, u, v, columns,
-            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, MATRIX,
+            BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED,
             WHOLE, False,
         )  # fmt: skip
     unit_u = 1.0
@@ -183,7 +183,7 @@ def vector_kernel(
         added_v = tl.load(bias + v).to(tl.float32)
     for t in tl.static_range(TOKENS):
         of_token = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
-        total_u, total_v = rows_of_sums(of_token, MATRIX)
+        total_u, total_v = rows_of_sums(of_token, PACKED, NATIVE)
         place = output + t * rows
         tl.store(place + u, (total_u * unit_u + added_u).to(output.dtype.element_ty))
         tl.store(place + v, (total_v * unit_v + added_v).to(output.dtype.element_ty), mask=v > u)
@@ -226,7 +226,7 @@ def _store_words(
 ):  # fmt: skip
     """Write a thread's four words at once, where its ``i``-th 16 bytes belong."""
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (THREADS, 4))
-    SIZE: tl.constexpr = output_row.dtype.element_ty.primitive_bitwidth // 8
+    SIZE: tl.constexpr = 4 if output_row.dtype.element_ty == tl.float32 else 2
     address = words_of_eight(output_row, begin * SIZE // 2, COLUMNS * SIZE // 2, i, THREADS)
     if FULL:
         tl.store(address, words)

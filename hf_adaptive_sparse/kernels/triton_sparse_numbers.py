@@ -1,11 +1,11 @@
 """What is spread over columns as numbers, and sums of its products with x, for Triton.
 
-Sums are float32. Where NVIDIA's matrix units can be had (``MATRIX``), they multiply words as they
-are: a thread's two rows and its columns of x are its part of the operands of an instruction that
-multiplies 16 x 16 numbers with 16 x 8. Four threads in turn make up a row of the first and a column
-of the second, so that the product of each four with itself is on the diagonal of the result, and
-the rest is left. That wastes seven eighths of what these units do, and saves taking words apart and
-a multiplication per number, for every token anew.
+Sums are float32. Where x is read in words, too (``PACKED``), NVIDIA's matrix units multiply words
+as they are: a thread's two rows and its columns of x are its part of the operands of an instruction
+that multiplies 16 x 16 numbers with 16 x 8. Four threads in turn make up a row of the first and a
+column of the second, so that the product of each four with itself is on the diagonal of the result,
+and the rest is left. That wastes seven eighths of what these units do, and saves taking words apart
+and a multiplication per number, for every token anew. Elsewhere words are taken apart.
 """
 
 # What Triton compiles has no types that mypy knows.
@@ -131,37 +131,69 @@ _BFLOAT_4: tl.constexpr = _pairs_by("43", "mov.b32 b, 0xC308C308" + _ONE, _ADD)
 
 
 @triton.jit
-def _pairs_of_codes(word, BITS: tl.constexpr, HALF: tl.constexpr):
+def _sixteen_bits(number, HALF: tl.constexpr):
+    """Return the bits of a float32 of at most eight digits as a 16-bit number: uint32."""
+    if HALF:
+        bits = number.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        bits = number.to(tl.uint32, bitcast=True) >> 16
+    return bits
+
+
+@triton.jit
+def _pairs_of_codes(word, BITS: tl.constexpr, HALF: tl.constexpr, NATIVE: tl.constexpr):
     """Return the codes of a word's bytes as two words of 16-bit numbers.
 
     By their bits in those of 1024 + excess code as float16, or of 128 + excess code as bfloat16. Of
     the latter only seven bits are the number's: beyond they count twice, and are halved again.
     """
-    if HALF:
-        asm: tl.constexpr = _HALF_8 if BITS == 8 else _HALF_4
+    if NATIVE:
+        if HALF:
+            asm: tl.constexpr = _HALF_8 if BITS == 8 else _HALF_4
+        else:
+            asm: tl.constexpr = _BFLOAT_8 if BITS == 8 else _BFLOAT_4  # type: ignore[no-redef]
+        low, high = tl.inline_asm_elementwise(
+            asm, "=&r,=&r,r", [word], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
+        )
     else:
-        asm: tl.constexpr = _BFLOAT_8 if BITS == 8 else _BFLOAT_4  # type: ignore[no-redef]
-    return tl.inline_asm_elementwise(
-        asm, "=&r,=&r,r", [word], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
-    )
+        low = _sixteen_bits(_code(word, 0, BITS, NATIVE), HALF)
+        low |= _sixteen_bits(_code(word, 1, BITS, NATIVE), HALF) << 16
+        high = _sixteen_bits(_code(word, 2, BITS, NATIVE), HALF)
+        high |= _sixteen_bits(_code(word, 3, BITS, NATIVE), HALF) << 16
+    return low, high
 
 
 @triton.jit
-def _multiply(c0, c1, c2, c3, u0, v0, u1, v1, x0, x1, HALF: tl.constexpr):
+def _added(total, word, other, HALF: tl.constexpr):
+    """Return ``total`` plus the products of two words' pairs."""
+    w0, w1 = _pair(word, HALF)
+    x0, x1 = _pair(other, HALF)
+    total += w0 * x0
+    total += w1 * x1
+    return total
+
+
+@triton.jit
+def _multiply(c0, c1, c2, c3, u0, v0, u1, v1, x0, x1, HALF: tl.constexpr, NATIVE: tl.constexpr):
     """Add the product of words, four numbers of two rows with four of x, to a thread's part."""
-    kind: tl.constexpr = "f16" if HALF else "bf16"
-    asm: tl.constexpr = (
-        "mma.sync.aligned.m16n8k16.row.col.f32." + kind + "." + kind + ".f32 "
-        "{$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};"
-    )
-    return tl.inline_asm_elementwise(
-        asm,
-        "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
-        [c0, c1, c2, c3, u0, v0, u1, v1, x0, x1],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=False,  # all threads of a warp take part: it must stay where it is
-        pack=1,
-    )
+    if NATIVE:
+        kind: tl.constexpr = "f16" if HALF else "bf16"
+        asm: tl.constexpr = (
+            "mma.sync.aligned.m16n8k16.row.col.f32." + kind + "." + kind + ".f32 "
+            "{$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};"
+        )
+        c0, c1, c2, c3 = tl.inline_asm_elementwise(
+            asm,
+            "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r",
+            [c0, c1, c2, c3, u0, v0, u1, v1, x0, x1],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,  # all threads of a warp take part: it must stay where it is
+            pack=1,
+        )
+    else:
+        c0 = _added(_added(c0, u0, x0, HALF), u1, x1, HALF)
+        c2 = _added(_added(c2, v0, x0, HALF), v1, x1, HALF)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -174,7 +206,7 @@ def no_sums(THREADS: tl.constexpr):
 @triton.jit
 def add_products(
     sums, u, v, x, begin, columns, BITS: tl.constexpr, COLUMNS: tl.constexpr,
-    THREADS: tl.constexpr, NATIVE: tl.constexpr, MATRIX: tl.constexpr, FULL: tl.constexpr,
+    THREADS: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Return ``sums`` plus the products of one token with a tile of two rows.
 
@@ -182,19 +214,19 @@ def add_products(
     """
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     c0, c1, c2, c3 = sums
-    if MATRIX:
+    if PACKED:
         for i in tl.static_range(COLUMNS // 8):
             x0, x1, x2, x3 = _eight_of_x(x, begin, columns, COLUMNS, i, THREADS, FULL)
             if BITS == 16:
                 u0, u1, u2, u3 = u
                 v0, v1, v2, v3 = v
             else:
-                u0, u1 = _pairs_of_codes(u[2 * i], BITS, HALF)
-                u2, u3 = _pairs_of_codes(u[2 * i + 1], BITS, HALF)
-                v0, v1 = _pairs_of_codes(v[2 * i], BITS, HALF)
-                v2, v3 = _pairs_of_codes(v[2 * i + 1], BITS, HALF)
-            c0, c1, c2, c3 = _multiply(c0, c1, c2, c3, u0, v0, u1, v1, x0, x1, HALF)
-            c0, c1, c2, c3 = _multiply(c0, c1, c2, c3, u2, v2, u3, v3, x2, x3, HALF)
+                u0, u1 = _pairs_of_codes(u[2 * i], BITS, HALF, NATIVE)
+                u2, u3 = _pairs_of_codes(u[2 * i + 1], BITS, HALF, NATIVE)
+                v0, v1 = _pairs_of_codes(v[2 * i], BITS, HALF, NATIVE)
+                v2, v3 = _pairs_of_codes(v[2 * i + 1], BITS, HALF, NATIVE)
+            c0, c1, c2, c3 = _multiply(c0, c1, c2, c3, u0, v0, u1, v1, x0, x1, HALF, NATIVE)
+            c0, c1, c2, c3 = _multiply(c0, c1, c2, c3, u2, v2, u3, v3, x2, x3, HALF, NATIVE)
     else:
         for i in tl.static_range(COLUMNS // 4):
             column = begin + tl.arange(0, THREADS) * COLUMNS + 4 * i
@@ -213,10 +245,10 @@ def add_products(
 
 
 @triton.jit
-def rows_of_sums(sums, MATRIX: tl.constexpr):
+def rows_of_sums(sums, PACKED: tl.constexpr, NATIVE: tl.constexpr):
     """Return what the sums of one token come to in each of the two rows."""
     c0, c1, c2, c3 = sums
-    if MATRIX:
+    if PACKED and NATIVE:
         lane = tl.inline_asm_elementwise(
             "mov.u32 $0, %laneid;", "=r,f", [c0], dtype=tl.int32, is_pure=True, pack=1
         )

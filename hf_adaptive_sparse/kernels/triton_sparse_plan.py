@@ -44,18 +44,17 @@ def vector_tiles(weight: SparseWeight) -> list[Tile]:
 
 def vector_constants(weight: SparseWeight, x: torch.Tensor, tile: Tile) -> dict[str, int]:
     """Return what ``vector_kernel`` is compiled for, but for the bias."""
-    matrix = (
-        _is_native()
-        and x.dtype.itemsize == 2
+    packed = (
+        x.dtype.itemsize == 2
         and is_packed(x)
         and (weight.group_size or BLOCK_COLUMNS) % BLOCK_COLUMNS == 0
     )
     columns = _columns(weight)
-    if matrix:  # by all threads of whole warps, each with columns of its own
+    if packed:  # by all threads of whole warps, each with columns of its own
         tile = Tile(max(tile.blocks, tile.warps * _THREADS * columns // BLOCK_COLUMNS), tile.warps)
     else:
         tile = _fitted(weight, tile, columns)
-    return {**_constants(weight, tile, columns), "TOKENS": x.shape[0], "MATRIX": matrix}
+    return {**_constants(weight, tile, columns), "TOKENS": x.shape[0], "PACKED": packed}
 
 
 def decompress_constants(weight: SparseWeight, output: torch.Tensor) -> dict[str, int]:
@@ -67,7 +66,7 @@ def decompress_constants(weight: SparseWeight, output: torch.Tensor) -> dict[str
 
 def decompress_tile(weight: SparseWeight) -> Tile:
     """Return the tile of decompression."""
-    return Tile(16, 4)
+    return Tile(32, 4)
 
 
 def is_packed(tensor: torch.Tensor) -> bool:

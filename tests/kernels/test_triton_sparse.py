@@ -75,6 +75,26 @@ def test_products(device, monkeypatch, dtype, bits, group, shape, tile):
     check(make_x(3, shape[1], dtype), weight, device, make_x(1, shape[0], dtype)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "group"), [(None, None), (8, None), (8, 64), (4, None), (4, 128), (8, 96)]
+)
+def test_whole_tiles_and_parts_of_them(device, monkeypatch, dtype, bits, group):
+    """Rows that are whole tiles, none, or one and a part, of an odd number of rows, by each tile.
+
+    With columns that 16 bytes of x are whole of, and groups of whole blocks, words are multiplied
+    as they are: by the matrix units of a GPU.
+    """
+    tiles = triton_sparse.vector_tiles
+    tokens = itertools.cycle((1, triton_sparse.MAX_TOKENS, 2))
+    for columns, place in ((4096, 0), (2048, 1), (1056, 0), (1608, 1)):
+        weight = make_sparse((3, columns), dtype, bits, group)
+        monkeypatch.setattr(
+            triton_sparse, "vector_tiles", lambda weight, place=place: [tiles(weight)[place]]
+        )
+        check(make_x(next(tokens), columns, dtype), weight, device)
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_products_with_a_part_of_the_rows(device, bits):
     """Its offsets count from the first value of all rows, and 4-bit ones may start in a byte."""
@@ -133,11 +153,14 @@ def test_offsets_of_64_bits_and_unaligned_tensors(device, monkeypatch, bits):
     torch.testing.assert_close(found, triton_sparse.linear(x.contiguous(), weight))
 
 
-def test_what_is_not_finite_stays_so(device):
-    weight = make_sparse((4, 100), torch.bfloat16).to(device)
-    x = make_x(1, 100, torch.bfloat16).to(device)
+@pytest.mark.parametrize("columns", [100, 512])
+def test_what_is_not_finite_stays_so(device, columns):
+    weight = make_sparse((4, columns), torch.bfloat16).to(device)
+    x = make_x(2, columns, torch.bfloat16).to(device)
     x[0, 17] = torch.inf
-    assert not triton_sparse.linear(x, weight).isfinite().any()  # zeros too, as in a dense product
+    found = triton_sparse.linear(x, weight)
+    assert not found[0].isfinite().any()  # zeros too, as in a dense product
+    assert found[1].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
