@@ -121,22 +121,15 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
         weight.values if weight.scales is None else weight.scales,
         *(output, start, *weight.shape, output.stride(0)),
     )
-    asked = (
-        *("decompress", is_packed(output), output.data_ptr() % 16, output.stride(0)),
-        weight.values.data_ptr(),  # another where the weight was moved
-    )
+    written = ("decompress", is_packed(output), output.data_ptr() % 16, output.stride(0))
+    asked = (*written, weight.values.data_ptr())  # another where the weight was moved
     with on_device(weight.device):
         known = weight.prepared.get(asked)
         if known is None:
             constants = decompress_constants(weight, output)
             kernel = ("decompress", weight.device, weight.dtype, *sorted(constants.items()))
-            call = (
-                *kernel,
-                weight.shape,
-                weight.row_offsets.dtype,
-                *asked,
-                *_alignments(arguments),
-            )
+            call = (*kernel, weight.shape, weight.row_offsets.dtype, *_alignments(arguments))
+            call = (*call, *written)
             known = weight.prepared[asked] = (kernel, call, constants)
         kernel, call, constants = known
         grid = (stop - start, 1, 1)
