@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_adaptive_sparse.kernels.triton_words import permute_bytes
+from hf_adaptive_sparse.kernels.triton_words import gap, moved_up, permute_bytes, shifted
 
 READ_PAST: tl.constexpr = tl.constexpr(32)
 """Values behind a row's that must be there for words to be read unasked: more than are read."""
@@ -213,86 +213,20 @@ def read_words(values, place, left, BITS: tl.constexpr, WHOLE: tl.constexpr, SAF
 
 
 @triton.jit
-def _shifted(low, high, bits, NATIVE: tl.constexpr):
-    """Return 32 bits of two words from bit ``bits``, 0 to 32, of the first on."""
-    if NATIVE:
-        word = tl.inline_asm_elementwise(
-            "shf.r.clamp.b32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [low, high, bits],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-        word = (both >> bits.to(tl.uint64)).to(tl.uint32)
-    return word
-
-
-@triton.jit
-def _moved_up(kept, below, here, NATIVE: tl.constexpr):
-    """Return a word of two halves, or where none is kept the upper half below and the lower."""
-    if NATIVE:
-        word = tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.u32 p, $1, 0;"
-            + "mov.b32 $0, $3; @!p prmt.b32 $0, $2, $3, 0x5432;}",
-            "=r,r,r,r",
-            [kept, below, here],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        word = tl.where(kept != 0, here, (below >> 16) | (here << 16))
-    return word
-
-
-@triton.jit
-def _gap(kept, here, UPPER: tl.constexpr, NATIVE: tl.constexpr):
-    """Return a word of two halves, or where none is kept a zero, and the lower half above it.
-
-    With ``UPPER`` the zero is the upper half, and nothing is above it.
-    """
-    if NATIVE:
-        if UPPER:
-            word = tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.u32 p, $1, 0; mov.b32 $0, $2; @!p and.b32 $0, $2, 0xffff;}",
-                "=r,r,r",
-                [kept, here],
-                dtype=tl.uint32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            word = tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.u32 p, $1, 0; mov.b32 $0, $2; @!p shl.b32 $0, $2, 16;}",
-                "=r,r,r",
-                [kept, here],
-                dtype=tl.uint32,
-                is_pure=True,
-                pack=1,
-            )
-    else:
-        word = tl.where(kept != 0, here, here & 0xFFFF if UPPER else here << 16)
-    return word
-
-
-@triton.jit
 def _spread_halves(w0, w1, w2, w3, bits, NATIVE: tl.constexpr):
     """Return eight values of 16 bits in their columns: from the lowest bit on, each makes a gap."""
     for i in tl.static_range(8):
         kept = bits & (1 << i)
-        w3 = _moved_up(kept, w2, w3, NATIVE) if i < 6 else _gap(kept, w3, i == 7, NATIVE)
+        w3 = moved_up(kept, w2, w3, NATIVE) if i < 6 else gap(kept, w3, i == 7, NATIVE)
         if i < 4:
-            w2 = _moved_up(kept, w1, w2, NATIVE)
+            w2 = moved_up(kept, w1, w2, NATIVE)
         elif i < 6:
-            w2 = _gap(kept, w2, i == 5, NATIVE)
+            w2 = gap(kept, w2, i == 5, NATIVE)
         if i < 2:
-            w1 = _moved_up(kept, w0, w1, NATIVE)
-            w0 = _gap(kept, w0, i == 1, NATIVE)
+            w1 = moved_up(kept, w0, w1, NATIVE)
+            w0 = gap(kept, w0, i == 1, NATIVE)
         elif i < 4:
-            w1 = _gap(kept, w1, i == 3, NATIVE)
+            w1 = gap(kept, w1, i == 3, NATIVE)
     return w0, w1, w2, w3
 
 
@@ -360,9 +294,9 @@ def _deal_codes(
         else:
             d3 = dealt
         used = (sums >> (12 - BYTE + 16 * (i % 2))) & (7 << BYTE)
-        w0 = _shifted(w0, w1, used, NATIVE)
-        w1 = _shifted(w1, w2, used, NATIVE)
-        w2 = _shifted(w2, w3, used, NATIVE)
+        w0 = shifted(w0, w1, used, NATIVE)
+        w1 = shifted(w1, w2, used, NATIVE)
+        w2 = shifted(w2, w3, used, NATIVE)
     return d0, d1, d2, d3
 
 
@@ -378,10 +312,10 @@ def spread(
     if BITS == 32:
         w0, w1, w2, w3 = _spread_words(w0, w1, w2, w3, bits)
     else:
-        w0 = _shifted(w0, w1, within, NATIVE)
-        w1 = _shifted(w1, w2, within, NATIVE)
-        w2 = _shifted(w2, w3, within, NATIVE)
-        w3 = _shifted(w3, w4, within, NATIVE)
+        w0 = shifted(w0, w1, within, NATIVE)
+        w1 = shifted(w1, w2, within, NATIVE)
+        w2 = shifted(w2, w3, within, NATIVE)
+        w3 = shifted(w3, w4, within, NATIVE)
         if BITS == 16:
             w0, w1, w2, w3 = _spread_halves(w0, w1, w2, w3, bits, NATIVE)
         else:
