@@ -32,6 +32,7 @@ from hf_adaptive_sparse.kernels.triton_device import (
     on_device,
     serves,
 )
+from hf_adaptive_sparse.kernels.triton_sizes import power_of_two
 from hf_adaptive_sparse.kernels.triton_sparse_plan import (
     ROWS,
     decompress_constants,
@@ -179,7 +180,7 @@ def _product(
         *(x, weight.bitmask, weight.values, weight.row_offsets, _block_offsets(weight)),
         weight.values if weight.scales is None else weight.scales,
         x if bias is None else bias,
-        *(output, rows, columns, stride),
+        *(output, rows, columns, stride, tokens),
     )
     asked = (
         *(tokens, stride, x.data_ptr() % 16, None if bias is None else bias.data_ptr() % 16),
@@ -189,7 +190,7 @@ def _product(
     if known is None:
         kernel = (
             *(x.device, x.dtype, weight.values.dtype, weight.row_offsets.dtype, weight.group_size),
-            *(tokens, rows, columns, stride, bias is None),
+            *(power_of_two(tokens), rows, columns, stride, bias is None),
         )
         call = (*kernel, *_alignments(arguments))
         if call not in _chosen:

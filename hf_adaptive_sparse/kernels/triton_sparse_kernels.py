@@ -72,8 +72,8 @@ def _spread(words, BITS: tl.constexpr, COLUMNS: tl.constexpr, NATIVE: tl.constex
 
 @triton.jit
 def _sums_of_rows(
-    x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u, taken_v,
-    left_u, left_v, scales, u, v, columns,
+    x, x_stride, tokens, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
+    taken_v, left_u, left_v, scales, u, v, columns,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr,
@@ -119,9 +119,10 @@ def _sums_of_rows(
         added = ()
         for t in tl.static_range(TOKENS):
             before = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
+            x_row = x if t == 0 else x + tl.minimum(t, tokens - 1) * x_stride
             product = add_products(
-                no_sums(THREADS) if GROUP > 0 else before, spread_u, spread_v, x + t * x_stride,
-                begin, columns, BITS, COLUMNS, THREADS, NATIVE, PACKED, FULL,
+                no_sums(THREADS) if GROUP > 0 else before, spread_u, spread_v, x_row, begin,
+                columns, BITS, COLUMNS, THREADS, NATIVE, PACKED, FULL,
             )  # fmt: skip
             if GROUP > 0:
                 product = (
@@ -135,16 +136,18 @@ def _sums_of_rows(
     return sums
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def vector_kernel(
     x, bitmask, values, row_offsets, block_offsets, scales, bias, output, rows, columns, x_stride,
+    tokens,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr, NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Multiply a few tokens, ``x`` ``(tokens, columns)``, with two rows per program.
 
-    Sums are float32. ``PACKED`` says that ``x`` can be read by 16 bytes, that a group is a multiple
+    Those up to ``TOKENS`` that there are not are the last one again, and are not written. Sums are
+    float32. ``PACKED`` says that ``x`` can be read by 16 bytes, that a group is a multiple
     of 64 columns, and that a tile is columns for whole warps: see ``triton_sparse_numbers``.
     """
     u = tl.program_id(0) * 2
@@ -159,15 +162,15 @@ def vector_kernel(
     offsets_v = block_offsets + v.to(tl.int64) * blocks
     if WHOLE and (safe_u and safe_v):
         sums = _sums_of_rows(
-            x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
-            taken_v, left_u, left_v, scales, u, v, columns,
+            x, x_stride, tokens, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v,
+            taken_u, taken_v, left_u, left_v, scales, u, v, columns,
             BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED,
             WHOLE, True,
         )  # fmt: skip
     else:
         sums = _sums_of_rows(
-            x, x_stride, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
-            taken_v, left_u, left_v, scales, u, v, columns,
+            x, x_stride, tokens, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v,
+            taken_u, taken_v, left_u, left_v, scales, u, v, columns,
             BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED,
             WHOLE, False,
         )  # fmt: skip
@@ -181,12 +184,14 @@ def vector_kernel(
     if BIAS:
         added_u = tl.load(bias + u).to(tl.float32)
         added_v = tl.load(bias + v).to(tl.float32)
+    kind: tl.constexpr = output.dtype.element_ty
     for t in tl.static_range(TOKENS):
         of_token = (sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3])
         total_u, total_v = rows_of_sums(of_token, PACKED, NATIVE)
         place = output + t * rows
-        tl.store(place + u, (total_u * unit_u + added_u).to(output.dtype.element_ty))
-        tl.store(place + v, (total_v * unit_v + added_v).to(output.dtype.element_ty), mask=v > u)
+        there = t < tokens
+        tl.store(place + u, (total_u * unit_u + added_u).to(kind), mask=there)
+        tl.store(place + v, (total_v * unit_v + added_v).to(kind), mask=there & (v > u))
 
 
 @triton.jit

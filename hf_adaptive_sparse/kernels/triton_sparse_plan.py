@@ -54,7 +54,9 @@ def vector_constants(weight: SparseWeight, x: torch.Tensor, tile: Tile) -> dict[
         tile = Tile(max(tile.blocks, tile.warps * _THREADS * columns // BLOCK_COLUMNS), tile.warps)
     else:
         tile = _fitted(weight, tile, columns)
-    return {**_constants(weight, tile, columns), "TOKENS": x.shape[0], "PACKED": packed}
+    # Numbers of tokens in between would each take the compiler seconds.
+    tokens = power_of_two(x.shape[0])
+    return {**_constants(weight, tile, columns), "TOKENS": tokens, "PACKED": packed}
 
 
 def decompress_constants(weight: SparseWeight, output: torch.Tensor) -> dict[str, int]:

@@ -86,7 +86,7 @@ def test_whole_tiles_and_parts_of_them(device, monkeypatch, dtype, bits, group):
     as they are: by the matrix units of a GPU.
     """
     tiles = triton_sparse.vector_tiles
-    tokens = itertools.cycle((1, triton_sparse.MAX_TOKENS, 2))
+    tokens = itertools.cycle((1, triton_sparse.MAX_TOKENS, 2, 3, 5))
     for columns, place in ((4096, 0), (2048, 1), (1056, 0), (1608, 1)):
         weight = make_sparse((3, columns), dtype, bits, group)
         monkeypatch.setattr(
@@ -268,6 +268,33 @@ def test_the_fastest_tile_is_measured_once(device, monkeypatch):
         check(make_x(1, 256, torch.float32), weight, device)
         assert ran[-1] == expected
         assert measured == measures
+
+
+def test_numbers_of_tokens_share_a_kernel(device, monkeypatch):
+    """The next power of two; what is there beyond the tokens' memory is not touched."""
+    compiled = []
+    launch = triton_sparse.compile_and_launch
+
+    def compile_and_launch(kernel, grid, arguments, constants):
+        compiled.append(constants["TOKENS"])
+        return launch(kernel, grid, arguments, constants)
+
+    monkeypatch.setattr(triton_sparse, "compile_and_launch", compile_and_launch)
+    monkeypatch.setattr(triton_sparse, "_chosen", {})
+    weight = make_sparse((5, 128), torch.bfloat16).to(device)
+    for tokens in range(1, triton_sparse.MAX_TOKENS + 1):
+        memory = torch.full(
+            (triton_sparse.MAX_TOKENS + 1, 128), torch.nan, device=device
+        ).bfloat16()
+        memory[:tokens] = make_x(tokens, 128, torch.bfloat16)
+        found = triton_sparse.linear(memory[:tokens], weight)
+        torch.testing.assert_close(
+            found.float().cpu(),
+            reference(memory[:tokens].cpu(), weight.to("cpu")),
+            rtol=8e-3,
+            atol=1e-5,
+        )
+    assert compiled == [1, 2, 4, 8]
 
 
 def test_a_full_device_is_asked_to_measure_once(device, monkeypatch):
