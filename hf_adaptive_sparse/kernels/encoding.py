@@ -81,7 +81,7 @@ def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None
     Returns:
         New tensors ``(batch, kv_heads, blocks, ...)``, contiguous, as the codec has them.
     """
-    if not _is_served(blocks.dtype, blocks.device, blocks.shape[3], blocks.shape[4]):
+    if not _serves(blocks.device) or not _takes(blocks.dtype, blocks.shape[3], blocks.shape[4]):
         return None
     if blocks.numel() == 0 or blocks.requires_grad:
         return None
@@ -111,9 +111,7 @@ def decode(
         lengths: Tokens to write of each block, from its start; None: all. Blocks follow each other.
     """
     width = output.shape[3]
-    if not _is_served(output.dtype, output.device, block_length, width):
-        return False
-    if not are_parts_of(parts, how, block_length, output):
+    if not _serves(output.device) or not are_parts_of(parts, how, block_length, output):
         return False
     call = _describe(how, parts, block_length, width, output.dtype)
     call.states = output.data_ptr()
@@ -133,9 +131,9 @@ def are_parts_of(
     the channels to write are side by side; see ``decode``.
     """
     width = output.shape[3]
-    if output.dtype not in DTYPES or output.numel() == 0 or output.stride(3) != 1:
+    if not _takes(output.dtype, block_length, width):
         return False
-    if not (1 <= block_length <= MAX_CODES and 1 <= width <= MAX_CODES):
+    if output.numel() == 0 or output.stride(3) != 1:
         return False
     kept = _METADATA_DTYPES[output.dtype]
     for part, shape in zip(parts, _shapes(how, block_length, width), strict=True):
@@ -146,14 +144,12 @@ def are_parts_of(
     return True
 
 
-def _is_served(dtype: torch.dtype, device: torch.device, tokens: int, width: int) -> bool:
-    return (
-        dtype in DTYPES
-        and device.type == "cpu"
-        and 1 <= tokens <= MAX_CODES
-        and 1 <= width <= MAX_CODES
-        and active_path() is not None
-    )
+def _takes(dtype: torch.dtype, tokens: int, width: int) -> bool:
+    return dtype in DTYPES and 1 <= tokens <= MAX_CODES and 1 <= width <= MAX_CODES
+
+
+def _serves(device: torch.device) -> bool:
+    return device.type == "cpu" and active_path() is not None
 
 
 def _shapes(how: Format, tokens: int, width: int) -> tuple[tuple[int, ...], ...]:

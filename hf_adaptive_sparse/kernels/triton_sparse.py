@@ -25,10 +25,12 @@ import torch
 
 from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.triton_device import (
+    Call,
     Launch,
     LaunchError,
     compile_and_launch,
     launch,
+    launch_call,
     on_device,
     serves,
 )
@@ -129,23 +131,14 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
         if known is None:
             constants = decompress_constants(weight, output)
             kernel = ("decompress", weight.device, weight.dtype, *sorted(constants.items()))
-            call = (*kernel, weight.shape, weight.row_offsets.dtype, *_alignments(arguments))
-            call = (*call, *written)
-            known = weight.prepared[asked] = (kernel, call, constants)
-        kernel, call, constants = known
-        grid = (stop - start, 1, 1)
-        launch(_failures, kernel, lambda: _decompress(call, grid, arguments, constants))
-
-
-def _decompress(
-    call: object, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, int]
-) -> None:
-    again = _chosen.get(call)
-    if again is None:
-        kernel = _kernels().decompress_kernel
-        _chosen[call] = compile_and_launch(kernel, grid, arguments, constants)
-    else:
-        again(grid, arguments)
+            kind = (
+                *(weight.device, weight.dtype, weight.shape, weight.row_offsets.dtype),
+                *(*_alignments(arguments), *written),
+            )
+            known = weight.prepared[asked] = (kernel, kind, constants)
+        kernel, kind, constants = known
+        call = Call("decompress", (stop - start, 1, 1), arguments, constants, kind)
+        launch(_failures, kernel, lambda: launch_call(call, _chosen, _kernels))
 
 
 def _alignments(arguments: tuple[Any, ...]) -> tuple[int, ...]:

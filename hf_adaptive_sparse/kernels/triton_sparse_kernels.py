@@ -43,20 +43,29 @@ from hf_adaptive_sparse.kernels.triton_sparse_rows import (
 
 
 @triton.jit
-def _index(
-    mask_row, offsets_row, block, columns, ALIGNED: tl.constexpr, FULL: tl.constexpr
+def _row(
+    bitmask, block_offsets, values, row_offsets, row, rows, columns, BITS: tl.constexpr
 ):  # fmt: skip
-    """Return blocks' masks, in two words, and the values before them."""
-    blocks = (columns + 63) // 64
-    low, high = mask_halves(mask_row, block, (columns + 7) // 8, blocks, ALIGNED, FULL)
-    return low, high, block_starts(offsets_row, block, blocks, FULL)
+    """Return a row's masks and block offsets, and of its values what ``row_start`` returns."""
+    place = row.to(tl.int64)
+    masks = bitmask + place * ((columns + 7) // 8)
+    offsets = block_offsets + place * ((columns + 63) // 64)
+    first, taken, left, safe = row_start(values, row_offsets, row, rows, BITS)
+    return masks, offsets, first, taken, left, safe
 
 
 @triton.jit
-def _words(
-    values, taken, left, index, where, BITS: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr
-):  # fmt: skip
+def _index(row, block, columns, ALIGNED: tl.constexpr, FULL: tl.constexpr):
+    """Return blocks' masks, in two words, and the values before them."""
+    blocks = (columns + 63) // 64
+    low, high = mask_halves(row[0], block, (columns + 7) // 8, blocks, ALIGNED, FULL)
+    return low, high, block_starts(row[1], block, blocks, FULL)
+
+
+@triton.jit
+def _words(row, index, where, BITS: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr):
     """Return the words of each thread's columns, and their bits."""
+    _masks, _offsets, values, taken, left, _safe = row
     low, high, start = index
     low_below, high_below, upper, shift = where
     place, bits = place_of_columns(low, high, start + taken, low_below, high_below, upper, shift)
@@ -72,13 +81,15 @@ def _spread(words, BITS: tl.constexpr, COLUMNS: tl.constexpr, NATIVE: tl.constex
 
 @triton.jit
 def _sums_of_rows(
-    x, x_stride, tokens, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v, taken_u,
-    taken_v, left_u, left_v, scales, u, v, columns,
+    x, x_stride, tokens, row_u, row_v, scales, u, v, columns,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of ``vector_kernel`` for two rows, ``u`` and ``v``: four per token."""
+    """Return the sums of ``vector_kernel`` for two rows, ``u`` and ``v``: four per token.
+
+    ``row_u`` and ``row_v`` are theirs by ``_row``.
+    """
     THREADS: tl.constexpr = BLOCKS * 64 // COLUMNS
     SHORT: tl.constexpr = PACKED and TOKENS <= 4  # others take the compiler long as it is
     blocks = (columns + 63) // 64
@@ -90,21 +101,21 @@ def _sums_of_rows(
     # Words are asked for a tile ahead, and where they lie is known only once the mask is here: the
     # index is asked for two tiles ahead. Behind the last tile it is that of the last again. Two
     # tiles take turns: with one, words were moved to where the next reads them, and waited for.
-    index_u = _index(masks_u, offsets_u, inner, columns, ALIGNED, FULL)
-    index_v = _index(masks_v, offsets_v, inner, columns, ALIGNED, FULL)
-    words_u = _words(values_u, taken_u, left_u, index_u, where, BITS, WHOLE, SAFE)
-    words_v = _words(values_v, taken_v, left_v, index_v, where, BITS, WHOLE, SAFE)
+    index_u = _index(row_u, inner, columns, ALIGNED, FULL)
+    index_v = _index(row_v, inner, columns, ALIGNED, FULL)
+    words_u = _words(row_u, index_u, where, BITS, WHOLE, SAFE)
+    words_v = _words(row_v, index_v, where, BITS, WHOLE, SAFE)
     ahead = tl.minimum(BLOCKS, blocks - BLOCKS) if FULL else BLOCKS
-    index_u = _index(masks_u, offsets_u, ahead + inner, columns, ALIGNED, FULL)
-    index_v = _index(masks_v, offsets_v, ahead + inner, columns, ALIGNED, FULL)
+    index_u = _index(row_u, ahead + inner, columns, ALIGNED, FULL)
+    index_v = _index(row_v, ahead + inner, columns, ALIGNED, FULL)
     for first in tl.range(0, blocks, BLOCKS, loop_unroll_factor=2 if SAFE and SHORT else 1):
-        next_u = _words(values_u, taken_u, left_u, index_u, where, BITS, WHOLE, SAFE)
-        next_v = _words(values_v, taken_v, left_v, index_v, where, BITS, WHOLE, SAFE)
+        next_u = _words(row_u, index_u, where, BITS, WHOLE, SAFE)
+        next_v = _words(row_v, index_v, where, BITS, WHOLE, SAFE)
         ahead = first + 2 * BLOCKS
         if FULL:
             ahead = tl.minimum(ahead, blocks - BLOCKS)
-        index_u = _index(masks_u, offsets_u, ahead + inner, columns, ALIGNED, FULL)
-        index_v = _index(masks_v, offsets_v, ahead + inner, columns, ALIGNED, FULL)
+        index_u = _index(row_u, ahead + inner, columns, ALIGNED, FULL)
+        index_v = _index(row_v, ahead + inner, columns, ALIGNED, FULL)
         spread_u = _spread(words_u, BITS, COLUMNS, NATIVE)
         spread_v = _spread(words_v, BITS, COLUMNS, NATIVE)
         begin = first * 64
@@ -152,25 +163,17 @@ def vector_kernel(
     """
     u = tl.program_id(0) * 2
     v = tl.minimum(u + 1, rows - 1)
-    mask_bytes = (columns + 7) // 8
-    blocks = (columns + 63) // 64
-    values_u, taken_u, left_u, safe_u = row_start(values, row_offsets, u, rows, BITS)
-    values_v, taken_v, left_v, safe_v = row_start(values, row_offsets, v, rows, BITS)
-    masks_u = bitmask + u.to(tl.int64) * mask_bytes
-    masks_v = bitmask + v.to(tl.int64) * mask_bytes
-    offsets_u = block_offsets + u.to(tl.int64) * blocks
-    offsets_v = block_offsets + v.to(tl.int64) * blocks
-    if WHOLE and (safe_u and safe_v):
+    row_u = _row(bitmask, block_offsets, values, row_offsets, u, rows, columns, BITS)
+    row_v = _row(bitmask, block_offsets, values, row_offsets, v, rows, columns, BITS)
+    if WHOLE and (row_u[5] and row_v[5]):
         sums = _sums_of_rows(
-            x, x_stride, tokens, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v,
-            taken_u, taken_v, left_u, left_v, scales, u, v, columns,
+            x, x_stride, tokens, row_u, row_v, scales, u, v, columns,
             BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED,
             WHOLE, True,
         )  # fmt: skip
     else:
         sums = _sums_of_rows(
-            x, x_stride, tokens, masks_u, masks_v, offsets_u, offsets_v, values_u, values_v,
-            taken_u, taken_v, left_u, left_v, scales, u, v, columns,
+            x, x_stride, tokens, row_u, row_v, scales, u, v, columns,
             BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, TOKENS, PACKED,
             WHOLE, False,
         )  # fmt: skip
@@ -250,7 +253,7 @@ def _store_four(output_row, n0, n1, n2, n3, column, columns):
 
 @triton.jit
 def _write_row(
-    mask_row, offsets_row, value_row, left, taken, scales, output_row, row, columns,
+    source, scales, output_row, row, columns,
     BITS: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr, FULL: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
     PACKED: tl.constexpr, WHOLE: tl.constexpr, SAFE: tl.constexpr,
@@ -265,8 +268,8 @@ def _write_row(
     if LIMIT > 0 and GROUP == 0:
         unit = _unit(tl.load(scales + row + inner * 0).to(wide), LIMIT)
     for first in range(0, (columns + 63) // 64, BLOCKS):
-        index = _index(mask_row, offsets_row, first + inner, columns, ALIGNED, FULL)
-        words = _words(value_row, taken, left, index, where, BITS, WHOLE, SAFE)
+        index = _index(source, first + inner, columns, ALIGNED, FULL)
+        words = _words(source, index, where, BITS, WHOLE, SAFE)
         w0, w1, w2, w3 = _spread(words, BITS, COLUMNS, NATIVE)
         begin = first * 64
         if PACKED and LIMIT == 0:
@@ -318,17 +321,15 @@ def decompress_kernel(
     """
     place = tl.program_id(0)
     row = first_row + place
-    mask_row = bitmask + row.to(tl.int64) * ((columns + 7) // 8)
-    offsets_row = block_offsets + row.to(tl.int64) * ((columns + 63) // 64)
     output_row = output + place.to(tl.int64) * output_stride
-    value_row, taken, left, safe = row_start(values, row_offsets, row, rows, BITS)
-    if WHOLE and safe:
+    source = _row(bitmask, block_offsets, values, row_offsets, row, rows, columns, BITS)
+    if WHOLE and source[5]:
         _write_row(
-            mask_row, offsets_row, value_row, left, taken, scales, output_row, row, columns,
+            source, scales, output_row, row, columns,
             BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, PACKED, WHOLE, True,
         )  # fmt: skip
     else:
         _write_row(
-            mask_row, offsets_row, value_row, left, taken, scales, output_row, row, columns,
+            source, scales, output_row, row, columns,
             BITS, GROUP, LIMIT, ALIGNED, NATIVE, FULL, BLOCKS, COLUMNS, PACKED, WHOLE, False,
         )  # fmt: skip

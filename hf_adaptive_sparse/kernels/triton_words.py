@@ -76,24 +76,15 @@ def gap(kept, here, UPPER: tl.constexpr, NATIVE: tl.constexpr):
     With ``UPPER`` the zero is the upper half, and nothing is above it.
     """
     if NATIVE:
-        if UPPER:
-            word = tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.u32 p, $1, 0; mov.b32 $0, $2; @!p and.b32 $0, $2, 0xffff;}",
-                "=r,r,r",
-                [kept, here],
-                dtype=tl.uint32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            word = tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.u32 p, $1, 0; mov.b32 $0, $2; @!p shl.b32 $0, $2, 16;}",
-                "=r,r,r",
-                [kept, here],
-                dtype=tl.uint32,
-                is_pure=True,
-                pack=1,
-            )
+        cut: tl.constexpr = "and.b32 $0, $2, 0xffff" if UPPER else "shl.b32 $0, $2, 16"
+        word = tl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.u32 p, $1, 0; mov.b32 $0, $2; @!p " + cut + ";}",
+            "=&r,r,r",
+            [kept, here],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
     else:
         word = tl.where(kept != 0, here, here & 0xFFFF if UPPER else here << 16)
     return word

@@ -11,18 +11,11 @@ import torch
 from hf_adaptive_sparse.kernels import encoding, library
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
 from hf_adaptive_sparse.kvcache.coding import decode_blocks, encode_blocks
-from hf_adaptive_sparse.kvcache.grouped import GroupCodec
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
-from hf_adaptive_sparse.kvcache.transposed import TransposedCodec
+from tests.kernels.kv_blocks import CODECS, DTYPES, assert_same_bits
 
 PATHS = library.available_paths()
 BITS = (2, 3, 4, 6, 8)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CODECS = {
-    "channel": lambda bits, group: ChannelCodec(bits),
-    "group": GroupCodec,
-    "transposed": TransposedCodec,
-}
 # (tokens of a block, channels of a head, group): usual ones, and odd ones of each.
 SHAPES = [(128, 64, 64), (64, 128, 32), (128, 80, 64), (7, 72, 1000), (33, 20, 6), (1, 1, 1)]
 
@@ -49,16 +42,6 @@ def make_blocks(tokens, width, dtype, seed=0):
     blocks[0, 2, 1] *= torch.finfo(dtype).tiny
     blocks[0, 2, 2] = blocks[0, 2, 2].sign() * (3e4 if dtype != torch.bfloat16 else 1e35)
     return blocks.to(dtype)
-
-
-def bits_of(tensor):
-    """A form in which -0 differs from 0."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
-def assert_same_bits(found, expected):
-    assert found.dtype == expected.dtype
-    assert torch.equal(bits_of(found), bits_of(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
