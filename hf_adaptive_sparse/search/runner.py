@@ -149,25 +149,39 @@ class TrialRunner:
     def _run_one(self) -> None:
         from optuna.exceptions import UpdateFinishedTrialError
 
-        self._ended = False
+        self._evaluated = self._ended = False
         try:
             self.study.optimize(self._run_trial, n_trials=1, catch=(TrialFailure,))
-        except (UpdateFinishedTrialError, ValueError) as error:
-            # Optuna says by a ValueError that a trial which ended meanwhile cannot end again.
-            if not self._ended and not isinstance(error, UpdateFinishedTrialError):
+        except UpdateFinishedTrialError:
+            self._say_that_it_ended()
+        except ValueError:
+            # So Optuna says that a trial which ended meanwhile cannot end again.
+            if not self._evaluated and not self._ended:
                 raise
-            logger.warning("A trial was silent for so long that another worker repeats it.")
+            self._say_that_it_ended()
+
+    @staticmethod
+    def _say_that_it_ended() -> None:
+        logger.warning(
+            "A trial was ended by another worker: this one was silent for so long that it is "
+            "repeated, or the database gave it to both."
+        )
 
     def _run_trial(self, trial: Trial) -> float | Sequence[float]:
-        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 
         try:
             trial.set_user_attr(WORKER_ATTRIBUTE, str(self.worker))
             with lease(trial):
-                return self._evaluate(trial)
+                outcome = self._evaluate(trial)
         except UpdateFinishedTrialError:
             self._ended = True
             raise
+        except (TrialFailure, TrialPruned):
+            self._evaluated = True
+            raise
+        self._evaluated = True
+        return outcome
 
     def _evaluate(self, trial: Trial) -> float | Sequence[float]:
         candidate = self.suggest(trial, self.space, self.shape)
