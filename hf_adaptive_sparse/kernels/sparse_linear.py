@@ -35,6 +35,8 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     Raises:
         ValueError: If shapes, dtypes or devices do not fit.
     """
+    if sparse_native.takes(x, weight, bias):
+        return sparse_native.linear(x, weight, bias)
     rows, columns = weight.shape
     _check(x, "x", columns, weight)
     if bias is not None:
@@ -77,18 +79,15 @@ def _product(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -
 def _few_tokens(
     x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return the product by a kernel that reads the sparse weight; None: by tiles, rather."""
-    few = x.shape[0] <= sparse_native.tokens_that_pay(weight)
-    if weight.scales is not None and weight.dtype == torch.float32 and weight.device.type == "cpu":
-        few = False  # the kernel rounds x to 15 bits, which float32 models can tell
-    if few and sparse_native.is_supported(weight):
-        return sparse_native.linear(x, weight, bias)
-    if x.shape[0] <= triton_sparse.MAX_TOKENS and triton_sparse.is_supported(weight):
+    """Return the product by a GPU's kernel for few tokens; None: by tiles, rather."""
+    if x.shape[0] > triton_sparse.MAX_TOKENS:
+        return None
+    if triton_sparse.is_supported(weight):
         try:
             return triton_sparse.linear(x, weight, bias)
         except triton_sparse.LaunchError as error:
             triton_sparse.say_what_failed(error)
-    elif few:
+    elif not sparse_native.is_supported(weight):
         _say_why_not(weight.device.type)
     return None
 

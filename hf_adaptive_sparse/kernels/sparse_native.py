@@ -7,6 +7,8 @@ once, whatever the number of tokens; ``csrc/sparse_body.h`` says how.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -21,8 +23,6 @@ _AMX_GROUPS = 64  # columns: groups are to be a multiple
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
-
-_PATH = "native path"
 
 _Int = ctypes.c_int64
 _Address = ctypes.c_void_p
@@ -48,23 +48,69 @@ class _Call(ctypes.Structure):
     )
 
 
-def path_of(weight: SparseWeight) -> str | None:
-    """Return the path that takes this weight; None: there is no library, or it does not.
+class _Prepared(NamedTuple):
+    """What calls with one weight share, worked out once.
+
+    Attributes:
+        call: To be copied for each call; its fields about the weight are filled in, but for the
+            addresses: where a parameter's data lies may change.
+        dtype: Dtype of the weight, of x and of the bias.
+        most_tokens: See ``tokens_that_pay``.
+        number: Number of the path in the library.
+        multiply: The library's ``has_sparse_linear``.
+        decompress: Its ``has_sparse_dense``.
+    """
+
+    call: _Call
+    dtype: torch.dtype
+    most_tokens: int
+    number: int
+    multiply: Callable[..., int]
+    decompress: Callable[..., int]
+
+
+def _prepared(weight: SparseWeight) -> _Prepared | None:
+    """Return what calls with this weight share; None: no kernel takes it.
 
     A weight keeps its path: in a model, with its weights between two calls, one look at the
-    environment costs as much as a small product.
+    environment costs as much as a small product. Its tensors may get data of another dtype.
     """
+    dtype = (weight.values if weight.scales is None else weight.scales).dtype
     try:
-        path: str | None = weight.prepared[_PATH]
+        prepared: _Prepared | None = weight.prepared[dtype]  # a tuple to look up costs, too
     except KeyError:
-        taken = weight.device.type == "cpu" and weight.dtype in _DTYPES
-        path = weight.prepared[_PATH] = active_path() if taken else None
-    return path
+        prepared = weight.prepared[dtype] = _prepare(weight)
+    return prepared
+
+
+def _prepare(weight: SparseWeight) -> _Prepared | None:
+    loaded, dtype = library(), weight.dtype
+    if loaded is None or weight.device.type != "cpu" or dtype not in _DTYPES:
+        return None
+    path = active_path()
+    if path is None:
+        return None
+    call = _Call(
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        bits=weight.bits,
+        dtype=_DTYPES[dtype],
+        group_size=weight.group_size or 0,
+        offset_bytes=weight.row_offsets.element_size(),
+    )
+    return _Prepared(
+        call,
+        dtype,
+        _tokens_that_pay(weight, path),
+        PATHS[path],
+        loaded.has_sparse_linear,
+        loaded.has_sparse_dense,
+    )
 
 
 def is_supported(weight: SparseWeight) -> bool:
     """Return whether the library is there and takes this weight."""
-    return path_of(weight) is not None
+    return _prepared(weight) is not None
 
 
 def tokens_that_pay(weight: SparseWeight) -> int:
@@ -73,13 +119,39 @@ def tokens_that_pay(weight: SparseWeight) -> int:
     That is settled by the processor, not measured. Row by row, a kernel takes as long again for
     every token, and is overtaken at about eight. The matrix unit (AMX) takes 32 tokens in hardly
     more time than one, and up to 128 reads the weight four times and is still ahead of tiles; it
-    does so for values in bfloat16, and for codes in whole groups of 64 columns.
+    does so for values in bfloat16, and for codes in whole groups of 64 columns. There are none
+    with codes in a float32 model, which can tell that x is rounded to 15 bits.
     """
-    if path_of(weight) != "amx":
+    prepared = _prepared(weight)
+    return 0 if prepared is None else prepared.most_tokens
+
+
+def _tokens_that_pay(weight: SparseWeight, path: str) -> int:
+    if weight.scales is not None and weight.dtype == torch.float32:
+        return 0
+    if path != "amx":
         return _TOKENS
     if weight.scales is None:
         return _AMX_TOKENS if weight.dtype == torch.bfloat16 else _TOKENS
     return _AMX_TOKENS if (weight.group_size or _AMX_GROUPS) % _AMX_GROUPS == 0 else _TOKENS
+
+
+def takes(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> bool:
+    """Return whether ``linear`` takes these, and is meant to be the fastest way.
+
+    Whatever is wrong with them: then the answer is no.
+    """
+    prepared = _prepared(weight)
+    if prepared is None or x.dtype is not prepared.dtype or not x.is_cpu or x.dim() == 0:
+        return False
+    rows, columns = weight.shape
+    return (
+        x.shape[-1] == columns
+        and 0 < x.numel() <= prepared.most_tokens * columns
+        and (
+            bias is None or (bias.dtype is prepared.dtype and bias.is_cpu and bias.shape == (rows,))
+        )
+    )
 
 
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -90,30 +162,43 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     and a sign on a step of its own for at most 256 columns, which adds an error of at most
     ``max |x| / 65534 * sum |w|`` per such segment.
 
+    Every linear of a model comes here for every token, right after another one's weights went
+    through the processor's caches: each thing touched costs a hundred times what it costs in a
+    loop, torch's functions most of all.
+
     Args:
-        x: ``(tokens, columns)`` in the weight's dtype, on the CPU.
+        x: ``(..., columns)`` in the weight's dtype, on the CPU.
         weight: ``(rows, columns)``, contiguous tensors; see ``is_supported``.
         bias: ``(rows,)`` in that dtype, or None.
 
     Returns:
-        ``(tokens, rows)`` in that dtype, contiguous.
+        ``(..., rows)`` in that dtype, contiguous.
+
+    Raises:
+        ValueError: If there is no library, or it does not take the weight.
     """
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    output = x.new_empty((x.shape[0], weight.shape[0]))
-    if output.numel() == 0 or x.shape[1] == 0:
+    prepared = _needed(weight)
+    rows, columns = weight.shape
+    shape = x.shape
+    output = x.new_empty((*shape[:-1], rows))
+    tokens = shape[:-1].numel()
+    if tokens == 0 or rows == 0 or columns == 0:
         return output.zero_() if bias is None else output.copy_(bias)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    call = _call(prepared, weight)
     if bias is not None:
         bias = bias.contiguous()
-    call = _describe(weight)
-    call.x_stride = x.stride(0)
-    call.bias = None if bias is None else bias.data_ptr()
-    call.output_stride = weight.shape[0]
-    for start in range(0, x.shape[0], MAX_TOKENS):
-        call.tokens = min(MAX_TOKENS, x.shape[0] - start)
-        call.x = x.data_ptr() + start * x.stride(0) * x.element_size()
-        call.output = output.data_ptr() + start * weight.shape[0] * x.element_size()
-        _run("has_sparse_linear", call, path_of(weight))
+        call.bias = bias.data_ptr()
+    call.x_stride, call.output_stride = columns, rows
+    call.x, call.output = x.data_ptr(), output.data_ptr()
+    call.tokens = min(tokens, MAX_TOKENS)
+    _check(prepared.multiply(prepared.number, ctypes.byref(call)))
+    for start in range(MAX_TOKENS, tokens, MAX_TOKENS):
+        call.x += MAX_TOKENS * columns * x.element_size()
+        call.output += MAX_TOKENS * rows * x.element_size()
+        call.tokens = min(tokens - start, MAX_TOKENS)
+        _check(prepared.multiply(prepared.number, ctypes.byref(call)))
     return output
 
 
@@ -126,13 +211,17 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
         stop: Last row plus one.
         output: ``(stop - start, columns)`` in the weight's dtype, contiguous rows; codes times
             scales are rounded to it.
+
+    Raises:
+        ValueError: If there is no library, or it does not take the weight.
     """
     if output.numel() == 0:
         return
-    call = _describe(weight)
+    prepared = _needed(weight)
+    call = _call(prepared, weight)
     call.first_row, call.last_row = start, stop
     call.output, call.output_stride = output.data_ptr(), output.stride(0)
-    _run("has_sparse_dense", call, path_of(weight))
+    _check(prepared.decompress(prepared.number, ctypes.byref(call)))
 
 
 def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor | None:
@@ -153,28 +242,25 @@ def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor | None:
     return offsets.to(offset_dtype(int(offsets[-1])))
 
 
-def _describe(weight: SparseWeight) -> _Call:
-    """Fill in the fields of the weight."""
-    call = _Call()
-    call.rows, call.columns = weight.shape
-    call.bits = weight.bits
-    call.dtype = _DTYPES[weight.dtype]
-    call.group_size = weight.group_size or 0
+def _needed(weight: SparseWeight) -> _Prepared:
+    prepared = _prepared(weight)
+    if prepared is None:
+        raise ValueError("There is no native library here; `is_supported` says so beforehand.")
+    return prepared
+
+
+def _call(prepared: _Prepared, weight: SparseWeight) -> _Call:
+    """Return a call of one's own with the weight's fields filled in."""
+    values, scales = weight.values, weight.scales
+    call = _Call.from_buffer_copy(prepared.call)
     call.bitmask = weight.bitmask.data_ptr()
-    call.values = weight.values.data_ptr()
-    call.value_bytes = weight.values.nbytes
+    call.values = values.data_ptr()
+    call.value_bytes = values.nbytes
     call.row_offsets = weight.row_offsets.data_ptr()
-    call.offset_bytes = weight.row_offsets.element_size()
-    call.scales = None if weight.scales is None else weight.scales.data_ptr()
+    if scales is not None:
+        call.scales = scales.data_ptr()
     call.threads = torch.get_num_threads()
     return call
-
-
-def _run(function: str, call: _Call, path: str | None) -> None:
-    loaded = library()
-    if loaded is None or path is None:
-        raise ValueError("There is no native library here; `is_supported` says so beforehand.")
-    _check(getattr(loaded, function)(PATHS[path], ctypes.byref(call)))
 
 
 def _check(status: int) -> None:

@@ -32,7 +32,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.dtype is not weight.dtype and torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     if _nobody_watches(x, bias):
         return sparse_linear.linear(x, weight, bias)

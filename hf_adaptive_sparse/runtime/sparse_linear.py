@@ -262,7 +262,9 @@ class SparseLinear(nn.Linear):
         weight = self.sparse_weight
         if weight.values.requires_grad:
             raise FrozenWeightError("weight_values requires a gradient")
-        return operator.linear(x, weight, self.bias)
+        parameters = self._parameters  # `self.bias` itself is looked up in three places
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        return operator.linear(x, weight, bias)
 
     def to_linear(self) -> nn.Linear:
         """Return a plain ``nn.Linear`` with the decompressed weight and the same bias."""

@@ -226,18 +226,65 @@ def test_the_call_structure_is_that_of_the_library():
     assert size == ctypes.sizeof(sparse_native._Call)
 
 
-def test_sizes_that_the_library_refuses(path):
+def test_sizes_that_the_library_refuses(path, monkeypatch):
     weight = SparseWeight.from_dense(make_dense(64, torch.float32))
-    call = sparse_native._describe(weight)
-    call.tokens = sparse_native.MAX_TOKENS + 1
+    monkeypatch.setattr(sparse_native, "MAX_TOKENS", sparse_native.MAX_TOKENS + 1)
     with pytest.raises(RuntimeError, match="sizes out of range"):
-        sparse_native._run("has_sparse_linear", call, path)
+        sparse_native.linear(make_x(sparse_native.MAX_TOKENS, 64, torch.float32), weight)
+
+
+def test_data_of_another_dtype_are_not_taken_for_the_old_ones(path):
+    """``parameter.data = parameter.data.float()`` leaves the parameter what it was."""
+    weight = SparseWeight.from_dense(make_dense(96, torch.bfloat16))
+    x = make_x(2, 96, torch.bfloat16)
+    assert sparse_native.takes(x, weight, None)
+    weight.values.data = weight.values.data.float()
+    assert not sparse_native.takes(x, weight, None)
+    found = sparse_native.linear(x.float(), weight)
+    assert torch.allclose(found, reference(x.float(), weight), atol=1e-4)
+
+
+def test_what_a_kernel_takes(path):
+    weight = SparseWeight.from_dense(make_dense(96, torch.bfloat16))
+    rows, most = weight.shape[0], sparse_native.tokens_that_pay(weight)
+    x, bias = make_x(most, 96, torch.bfloat16), torch.zeros(rows, dtype=torch.bfloat16)
+    assert sparse_native.takes(x, weight, bias)
+    for other_x, other_bias in (
+        (make_x(most + 1, 96, torch.bfloat16), bias),
+        (x[:0], bias),
+        (x[:, 1:], bias),
+        (x.float(), bias),
+        (x.to("meta"), bias),
+        (torch.tensor(1.0, dtype=torch.bfloat16), bias),
+        (x, bias[1:]),
+        (x, bias.float()),
+        (x, bias.to("meta")),
+        (x, bias[None]),
+    ):
+        assert not sparse_native.takes(other_x, weight, other_bias)
+    coded = SparseWeight.from_dense(make_dense(96, torch.float32), 8)
+    assert not sparse_native.takes(x.float(), coded, None)  # a float32 model can tell
+
+
+def test_leading_dimensions_and_strides_of_x(path):
+    weight = SparseWeight.from_dense(make_dense(96, torch.float32))
+    x = make_x(6, 96, torch.float32)
+    expected = sparse_native.linear(x, weight)
+    for same in (x.view(2, 3, 96), x.view(1, 6, 1, 96), x.T.contiguous().T):
+        found = sparse_native.linear(same, weight)
+        assert found.shape == (*same.shape[:-1], weight.shape[0])
+        assert torch.equal(found.view(expected.shape), expected)
+    wide = torch.cat([x, x], dim=1)[:, :96]
+    assert torch.equal(sparse_native.linear(wide, weight), expected)
+    one = sparse_native.linear(x[0], weight)
+    assert one.shape == (weight.shape[0],)
 
 
 def test_without_a_path_there_is_no_kernel(monkeypatch):
     monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "none")
     weight = SparseWeight.from_dense(make_dense(64, torch.float32))
     assert not sparse_native.is_supported(weight)
+    assert sparse_native.tokens_that_pay(weight) == 0
     with pytest.raises(ValueError, match="no native library"):
         sparse_native.linear(make_x(1, 64, torch.float32), weight)
 

@@ -173,6 +173,7 @@ def test_empty_weights(device, shape):
 def test_the_operator_reaches_the_kernels(device, monkeypatch):
     """One and a few tokens by products, many by tiles that are decompressed in a kernel."""
     monkeypatch.setattr(sparse_native, "is_supported", lambda weight: False)
+    monkeypatch.setattr(sparse_native, "takes", lambda x, weight, bias: False)
     monkeypatch.setattr(sparse_tiles, "TILE_BYTES", 2 * 70 * 4)
     names = ("vector_kernel", "decompress_kernel")
     kernels, seen = triton_sparse._kernels(), []
@@ -206,6 +207,7 @@ def test_a_kernel_that_fails_is_told_once_and_replaced(device, monkeypatch, capl
             raise RuntimeError("out of resource: registers")
 
     monkeypatch.setattr(sparse_native, "is_supported", lambda weight: False)
+    monkeypatch.setattr(sparse_native, "takes", lambda x, weight, bias: False)
     monkeypatch.setattr(triton_sparse, "_failures", {})
     monkeypatch.setattr(triton_sparse, "_chosen", {})
     monkeypatch.setattr(triton_sparse, "_kernels", Broken)
