@@ -5,7 +5,7 @@ dense ones to take ``--memory-mb`` are used in turn, so that none is found in a 
 take turns, so that whatever else the machine does hits all alike. Three questions:
 
 - tokens: ``torch.nn.functional.linear`` against ``kernels.sparse_linear.linear`` for 1 to 32,
-  values as they are, int8 and int4;
+  values as they are, the same in 12 bits, int8 and int4;
 - prefill: the same for hundreds of tokens, where tiles are decompressed;
 - bandwidth: bytes of the weight over time, against reading a large tensor.
 
@@ -29,16 +29,19 @@ from torch.nn import functional
 from hf_adaptive_sparse.kernels import library, sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
-TARGETS = {"bfloat16": 2.0, "bfloat16, int8": 2.5}
+TARGETS = {"bfloat16": 2.0, "bfloat16, 12 bits": 2.0, "bfloat16, int8": 2.5}
 """Wanted for one token: times as fast as torch's dense linear."""
+
+FORMS = {"": (None, None), ", 12 bits": (12, None), ", int8": (8, 128), ", int4": (4, 128)}
+"""Bits and group size of the values; the same values in 12 bits are there for bfloat16 only."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def clone(weight: SparseWeight) -> SparseWeight:
-    scales = None if weight.scales is None else weight.scales.clone()
-    parts = (weight.bitmask.clone(), weight.values.clone(), weight.row_offsets.clone())
-    return SparseWeight(weight.shape, *parts, scales, weight.group_size)
+    parts = {kind: part.clone() for kind, part in weight.tensors().items()}
+    offsets = weight.row_offsets.clone()
+    return SparseWeight(weight.shape, row_offsets=offsets, group_size=weight.group_size, **parts)
 
 
 def pruned(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -69,7 +72,9 @@ def measure(
     dense = pruned(*shape, dtype, arguments.seed)
     copies = max(2, (arguments.memory_mb << 20) // dense.nbytes)
     kinds: dict[str, list[Any]] = {"dense": [dense.clone() for _ in range(copies)]}
-    for name, bits, group in (("", None, None), (", int8", 8, 128), (", int4", 4, 128)):
+    for name, (bits, group) in FORMS.items():
+        if bits == 12 and dtype != torch.bfloat16:
+            continue
         weight = SparseWeight.from_dense(dense, bits, group)
         kinds[dtype_name + name] = [clone(weight) for _ in range(copies)]
     found: dict[str, dict[str, dict[str, float]]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,8 +23,18 @@ WEIGHT_BITS_VERSION = 2
 What does not quantise them keeps version 1, so that earlier releases go on reading it.
 """
 
-WEIGHT_BITS = (4, 8, 16)
-"""Bit widths the kept values of a weight may be stored in; 16 keeps the model's own dtype."""
+LOSSLESS_BITS_VERSION = 3
+"""Version of the same with values of 12 bits."""
+
+WEIGHT_BITS = (4, 8, 12, 16)
+"""Bit widths the kept values of a weight may be stored in; 16 keeps the model's own dtype, 12 is
+bfloat16 without loss."""
+
+LOSSLESS_BITS = (12, 16)
+"""Those that change no weight."""
+
+SEARCHED_WEIGHT_BITS = (4, 8, 16)
+"""Those that a search chooses from, by bytes that are known beforehand."""
 
 KV_BITS = (2, 3, 4, 6, 8, 16)
 """Bit widths a key or value may be stored in; 16 keeps the model's own dtype."""
@@ -74,6 +84,14 @@ def check_ratio(ratio: Any, what: str) -> float:
             f"{what} must be a number in [0, 1) (the fraction of weights removed), got {ratio!r}."
         )
     return float(ratio)
+
+
+def weight_bits_version(widths: Iterable[int]) -> int:
+    """Return the version of a checkpoint, or profile, with values of these bits."""
+    narrowest = set(widths) - {16}
+    if narrowest & set(LOSSLESS_BITS):
+        return LOSSLESS_BITS_VERSION
+    return WEIGHT_BITS_VERSION if narrowest else FORMAT_VERSION
 
 
 def check_weight_bits(bits: object, what: str) -> int:
@@ -386,7 +404,8 @@ class CompressionProfile:
             "kv_cache": None if self.kv_cache is None else self.kv_cache.to_dict(),
         }
         if self.weight_bits is not None:
-            data["format_version"] = WEIGHT_BITS_VERSION
+            widths = self.weight_bits.values()
+            data["format_version"] = max(WEIGHT_BITS_VERSION, weight_bits_version(widths))
             data["weight_bits"] = dict(self.weight_bits)
         return data
 
@@ -399,7 +418,7 @@ class CompressionProfile:
         """
         data = _check_form(data, "A compression profile")
         version = data.get("format_version")
-        check_format_version(version, "the compression profile", WEIGHT_BITS_VERSION)
+        check_format_version(version, "the compression profile", LOSSLESS_BITS_VERSION)
         sparsity, kv_cache = data.get("sparsity"), data.get("kv_cache")
         return cls(
             sparsity=None if sparsity is None else SparsityProfile(sparsity),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hf_adaptive_sparse.profiles import (
     FORMAT_VERSION,
     KV_BITS,
-    WEIGHT_BITS_VERSION,
+    LOSSLESS_BITS_VERSION,
     CalibrationConfig,
     CompressionProfile,
     KVCacheConfig,
@@ -136,9 +136,9 @@ class TestCompressionProfile:
             check_format_version(version, "x")
 
     def test_refuses_a_version_from_the_future(self) -> None:
-        message = f"the compression profile has format_version {WEIGHT_BITS_VERSION + 1}"
+        message = f"the compression profile has format_version {LOSSLESS_BITS_VERSION + 1}"
         with pytest.raises(ValueError, match=re.escape(message)):
-            CompressionProfile.from_dict({"format_version": WEIGHT_BITS_VERSION + 1})
+            CompressionProfile.from_dict({"format_version": LOSSLESS_BITS_VERSION + 1})
         with pytest.raises(ValueError, match=f"reads up to {FORMAT_VERSION}"):
             check_format_version(FORMAT_VERSION + 1, "x")
 
@@ -148,12 +148,17 @@ class TestCompressionProfile:
         assert plain.to_dict()["format_version"] == 1
         quantised = CompressionProfile(plain.sparsity, weight_bits={"a": 8, "b": 4})
         assert quantised.to_dict()["format_version"] == 2
+        lossless = CompressionProfile(plain.sparsity, weight_bits={"a": 12, "b": 4})
+        assert lossless.to_dict()["format_version"] == 3
+        assert CompressionProfile.from_dict(lossless.to_dict()) == lossless
+        none = CompressionProfile(plain.sparsity, weight_bits={"a": 16})
+        assert none.to_dict()["format_version"] == 2
         quantised.save(tmp_path / "profile.json")
         assert CompressionProfile.load(tmp_path / "profile.json") == quantised
 
     @pytest.mark.parametrize("bits", [2, 32, "8", True, None])
     def test_refuses_other_weight_bits(self, bits: object) -> None:
-        with pytest.raises(ValueError, match=r"weight_bits of 'a' must be one of 4, 8, 16"):
+        with pytest.raises(ValueError, match=r"weight_bits of 'a' must be one of 4, 8, 12, 16"):
             CompressionProfile(weight_bits={"a": bits})  # type: ignore[dict-item]
 
 

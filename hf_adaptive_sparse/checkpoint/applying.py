@@ -17,7 +17,8 @@ from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.profile import per_layer_kv_cache, resolve_weight_bits
-from hf_adaptive_sparse.profiles import CalibrationConfig, SparsityProfile
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
+from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, SparsityProfile
 from hf_adaptive_sparse.pruning.apply import (
     ModuleReport,
     PruningReport,
@@ -45,11 +46,12 @@ def check_before_loading(model: PreTrainedModel, config: SparsityConfig) -> dict
 
     Raises:
         ValueError: If a name or glob matches nothing, the list of KV bits has the wrong length,
-            or the metric needs calibration data and the config names none.
+            weights have no dtype for their bits, or the metric needs calibration data and the
+            config names none.
     """
     ratios = _ratios(model, config)
     per_layer_kv_cache(model, config)
-    resolve_weight_bits(config, ratios)
+    _check_dtypes(model, resolve_weight_bits(config, ratios))
     if any(ratios.values()):
         _check_calibration(config, config.calibration)
     return ratios
@@ -87,12 +89,18 @@ def prune_and_resolve(
     ratios = _ratios(model, config)
     kv_cache = per_layer_kv_cache(model, config)
     weight_bits = resolve_weight_bits(config, ratios)
+    _check_dtypes(model, weight_bits)
     source = config.calibration if calibration is None else calibration
     settings = _settings(source, config.calibration)
     batches = None
     removes = any(ratios.values())
     quantiser = LayerQuantiser(
-        model, {name: (bits, config.group_size_at(bits)) for name, bits in weight_bits.items()}
+        model,
+        {
+            name: (bits, config.group_size_at(bits))
+            for name, bits in weight_bits.items()
+            if bits not in LOSSLESS_BITS
+        },
     )
     weights = prunable_weights(model, config.modules_to_not_convert) if ratios else {}
     if removes and config.needs_calibration:
@@ -153,6 +161,19 @@ def _ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
         config.modules_to_not_convert,
         config.pattern,
     )
+
+
+def _check_dtypes(model: PreTrainedModel, weight_bits: Mapping[str, int]) -> None:
+    """Refuse values of 12 bits where weights are not in bfloat16."""
+    named = [name for name, bits in weight_bits.items() if bits == UPPER_BYTE_BITS]
+    weights = prunable_weights(model) if named else {}
+    for name in named:
+        dtype = weights[name].weight.dtype
+        if dtype != torch.bfloat16:
+            raise ValueError(
+                f"weight_bits={UPPER_BYTE_BITS} stores bfloat16 without loss; {name!r} is {dtype}. "
+                "Load the model with dtype=torch.bfloat16, or choose weight_bits of 16, 8 or 4."
+            )
 
 
 def _optional_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> dict[str, Any]:

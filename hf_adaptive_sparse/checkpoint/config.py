@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, cast
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,11 +27,13 @@ from hf_adaptive_sparse.checkpoint.fields import weight_bits as _weight_bits
 from hf_adaptive_sparse.checkpoint.fields import weight_group_size as _weight_group_size
 from hf_adaptive_sparse.profiles import (
     FORMAT_VERSION,
-    WEIGHT_BITS_VERSION,
+    LOSSLESS_BITS,
+    LOSSLESS_BITS_VERSION,
     CalibrationConfig,
     KVCacheConfig,
     check_format_version,
     check_ratio,
+    weight_bits_version,
 )
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.patterns import parse_pattern
@@ -102,9 +104,9 @@ class SparsityConfig(QuantizationConfigMixin):
         checkpoint_format: ``"bitmask"``, or ``"dense"``: zeros stored, loads without the plugin.
         runtime: ``"dense"``: weights are plain after loading. ``"sparse"``: pruned weights stay
             compressed in memory. ``"auto"``: whichever is faster on the device at hand.
-        weight_bits: Bits of the kept values: 16 (the model's own dtype), 8 or 4, one number for
-            all pruned linears or module name or glob -> bits. A linear that no name matches keeps
-            16.
+        weight_bits: Bits of the kept values: 16 (the model's own dtype), 12 (bfloat16 without
+            loss), 8 or 4, one number for all pruned linears or module name or glob -> bits. A
+            linear that no name matches keeps 16.
         weight_group_size: Columns that share a scale at 8 and 4 bits, a multiple of 32. ``None``:
             at 8 bits one scale per row, at 4 bits one per 64 columns.
         weight_update: What the kept weights do once a metric has chosen the others: ``None``
@@ -145,7 +147,7 @@ class SparsityConfig(QuantizationConfigMixin):
         defaulted: Sequence[str] = (),
     ) -> None:
         if format_version is not None:
-            check_format_version(format_version, "the sparsity config", WEIGHT_BITS_VERSION)
+            check_format_version(format_version, "the sparsity config", LOSSLESS_BITS_VERSION)
         if quant_method != QUANT_METHOD:
             raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {quant_method!r}.")
         if not isinstance(defaulted, Sequence) or any(
@@ -209,20 +211,25 @@ class SparsityConfig(QuantizationConfigMixin):
 
     @property
     def quantises_weights(self) -> bool:
-        """Whether any weight is stored in fewer than 16 bits."""
+        """Whether any weight is stored in fewer than 16 bits, 12 without loss among them."""
+        return any(bits < 16 for bits in self.widths)
+
+    @property
+    def widths(self) -> Collection[int]:
+        """The bits that are named, of whichever modules."""
         bits = self.weight_bits
-        return any(b < 16 for b in ([bits] if isinstance(bits, int) else bits.values()))
+        return (bits,) if isinstance(bits, int) else bits.values()
 
     @property
     def format_version(self) -> int:
-        """Version of the JSON form and of the checkpoint: 2 with quantised weights, else 1."""
-        return WEIGHT_BITS_VERSION if self.quantises_weights else FORMAT_VERSION
+        """Version of the JSON form and of the checkpoint: see `profiles.weight_bits_version`."""
+        return weight_bits_version(self.widths)
 
     @property
     def compressed_modules(self) -> list[str]:
         """Modules whose weights the bitmask format stores compressed.
 
-        Those with a ratio above 0, and those whose values are quantised.
+        Those with a ratio above 0, and those whose values take fewer than 16 bits.
         """
         if self.checkpoint_format != "bitmask":
             return []
@@ -246,13 +253,28 @@ class SparsityConfig(QuantizationConfigMixin):
             else (self.weight_bits.get(name, 16))
         )
 
+    def store_plain(self, names: Collection[str]) -> None:
+        """Let the values of modules take 16 bits from now on.
+
+        Args:
+            names: Modules that ``sparsity`` names.
+        """
+        if not names:
+            return
+        bits = {name: self.value_bits(name) for name in self.sparsity or {}}
+        bits |= dict.fromkeys(names, 16)
+        self.weight_bits = bits if any(width < 16 for width in bits.values()) else 16
+        if self.weight_bits == 16:  # which says nothing
+            self._passed -= set(WEIGHT_FIELDS)
+            self.weight_group_size = None
+
     def group_size(self, name: str) -> int | None:
         """Return the columns that share a scale in a module; ``None``: one per row, or no scale."""
         return self.group_size_at(self.value_bits(name))
 
     def group_size_at(self, bits: int) -> int | None:
         """Return the columns that share a scale where values take so many bits."""
-        if bits == 16:
+        if bits in LOSSLESS_BITS:
             return None
         return self.weight_group_size or (FOUR_BIT_GROUP_SIZE if bits == 4 else None)
 
@@ -274,7 +296,7 @@ class SparsityConfig(QuantizationConfigMixin):
             ValueError: If the version is from the future, a key unknown or a value invalid.
         """
         version = config_dict.get("format_version", FORMAT_VERSION)
-        check_format_version(version, "the checkpoint", WEIGHT_BITS_VERSION)
+        check_format_version(version, "the checkpoint", LOSSLESS_BITS_VERSION)
         known = list(inspect.signature(cls).parameters)
         unknown = sorted(set(config_dict) - set(known))
         if unknown:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name, weight_name
+from hf_adaptive_sparse.packing.upper_bytes import value_count
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -69,7 +70,7 @@ class CompressedModule:
         rows: Rows of the weight, of all experts.
         columns_at_most: Columns of the weight, or up to 7 more: whole bytes of the bitmask.
         nnz: Weights that are kept; with codes of 4 bits this, or one less.
-        size_bytes: Bytes of values, bitmask and scales together.
+        size_bytes: Bytes of values, bitmask, scales and codebook together.
         weight_bytes: Bytes of one weight, decompressed.
         quantised: Whether its values are codes.
     """
@@ -249,8 +250,9 @@ def compressed_summary(headers: Mapping[str, TensorHeader]) -> dict[str, Compres
         parsed = parse_tensor_name(key)
         if parsed is None or parsed[1] != "bitmask":
             continue
-        values_key, scales_key = (tensor_name(parsed[0], kind) for kind in ("values", "scales"))
-        values, scales = headers.get(values_key), headers.get(scales_key)
+        keys = [tensor_name(parsed[0], kind) for kind in ("values", "scales", "codebook")]
+        values_key, scales_key, book_key = keys
+        values, scales, book = (headers.get(name) for name in keys)
         if values is None:
             raise CheckpointError(f"{mask.file}: {key!r} has no {values_key!r}.")
         if mask.dtype != "U8" or len(mask.shape) not in (2, 3) or len(values.shape) != 1:
@@ -258,21 +260,30 @@ def compressed_summary(headers: Mapping[str, TensorHeader]) -> dict[str, Compres
                 f"{mask.file}: {key!r} must be U8 (out, bytes), or (experts, out, bytes), and its "
                 f"values (nnz,), got {mask.dtype} {list(mask.shape)} and {list(values.shape)}."
             )
-        codes = values.dtype in ("I8", "U8")
+        codes = values.dtype in ("I8", "U8") and book is None
         if codes != (scales is not None):
             raise CheckpointError(
                 f"{values.file}: {values.name!r} is {values.dtype}, which "
                 f"{'needs' if codes else 'has no'} {scales_key!r}."
             )
+        nnz = values.numel * (2 if values.dtype == "U8" else 1)
+        if book is not None:
+            count = value_count(values.numel)
+            if values.dtype != "U8" or count is None:
+                raise CheckpointError(
+                    f"{values.file}: {values.name!r} must be U8 (nnz + ceil(nnz / 2),), as there "
+                    f"is {book_key!r}, got {values.dtype} {list(values.shape)}."
+                )
+            nnz = count
         *leading, row_bytes = mask.shape
         name = weight_name(parsed[0])
         summary[name] = CompressedModule(
             name=name,
             rows=math.prod(leading),
             columns_at_most=row_bytes * 8,
-            nnz=values.numel * (2 if values.dtype == "U8" else 1),
-            size_bytes=mask.size_bytes + values.size_bytes + (scales.size_bytes if scales else 0),
-            weight_bytes=_DTYPE_BYTES.get((scales or values).dtype, 0),
+            nnz=nnz,
+            size_bytes=sum(part.size_bytes for part in (mask, values, scales, book) if part),
+            weight_bytes=2 if book else _DTYPE_BYTES.get((scales or values).dtype, 0),
             quantised=codes,
         )
     return summary

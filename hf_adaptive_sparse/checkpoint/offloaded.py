@@ -69,8 +69,8 @@ class OffloadedLayers(LayerResidence):
             model: The model, on the meta device; it is filled.
             source: The dense checkpoint.
             folder: Folder to write to; a state of an earlier run in it is continued.
-            formats: Parameter name -> bits of its values (16, 8 or 4) and columns per scale, of the
-                parameters that are stored compressed.
+            formats: Parameter name -> bits of its values (16, 12, 8 or 4) and columns per scale, of
+                the parameters that are stored compressed.
             fingerprint: What a run depends on, plain JSON types. An earlier state with another one
                 is not used.
             sequential: Layers that are done run as they are pruned; False: as they were.

@@ -96,7 +96,7 @@ def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
 
 
 def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[str, int]:
-    """Return the bits of every module whose values are quantised.
+    """Return the bits of every module whose values take fewer than 16.
 
     An exact module name wins over a glob or the name of a containing module, and a later entry
     over an earlier one.
@@ -106,7 +106,7 @@ def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[
         modules: The prunable linears it applies to.
 
     Returns:
-        Module name -> 8 or 4, in the order of ``modules``; a module that is not in it keeps 16.
+        Module name -> 12, 8 or 4, in the order of ``modules``; a module that is not in it keeps 16.
 
     Raises:
         ValueError: If a name or glob matches no module.

@@ -33,7 +33,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     runtime_formats,
     storable_weights,
 )
-from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
+from hf_adaptive_sparse.checkpoint.validation import CheckedWeight, validate_checkpoint
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
@@ -42,6 +42,12 @@ from hf_adaptive_sparse.packing.stored_weight import (
     restored_weight,
     stored_kinds,
     stored_tensors,
+)
+from hf_adaptive_sparse.packing.upper_bytes import (
+    BOOK_WORDS,
+    UPPER_BYTE_BITS,
+    encode,
+    value_count,
 )
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
@@ -151,17 +157,15 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
             return conversions
         checked = validate_checkpoint(model, files, formats, conversions)
-        if not self._runs_sparse(model):
-            return conversions
         kept = runtime_formats(model, self.quantization_config)
+        if not self._runs_sparse(model, kept):
+            return conversions
         found = {name: checked.get(name) or checked[f"{name}.weight"] for name in kept}
         with torch.device("meta"):
             replace_by_empty_(
                 model,
                 {
-                    name: StoredWeight(
-                        found[name].values.numel * (2 if bits == 4 else 1), bits, group
-                    )
+                    name: _stored_weight(found[name], bits, group)
                     for name, (bits, group) in kept.items()
                 },
             )
@@ -185,17 +189,22 @@ class AdaptiveSparseQuantizer(HfQuantizer):
                 weight.settle(self.row_offsets.get(name))
             except BitmaskError as error:
                 raise CheckpointError(f"{parameter_name(name, weight)}: {error}") from error
-        if not loaded and self._runs_sparse(model):
-            compress_(model, runtime_formats(model, config))
+        if self.pre_quantized:
+            _store_plain_what_was_cast_(model, config)
+        if not loaded:
+            formats = runtime_formats(model, config)
+            if self._runs_sparse(model, formats):
+                compress_(model, formats)
         choice = self.runtime_choice
         attach(model, config)
         model.hf_quantizer.runtime_choice = choice
         return model
 
-    def _runs_sparse(self, model: PreTrainedModel) -> bool:
-        """Decide the runtime, once, and say why."""
+    def _runs_sparse(
+        self, model: PreTrainedModel, formats: Mapping[str, tuple[int, int | None]]
+    ) -> bool:
+        """Decide the runtime of a model with these `runtime_formats`, once, and say why."""
         config = self.quantization_config
-        formats = runtime_formats(model, config)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         held = {n: parameters[n if n in parameters else f"{n}.weight"] for n in formats}
         shapes = {n: (w.shape[:-1].numel(), w.shape[-1]) for n, w in held.items()}
@@ -251,7 +260,41 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             state |= stored_tensors(key, weight, *formats[key])
             if self.consumes_model and key not in sparse:
                 empty_(model, [key])
+        for key in sparse & formats.keys():
+            values, book = tensor_name(key, "values"), tensor_name(key, "codebook")
+            if formats[key][0] == UPPER_BYTE_BITS and book not in state:
+                state[values], state[book] = encode(state[values])
         return state, {}
+
+
+def _stored_weight(found: CheckedWeight, bits: int, group_size: int | None) -> StoredWeight:
+    """Return how a weight of checked files is stored."""
+    size, book = found.values.numel, found.codebook
+    if book is not None:
+        return StoredWeight(value_count(size) or 0, bits, exceptions=book.numel - BOOK_WORDS)
+    return StoredWeight(size * (2 if bits == 4 else 1), bits, group_size)
+
+
+def _store_plain_what_was_cast_(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Let a config store in 16 bits what it has in 12, where that was not loaded as bfloat16.
+
+    A weight of which nothing is removed is stored dense then, and so made plain in the model, too.
+    """
+    if UPPER_BYTE_BITS not in config.widths:
+        return
+    cast = []
+    sparse = sparse_weights(model)
+    held = {parameter_name(name, weight): weight for name, weight in sparse.items()}
+    for key, (bits, _) in parameter_formats(model, config).items():
+        if bits != UPPER_BYTE_BITS:
+            continue
+        weight = held.get(key)
+        dtype = model.get_parameter(key).dtype if weight is None else weight.dtype
+        if dtype != torch.bfloat16 and (weight is None or weight.bits != UPPER_BYTE_BITS):
+            cast.append(weight_name(key))
+    ratios = config.sparsity or {}
+    decompress_(model, [name for name in cast if name in sparse and not ratios.get(name)])
+    config.store_plain(cast)
 
 
 def _copy_from_files_(
@@ -279,7 +322,7 @@ def _copy_from_files_(
 
 
 class DecompressWeight(ConversionOps):
-    """Values, bitmask and, with codes, scales to the weight; `packing.stored_names` names them."""
+    """Values, bitmask, scales or codebook to the weight; `packing.stored_names` names them."""
 
     def __init__(self, hf_quantizer: AdaptiveSparseQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -298,7 +341,7 @@ class DecompressWeight(ConversionOps):
         """Decompress one weight.
 
         Args:
-            input_dict: Values, bitmask and, with codes, scales, one tensor each.
+            input_dict: Values, bitmask and scales or codebook, if any, one tensor each.
             source_patterns: Their names.
             target_patterns: The name of the weight.
             kwargs: ``full_layer_name``, the weight's runtime name, and ``model``.
@@ -307,7 +350,8 @@ class DecompressWeight(ConversionOps):
             CheckpointError: If one is missing, or they do not make this weight.
         """
         name: str = kwargs["full_layer_name"]
-        *leading, columns = kwargs["model"].get_parameter(name).shape
+        empty = kwargs["model"].get_parameter(name)
+        *leading, columns = empty.shape
         config, module = self.hf_quantizer.quantization_config, weight_name(name)
         bits = config.value_bits(module)
         try:
@@ -322,7 +366,9 @@ class DecompressWeight(ConversionOps):
                     f"the bitmask of a weight {[*leading, columns]} must be "
                     f"{[*leading, row_bytes(columns)]}, got {shape}."
                 )
-            return {name: restored_weight(tensors, columns, bits, config.group_size(module))}
+            weight = restored_weight(tensors, columns, bits, config.group_size(module))
+            # transformers casts what it reads; bfloat16 that it read as bytes is not cast yet.
+            return {name: weight.to(empty.dtype) if "codebook" in tensors else weight}
         except KeyError as missing:
             raise CheckpointError(f"{name}: {missing} is missing.") from missing
         except BitmaskError as error:

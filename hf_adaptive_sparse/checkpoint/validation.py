@@ -29,12 +29,20 @@ from hf_adaptive_sparse.checkpoint.headers import (
 from hf_adaptive_sparse.kernels.sparse_linear import count_row_offsets
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, row_bytes
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name
+from hf_adaptive_sparse.packing.stored_weight import stored_kinds
+from hf_adaptive_sparse.packing.upper_bytes import (
+    BOOK_WORDS,
+    UPPER_BYTE_BITS,
+    check_book,
+    stored_bytes,
+    value_count,
+)
 from hf_adaptive_sparse.packing.weight_codes import group_count
 
 Formats = Mapping[str, tuple[int, int | None]]
-"""Parameter name -> bits of its values (16, 8 or 4), and columns that share a scale."""
+"""Parameter name -> bits of its values (16, 12, 8 or 4), and columns that share a scale."""
 
-_CODES = {8: "I8", 4: "U8"}
+_CODES = {UPPER_BYTE_BITS: "U8", 8: "I8", 4: "U8"}
 _SCALES = ("F32", "F16", "BF16")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -48,6 +56,7 @@ class _Stored:
         values: Parameter -> the kept values of a compressed weight.
         bitmasks: Parameter -> the bitmask of a compressed weight.
         scales: Parameter -> the scales of a compressed weight with quantised values.
+        codebooks: Parameter -> the codebook of a compressed weight with values of 12 bits.
         converted: Parameters that transformers assembles from several tensors.
         surplus: Tensors that no parameter takes.
     """
@@ -56,12 +65,23 @@ class _Stored:
     values: dict[str, TensorHeader]
     bitmasks: dict[str, TensorHeader]
     scales: dict[str, TensorHeader]
+    codebooks: dict[str, TensorHeader]
     converted: set[str]
     surplus: list[TensorHeader]
 
     @property
     def names(self) -> set[str]:
-        return {*self.plain, *self.values, *self.bitmasks, *self.scales, *self.converted}
+        return {*self.plain, *self.converted}.union(*self.kinds.values())
+
+    @property
+    def kinds(self) -> dict[str, dict[str, TensorHeader]]:
+        """Those of compressed weights, by their kind."""
+        return {
+            "values": self.values,
+            "bitmask": self.bitmasks,
+            "scales": self.scales,
+            "codebook": self.codebooks,
+        }
 
 
 @dataclass(frozen=True)
@@ -70,10 +90,12 @@ class CheckedWeight:
 
     Attributes:
         values: Its stored values.
+        codebook: Their codebook, if they have one.
         row_offsets: Values before each row, from its bitmask: ``(rows + 1,)``.
     """
 
     values: TensorHeader
+    codebook: TensorHeader | None
     row_offsets: torch.Tensor
 
 
@@ -96,25 +118,35 @@ def validate_checkpoint(
 
     Raises:
         CheckpointError: If a file is damaged, a tensor is missing, surplus or of another shape, a
-            bitmask and its values disagree, or a scale is no scale; names file and tensor.
+            bitmask and its values disagree, or a scale or a codebook is none; names file and
+            tensor.
     """
     headers = merge_headers(read_file_header(Path(file)) for file in files)
-    stored = _assign(model, headers, copy.deepcopy(list(conversions)))
+    expected = model.state_dict()
+    stored = _assign(model, expected, headers, copy.deepcopy(list(conversions)))
     where = Path(files[0]).parent
     _check_compressed(stored, formats, where)
-    _check_names(model, stored, headers.values(), where)
-    _check_shapes(model, stored, formats)
-    offsets = _check_bitmasks(model, stored)
+    _check_names(model, expected, stored, headers.values(), where)
+    _check_shapes(expected, stored, formats)
+    offsets = _check_bitmasks(expected, stored)
     _check_scales(stored)
-    return {name: CheckedWeight(h, offsets[name]) for name, h in stored.values.items()}
+    _check_codebooks(stored)
+    return {
+        name: CheckedWeight(header, stored.codebooks.get(name), offsets[name])
+        for name, header in stored.values.items()
+    }
 
 
-def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequence[Any]) -> _Stored:
+def _assign(
+    model: Any,
+    expected: Mapping[str, torch.Tensor],
+    headers: Mapping[str, TensorHeader],
+    conversions: Sequence[Any],
+) -> _Stored:
     """Find which parameter each tensor belongs to, by transformers' own renaming."""
-    expected = model.state_dict()
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    stored = _Stored({}, {}, {}, {}, set(), [])
+    stored = _Stored({}, {}, {}, {}, {}, set(), [])
     prefix = model.base_model_prefix
     targets = {s: c.target_patterns for c in converters for s in c.source_patterns}
     for key, header in headers.items():
@@ -126,12 +158,7 @@ def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequen
         elif source is None:
             stored.plain[name] = header
         elif (parsed := parse_tensor_name(key)) is not None:
-            kinds = {
-                "values": stored.values,
-                "bitmask": stored.bitmasks,
-                "scales": stored.scales,
-            }
-            kinds[parsed[1]][name] = header
+            stored.kinds[parsed[1]][name] = header
         else:
             first = targets[source][0]
             stored.converted.update(name.replace(first, target) for target in targets[source])
@@ -141,9 +168,8 @@ def _assign(model: Any, headers: Mapping[str, TensorHeader], conversions: Sequen
 def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
     wanted = {name: bits for name, (bits, _) in formats.items()}
     for name in sorted(wanted):
-        kinds = {"values": stored.values, "bitmask": stored.bitmasks, "scales": stored.scales}
-        for kind, found in kinds.items():
-            if name in found or (kind == "scales" and wanted[name] == 16):
+        for kind in stored_kinds(wanted[name]):
+            if name in stored.kinds[kind]:
                 continue
             plain = stored.plain.get(name)
             seen = f"{plain.file} stores it dense" if plain else f"{where} does not hold it"
@@ -160,22 +186,28 @@ def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
                 f"{header.file}: {header.name!r} is compressed, but the config's sparsity does "
                 "not name its module."
             )
-    for name, header in stored.scales.items():
-        if wanted.get(name, 16) == 16:
-            raise CheckpointError(
-                f"{header.file}: {header.name!r} holds scales, but the config's weight_bits do not "
-                "say that its module's values are quantised."
-            )
+    for kind, what in (("scales", "scales"), ("codebook", "a codebook")):
+        for name, header in stored.kinds[kind].items():
+            if kind not in stored_kinds(wanted.get(name, 16)):
+                raise CheckpointError(
+                    f"{header.file}: {header.name!r} holds {what}, but the config's weight_bits "
+                    f"say {wanted.get(name, 16)} for its module, which has none."
+                )
 
 
-def _check_names(model: Any, stored: _Stored, headers: Iterable[TensorHeader], where: Path) -> None:
+def _check_names(
+    model: Any,
+    expected: Mapping[str, torch.Tensor],
+    stored: _Stored,
+    headers: Iterable[TensorHeader],
+    where: Path,
+) -> None:
     """Refuse missing and surplus tensors.
 
     Another class than the one that was saved (a bare decoder, another head) may lack some and
     have others; then only what would be made up must not exceed what is stored.
     """
-    expected = model.state_dict()
-    missing = _missing(model, stored.names)
+    missing = _missing(model, expected, stored.names)
     architectures = model.config.architectures or []
     if type(model).__name__ in architectures:
         surplus = [h for h in stored.surplus if not _ignored(h.name, model, "unexpected")]
@@ -198,7 +230,7 @@ def _check_names(model: Any, stored: _Stored, headers: Iterable[TensorHeader], w
         )
 
 
-def _missing(model: Any, found: set[str]) -> list[str]:
+def _missing(model: Any, expected: Iterable[str], found: set[str]) -> list[str]:
     """Return the parameters that neither the files hold nor a tied parameter provides."""
     tied: dict[str, set[str]] = defaultdict(set)
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -206,7 +238,7 @@ def _missing(model: Any, found: set[str]) -> list[str]:
         tied[source].add(target)
     return [
         name
-        for name in model.state_dict()
+        for name in expected
         if name not in found and not tied[name] & found and not _ignored(name, model, "missing")
     ]
 
@@ -216,8 +248,7 @@ def _ignored(name: str, model: Any, kind: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _check_shapes(model: nn.Module, stored: _Stored, formats: Formats) -> None:
-    expected = model.state_dict()
+def _check_shapes(expected: Mapping[str, torch.Tensor], stored: _Stored, formats: Formats) -> None:
     for name, header in stored.plain.items():
         shape = tuple(expected[name].shape)
         if header.shape != shape:
@@ -235,15 +266,17 @@ def _check_shapes(model: nn.Module, stored: _Stored, formats: Formats) -> None:
                 f"for a weight {[*leading, columns]}, got {mask.dtype} {list(mask.shape)}."
             )
         bits, group_size = formats[name]
-        most = numel if bits != 4 else (numel + 1) // 2
+        most = {4: (numel + 1) // 2, UPPER_BYTE_BITS: stored_bytes(numel)}.get(bits, numel)
         wanted = _FLOATS if bits == 16 else (_CODES[bits],)
         if values.dtype not in wanted or len(values.shape) != 1 or values.numel > most:
-            kind = "floating point" if bits == 16 else f"{_CODES[bits]} ({bits}-bit codes)"
+            kind = "floating point" if bits == 16 else f"{_CODES[bits]} ({bits} bits per value)"
             raise CheckpointError(
                 f"{values.file}: tensor {values.name!r} must be {kind} [n] with n <= {most}, got "
                 f"{values.dtype} {list(values.shape)}."
             )
-        if bits == 16:
+        if name in stored.codebooks:
+            _check_codebook_header(stored.codebooks[name], numel)
+        if name not in stored.scales:
             continue
         scales, groups = stored.scales[name], group_count(columns, group_size)
         if scales.dtype not in _SCALES or list(scales.shape) != [*leading, groups]:
@@ -253,9 +286,19 @@ def _check_shapes(model: nn.Module, stored: _Stored, formats: Formats) -> None:
             )
 
 
-def _check_bitmasks(model: nn.Module, stored: _Stored) -> dict[str, torch.Tensor]:
+def _check_codebook_header(book: TensorHeader, numel: int) -> None:
+    most = BOOK_WORDS + numel
+    if book.dtype != "I64" or len(book.shape) != 1 or not BOOK_WORDS <= book.numel <= most:
+        raise CheckpointError(
+            f"{book.file}: tensor {book.name!r} must be I64 [n] with {BOOK_WORDS} <= n <= {most}, "
+            f"got {book.dtype} {list(book.shape)}."
+        )
+
+
+def _check_bitmasks(
+    expected: Mapping[str, torch.Tensor], stored: _Stored
+) -> dict[str, torch.Tensor]:
     """Read the bitmasks, one at a time, and count their bits: values before each row."""
-    expected = model.state_dict()
     offsets: dict[str, torch.Tensor] = {}
     by_file = _by_file(stored.bitmasks)
     # The skeleton is made under torch.device("meta"); the bitmasks are real.
@@ -268,12 +311,15 @@ def _check_bitmasks(model: nn.Module, stored: _Stored) -> dict[str, torch.Tensor
                     values = stored.values[name]
                     offsets[name] = count_row_offsets(bitmask)
                     kept = int(offsets[name][-1])
-                    nibbles = values.dtype == _CODES[4]
-                    if (kept + 1) // 2 != values.numel if nibbles else kept != values.numel:
+                    needed, unit = kept, ""
+                    if name in stored.codebooks:
+                        needed, unit = stored_bytes(kept), " bytes, three for two"
+                    elif values.dtype == _CODES[4]:
+                        needed, unit = (kept + 1) // 2, " bytes of two"
+                    if needed != values.numel:
                         raise CheckpointError(
                             f"{file}: tensor {key!r} keeps {kept} weights, but {values.name!r} in "
-                            f"{values.file} holds {values.numel}"
-                            f"{' bytes of two' if nibbles else ''}; the two must agree."
+                            f"{values.file} holds {values.numel}{unit}; the two must agree."
                         )
                     try:
                         check_bitmask(bitmask, expected[name].shape[-1])
@@ -294,6 +340,20 @@ def _check_scales(stored: _Stored) -> None:
                             f"{file}: tensor {key!r} holds scales that are negative, infinite or "
                             "NaN; the file is damaged."
                         )
+
+
+def _check_codebooks(stored: _Stored) -> None:
+    """Read the codebooks, one at a time, and refuse what does not belong to the values."""
+    with torch.device("cpu"):
+        for file, names in _by_file(stored.codebooks).items():
+            with safe_open(file, framework="pt") as handle:
+                for name in names:
+                    key, count = stored.codebooks[name].name, value_count(stored.values[name].numel)
+                    assert count is not None  # of as many weights as the bitmask keeps
+                    try:
+                        check_book(handle.get_tensor(key), count)
+                    except BitmaskError as error:
+                        raise CheckpointError(f"{file}: tensor {key!r}: {error}") from error
 
 
 def _by_file(headers: Mapping[str, TensorHeader]) -> dict[str, list[str]]:

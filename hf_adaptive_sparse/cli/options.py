@@ -96,8 +96,8 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
         "--weight-bits",
         type=weight_bits,
         metavar="BITS",
-        help="bits of the kept weights: 16, 8 or 4 for all, or GLOB=BITS joined by commas "
-        "(default: 16)",
+        help="bits of the kept weights: 16, 12 (bfloat16, without loss), 8 or 4 for all, or "
+        "GLOB=BITS joined by commas (default: 16)",
     )
     parser.add_argument(
         "--weight-group-size",
@@ -225,7 +225,8 @@ def weight_bits(text: str) -> int | dict[str, int]:
         return {glob.strip(): int(bits) for glob, _, bits in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"must be 16, 8, 4, or GLOB=BITS joined by commas, such as '*.mlp.*=8'; got {text!r}"
+            "must be 16, 12, 8, 4, or GLOB=BITS joined by commas, such as '*.mlp.*=8'; got "
+            f"{text!r}"
         ) from None
 
 

@@ -87,7 +87,8 @@ def check_goal(
             raise ValueError(
                 f"A budget in bytes on disk counts the weight bits of the space, got weight_bits="
                 f"{config.weight_bits!r} in the config. Search them instead "
-                "(SearchSpace(weight_bits=...), --search-weight-bits), one width being enough."
+                "(SearchSpace(weight_bits=...), --search-weight-bits), one width being enough; "
+                "leave out 12, whose bytes are not known beforehand."
             )
     if workers != 1 and not space.searches and max_loss is None:
         raise ValueError(

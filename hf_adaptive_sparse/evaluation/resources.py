@@ -25,6 +25,8 @@ from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
@@ -189,6 +191,9 @@ def _stored_bytes(weight: torch.Tensor, bits: int, group_size: int | None) -> in
     nnz = int(weight.view(_BYTES_VIEWS[width]).count_nonzero())
     if bits == 16:
         return compressed_size_bytes(rows, columns, nnz, width)
+    if bits == UPPER_BYTE_BITS:
+        parts = SparseWeight.from_dense(weight.flatten(0, -2), bits).tensors()
+        return sum(part.nbytes for part in parts.values())
     index = compressed_size_bytes(rows, columns, nnz, 0)
     return index + (nnz * bits + 7) // 8 + rows * group_count(columns, group_size) * width
 

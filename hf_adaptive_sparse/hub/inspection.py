@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.layers import largest_stack, mean_by_layer
 from hf_adaptive_sparse.report.tables import format_bytes, text_table
@@ -69,10 +70,10 @@ class Inspection:
         modules: The pruned linears, in order of their names' layers.
         kv_cache: KV profile.
         size_bytes: Bytes of data by kind: "kept values", "bitmasks", "scales" (where values are
-            quantised), "other weights".
+            quantised), "codebooks" (where they take 12 bits), "other weights".
         tensors: Tensors in the files.
         provenance: What the config records about how it was made.
-        weight_bits: Bits of the values of each module whose values are quantised.
+        weight_bits: Bits of the values of each module whose values take fewer than 16.
     """
 
     source: str
@@ -142,7 +143,10 @@ class Inspection:
 
     def _values_text(self) -> str:
         counts = Counter(self.weight_bits.get(module.name, 16) for module in self.modules)
-        parts = (f"{bits} bits in {count} linears" for bits, count in sorted(counts.items()))
+        exact = {bits: ", without loss" if bits == UPPER_BYTE_BITS else "" for bits in counts}
+        parts = (
+            f"{bits} bits{exact[bits]} in {count} linears" for bits, count in sorted(counts.items())
+        )
         return ", ".join(parts) if self.weight_bits else "not quantised"
 
     def _kv_text(self) -> str:

@@ -230,12 +230,13 @@ def _stored_name(name: str, by_ending: Mapping[tuple[str, ...], list[str]]) -> s
 
 
 def _size_by_kind(tensors: Mapping[str, TensorHeader]) -> dict[str, int]:
-    kinds = {"values": "kept values", "bitmask": "bitmasks", "scales": "scales"}
+    optional = {"scales": "scales", "codebook": "codebooks"}
+    kinds = {"values": "kept values", "bitmask": "bitmasks", **optional}
     sizes = dict.fromkeys((*kinds.values(), "other weights"), 0)
     for name, header in tensors.items():
         parsed = parse_tensor_name(name)
         sizes["other weights" if parsed is None else kinds[parsed[1]]] += header.size_bytes
-    return {kind: size for kind, size in sizes.items() if size or kind != "scales"}
+    return {kind: size for kind, size in sizes.items() if size or kind not in optional.values()}
 
 
 def _mean(modules: tuple[ModuleInspection, ...]) -> tuple[float, float]:

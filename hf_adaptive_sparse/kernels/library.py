@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
 LIBRARY = "_kernels.so"
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
 """Names of the paths and their numbers in the library."""

@@ -14,6 +14,7 @@ import torch
 
 from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype
+from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS
 
 MAX_TOKENS = 32
 """Tokens that the library takes at once; more are split."""
@@ -39,6 +40,8 @@ class _Call(ctypes.Structure):
         ("row_offsets", _Address),
         ("offset_bytes", _Int),
         ("scales", _Address),
+        ("codebook", _Address),
+        ("exceptions", _Int),
         ("tokens", _Int),
         ("x", _Address),
         ("x_stride", _Int),
@@ -142,7 +145,9 @@ def takes(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> b
     Whatever is wrong with them: then the answer is no.
     """
     prepared = _prepared(weight)
-    if prepared is None or x.dtype is not prepared.dtype or not x.is_cpu or x.dim() == 0:
+    if prepared is None or x.dtype is not prepared.dtype or x.dim() == 0:
+        return False
+    if not (x.is_cpu and weight.values.is_cpu):
         return False
     rows, columns = weight.shape
     return (
@@ -251,7 +256,7 @@ def _needed(weight: SparseWeight) -> _Prepared:
 
 def _call(prepared: _Prepared, weight: SparseWeight) -> _Call:
     """Return a call of one's own with the weight's fields filled in."""
-    values, scales = weight.values, weight.scales
+    values, scales, codebook = weight.values, weight.scales, weight.codebook
     call = _Call.from_buffer_copy(prepared.call)
     call.bitmask = weight.bitmask.data_ptr()
     call.values = values.data_ptr()
@@ -259,6 +264,9 @@ def _call(prepared: _Prepared, weight: SparseWeight) -> _Call:
     call.row_offsets = weight.row_offsets.data_ptr()
     if scales is not None:
         call.scales = scales.data_ptr()
+    elif codebook is not None:
+        call.codebook = codebook.data_ptr()
+        call.exceptions = codebook.numel() - BOOK_WORDS
     call.threads = torch.get_num_threads()
     return call
 

@@ -65,6 +65,8 @@ _TUNED_ELEMENTS = 1 << 20  # of a weight: smaller ones take no time worth measur
 
 def is_supported(weight: SparseWeight) -> bool:
     """Return whether ``linear`` and ``decompress`` can take a weight."""
+    if weight.codebook is not None:
+        return False
     asked = (_SERVED, weight.device)
     if asked not in weight.prepared:
         weight.prepared[asked] = weight.dtype in _DTYPES and serves(weight.device)

@@ -5,19 +5,23 @@
                    float32, bfloat16, float16      as they are
                    int8                            codes of 8 bits, see weight_codes.py
                    uint8 (ceil(nnz / 2),)          codes of 4 bits, the same
+                   uint8 (nnz + ceil(nnz / 2),)    bfloat16 in 12 bits, see upper_bytes.py
     scales       (rows, groups)                    with codes only, in the weight's dtype
+    codebook     int64 (2 + exceptions,)           with 12 bits only
     row_offsets  int32 or int64 (rows + 1,)        number of values before each row
     block_offsets  int16 or int32 (rows, ceil(columns / 64))   on GPUs only: the same within a row,
                                                    before each block of 64 columns
 
     size_bytes = ceil(nnz * bits / 8) + rows * ceil(columns / 8)
                + rows * groups * scale_bytes + (rows + 1) * offset_bytes
+               + 16 + 8 * exceptions, with 12 bits
                + rows * ceil(columns / 64) * block_offset_bytes, on GPUs
 
-Per weight of a large matrix of which half is kept that is 9 bits with 16-bit values, 5 with codes
-of 8 bits and 3 with codes of 4, plus ``16 / group_size`` for the scales: 0.5625, 0.3125 and 0.1875
-of a 16-bit weight. Block offsets add a quarter of a bit: 0.578, 0.328 and 0.203. With them each
-thread of a GPU finds its values by itself; counting them anew took threads that wait for another.
+Per weight of a large matrix of which half is kept that is 9 bits with 16-bit values, 7 with the
+same values in 12 bits, 5 with codes of 8 bits and 3 with codes of 4, plus ``16 / group_size`` for
+the scales: 0.5625, 0.4375, 0.3125 and 0.1875 of a 16-bit weight. Block offsets add a quarter of a
+bit: 0.578, 0.328 and 0.203 (no GPU has values of 12 bits). With them each thread of a GPU finds its
+values by itself; counting them anew took threads that wait for another.
 
 The offsets are computed, never stored in a checkpoint: they follow from the bitmask. Values carry
 no padding, so that a tensor that was mapped from a file serves as it is; kernels mind the end.
@@ -32,12 +36,12 @@ return a kernel looks up every group where it now reads the mask as it lies. NVI
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from hf_adaptive_sparse.packing import weight_codes
+from hf_adaptive_sparse.packing import upper_bytes, weight_codes
 from hf_adaptive_sparse.packing.bitmask import (
     BitmaskError,
     check_bitmask,
@@ -47,6 +51,7 @@ from hf_adaptive_sparse.packing.bitmask import (
     row_popcounts,
     unpack_mask,
 )
+from hf_adaptive_sparse.packing.stored_names import KINDS
 
 VALUE_BITS = {
     torch.float32: 32,
@@ -55,7 +60,7 @@ VALUE_BITS = {
     torch.int8: 8,
     torch.uint8: 4,
 }
-"""Bits per value, by the dtype of the tensor that stores them."""
+"""Bits per value, by the dtype of the tensor that stores them, where there is no codebook."""
 
 BLOCK_COLUMNS = 64
 """Columns per block offset: as many as the bits of the widest word of a mask."""
@@ -94,7 +99,7 @@ def size_bytes(
         rows: Rows of the weight.
         columns: Columns of the weight.
         nnz: Weights that are kept.
-        bits: Bits per value: 32, 16, 8 or 4.
+        bits: Bits per value: 32, 16, 12 (the exceptions are not counted), 8 or 4.
         groups: Scales per row, 0 without codes.
         scale_bytes: Bytes of a scale.
         blocks: Whether there are block offsets.
@@ -102,6 +107,8 @@ def size_bytes(
     index = rows * row_bytes(columns) + (rows + 1) * offset_dtype(nnz).itemsize
     if blocks:
         index += rows * block_count(columns) * block_offset_dtype(columns).itemsize
+    if bits == upper_bytes.UPPER_BYTE_BITS:
+        index += upper_bytes.BOOK_WORDS * 8
     return (nnz * bits + 7) // 8 + rows * groups * scale_bytes + index
 
 
@@ -156,6 +163,7 @@ class SparseWeight:
         scales: ``(rows, groups)``, None without codes.
         group_size: Columns per scale; None: one per row.
         block_offsets: What ``count_block_offsets`` returns; None: kernels that need it count.
+        codebook: With values of 12 bits: what their codes stand for, and the exceptions.
         prepared: What kernels worked out about this weight for their next calls.
     """
 
@@ -166,6 +174,7 @@ class SparseWeight:
     scales: torch.Tensor | None = None
     group_size: int | None = None
     block_offsets: torch.Tensor | None = None
+    codebook: torch.Tensor | None = None
     prepared: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,7 +189,8 @@ class SparseWeight:
 
         Args:
             weight: ``(rows, columns)``, float32, bfloat16 or float16.
-            bits: Bits per value: 8 or 4; None, or the weight's own, to keep the values as they are.
+            bits: Bits per value: 12 (of bfloat16), 8 or 4; None, or the weight's own, to keep the
+                values as they are.
             group_size: With 8 or 4 bits: columns per scale, a multiple of 32; None: one per row.
 
         Raises:
@@ -192,22 +202,26 @@ class SparseWeight:
                 "A sparse weight is made from (rows, columns) in float32, bfloat16 or float16, got "
                 f"{weight.dtype} {tuple(weight.shape)}."
             )
-        if bits is None or bits == VALUE_BITS[weight.dtype]:
+        shape = (weight.shape[0], weight.shape[1])
+        own_bits = VALUE_BITS[weight.dtype]
+        bits = own_bits if bits is None else bits
+        if bits in (own_bits, upper_bytes.UPPER_BYTE_BITS):
             if group_size is not None:
                 raise BitmaskError(
-                    f"group_size={group_size} needs values of 8 or 4 bits; values of "
-                    f"{VALUE_BITS[weight.dtype]} bits have no scales."
+                    f"group_size={group_size} needs values of 8 or 4 bits; values of {bits} bits "
+                    "have no scales."
                 )
             values, bitmask = compress(weight)
-            offsets = count_row_offsets(bitmask)
-            return cls((weight.shape[0], weight.shape[1]), bitmask, values, offsets)
+            offsets, codebook = count_row_offsets(bitmask), None
+            if bits != own_bits:
+                values, codebook = upper_bytes.encode(values)
+            return cls(shape, bitmask, values, offsets, codebook=codebook)
         pieces = [
             _encode_rows(weight[start:stop], bits, group_size)
             for start, stop in _chunks(*weight.shape)
         ]
         masks, codes, scales = (torch.cat(part) for part in zip(*pieces, strict=True))
         values = weight_codes.pack_codes(codes, bits)
-        shape = (weight.shape[0], weight.shape[1])
         return cls(shape, masks, values, count_row_offsets(masks), scales, group_size)
 
     @classmethod
@@ -220,6 +234,7 @@ class SparseWeight:
         scales: torch.Tensor | None = None,
         group_size: int | None = None,
         row_offsets: torch.Tensor | None = None,
+        codebook: torch.Tensor | None = None,
     ) -> SparseWeight:
         """Take the tensors of ``tensors()``, checked.
 
@@ -227,16 +242,18 @@ class SparseWeight:
             columns: Columns of the weight.
             bitmask: uint8 ``(rows, ceil(columns / 8))``.
             values: ``(nnz,)`` in float32, bfloat16 or float16, or int8 codes; or uint8
-                ``(ceil(nnz / 2),)``, codes of 4 bits.
+                ``(ceil(nnz / 2),)``, codes of 4 bits; or, with a codebook, uint8
+                ``(nnz + ceil(nnz / 2),)``.
             scales: With codes: ``(rows, groups)`` in float32, bfloat16 or float16.
             group_size: With codes: columns per scale; None: one per row.
             row_offsets: What ``count_row_offsets`` returned for this bitmask, which is believed;
                 None: it is called here.
+            codebook: With values of 12 bits: int64 ``(2 + exceptions,)``.
 
         Raises:
             BitmaskError: If shapes, dtypes or devices do not fit, the bitmask sets a bit after the
-                last column or another number of bits than there are values, or a scale is
-                negative, infinite or NaN.
+                last column or another number of bits than there are values, a scale is negative,
+                infinite or NaN, or the codebook is damaged.
         """
         check_bitmask(bitmask, columns)
         if values.dim() != 1 or values.dtype not in VALUE_BITS:
@@ -249,8 +266,11 @@ class SparseWeight:
         offsets = count_row_offsets(bitmask) if row_offsets is None else row_offsets
         if scales is not None:
             scales = scales.contiguous()
+        if codebook is not None:
+            codebook = codebook.contiguous()
+            upper_bytes.check(values, codebook)
         parts = (bitmask.contiguous(), values.contiguous(), offsets.contiguous())
-        weight = cls(shape, *parts, scales, group_size)
+        weight = cls(shape, *parts, scales, group_size, codebook=codebook)
         _check_count(weight)
         _check_scales(weight)
         devices = {tensor.device for tensor in weight.tensors().values()}
@@ -260,12 +280,16 @@ class SparseWeight:
 
     @property
     def bits(self) -> int:
-        """Bits per value: 32, 16, 8 or 4."""
+        """Bits per value: 32, 16, 12, 8 or 4."""
+        if self.codebook is not None:
+            return upper_bytes.UPPER_BYTE_BITS
         return VALUE_BITS[self.values.dtype]
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weight when it is decompressed."""
+        if self.codebook is not None:
+            return torch.bfloat16
         return self.values.dtype if self.scales is None else self.scales.dtype
 
     @property
@@ -286,17 +310,24 @@ class SparseWeight:
         return sum(tensor.nbytes for tensor in stored) + blocks
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint stores: ``values``, ``bitmask`` and, with codes, ``scales``."""
-        stored = {"values": self.values, "bitmask": self.bitmask}
-        return stored if self.scales is None else {**stored, "scales": self.scales}
+        """Return what a checkpoint stores.
+
+        That is ``values`` and ``bitmask``, and ``scales`` or a ``codebook`` where there is one.
+        """
+        parts = (self.values, self.bitmask, self.scales, self.codebook)
+        stored = zip(KINDS, parts, strict=True)
+        return {kind: part for kind, part in stored if part is not None}
 
     def to(self, device: torch.device | str) -> SparseWeight:
         """Return the weight on a device: itself if it is there.
 
-        Block offsets go along to another GPU; those that one needs are not counted here.
+        Block offsets go along to another GPU; those that one needs are not counted here. Values of
+        12 bits, which no kernel reads outside of the CPU, become plain there.
         """
         if torch.device(device) == self.device:
             return self
+        if self.codebook is not None and torch.device(device).type not in ("cpu", "meta"):
+            return self.plain().to(device)
         return SparseWeight(
             self.shape,
             self.bitmask.to(device),
@@ -305,7 +336,15 @@ class SparseWeight:
             None if self.scales is None else self.scales.to(device),
             self.group_size,
             self._blocks_on(torch.device(device)),
+            None if self.codebook is None else self.codebook.to(device),
         )
+
+    def plain(self) -> SparseWeight:
+        """Return the weight with values of 12 bits as bfloat16; itself if it has none."""
+        if self.codebook is None:
+            return self
+        values = upper_bytes.decode(self.values, self.codebook)
+        return replace(self, values=values, codebook=None)
 
     def _blocks_on(self, device: torch.device) -> torch.Tensor | None:
         if self.block_offsets is None or device.type == "cpu":
@@ -327,6 +366,7 @@ class SparseWeight:
             None if scales is None else scales[start:stop],
             self.group_size,
             None if blocks is None else blocks[start:stop],
+            self.codebook,
         )
 
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -340,6 +380,9 @@ class SparseWeight:
         """Decompress rows ``start`` to ``stop - 1``; codes times scales are left in float32."""
         first, last = int(self.row_offsets[start]), int(self.row_offsets[stop])
         bitmask, columns = self.bitmask[start:stop], self.shape[1]
+        if self.codebook is not None:
+            plain = upper_bytes.decode(self.values, self.codebook, first, last)
+            return decompress(plain, bitmask, columns)
         if self.scales is None:
             return decompress(self.values[first:last], bitmask, columns)
         if self.bits == 4:
@@ -371,8 +414,12 @@ def _encode_rows(
 def _check_count(weight: SparseWeight) -> None:
     kept = weight.nnz
     stored = weight.values.numel()
-    if stored != (kept if weight.bits != 4 else (kept + 1) // 2):
-        unit = "bytes, two values each," if weight.bits == 4 else "values"
+    needed, unit = kept, "values"
+    if weight.bits == 4:
+        needed, unit = (kept + 1) // 2, "bytes, two values each,"
+    elif weight.codebook is not None:
+        needed, unit = upper_bytes.stored_bytes(kept), "bytes, three for two values,"
+    if stored != needed:
         raise BitmaskError(
             f"the bitmask keeps {kept} weights but {stored} {unit} are stored; the two must agree."
         )

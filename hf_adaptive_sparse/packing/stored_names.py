@@ -1,15 +1,19 @@
 """What the tensors of a compressed weight are called in a checkpoint.
 
 Of a linear's ``X.weight``: ``X.weight_values``, ``X.weight_bitmask`` and, with codes,
-``X.weight_scales``. Of a stack of experts ``X.gate_up_proj``: ``X.sparse_gate_up_proj_values`` and
-so on. The prefix keeps them out of reach of the patterns by which transformers merges and splits
-``experts.gate_up_proj``: some of its versions find those anywhere in a name.
+``X.weight_scales``, or with values of 12 bits ``X.weight_codebook``. Of a stack of experts
+``X.gate_up_proj``: ``X.sparse_gate_up_proj_values`` and so on. The prefix keeps them out of reach
+of the patterns by which transformers merges and splits ``experts.gate_up_proj``: some of its
+versions find those anywhere in a name.
 """
 
 from __future__ import annotations
 
-KINDS = ("values", "bitmask", "scales")
-"""The tensors of a compressed weight; scales only where its values are codes."""
+KINDS = ("values", "bitmask", "scales", "codebook")
+"""The tensors of a compressed weight, of which none has more than one of the last two."""
+
+BY_ROW = ("bitmask", "scales")
+"""Those whose leading dimensions are the weight's own, those of experts among them."""
 
 _PREFIX = "sparse_"
 _LINEAR = "weight"

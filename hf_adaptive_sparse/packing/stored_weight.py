@@ -8,7 +8,8 @@ import torch
 
 from hf_adaptive_sparse.packing.bitmask import compress, decompress
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
-from hf_adaptive_sparse.packing.stored_names import tensor_name
+from hf_adaptive_sparse.packing.stored_names import BY_ROW, tensor_name
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 
 
 def stored_tensors(
@@ -19,8 +20,9 @@ def stored_tensors(
     Args:
         key: Name of the weight in the checkpoint.
         weight: ``(out, in)``, or ``(experts, out, in)``, of which bitmask and scales keep the first
-            dimension; of any floating-point dtype with 16 bits.
-        bits: Bits of the values: 16 (the weight's own dtype), 8 or 4.
+            dimension; of any floating-point dtype with 16 bits, bfloat16 with 12.
+        bits: Bits of the values: 16 (the weight's own dtype), 12 (the same, see upper_bytes.py), 8
+            or 4.
         group_size: Columns per scale, of codes; ``None``: one scale per row.
     """
     rows = weight.detach().flatten(0, -2)
@@ -29,14 +31,15 @@ def stored_tensors(
     else:
         tensors = SparseWeight.from_dense(rows, bits, group_size).tensors()
     return {
-        tensor_name(key, kind): t if kind == "values" else t.unflatten(0, weight.shape[:-1])
+        tensor_name(key, kind): t.unflatten(0, weight.shape[:-1]) if kind in BY_ROW else t
         for kind, t in tensors.items()
     }
 
 
 def stored_kinds(bits: int) -> tuple[str, ...]:
     """Return the kinds of tensors that a checkpoint stores for a weight."""
-    return ("values", "bitmask") if bits == 16 else ("values", "bitmask", "scales")
+    of_their_own = {16: (), UPPER_BYTE_BITS: ("codebook",)}.get(bits, ("scales",))
+    return ("values", "bitmask", *of_their_own)
 
 
 def restored_weight(
@@ -54,7 +57,7 @@ def restored_weight(
         BitmaskError: If they do not make one.
     """
     shape = (*tensors["bitmask"].shape[:-1], columns)
-    rows = {k: t if t.ndim < 3 else t.flatten(0, -2) for k, t in tensors.items()}
+    rows = {k: t.flatten(0, -2) if k in BY_ROW else t for k, t in tensors.items()}
     if bits == 16:
         return decompress(rows["values"], rows["bitmask"], columns).view(shape)
     return SparseWeight.from_tensors(columns, group_size=group_size, **rows).to_dense().view(shape)

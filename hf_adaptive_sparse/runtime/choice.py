@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, size_bytes
-from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES, group_count
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
+from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES, group_count
 
 SMALL_BYTES = 256 << 20
 """Dense bytes of all compressed weights below which the dense runtime is taken, unmeasured."""
@@ -70,7 +71,9 @@ class CompressedWeights:
     def _sparse_bytes(self, name: str, blocks: bool) -> int:
         (rows, columns), (bits, group_size) = self.shapes[name], self.formats[name]
         nnz = rows * columns - round(self.ratios.get(name, 0.0) * rows * columns)
-        if bits == 16:
+        if bits == UPPER_BYTE_BITS and self.dtype == torch.bfloat16 and not blocks:
+            return size_bytes(rows, columns, nnz, bits)
+        if bits not in CODE_BITS:
             return size_bytes(rows, columns, nnz, self.dtype.itemsize * 8, blocks=blocks)
         groups = group_count(columns, group_size)
         return size_bytes(rows, columns, nnz, bits, groups, self.dtype.itemsize, blocks=blocks)
@@ -176,7 +179,8 @@ def time_layer(
     dense = torch.rand(shape, generator=generator)
     dense[torch.rand(shape, generator=generator) < ratio] = 0.0
     weight = dense.to(dtype)
-    sparse = SparseWeight.from_dense(weight, None if bits == 16 else bits, group_size)
+    as_it_is = bits == 16 or (bits == UPPER_BYTE_BITS and dtype != torch.bfloat16)
+    sparse = SparseWeight.from_dense(weight, None if as_it_is else bits, group_size)
     x = torch.rand((1, shape[1]), generator=generator).to(device, dtype)
     plain = [weight.to(device, copy=True) for _ in range(_TIMED_COPIES)]
     packed = [_copy(sparse, device) for _ in range(_TIMED_COPIES)]
@@ -208,12 +212,15 @@ def _copy(weight: SparseWeight, device: torch.device) -> SparseWeight:
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, copy=True)
 
+    if device.type != "cpu":
+        weight = weight.plain()
     copied = replace(
         weight,
         bitmask=copy(weight.bitmask),
         values=copy(weight.values),
         row_offsets=copy(weight.row_offsets),
         scales=None if weight.scales is None else copy(weight.scales),
+        codebook=None if weight.codebook is None else copy(weight.codebook),
     )
     return replace(copied, block_offsets=sparse_linear.block_offsets_for(copied))
 

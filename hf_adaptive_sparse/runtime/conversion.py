@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ def replace_by_empty_(model: nn.Module, weights: Mapping[str, StoredWeight]) -> 
             bias=linear.bias is not None,
             bits=stored.bits,
             group_size=stored.group_size,
+            exceptions=stored.exceptions,
             dtype=linear.weight.dtype,
             device="meta",
         )
@@ -65,7 +66,7 @@ def compress_(model: nn.Module, weights: Mapping[str, tuple[int, int | None]]) -
     Args:
         model: A model with weights.
         weights: Name of a linear, or of a stack of experts that can be kept compressed -> bits of
-            its values (16, 8 or 4), and columns per scale.
+            its values (16, 12, 8 or 4), and columns per scale.
 
     Raises:
         ValueError: If a weight is not in memory, or cannot be quantised.
@@ -102,12 +103,19 @@ def quantise_(weight: torch.Tensor, bits: int, group_size: int | None) -> None:
 
 
 @torch.no_grad()
-def decompress_(model: nn.Module) -> None:
-    """Replace every sparse weight by a plain one with the same values."""
-    for stack in sparse_stacks(model).values():
-        release_(stack)
+def decompress_(model: nn.Module, names: Collection[str] | None = None) -> None:
+    """Replace sparse weights by plain ones with the same values.
+
+    Args:
+        model: A model.
+        names: Of linears, and of stacks of experts; ``None``: all.
+    """
+    for name, stack in sparse_stacks(model).items():
+        if names is None or name in names:
+            release_(stack)
     for name, module in sparse_linears(model).items():
-        model.set_submodule(name, module.to_linear())
+        if names is None or name in names:
+            model.set_submodule(name, module.to_linear())
 
 
 def _check_here(name: str, weight: torch.Tensor, owner: nn.Module) -> None:

@@ -46,6 +46,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
         weight.shape[1],
         weight.group_size or _NO_GROUPS,
         weight.block_offsets,
+        weight.codebook,
     )
     return product
 
@@ -77,9 +78,10 @@ def _linear(
     columns: int,
     group_size: int,
     block_offsets: torch.Tensor | None,
+    codebook: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
-    return sparse_linear.linear(x, weight, bias)
+    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets, codebook)
+    return sparse_linear.linear(x, _weight(*parts), bias)
 
 
 @_linear.register_fake
@@ -102,9 +104,10 @@ def _input_gradient(
     columns: int,
     group_size: int,
     block_offsets: torch.Tensor | None,
+    codebook: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = _weight(values, bitmask, row_offsets, scales, columns, group_size, block_offsets)
-    return sparse_linear.input_gradient(gradient, weight)
+    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets, codebook)
+    return sparse_linear.input_gradient(gradient, _weight(*parts))
 
 
 @_input_gradient.register_fake
@@ -117,6 +120,7 @@ def _fake_input_gradient(
     columns: int,
     group_size: int,
     block_offsets: torch.Tensor | None,
+    codebook: torch.Tensor | None,
 ) -> torch.Tensor:
     return gradient.new_empty((*gradient.shape[:-1], columns))
 
@@ -129,24 +133,27 @@ def _weight(
     columns: int,
     group_size: int,
     block_offsets: torch.Tensor | None,
+    codebook: torch.Tensor | None,
 ) -> SparseWeight:
     shape, group = (bitmask.shape[0], columns), group_size or None
-    return SparseWeight(shape, bitmask, values, row_offsets, scales, group, block_offsets)
+    return SparseWeight(shape, bitmask, values, row_offsets, scales, group, block_offsets, codebook)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, values, bitmask, row_offsets, scales, _, ctx.columns, ctx.group_size, block_offsets = inputs
-    ctx.save_for_backward(values, bitmask, row_offsets, scales, block_offsets)
+    _, values, bitmask, row_offsets, scales, _, ctx.columns, ctx.group_size, *rest = inputs
+    ctx.save_for_backward(values, bitmask, row_offsets, scales, *rest)
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     for_x = for_bias = None
     if ctx.needs_input_grad[0]:
-        *parts, block_offsets = ctx.saved_tensors
-        for_x = _input_gradient(gradient, *parts, ctx.columns, ctx.group_size, block_offsets)
+        *parts, block_offsets, codebook = ctx.saved_tensors
+        for_x = _input_gradient(
+            gradient, *parts, ctx.columns, ctx.group_size, block_offsets, codebook
+        )
     if ctx.needs_input_grad[5]:
         for_bias = gradient.sum(tuple(range(gradient.dim() - 1)))
-    return for_x, None, None, None, None, for_bias, None, None, None
+    return for_x, None, None, None, None, for_bias, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_remember)

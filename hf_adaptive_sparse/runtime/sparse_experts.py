@@ -23,10 +23,11 @@ from torch.nn import functional
 from hf_adaptive_sparse.experts import PARAMETERS, ExpertStack, expert_stacks
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
-from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names, tensor_name
+from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, leaf_names, tensor_name
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.runtime import operator
-from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, is_offloaded
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight
+from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, in_dtype, is_offloaded
+from hf_adaptive_sparse.runtime.stored_form import StoredWeight, bits_of_codes
 from hf_adaptive_sparse.runtime.weight_view import SparseWeightView
 
 EAGER = "eager"
@@ -73,23 +74,30 @@ class SparseStack:
     """What stands in a module of experts for a parameter ``(experts, out, in)``.
 
     The module holds, under the names that a checkpoint has, the kept values, the bitmask
-    ``(experts, out, ceil(in / 8))`` and, with codes, the scales ``(experts, out, groups)``.
+    ``(experts, out, ceil(in / 8))`` and, with codes, the scales ``(experts, out, groups)``, or with
+    values of 12 bits their codebook.
 
     Args:
         owner: The module.
         key: Name of the parameter that this stands for.
         shape: Of the parameter.
         group_size: Columns per scale, of codes; ``None``: one per row.
+        dtype: Of the parameter.
 
     Attributes:
         implementation: How transformers ran the model's experts before, if this stack changed that.
     """
 
     def __init__(
-        self, owner: nn.Module, key: str, shape: tuple[int, int, int], group_size: int | None
+        self,
+        owner: nn.Module,
+        key: str,
+        shape: tuple[int, int, int],
+        group_size: int | None,
+        dtype: torch.dtype,
     ) -> None:
         self.owner, self.key, self.shape = owner, key, torch.Size(shape)
-        self.group_size = group_size
+        self.group_size, self._dtype = group_size, dtype
         self.implementation: str | None = None
         # Every product with an expert asks for the tensors.
         self._names = {kind: tensor_name(key, kind) for kind in KINDS}
@@ -137,8 +145,17 @@ class SparseStack:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights as they multiply."""
+        if self._part("codebook") is not None:
+            return self._dtype
         scales = self._part("scales")
         return self._held("values").dtype if scales is None else scales.dtype
+
+    @property
+    def bits(self) -> int:
+        """Bits per kept value: 12, 8, 4, or 16 for those in the weights' own dtype."""
+        if self._part("codebook") is not None:
+            return UPPER_BYTE_BITS
+        return bits_of_codes(self._held("values"))
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +173,7 @@ class SparseStack:
             self._weight, self._views = None, {}
         elif self._weight is not None and self._state == state:
             return self._weight
-        values, bitmask, scales = parts
+        values, bitmask, scales, codebook = parts
         assert values is not None
         assert bitmask is not None
         masks = bitmask.detach().flatten(0, 1)
@@ -170,7 +187,9 @@ class SparseStack:
             offsets,
             None if scales is None else scales.detach().flatten(0, 1),
             self.group_size,
+            codebook=None if codebook is None else codebook.detach(),
         )
+        weight = in_dtype(weight, self._dtype)
         weight = replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
         if keeps:
             self._state, self._weight, self._views = state, weight, {}
@@ -208,7 +227,8 @@ class SparseStack:
         Raises:
             BitmaskError: If the tensors do not make the experts' weights.
         """
-        parts = {k: p if p.ndim < 3 else p.detach().flatten(0, 1) for k, p in self.parts.items()}
+        held = self.parts
+        parts = {k: p.detach().flatten(0, 1) if k in BY_ROW else p for k, p in held.items()}
         if any(part.is_meta for part in parts.values()):
             return
         masks = parts["bitmask"]
@@ -221,8 +241,12 @@ class SparseStack:
             **parts,
         )
         setattr(self.owner, _offsets_name(self.key), weight.row_offsets)
-        for kind, part in self.parts.items():  # transformers puts plain parameters in their place
-            setattr(self.owner, self._names[kind], FrozenParameter(part.detach()))
+        settled = in_dtype(weight, self._dtype)
+        if settled is not weight:
+            held = {"values": settled.values, "bitmask": held["bitmask"]}
+        for kind, name in self._names.items():  # transformers put plain parameters in their place
+            part = held.get(kind)
+            setattr(self.owner, name, None if part is None else FrozenParameter(part.detach()))
 
     def to_dense(self) -> torch.Tensor:
         """Return the parameter ``(experts, out, in)``, decompressed."""
@@ -291,7 +315,7 @@ def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> SparseStack:
 
     Args:
         stack: A stack of a model with weights.
-        bits: Bits of the values: 16, 8 or 4.
+        bits: Bits of the values: 16, 12, 8 or 4.
         group_size: Columns per scale; ``None``: one per row.
     """
     count = stack.count
@@ -299,7 +323,7 @@ def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> SparseStack:
         stack.weight.detach().flatten(0, 1), None if bits == 16 else bits, group_size
     )
     parts = {
-        kind: part if kind == "values" else part.unflatten(0, (count, -1))
+        kind: part.unflatten(0, (count, -1)) if kind in BY_ROW else part
         for kind, part in weight.tensors().items()
     }
     held = _hold_(stack, parts, group_size)
@@ -312,12 +336,13 @@ def _hold_(
 ) -> SparseStack:
     module, key = stack.place
     count, rows, columns = stack.weight.shape
+    dtype = stack.weight.dtype
     delattr(module, key)
     for kind, name in zip(KINDS, leaf_names(key), strict=True):
         part = parts.get(kind)
         module.register_parameter(name, None if part is None else FrozenParameter(part))
     module.register_buffer(_offsets_name(key), None, persistent=False)
-    held = SparseStack(module, key, (count, rows, columns), group_size)
+    held = SparseStack(module, key, (count, rows, columns), group_size, dtype)
     setattr(module, key, held)
     # What a model's initialisation would do to the parameter has no meaning here.
     module._is_hf_initialized = True  # type: ignore[assignment]

@@ -12,13 +12,15 @@ from torch import nn
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
+from hf_adaptive_sparse.packing.stored_names import leaf_names
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
-from hf_adaptive_sparse.runtime.stored_form import CODE_DTYPES, StoredWeight
+from hf_adaptive_sparse.runtime.stored_form import StoredWeight, bits_of_codes
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 _OFFSETS = ("row_offsets", "block_offsets")
-_STORED = ("weight_values", "weight_bitmask", "weight_scales")
+_STORED = tuple(leaf_names("weight"))
 
 
 class FrozenParameter(nn.Parameter):
@@ -55,8 +57,10 @@ class SparseLinear(nn.Linear):
 
     It is an ``nn.Linear`` to what asks for one (PEFT), with the same forward. Its parameters bear
     the names that a checkpoint has: ``weight_values``, ``weight_bitmask`` and, with values of 8 or
-    4 bits, ``weight_scales``. ``weight`` is a read-only view for code that asks for shape, dtype
-    and device.
+    4 bits, ``weight_scales``, of 12 bits ``weight_codebook``. ``weight`` is a read-only view for
+    code that asks for shape, dtype and device.
+
+    Values of 12 bits stay so in bfloat16 on the CPU; cast, or on another device, they are plain.
 
     Gradients flow through to the input and to the bias. The weight takes none.
 
@@ -65,8 +69,9 @@ class SparseLinear(nn.Linear):
         out_features: Rows.
         nnz: Weights that are kept.
         bias: Whether there is a bias.
-        bits: 16 for values in ``dtype``; 8 or 4 for codes.
+        bits: 16 for values in ``dtype``; 12 for bfloat16 by a codebook; 8 or 4 for codes.
         group_size: Columns per scale, of codes; ``None``: one scale per row.
+        exceptions: With 12 bits: values that the codebook holds.
         dtype: Dtype of the weight, whichever bits its values take.
         device: Where its (uninitialised) tensors lie.
 
@@ -80,6 +85,7 @@ class SparseLinear(nn.Linear):
     weight_values: nn.Parameter
     weight_bitmask: nn.Parameter
     weight_scales: nn.Parameter | None
+    weight_codebook: nn.Parameter | None
     row_offsets: torch.Tensor | None
     block_offsets: torch.Tensor | None
     _over_parameters: SparseWeight | None = None
@@ -94,6 +100,7 @@ class SparseLinear(nn.Linear):
         bias: bool = True,
         bits: int = 16,
         group_size: int | None = None,
+        exceptions: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -102,7 +109,8 @@ class SparseLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
-        parts = StoredWeight(nnz, bits, group_size).empty(
+        self._dtype = dtype
+        parts = StoredWeight(nnz, bits, group_size, exceptions).empty(
             out_features, in_features, dtype=dtype, device=device
         )
         for name in _STORED:
@@ -123,13 +131,12 @@ class SparseLinear(nn.Linear):
             weight: ``(out_features, in_features)``.
             bias: ``(out_features,)`` or ``None``; a parameter stays the one it is.
         """
-        bits = weight.bits if weight.scales is not None else 16
         made = cls(
             weight.shape[1],
             weight.shape[0],
             weight.nnz,
             bias=False,
-            bits=bits,
+            bits=min(weight.bits, 16),
             group_size=weight.group_size,
             dtype=weight.dtype,
             device="meta",
@@ -151,8 +158,11 @@ class SparseLinear(nn.Linear):
                 f"A weight of shape {expected} with group_size {self.group_size} is needed, got "
                 f"{weight.shape} with {weight.group_size}."
             )
-        for name, tensor in weight.tensors().items():
-            setattr(self, f"weight_{name}", FrozenParameter(tensor.detach()))
+        parts = weight.tensors()
+        for name in _STORED:
+            part = parts.get(name.removeprefix("weight_"))
+            setattr(self, name, None if part is None else FrozenParameter(part.detach()))
+        self._dtype = weight.dtype
         self.row_offsets = weight.row_offsets
         self._index(weight)
 
@@ -166,7 +176,7 @@ class SparseLinear(nn.Linear):
             BitmaskError: If they do not make one weight.
         """
         if not self.weight_bitmask.is_meta and not self.weight_values.is_meta:
-            self.set_weight(self._checked(row_offsets))
+            self.set_weight(in_dtype(self._checked(row_offsets), self._dtype))
 
     @property
     def sparse_weight(self) -> SparseWeight:
@@ -180,21 +190,21 @@ class SparseLinear(nn.Linear):
                 and kept.values is parameters["weight_values"]
                 and kept.row_offsets is buffers["row_offsets"]
                 and kept.scales is parameters.get("weight_scales")
+                and kept.codebook is parameters.get("weight_codebook")
                 and self._over_blocks is buffers["block_offsets"]
             ):
                 return kept
-        bitmask, values, scales = self.weight_bitmask, self.weight_values, self.weight_scales
-        offsets = self.row_offsets
+        bitmask, offsets = self.weight_bitmask, self.row_offsets
         if offsets is None or offsets.device != bitmask.device:
             # Offloaded to disk: the parts are here for the length of one forward.
-            weight = self._checked()
+            weight = in_dtype(self._checked(), self._dtype)
             return replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
-        weight = self._over(bitmask, values, offsets, scales)
+        weight = self._over(offsets)
         if not torch.compiler.is_compiling():
             if weight.block_offsets is None:
                 # Where parts were moved one by one; else they came with `set_weight` or `to`.
                 self._index(weight)
-                weight = self._over(bitmask, values, offsets, scales)
+                weight = self._over(offsets)
             if not is_offloaded(self):  # it would keep what is here for one forward
                 self._over_parameters, self._over_blocks = weight, self.block_offsets
         return weight
@@ -204,42 +214,46 @@ class SparseLinear(nn.Linear):
         blocks = sparse_linear.block_offsets_for(weight)
         self.block_offsets = None if blocks is None else blocks.view(torch.uint8)
 
-    def _over(
-        self,
-        bitmask: torch.Tensor,
-        values: torch.Tensor,
-        offsets: torch.Tensor,
-        scales: torch.Tensor | None,
-    ) -> SparseWeight:
+    def _over(self, offsets: torch.Tensor) -> SparseWeight:
+        bitmask, values = self.weight_bitmask, self.weight_values
         blocks = self.block_offsets
         if blocks is not None:
             same = blocks.device == bitmask.device
             blocks = blocks.view(block_offset_dtype(self.in_features)) if same else None
         shape = (self.out_features, self.in_features)
-        return SparseWeight(shape, bitmask, values, offsets, scales, self.group_size, blocks)
+        coded = (self.weight_scales, self.group_size, blocks, self.weight_codebook)
+        return SparseWeight(shape, bitmask, values, offsets, *coded)
 
     @property
     def weight(self) -> SparseWeightView:  # type: ignore[override]
         """A read-only view, decompressed where something computes with it."""
-        parts = (self.weight_bitmask.detach(), self.weight_values.detach())
-        scales = None if self.weight_scales is None else self.weight_scales.detach()
         offsets = self.row_offsets
         if offsets is None:
             offsets = torch.empty(0, dtype=torch.int32, device="meta")
-        shape = (self.out_features, self.in_features)
-        return SparseWeightView(SparseWeight(shape, *parts, offsets, scales, self.group_size))
+        shape, parts = (self.out_features, self.in_features), self._detached()
+        return SparseWeightView(
+            SparseWeight(shape, row_offsets=offsets, group_size=self.group_size, **parts)
+        )
+
+    def _detached(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that a checkpoint stores, by their kind."""
+        parts = {name.removeprefix("weight_"): getattr(self, name) for name in _STORED}
+        return {kind: part.detach() for kind, part in parts.items() if part is not None}
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weight as it multiplies."""
+        if self.weight_codebook is not None:
+            return self._dtype  # bfloat16, and before it is settled what it will be
         scales = self.weight_scales
         return self.weight_values.dtype if scales is None else scales.dtype
 
     @property
     def bits(self) -> int:
-        """Bits per kept value: 8, 4, or 16 for those in the weight's own dtype."""
-        own = self.weight_values.dtype
-        return next((bits for bits, dtype in CODE_DTYPES.items() if dtype == own), 16)
+        """Bits per kept value: 12, 8, 4, or 16 for those in the weight's own dtype."""
+        if self.weight_codebook is not None:
+            return UPPER_BYTE_BITS
+        return bits_of_codes(self.weight_values)
 
     @property
     def memory_bytes(self) -> int:
@@ -293,11 +307,9 @@ class SparseLinear(nn.Linear):
             row_offsets = sparse_linear.count_row_offsets(self.weight_bitmask.detach())
         return SparseWeight.from_tensors(
             self.in_features,
-            bitmask=self.weight_bitmask.detach(),
-            values=self.weight_values.detach(),
-            scales=None if self.weight_scales is None else self.weight_scales.detach(),
             group_size=self.group_size,
             row_offsets=row_offsets.to(self.weight_bitmask.device),
+            **self._detached(),
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -308,7 +320,12 @@ class SparseLinear(nn.Linear):
                 "the model with sparsity_config=SparsityConfig(runtime='dense') for that dtype."
             )
         super()._apply(fn, recurse)
+        self._over_parameters, self._dtype = None, dtype
         if self.row_offsets is not None and not self.weight_bitmask.is_meta:
+            held = self.sparse_weight
+            weight = in_dtype(held, dtype)
+            if weight is not held:
+                self.set_weight(weight)
             # Devices differ in what they need.
             self._index(self.sparse_weight)
         return self
@@ -325,6 +342,11 @@ class SparseLinear(nn.Linear):
     ) -> None:
         """Load, another number of kept weights included; what does not fit changes nothing."""
         given = {n: state_dict[prefix + n] for n in _STORED if prefix + n in state_dict}
+        if self.bits == UPPER_BYTE_BITS and "weight_codebook" not in given:
+            values = given.get("weight_values")
+            if values is not None and values.dtype == self.weight_values.dtype:
+                missing_keys.append(prefix + "weight_codebook")
+                return
         if given:
             try:
                 weight = SparseWeight.from_tensors(
@@ -333,13 +355,12 @@ class SparseLinear(nn.Linear):
                     values=given.get("weight_values", self.weight_values).detach(),
                     scales=given.get("weight_scales"),
                     group_size=self.group_size,
+                    codebook=given.get("weight_codebook"),
                 )
             except BitmaskError as error:
                 error_msgs.append(f"{prefix}weight: {error}")
                 return
-            if (weight.scales is None) != (self.weight_scales is None) or (
-                weight.scales is not None and weight.bits != self.bits
-            ):
+            if min(weight.bits, 16) != self.bits:
                 error_msgs.append(
                     f"{prefix}weight_values: values of {self.bits} bits are needed, got "
                     f"{weight.bits}. Load the checkpoint with from_pretrained."
@@ -354,6 +375,17 @@ class SparseLinear(nn.Linear):
         )
         if given:
             self.settle()
+
+
+def in_dtype(weight: SparseWeight, dtype: torch.dtype) -> SparseWeight:
+    """Return the weight as it multiplies in a dtype, which codes with scales are cast to already.
+
+    Kernels read values of 12 bits in bfloat16 and on the CPU only: elsewhere they become plain.
+    """
+    if weight.codebook is None or (dtype == torch.bfloat16 and weight.device.type == "cpu"):
+        return weight
+    plain = weight.plain()
+    return replace(plain, values=plain.values.to(dtype))
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 import torch
 
 from hf_adaptive_sparse.packing.bitmask import row_bytes
+from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS, UPPER_BYTE_BITS, stored_bytes
 from hf_adaptive_sparse.packing.weight_codes import group_count
 
 CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
 """Dtype of the values that are codes, by their bits."""
+
+_VALUE_DTYPES = {**CODE_DTYPES, UPPER_BYTE_BITS: torch.uint8}
+
+
+def bits_of_codes(values: torch.Tensor) -> int:
+    """Return the bits of values without a codebook: 8 or 4 for codes, else 16."""
+    return next((bits for bits, dtype in CODE_DTYPES.items() if dtype == values.dtype), 16)
 
 
 @dataclass(frozen=True)
@@ -19,13 +27,15 @@ class StoredWeight:
 
     Attributes:
         nnz: Weights that are kept.
-        bits: 16 for values in the weight's dtype; 8 or 4 for codes.
+        bits: 16 for values in the weight's dtype; 12 for bfloat16 by a codebook; 8 or 4 for codes.
         group_size: Columns per scale, of codes; ``None``: one scale per row.
+        exceptions: With 12 bits: values that the codebook holds.
     """
 
     nnz: int
     bits: int = 16
     group_size: int | None = None
+    exceptions: int = 0
 
     def empty(
         self, *shape: int, dtype: torch.dtype, device: torch.device | str | None
@@ -41,12 +51,16 @@ class StoredWeight:
             ValueError: If ``group_size`` is invalid.
         """
         *leading, columns = shape
-        count = self.nnz if self.bits != 4 else (self.nnz + 1) // 2
+        count = {4: (self.nnz + 1) // 2, UPPER_BYTE_BITS: stored_bytes(self.nnz)}.get(
+            self.bits, self.nnz
+        )
         kinds = {
-            "values": ((count,), CODE_DTYPES.get(self.bits, dtype)),
+            "values": ((count,), _VALUE_DTYPES.get(self.bits, dtype)),
             "bitmask": ((*leading, row_bytes(columns)), torch.uint8),
         }
-        if self.bits != 16:
+        if self.bits == UPPER_BYTE_BITS:
+            kinds["codebook"] = ((BOOK_WORDS + self.exceptions,), torch.int64)
+        elif self.bits != 16:
             kinds["scales"] = ((*leading, group_count(columns, self.group_size)), dtype)
         return {
             kind: torch.empty(size, dtype=of, device=device) for kind, (size, of) in kinds.items()

@@ -25,7 +25,8 @@ from hf_adaptive_sparse.architecture import Prunable, parameter_name, prunable_w
 from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
 from hf_adaptive_sparse.packing.sparse_weight import size_bytes
-from hf_adaptive_sparse.packing.stored_names import KINDS, tensor_name
+from hf_adaptive_sparse.packing.stored_names import tensor_name
+from hf_adaptive_sparse.packing.stored_weight import stored_kinds
 from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.search.byte_sizes import format_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
@@ -239,7 +240,7 @@ def _header_bytes(
     """Return the bytes of the files' headers at most."""
     total = sum(t.numel() * t.element_size() for t in stored.values())
     digits = len(str(total))
-    kinds = KINDS if quantised else KINDS[:-1]
+    kinds = stored_kinds(8 if quantised else 16)
 
     def entries() -> Iterator[int]:
         compressed = {parameter_name(name, weight) for name, weight in weights.items()}

@@ -154,9 +154,10 @@ class TrialRunner:
             self.study.optimize(self._run_trial, n_trials=1, catch=(TrialFailure,))
         except UpdateFinishedTrialError:
             self._say_that_it_ended()
-        except ValueError:
+        except ValueError as error:
             # So Optuna says that a trial which ended meanwhile cannot end again.
-            if not self._evaluated and not self._ended:
+            told_twice = self._evaluated and str(error).startswith("Cannot tell a")
+            if not told_twice and not self._ended:
                 raise
             self._say_that_it_ended()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_adaptive_sparse.profiles import (
     KV_BITS,
-    WEIGHT_BITS,
+    SEARCHED_WEIGHT_BITS,
     Bits,
     KVCacheConfig,
     check_count,
@@ -148,7 +148,8 @@ class SearchSpace:
         self._set("blocks", check_count(self.blocks, "blocks"))
         check_choice(self.granularity, GRANULARITIES, "granularity")
         self._set("kv_bits", check_palette(self.kv_bits, KV_BITS, "kv_bits"))
-        self._set("weight_bits", check_palette(self.weight_bits, WEIGHT_BITS, "weight_bits"))
+        widths = check_palette(self.weight_bits, SEARCHED_WEIGHT_BITS, "weight_bits")
+        self._set("weight_bits", widths)
         for name in ("kv_mean_bits", "weight_mean_bits"):
             if getattr(self, name) is not None:
                 self._set(name, check_number(getattr(self, name), name))

@@ -127,11 +127,11 @@ def spoil_a_scale(value: float) -> Callable[[Tensors], object]:
         ),
         (
             lambda t: t.update({f"{UP}.weight_values": t[f"{UP}.weight_values"].float()}),
-            rf"'{UP}.weight_values' must be I8 \(8-bit codes\) \[n\].* got F32",
+            rf"'{UP}.weight_values' must be I8 \(8 bits per value\) \[n\].* got F32",
         ),
         (
             lambda t: t.update({f"{DOWN}.weight_values": t[f"{DOWN}.weight_values"].char()}),
-            rf"'{DOWN}.weight_values' must be U8 \(4-bit codes\).* got I8",
+            rf"'{DOWN}.weight_values' must be U8 \(4 bits per value\).* got I8",
         ),
         (lambda t: t.pop(f"{UP}.weight_scales"), rf"{UP}.weight_scales is needed, but .*not hold"),
         (
@@ -163,13 +163,56 @@ def test_tampered_codes_and_scales(
         )
 
 
+BOOK = f"{UP}.weight_codebook"
+
+
+@pytest.mark.parametrize("runtime", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip_a_bit, rf"'{UP}.weight_bitmask' keeps \d+ weights, but .* bytes, three for two"),
+        (lambda t: t.pop(BOOK), rf"{BOOK} is needed, but .*not hold"),
+        (lambda t: t.update({BOOK: t[BOOK].int()}), rf"'{BOOK}' must be I64 .* got I32"),
+        (lambda t: t.update({BOOK: t[BOOK][:1].clone()}), rf"'{BOOK}' must be I64 \[n\] with 2"),
+        (lambda t: t[BOOK].add_(1), rf"'{BOOK}': code 0 of a codebook must stand for"),
+        (
+            lambda t: t.update({BOOK: torch.cat([t[BOOK], torch.tensor([1 << 40])])}),
+            rf"'{BOOK}': the exceptions of a codebook must be",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_scales": torch.ones(160, 1)}),
+            rf"'{UP}.weight_scales' holds scales, but the config's weight_bits say 12",
+        ),
+        (
+            lambda t: t.update({f"{UP}.weight_values": t[f"{UP}.weight_values"].char()}),
+            rf"'{UP}.weight_values' must be U8 \(12 bits per value\).* got I8",
+        ),
+    ],
+)
+def test_tampered_codebooks(
+    tiny_llama: LlamaForCausalLM,
+    tmp_path: Path,
+    change: Callable[[Tensors], object],
+    message: str,
+    runtime: str,
+) -> None:
+    config = has.SparsityConfig(metric="magnitude", weight_bits={"*.mlp.*": 12})
+    apply_config(tiny_llama.bfloat16(), config, progress=False)
+    tiny_llama.save_pretrained(tmp_path)
+    edit_tensors(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        LlamaForCausalLM.from_pretrained(
+            tmp_path, sparsity_config=has.SparsityConfig(runtime=runtime)
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda q: q["weight_bits"].update({UP: 16}), rf"'{UP}.weight_scales' holds scales, but"),
         (lambda q: q["weight_bits"].update({UP: 4}), rf"'{UP}.weight_values' must be U8"),
         (lambda q: q["weight_bits"].update({"lm_head": 8}), r"weight_bits name 'lm_head', which"),
-        (lambda q: q.pop("weight_bits"), r"weight_bits do not say"),
+        (lambda q: q.pop("weight_bits"), r"weight_bits say 16 for its module"),
         (lambda q: q.update(weight_group_size=64), r"weight_scales' must be floating point"),
         (lambda q: q.update(format_version=1), r"below 16 need format_version 2, got 1"),
         (lambda q: q.update(checkpoint_format="dense"), r"need checkpoint_format='bitmask'"),
@@ -235,7 +278,7 @@ def test_a_truncated_shard_is_named(tiny_llama: LlamaForCausalLM, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=3), r"format_version 3.*Upgrade"),
+        (lambda q: q.update(format_version=4), r"format_version 4.*Upgrade"),
         (lambda q: q.update(weight_bits=4), r"below 16 need format_version 2, got 1"),
         (lambda q: q.update(colour=4), r"knows the keys .*; got colour"),
         (lambda q: q.update(metric="mine"), r"mine"),

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from hf_adaptive_sparse.checkpoint.config import CHECKPOINT_FIELDS, SparsityConfig
 from hf_adaptive_sparse.checkpoint.merging import merge_configs
 from hf_adaptive_sparse.profiles import CalibrationConfig, KVCacheConfig
+from hf_adaptive_sparse.search.space import SearchSpace
 
 PROFILE = {"model.layers.0.mlp": 0.4, "model.layers.1.mlp": 0.6}
 
@@ -129,6 +130,17 @@ def test_only_data_free_metrics_without_an_update_need_no_calibration() -> None:
     assert SparsityConfig().needs_calibration
 
 
+def test_12_bits_are_version_three_and_have_no_scales() -> None:
+    config = checkpoint(weight_bits={"model.layers.0.mlp": 12}, weight_group_size=64)
+    assert config.to_dict()["format_version"] == config.format_version == 3
+    assert config.value_formats["model.layers.0.mlp"] == (12, None)
+    assert SparsityConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="below 16 need format_version 3, got 2"):
+        SparsityConfig.from_dict(config.to_dict() | {"format_version": 2})
+    with pytest.raises(ValueError, match="weight_bits must be None or widths from 4, 8, 16"):
+        SearchSpace(weight_bits=(12, 8))
+
+
 def test_weight_bits_are_version_two_and_nothing_else_is() -> None:
     bits = {"model.layers.0.mlp": 8, "model.layers.1.mlp": 4}
     quantised = checkpoint(weight_bits=bits)
@@ -233,11 +245,14 @@ def test_a_pattern_fixes_the_target(pattern: str, ratio: float) -> None:
         ({"provenance": {"x": {1, 2}}}, r"plain JSON types"),
         ({"provenance": 3}, r"must be a mapping, got int"),
         ({"quant_method": "gptq"}, r"'adaptive_sparse', got 'gptq'"),
-        ({"format_version": 3}, r"format_version 3.*Upgrade"),
+        ({"format_version": 4}, r"format_version 4.*Upgrade"),
         ({"format_version": 1, "weight_bits": 8}, r"below 16 need format_version 2, got 1"),
-        ({"weight_bits": 2}, r"weight_bits .*must be one of 4, 8, 16 .*got 2"),
+        ({"weight_bits": 2}, r"weight_bits .*must be one of 4, 8, 12, 16 .*got 2"),
         ({"weight_bits": "8"}, r"got '8'"),
-        ({"weight_bits": {"a": True}}, r"weight_bits of 'a' must be one of 4, 8, 16 .*got True"),
+        (
+            {"weight_bits": {"a": True}},
+            r"weight_bits of 'a' must be one of 4, 8, 12, 16 .*got True",
+        ),
         ({"weight_bits": {1: 8}}, r"map module names or globs to bits"),
         ({"weight_bits": {"a": 8}, "checkpoint_format": "dense"}, r"checkpoint_format='bitmask'"),
         ({"weight_update": "admm"}, r"None or one of least_squares, obs; got 'admm'"),

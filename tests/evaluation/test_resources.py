@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.evaluation.resources import (
     kv_bytes_per_token,
     sparsity_report,
@@ -16,6 +17,7 @@ from hf_adaptive_sparse.evaluation.resources import (
 )
 from hf_adaptive_sparse.packing.bitmask import compress
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.runtime.conversion import compress_
 from tests.conftest import llama_config
 
 
@@ -64,6 +66,20 @@ def test_stored_bytes_are_those_of_the_compressed_tensors(tiny_llama, as_dict: b
     other = modules["model.layers.0.mlp.up_proj"]
     assert other.stored_bytes == other.memory_bytes == 160 * 64 * 2
     assert report.checkpoint_format == "bitmask"
+
+
+def test_stored_bytes_of_12_bits_are_those_in_memory_without_the_offsets(tiny_llama) -> None:
+    config = SparsityConfig(metric="magnitude", weight_bits={"*.mlp.*": 12})
+    apply_config(tiny_llama.bfloat16(), config, progress=False)
+    dense = sparsity_report(tiny_llama)
+    compress_(tiny_llama, tiny_llama.config.quantization_config.value_formats)
+    sparse = sparsity_report(tiny_llama)
+    assert [m.stored_bytes for m in dense.modules] == [m.stored_bytes for m in sparse.modules]
+    up = tiny_llama.model.layers[0].mlp.up_proj
+    by_name = {m.name: m for m in sparse.modules}
+    kept = by_name["model.layers.0.mlp.up_proj"].stored_bytes
+    assert up.bits == 12
+    assert kept == up.memory_bytes - up.offset_bytes
 
 
 def test_excluded_modules_leave_the_denominator(tiny_llama) -> None:

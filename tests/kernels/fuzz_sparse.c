@@ -14,7 +14,7 @@
 int has_sparse_linear(int path, const has_sparse_call *call);
 int has_sparse_dense(int path, const has_sparse_call *call);
 
-static const int widths[] = {32, 16, 8, 4};
+static const int widths[] = {32, 16, 12, 8, 4};
 
 static int below(int n) { return rand() % n; }
 static float uniform(void) { return (float)rand() / (float)RAND_MAX * 2 - 1; }
@@ -39,11 +39,29 @@ static void *random_numbers(int64_t count, int64_t dtype, float offset) {
     return numbers;
 }
 
+/* Upper bytes of numbers near 1, and every `apart`-th value an exception, or nearly so. */
+static uint64_t *random_codebook(int64_t count, int apart, int64_t *exceptions) {
+    uint64_t *codebook = malloc((size_t)(count + 2) * sizeof *codebook);
+    uint8_t *book = (uint8_t *)codebook;
+    for (int code = 0; code < 16; code++)
+        book[code] = code == 0 ? 0 : (uint8_t)(0x3b + code % 5 + (code % 2) * 0x80);
+    for (int64_t i = below(apart); i < count; i += 1 + below(2 * apart))
+        codebook[2 + (*exceptions)++] = (uint64_t)i << 16 | has_to_bfloat16(uniform());
+    uint64_t *exact = malloc((size_t)(*exceptions + 2) * sizeof *exact);
+    memcpy(exact, codebook, (size_t)(*exceptions + 2) * sizeof *exact);
+    free(codebook);
+    return exact;
+}
+
 static double compare(int path, unsigned seed) {
     srand(seed);
     int64_t rows = 1 + below(20), columns = 1 + below(seed % 4 ? 700 : 100);
-    int64_t bits = widths[below(4)], tokens = 1 + below(HAS_SPARSE_TOKENS), count = 0;
-    int64_t dtype = bits == 32 ? HAS_FLOAT32 : bits == 16 ? 1 + below(2) : below(3);
+    int64_t bits = widths[below(5)], count = 0;
+    int64_t tokens = below(2) ? 1 : 1 + below(HAS_SPARSE_TOKENS);
+    int64_t dtype = bits == 32   ? HAS_FLOAT32
+                    : bits == 16 ? 1 + below(2)
+                    : bits == 12 ? HAS_BFLOAT16
+                                 : below(3);
     int64_t mask_bytes = (columns + 7) / 8, kept_of_8 = below(9);
     uint8_t *bitmask = calloc((size_t)(rows * mask_bytes), 1);
     int32_t *offsets = malloc((size_t)(rows + 1) * sizeof *offsets);
@@ -57,9 +75,11 @@ static double compare(int path, unsigned seed) {
     }
     offsets[rows] = (int32_t)count;
     int64_t group = 32 * below(5), groups = group ? (columns + group - 1) / group : 1;
-    int64_t value_bytes = (count * bits + 7) / 8, output_bytes = dtype == HAS_FLOAT32 ? 4 : 2;
-    uint8_t *values = bits > 8 ? random_numbers(count, dtype, 0) : malloc((size_t)value_bytes);
-    if (bits <= 8)
+    int64_t value_bytes = bits == 12 ? count + (count + 1) / 2 : (count * bits + 7) / 8, exceptions = 0;
+    uint64_t *codebook = random_codebook(count, 1 + below(40), &exceptions);
+    int64_t output_bytes = dtype == HAS_FLOAT32 ? 4 : 2;
+    uint8_t *values = bits > 12 ? random_numbers(count, dtype, 0) : malloc((size_t)value_bytes);
+    if (bits <= 12)
         for (int64_t i = 0; i < value_bytes; i++) values[i] = (uint8_t)rand();
     void *scales = random_numbers(rows * groups, dtype, 1.5f);
     void *x = random_numbers(tokens * columns, dtype, 0), *bias = random_numbers(rows, dtype, 0);
@@ -70,6 +90,7 @@ static double compare(int path, unsigned seed) {
         .rows = rows, .columns = columns, .bits = bits, .dtype = dtype, .group_size = group,
         .bitmask = bitmask, .values = values, .value_bytes = value_bytes,
         .row_offsets = offsets, .offset_bytes = 4, .scales = scales,
+        .codebook = bits == 12 ? codebook : NULL, .exceptions = exceptions,
         .tokens = tokens, .x = x, .x_stride = columns, .bias = seed % 2 ? bias : NULL,
         .output_stride = rows, .threads = 1 + seed % 3,
     };
@@ -95,7 +116,7 @@ static double compare(int path, unsigned seed) {
             if (!(difference <= worst)) worst = difference;
         }
     }
-    void *all[] = {bitmask, offsets, values, scales, x, bias, expected, found};
+    void *all[] = {bitmask, offsets, values, scales, codebook, x, bias, expected, found};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return worst;
 }

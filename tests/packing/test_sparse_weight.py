@@ -101,13 +101,44 @@ def test_the_size_formula(columns, dtype, bits, group_size):
     assert sum(part.nbytes for part in sparse.tensors().values()) == expected - 6 * 4
 
 
-@pytest.mark.parametrize(("bits", "share"), [(None, 0.5625), (8, 0.3125), (4, 0.1875)])
+@pytest.mark.parametrize(
+    ("bits", "share"), [(None, 0.5625), (12, 0.4375), (8, 0.3125), (4, 0.1875)]
+)
 def test_half_of_a_16_bit_weight(bits, share):
     weight = torch.zeros(64, 4096, dtype=torch.bfloat16)
     weight[:, ::2] = 1
-    sparse = SparseWeight.from_dense(weight, bits, None if bits is None else 128)
-    scales = 0 if bits is None else 1 / 128
+    coded = bits in weight_codes.CODE_BITS
+    sparse = SparseWeight.from_dense(weight, bits, 128 if coded else None)
+    scales = 1 / 128 if coded else 0
     assert sparse.nbytes / weight.nbytes == pytest.approx(share + scales, abs=1e-3)
+
+
+def test_12_bits_in_memory():
+    weight = make_weight(9, 150, dtype=torch.bfloat16)
+    weight[8, :60], weight[2, 149] = 2.0 ** -torch.arange(60), torch.nan  # thirty upper bytes
+    sparse = SparseWeight.from_dense(weight, 12)
+    assert (sparse.bits, sparse.dtype, sparse.scales) == (12, torch.bfloat16, None)
+    exceptions = sparse.codebook.numel() - 2
+    assert exceptions > 20
+    expected = size_bytes(9, 150, sparse.nnz, 12) + 8 * exceptions
+    assert sparse.nbytes == expected
+    assert sum(part.nbytes for part in sparse.tensors().values()) == expected - 10 * 4
+    assert same_bits(sparse.to_dense(), weight)
+    again = SparseWeight.from_tensors(150, **sparse.tensors())
+    assert same_bits(again.to_dense(), weight)
+    assert same_bits(sparse.part(2, 9).to_dense(), weight[2:9])
+    assert same_bits(pickle.loads(pickle.dumps(sparse)).to_dense(), weight)
+    plain = sparse.plain()
+    assert (plain.bits, plain.codebook, plain.plain()) == (16, None, plain)
+    assert same_bits(plain.to_dense(), weight)
+    assert sparse.to("meta").codebook.is_meta
+    with pytest.raises(BitmaskError, match=r"bits have no scales|12 bits have no scales"):
+        SparseWeight.from_dense(weight, 12, 64)
+    with pytest.raises(ValueError, match=r"12 bits are bfloat16 ones, got torch.float16"):
+        SparseWeight.from_dense(weight.half(), 12)
+    parts = sparse.tensors()
+    with pytest.raises(BitmaskError, match="bytes, three for two values"):
+        SparseWeight.from_tensors(150, **parts | {"values": parts["values"][:-3].clone()})
 
 
 def test_offsets_turn_to_int64_where_int32_ends():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import pickle
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.packing.stored_names import KINDS
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
 from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, SparseLinear
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
@@ -62,7 +64,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """All parameters by name, sparse ones decompressed."""
     found = dict(model.state_dict())
     for name, module in sparse_linears(model).items():
-        for kind in ("values", "bitmask", "scales"):
+        for kind in KINDS:
             found.pop(f"{name}.weight_{kind}", None)
         found[f"{name}.weight"] = module.sparse_weight.to_dense()
     return found
@@ -83,8 +85,15 @@ def hashes(folder: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.glob("*safetens*")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [16, 8, 4, MIXED], ids=["16", "8", "4", "mixed"])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        *itertools.product((16, 8, 4, MIXED), (torch.float32, torch.bfloat16, torch.float16)),
+        (12, torch.bfloat16),
+        (MIXED | {"*.mlp.up_proj": 12}, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_both_runtimes_hold_the_same_values_and_save_the_same_files(
     model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype, bits: int | dict[str, int]
 ) -> None:
@@ -181,6 +190,101 @@ def test_the_dtype_may_be_chosen(tiny_llama: LlamaForCausalLM, tmp_path: Path) -
         assert_same_weights(*pair)
     with pytest.raises(ValueError, match=r"runtime='sparse' multiplies in .* got torch.float64"):
         LlamaForCausalLM.from_pretrained(tmp_path, sparsity_config=SPARSE, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["sparse", "dense"])
+def test_12_bits_in_another_dtype_are_plain_and_saved_so(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, config: has.SparsityConfig
+) -> None:
+    model = tiny_llama.bfloat16()
+    save(model, tmp_path / "a", weight_bits={"*.mlp.*": 12, "*.q_proj": 8})
+    for dtype in (torch.float32, torch.float16):
+        loaded = LlamaForCausalLM.from_pretrained(
+            tmp_path / "a", sparsity_config=config, dtype=dtype
+        )
+        assert {m.dtype for m in sparse_linears(loaded).values()} <= {dtype}
+        up = loaded.model.layers[0].mlp.up_proj.weight + 0
+        assert torch.equal(up, model.model.layers[0].mlp.up_proj.weight.to(dtype))
+        loaded.save_pretrained(tmp_path / "b")
+        again = LlamaForCausalLM.from_pretrained(tmp_path / "b", sparsity_config=config)
+        assert again.dtype == dtype
+        assert_same_weights(loaded, again)
+        bits = again.config.quantization_config.weight_bits
+        assert sorted(set(bits.values())) == [8, 16]
+
+
+@pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["sparse", "dense"])
+def test_12_bits_of_whole_weights_in_another_dtype_are_saved_dense(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, config: has.SparsityConfig
+) -> None:
+    profile = {"*.mlp.*": 0.5, "*.self_attn.*": 0.0}
+    save(tiny_llama.bfloat16(), tmp_path / "a", sparsity=profile, weight_bits=12)
+    loaded = LlamaForCausalLM.from_pretrained(
+        tmp_path / "a", sparsity_config=config, dtype=torch.float32
+    )
+    loaded.save_pretrained(tmp_path / "b")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "b", sparsity_config=config)
+    assert_same_weights(loaded, again)
+    saved = again.config.quantization_config
+    assert (saved.weight_bits, saved.format_version) == (16, 1)
+    assert "weight_bits" not in saved.to_dict()
+
+
+def test_12_bits_that_are_offloaded_in_another_dtype_stay_what_they_are(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    save(tiny_llama.bfloat16(), tmp_path / "a", weight_bits=12)
+    devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    devices |= {"model.rotary_emb": "cpu"}
+    devices |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    loaded = LlamaForCausalLM.from_pretrained(
+        tmp_path / "a",
+        sparsity_config=SPARSE,
+        dtype=torch.float32,
+        device_map=devices,
+        offload_folder=tmp_path / "offload",
+    )
+    ids = inputs(loaded)["input_ids"]
+    expected = LlamaForCausalLM.from_pretrained(
+        tmp_path / "a", sparsity_config=DENSE, dtype=torch.float32
+    )
+    torch.testing.assert_close(loaded(ids).logits, expected(ids).logits, atol=1e-4, rtol=1e-4)
+    loaded.save_pretrained(tmp_path / "b")
+    again = LlamaForCausalLM.from_pretrained(
+        tmp_path / "b", sparsity_config=DENSE, dtype=torch.float32
+    )
+    assert_same_weights(again, expected)
+
+
+def test_a_model_that_is_not_bfloat16_is_not_stored_in_12_bits(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    message = r"weight_bits=12 stores bfloat16 .*'model.layers.0.*' is torch.float32"
+    with pytest.raises(ValueError, match=message):
+        save(tiny_llama, tmp_path, weight_bits=12)
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    config = has.SparsityConfig(metric="magnitude", weight_bits=12)
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM.from_pretrained(tmp_path / "dense", sparsity_config=config)
+    loaded = LlamaForCausalLM.from_pretrained(
+        tmp_path / "dense", sparsity_config=config, dtype=torch.bfloat16
+    )
+    loaded.float()
+    with pytest.raises(ValueError, match=r"bfloat16 ones, got torch.float32. Cast the model"):
+        loaded.save_pretrained(tmp_path / "cast")
+
+
+def test_values_that_became_plain_are_saved_in_12_bits_again(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """As they do on a GPU, which has no kernel for them."""
+    save(tiny_llama.bfloat16(), tmp_path / "a", weight_bits=12)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "a", sparsity_config=SPARSE)
+    for module in sparse_linears(loaded).values():
+        module.set_weight(module.sparse_weight.plain())
+        assert module.bits == 16
+    loaded.save_pretrained(tmp_path / "b")
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
 
 def test_casts_and_copies_of_the_model(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ FIELDS = {"glm4_moe": {"n_group": 1, "topk_group": 1}}
 IDS = torch.arange(24).view(2, 12) % 60 + 3
 
 
-def saved(folder: Path, model_type: str = "mixtral", **fields: object) -> PreTrainedModel:
-    model = tiny_model(model_type, FIELDS.get(model_type, {}))
+def saved(
+    folder: Path, model_type: str = "mixtral", dtype: torch.dtype | None = None, **fields: object
+) -> PreTrainedModel:
+    model = tiny_model(model_type, FIELDS.get(model_type, {})).to(dtype)
     apply_config(model, has.SparsityConfig(metric="magnitude", **fields), progress=False)
     model.save_pretrained(folder)
     return model
@@ -119,6 +121,25 @@ def test_copies_and_plain_models_compute_the_same(how, tmp_path):
         assert not own & {p.data_ptr() for p in other.parameters()}
         stack = other.model.layers[0].mlp.experts.gate_up_proj
         assert stack.owner is other.model.layers[0].mlp.experts
+
+
+def test_experts_of_12_bits(tmp_path):
+    model = saved(tmp_path / "a", dtype=torch.bfloat16, weight_bits=12)
+    dense, sparse = loaded(tmp_path / "a", model, "dense"), loaded(tmp_path / "a", model)
+    stack = sparse.model.layers[0].mlp.experts.gate_up_proj
+    assert (stack.weight.bits, stack.dtype) == (12, torch.bfloat16)
+    assert torch.equal(stack.to_dense(), dense.model.layers[0].mlp.experts.gate_up_proj)
+    torch.testing.assert_close(logits(sparse), logits(dense), rtol=0.05, atol=0.05)
+    sparse.save_pretrained(tmp_path / "b")
+    first, again = (tmp_path / f / "model.safetensors" for f in "ab")
+    assert first.read_bytes() == again.read_bytes()
+    twin = copy.deepcopy(sparse)
+    assert torch.equal(logits(twin), logits(sparse))
+    config = has.SparsityConfig(runtime="sparse")
+    wide = type(model).from_pretrained(tmp_path / "a", sparsity_config=config, dtype=torch.float32)
+    stack = wide.model.layers[0].mlp.experts.gate_up_proj
+    assert (stack.weight.bits, stack.dtype) == (32, torch.float32)
+    assert logits(wide).isfinite().all()
 
 
 def test_another_dtype(tmp_path):

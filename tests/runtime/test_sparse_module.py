@@ -94,6 +94,7 @@ def test_the_operators_pass_torchs_own_checks() -> None:
             77,
             0,
             None,
+            None,
         )
         torch.library.opcheck(torch.ops.hf_adaptive_sparse.linear.default, arguments)
 
@@ -192,6 +193,69 @@ def test_casts(bits: int) -> None:
     assert module.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(77,), (3, 77), (2, 5, 77), (0, 77)])
+def test_12_bits_multiply_as_the_values_that_they_are(shape: tuple[int, ...]) -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), 12)
+    assert (module.bits, module.dtype, module.weight.dtype) == (12, *[torch.bfloat16] * 2)
+    x = torch.randn(shape).bfloat16()
+    torch.testing.assert_close(module(x), module.to_linear()(x), **tolerance(torch.bfloat16))
+    assert torch.equal(module.to_linear().weight, pruned(dtype=torch.bfloat16).weight)
+    assert module.memory_bytes == module.sparse_weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_values_of_12_bits_become_plain_in_another_dtype(dtype: torch.dtype) -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), 12)
+    expected = module.to_linear().weight.to(dtype)
+    x = torch.randn(2, 77)
+    module(x.bfloat16())
+    module.to(dtype)
+    assert (module.bits, module.dtype, module.weight_codebook) == (16, dtype, None)
+    assert torch.equal(module.to_linear().weight, expected)
+    torch.testing.assert_close(module(x.to(dtype)), x.to(dtype) @ expected.T + module.bias)
+    assert "weight_codebook" not in module.state_dict()
+
+
+def test_a_cast_that_changes_nothing_leaves_the_parameters() -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), 12)
+    before = module.weight_values
+    module.to(torch.bfloat16)
+    assert module.weight_values is before
+    assert module.bits == 12
+
+
+def test_gradients_flow_through_12_bits() -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), 12)
+    x = torch.randn(3, 77, dtype=torch.bfloat16, requires_grad=True)
+    module(x).sum().backward()
+    expected = module.to_linear().weight.sum(0).expand(3, 77)
+    torch.testing.assert_close(x.grad, expected, rtol=0.05, atol=0.05)
+
+
+def test_12_bits_are_copied_pickled_and_loaded() -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), 12)
+    x = torch.randn(2, 77).bfloat16()
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), module(x))
+        assert (twin.bits, twin.dtype) == (12, torch.bfloat16)
+    other = pruned(dtype=torch.bfloat16)
+    with torch.no_grad():
+        other.weight[torch.rand(24, 77) < 0.5] = 0.0
+        other.weight[4, :60] = 2.0 ** -torch.arange(60)  # thirty upper bytes
+    state = sparse(other, 12).state_dict()
+    assert state["weight_codebook"].numel() != module.weight_codebook.numel()
+    module.load_state_dict(state)
+    assert torch.equal(module.weight + 0, other.weight + 0)
+    damaged = state | {"weight_codebook": state["weight_codebook"] + 1}
+    with pytest.raises(RuntimeError, match="code 0 of a codebook"):
+        module.load_state_dict(damaged)
+    without = {n: t for n, t in state.items() if n != "weight_codebook"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_codebook"):
+        module.load_state_dict(without)
+    with pytest.raises(RuntimeError, match="values of 12 bits are needed, got 16"):
+        module.load_state_dict(sparse(other).state_dict())
+
+
 def test_autocast_casts_the_input() -> None:
     module = sparse(pruned(dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
@@ -281,12 +345,14 @@ def test_another_shape_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, 12, 4])
 def test_torch_compile_sees_one_graph(bits: int) -> None:
-    model = nn.Sequential(sparse(pruned(), bits), nn.ReLU(), sparse(pruned(40, 24), bits))
+    dtype = torch.bfloat16 if bits == 12 else torch.float32
+    first, second = pruned(dtype=dtype), pruned(40, 24, dtype)
+    model = nn.Sequential(sparse(first, bits), nn.ReLU(), sparse(second, bits))
     compiled = torch.compile(model, fullgraph=True)
     for rows in (1, 5):
-        x = torch.randn(rows, 77, requires_grad=True)
+        x = torch.randn(rows, 77, dtype=dtype, requires_grad=True)
         torch.testing.assert_close(compiled(x), model(x))
     compiled(x).sum().backward()
     twin = x.detach().clone().requires_grad_()

@@ -10,8 +10,6 @@ from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.runner import TrialRunner
 from hf_adaptive_sparse.search.worker import working
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
 
 @pytest.fixture
 def study():
@@ -42,6 +40,15 @@ def test_what_another_worker_ended_first_stays_as_it_is(study, outcome, monkeypa
     (trial,) = study.trials
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 2.0)
     assert caplog.text.count("ended by another worker") == 1
+
+
+def test_an_error_behind_the_evaluation_is_not_taken_for_that_either(study, monkeypatch):
+    def mistaken(*_):
+        raise ValueError("a mistake of the sampler")
+
+    monkeypatch.setattr(study.sampler, "after_trial", mistaken)
+    with pytest.raises(ValueError, match="a mistake of the sampler"):
+        run_one(study, lambda trial: 1.0, monkeypatch)
 
 
 def test_an_error_of_the_evaluation_is_not_taken_for_that(study, monkeypatch):

@@ -52,9 +52,11 @@ static int has_bad_sizes(const has_sparse_call *call) {
     int whole = call->bits == 32 ? call->dtype == HAS_FLOAT32
                                  : call->bits == 16 && (call->dtype == HAS_BFLOAT16 ||
                                                         call->dtype == HAS_FLOAT16);
+    int by_book = call->bits == 12 && call->dtype == HAS_BFLOAT16 && call->codebook != NULL &&
+                  call->exceptions >= 0;
     int codes = (call->bits == 8 || call->bits == 4) && call->dtype >= HAS_FLOAT32 &&
                 call->dtype <= HAS_FLOAT16 && call->group_size >= 0 && call->group_size % 32 == 0;
-    return call->rows < 0 || call->columns < 1 || !(whole || codes) ||
+    return call->rows < 0 || call->columns < 1 || !(whole || by_book || codes) ||
            (call->offset_bytes != 4 && call->offset_bytes != 8);
 }
 
@@ -162,10 +164,14 @@ HAS_EXPORT int has_sparse_linear(int variant, const has_sparse_call *call) {
     x.segments = (call->columns + x.segment - 1) / x.segment;
     size_t number_bytes = (size_t)(call->tokens * x.stride) * (narrow ? 2 : 4);
     size_t step_bytes = (size_t)(call->tokens * x.segments) * sizeof(float);
-    uint8_t *memory = malloc(number_bytes + step_bytes + 64);
+    size_t shuffled_bytes = call->bits == 12 && call->tokens == 1 ? (size_t)x.stride * 2 : 0;
+    int is_finite = 1;
+    uint8_t *memory = malloc(number_bytes + step_bytes + shuffled_bytes + 64);
     if (memory == NULL) return HAS_NO_MEMORY;
     x.numbers = memory + (64 - (uintptr_t)memory % 64);
-    x.steps = (float *)((uint8_t *)x.numbers + number_bytes);
+    x.is_finite = &is_finite;
+    x.shuffled = (uint8_t *)x.numbers + number_bytes;
+    x.steps = (float *)((uint8_t *)x.shuffled + shuffled_bytes);
     v->prepare(call, &x);
     range r = {.call = call, .variant = v, .x = &x, .first = 0, .last = call->rows};
     int status = run(&r);

@@ -11,7 +11,8 @@ enum { HAS_SPARSE_BLOCK = 512, HAS_SPARSE_TOKENS = 32, HAS_SPARSE_LANES = 16 };
 /* Mirrored field by field in sparse_native.py. */
 typedef struct {
     int64_t rows, columns;
-    int64_t bits;       /* of a value: 32 or 16 (then of type dtype), 8 or 4 (then codes) */
+    int64_t bits;       /* of a value: 32 or 16 (then of type dtype), 12 (bfloat16, by a codebook), 8
+                           or 4 (then codes) */
     int64_t dtype;      /* of x, output, bias and scales */
     int64_t group_size; /* columns per scale; 0: one scale per row */
     const uint8_t *bitmask;
@@ -20,6 +21,8 @@ typedef struct {
     const void *row_offsets; /* number of values before each row */
     int64_t offset_bytes;    /* 4 or 8 */
     const void *scales;
+    const uint64_t *codebook; /* with 12 bits: see packing/upper_bytes.py */
+    int64_t exceptions;       /* in it, behind its first two words */
     int64_t tokens;
     const void *x;
     int64_t x_stride; /* elements from token to token; columns lie next to each other */
@@ -33,6 +36,8 @@ typedef struct {
 /* x as kernels take it: rows of `stride` elements, 64-byte aligned, zeros after the last column. */
 typedef struct {
     int64_t stride;
+    void *shuffled;  /* bfloat16 for add_12, see sparse_body.h, with values of 12 bits and a token */
+    int *is_finite;  /* whether all of x is */
     void *numbers;   /* float or, where a variant multiplies them, bfloat16; codes int16 */
     int64_t segment; /* with codes: columns that share a step of x; part of one group */
     int64_t segments;

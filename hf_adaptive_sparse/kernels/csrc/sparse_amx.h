@@ -43,7 +43,7 @@ enum { AMX_ROWS = 16, AMX_TOKENS = 16, AMX_STEP = 64, AMX_CHUNK_BYTES = 256 };
 /* One token of bfloat16 is left to the rows one by one: it needs the memory's whole bandwidth, and
  * the processor's own prefetchers help a single stream of values more than sixteen. */
 static int amx_takes(const has_sparse_call *call, const has_sparse_x *x) {
-    if (call->bits == 16) return call->dtype == HAS_BFLOAT16 && call->tokens > 1;
+    if (call->bits > 8) return call->dtype == HAS_BFLOAT16 && call->tokens > 1;
     return call->bits <= 8 && x->segment >= AMX_STEP;
 }
 
@@ -65,10 +65,12 @@ static TARGET_AMX void amx_prepare(const has_sparse_call *call, const has_sparse
     int64_t columns = call->columns, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
     for (int64_t token = 0; token < call->tokens; token++) {
         const uint8_t *row = (const uint8_t *)call->x + token * call->x_stride * item_bytes;
-        for (int64_t column = 0; call->bits == 16 && column < columns; column += AMX_STEP) {
+        for (int64_t column = 0; call->bits > 8 && column < columns; column += AMX_STEP) {
             int64_t n = columns - column < AMX_STEP ? columns - column : AMX_STEP;
-            uint16_t numbers[AMX_STEP] = {0};
-            memcpy(numbers, row + column * 2, (size_t)n * 2);
+            uint16_t numbers[AMX_STEP] = {0}, in_order[AMX_STEP] = {0};
+            memcpy(in_order, row + column * 2, (size_t)n * 2);
+            for (int64_t i = 0; i < AMX_STEP; i++)
+                numbers[call->bits == 12 ? shuffled_column(i) : i] = in_order[i];
             for (int64_t half = 0; half < 2; half++)
                 amx_put(x, call->tokens, token, column / 32 + half, 1, numbers + 32 * half);
         }
@@ -109,7 +111,10 @@ typedef struct {
     const uint8_t *mask[AMX_ROWS];
     int64_t next[AMX_ROWS]; /* number of the value that comes next */
     const uint8_t *values, *end;
-    amx_ahead values_ahead, masks_ahead;
+    const uint8_t *codes; /* with 12 bits: of the upper bytes, beside lower bytes for values */
+    __m512i books;
+    exceptions exceptions[AMX_ROWS];
+    amx_ahead values_ahead, codes_ahead, masks_ahead;
 } amx_rows;
 
 /* 64 bytes, or those that there are. */
@@ -120,21 +125,18 @@ AMX_FORCED __m512i amx_load(const uint8_t *at, const uint8_t *end, int careful) 
 }
 
 /* Columns of a row that are expanded before it is the next row's turn. */
-AMX_FORCED int64_t amx_chunk(int bits) { return bits == 16 ? AMX_CHUNK_BYTES / 2 : AMX_CHUNK_BYTES; }
+AMX_FORCED int64_t amx_chunk(int bits) { return bits > 8 ? AMX_CHUNK_BYTES / 2 : AMX_CHUNK_BYTES; }
 
 /* Expand `n` columns of each row, at most a chunk, from `column` on. */
 AMX_FORCED void amx_expand(amx_rows *rows, int64_t column, int64_t n, int bits, int careful,
                            uint8_t *out) {
-    const __m512i lanes = _mm512_set_epi64(
-        0x202020201f1e1d1c, 0x1c1c1c1c1b1a1918, 0x1818181817161514, 0x1414141413121110,
-        0x101010100f0e0d0c, 0x0c0c0c0c0b0a0908, 0x0808080807060504, 0x0404040403020100);
     const __m512i upper = _mm512_set1_epi8((char)0xf0);
-    const __m512i shifts[2] = {_mm512_set1_epi64(FOURS_OF_EVEN), _mm512_set1_epi64(FOURS_OF_ODD)};
     for (int r = 0; r < AMX_ROWS; r++) {
         const uint8_t *mask = rows->mask[r] + column / 8;
         int64_t next = rows->next[r];
         uint8_t *row = out + r * AMX_CHUNK_BYTES;
         amx_fetch(&rows->values_ahead);
+        if (bits == 12) amx_fetch(&rows->codes_ahead);
         amx_fetch(&rows->masks_ahead);
         for (int64_t i = 0; i < n; i += AMX_STEP) {
             uint64_t word = 0;
@@ -152,18 +154,27 @@ AMX_FORCED void amx_expand(amx_rows *rows, int64_t column, int64_t n, int bits, 
                 _mm512_store_si512(row + 2 * i + 64,
                                    _mm512_maskz_expand_epi16((__mmask32)(word >> 32),
                                                              amx_load(middle, rows->end, careful)));
+            } else if (bits == 12) {
+                __m512i lower = amx_load(rows->values + next, rows->end, careful);
+                __m512i packed = amx_load(rows->codes + (next >> 1), rows->end, careful);
+                __m512i upper = upper_bytes(packed, next, rows->books);
+                lower = _mm512_maskz_expand_epi8(word, lower);
+                upper = _mm512_maskz_expand_epi8(word, upper);
+                _mm512_store_si512(row + 2 * i, even_columns(lower, upper));
+                _mm512_store_si512(row + 2 * i + 64, odd_columns(lower, upper));
             } else {
-                const uint8_t *from = rows->values + (bits == 8 ? next : next / 2);
+                const uint8_t *from = rows->values + (bits == 8 ? next : next >> 1);
                 __m512i codes = amx_load(from, rows->end, careful);
                 if (bits == 4) {
-                    codes = _mm512_permutexvar_epi8(lanes, codes);
-                    codes = _mm512_multishift_epi64_epi8(shifts[next % 2], codes);
-                    codes = _mm512_and_si512(codes, upper);
+                    codes = _mm512_and_si512(codes_of_4(codes, next, value_shifts), upper);
                 }
                 _mm512_store_si512(row + i, _mm512_maskz_expand_epi8(word, codes));
             }
             next += _mm_popcnt_u64(word);
         }
+        if (bits == 12)
+            put_exceptions(&rows->exceptions[r], mask, n, rows->next[r], next - rows->next[r], 1,
+                           (uint16_t *)row);
         rows->next[r] = next;
     }
 }
@@ -171,7 +182,7 @@ AMX_FORCED void amx_expand(amx_rows *rows, int64_t column, int64_t n, int bits, 
 /* Add the products of an expanded step to the sums in the tiles. */
 AMX_FORCED void amx_add(const uint8_t *weight, const uint8_t *x, int64_t tokens, int bits) {
     int64_t full = (tokens - 1) / AMX_TOKENS, last_bytes = (tokens - full * AMX_TOKENS) * 4;
-    if (bits == 16) {
+    if (bits > 8) {
         LOAD_TILE(WEIGHT_A, weight, AMX_CHUNK_BYTES);
         _tile_loadd(WEIGHT_B, weight + 64, AMX_CHUNK_BYTES);
         if (full) {
@@ -301,15 +312,25 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
     int64_t columns = call->columns, mask_bytes = (columns + 7) / 8, last = first + count;
     int64_t row_of[AMX_ROWS];
     amx_rows rows = {.values = call->values, .end = call->values + call->value_bytes};
+    exceptions ahead = exceptions_from(call, offset_of(call, first));
+    if (bits == 12) {
+        rows.codes = call->values + values_of_12(call);
+        rows.books = four_books((const uint8_t *)call->codebook);
+    }
     for (int64_t r = 0; r < AMX_ROWS; r++) { /* missing rows repeat the last one, for nothing */
         row_of[r] = r < count ? first + r : last - 1;
         rows.mask[r] = call->bitmask + row_of[r] * mask_bytes;
         rows.next[r] = offset_of(call, row_of[r]);
+        while (!is_free_of(&ahead, rows.next[r])) ahead.next++;
+        rows.exceptions[r] = ahead;
     }
     int64_t chunk = amx_chunk(bits), chunks = (columns + chunk - 1) / chunk;
     int64_t after = last + AMX_ROWS < call->rows ? last + AMX_ROWS : call->rows;
-    int64_t begin = offset_of(call, last) * bits / 8, end = offset_of(call, after) * bits / 8;
-    rows.values_ahead = amx_ahead_of(call->values + begin, end - begin, chunks);
+    int64_t begin = offset_of(call, last), end = offset_of(call, after);
+    int value_bits = bits == 12 ? 8 : bits; /* of which codes of 4 lie apart */
+    rows.values_ahead = amx_ahead_of(call->values + begin * value_bits / 8,
+                                     (end - begin) * value_bits / 8, chunks);
+    if (bits == 12) rows.codes_ahead = amx_ahead_of(rows.codes + begin / 2, (end - begin) / 2, chunks);
     rows.masks_ahead =
         amx_ahead_of(call->bitmask + last * mask_bytes, (after - last) * mask_bytes, chunks);
     int64_t step_bytes = AMX_STEP * 2 * call->tokens;
@@ -323,7 +344,7 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
         if (bits <= 8 && column > 0)
             amx_scale(call, x, column - chunk, row_of, &products, &sums);
         for (int64_t i = 0; i < chunk && i < left; i += AMX_STEP) {
-            amx_add(weight[column / chunk % 2] + i * (bits == 16 ? 2 : 1),
+            amx_add(weight[column / chunk % 2] + i * (bits > 8 ? 2 : 1),
                     (const uint8_t *)x->numbers + (column + i) / AMX_STEP * step_bytes,
                     call->tokens, bits);
             if (bits <= 8 && ((i + AMX_STEP) % x->segment == 0 || i + AMX_STEP >= left)) {
@@ -337,7 +358,7 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
     }
     if (bits <= 8)
         amx_scale(call, x, (columns - 1) / chunk * chunk, row_of, &products, &sums);
-    if (bits == 16) {
+    if (bits > 8) {
         _Alignas(64) float second[AMX_ROWS * AMX_TOKENS];
         int64_t tiles = (call->tokens + AMX_TOKENS - 1) / AMX_TOKENS;
         for (int64_t tile = 0; tile < tiles; tile++) {
@@ -369,7 +390,9 @@ AMX_FORCED void amx_rows_of(const has_sparse_call *call, const has_sparse_x *x, 
                             int64_t last, int bits) {
     for (int64_t row = first; row < last; row += AMX_ROWS) {
         int64_t count = last - row < AMX_ROWS ? last - row : AMX_ROWS;
-        if (offset_of(call, row + count) * bits / 8 + 64 <= call->value_bytes)
+        int64_t end = offset_of(call, row + count);
+        end = bits == 12 ? values_of_12(call) + end / 2 : end * bits / 8;
+        if (end + 64 <= call->value_bytes)
             amx_block(call, x, row, count, bits, 0);
         else
             amx_block(call, x, row, count, bits, 1);
@@ -385,6 +408,8 @@ static TARGET_AMX void amx_multiply(const has_sparse_call *call, const has_spars
     amx_configure(call->tokens);
     if (call->bits == 16)
         amx_rows_of(call, x, first, last, 16);
+    else if (call->bits == 12)
+        amx_rows_of(call, x, first, last, 12);
     else if (call->bits == 8)
         amx_rows_of(call, x, first, last, 8);
     else

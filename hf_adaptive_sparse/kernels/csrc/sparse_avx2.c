@@ -8,6 +8,7 @@
 #define VARIANT(name) name##_avx2
 #define TAKES_BFLOAT16 0
 #define FOURS 1
+#define FUSES_12 0
 
 #include <immintrin.h>
 
@@ -91,6 +92,21 @@ FORCED int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t at, 
         _mm_storeu_si128((__m128i *)(codes + i + 16), _mm_unpackhi_epi8(first, second));
     }
     return expand_8(mask, codes, at % 2, n, out);
+}
+
+FORCED int64_t expand_12(const uint8_t *mask, const uint8_t *lower, const uint8_t *codes,
+                         int64_t at, int64_t n, const uint8_t *book, void *out) {
+    int8_t lower_bytes[HAS_SPARSE_BLOCK], of[HAS_SPARSE_BLOCK];
+    const __m128i uppers = load(book), low = _mm_set1_epi8(15);
+    int64_t taken = expand_8(mask, (const int8_t *)lower, 0, n, lower_bytes);
+    expand_4(mask, codes, at, n, of);
+    for (int64_t i = 0; i < n; i += 16) {
+        __m128i upper = _mm_shuffle_epi8(uppers, _mm_and_si128(load(of + i), low));
+        __m128i *to = (__m128i *)((uint16_t *)out + i);
+        _mm_storeu_si128(to, _mm_unpacklo_epi8(load(lower_bytes + i), upper));
+        _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(load(lower_bytes + i), upper));
+    }
+    return taken;
 }
 
 FORCED void widen_float16(const void *numbers, int64_t n, float *out) {

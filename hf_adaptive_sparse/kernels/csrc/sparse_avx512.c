@@ -13,6 +13,7 @@
 #define VARIANT(name) name##_avx512
 #define TAKES_BFLOAT16 1
 #define FOURS 16
+#define FUSES_12 1
 
 #include <immintrin.h>
 
@@ -76,29 +77,84 @@ FORCED int64_t expand_8(const uint8_t *mask, const int8_t *values, int64_t at, i
     return next - values - at;
 }
 
-/* Five bytes in each 64-bit lane hold its eight codes, whichever half of a byte they begin in. A
- * code is taken with the four bits below it, which are then cleared: that leaves its sign where it
- * is, and 16 times its value. */
-#define FOURS_OF_EVEN 0x1814100c0804003c
-#define FOURS_OF_ODD 0x1c1814100c080400
+#define EIGHT_TIMES(lane) {lane, lane, lane, lane, lane, lane, lane, lane}
 
-FORCED int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t at, int64_t n,
-                        void *out) {
+/* Five bytes in each 64-bit lane hold its eight codes of 4 bits, whichever half of a byte they begin
+ * in: the first of the shifts where it is the lower one. In memory, since a branch would be predicted
+ * wrongly every second time.
+ *
+ * A code of a value is taken with the four bits below it, which are then cleared: that leaves its
+ * sign where it is, and 16 times its value. One of an upper byte is taken with the bits above it: a
+ * lookup among 64 bytes takes the lower six, of which the upper two choose one of four equal books. */
+static const _Alignas(64) uint64_t value_shifts[2][8] = {EIGHT_TIMES(0x1814100c0804003c),
+                                                         EIGHT_TIMES(0x1c1814100c080400)};
+static const _Alignas(64) uint64_t upper_shifts[2][8] = {EIGHT_TIMES(0x1c1814100c080400),
+                                                         EIGHT_TIMES(0x201c1814100c0804)};
+
+FORCED __m512i codes_of_4(__m512i packed, int64_t at, const uint64_t shifts[2][8]) {
     const __m512i lanes = _mm512_set_epi64(
         0x202020201f1e1d1c, 0x1c1c1c1c1b1a1918, 0x1818181817161514, 0x1414141413121110,
         0x101010100f0e0d0c, 0x0c0c0c0c0b0a0908, 0x0808080807060504, 0x0404040403020100);
-    const __m512i shifts[2] = {_mm512_set1_epi64(FOURS_OF_EVEN), _mm512_set1_epi64(FOURS_OF_ODD)};
+    return _mm512_multishift_epi64_epi8(_mm512_load_si512(shifts[at & 1]),
+                                        _mm512_permutexvar_epi8(lanes, packed));
+}
+
+FORCED int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t at, int64_t n,
+                        void *out) {
     const __m512i upper = _mm512_set1_epi8((char)0xf0);
     int64_t next = at;
     for (int64_t i = 0; i < n; i += 64) {
         uint64_t word = mask_word(mask, i);
-        const uint8_t *from = values + next / 2;
+        const uint8_t *from = values + (next >> 1);
         _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
-        __m512i packed = _mm512_permutexvar_epi8(lanes, _mm512_loadu_si512(from));
-        /* Looked up, since a branch would be predicted wrongly every second time. */
-        __m512i codes = _mm512_multishift_epi64_epi8(shifts[next % 2], packed);
+        __m512i codes = codes_of_4(_mm512_loadu_si512(from), next, value_shifts);
         codes = _mm512_and_si512(codes, upper);
         _mm512_storeu_si512((int8_t *)out + i, _mm512_maskz_expand_epi8(word, codes));
+        next += _mm_popcnt_u64(word);
+    }
+    return next - at;
+}
+
+/* The upper bytes of the next 64 values, of which the first is number `at`. */
+FORCED __m512i upper_bytes(__m512i packed, int64_t at, __m512i books) {
+    return _mm512_permutexvar_epi8(codes_of_4(packed, at, upper_shifts), books);
+}
+
+/* Even columns of 64, and odd ones: bytes of both go to the 16-bit lane that one of them is in. */
+FORCED __m512i even_columns(__m512i lower, __m512i upper) {
+    const __m512i bytes = _mm512_set1_epi16(0xff);
+    return _mm512_ternarylogic_epi32(bytes, lower, _mm512_slli_epi16(upper, 8), 0xca);
+}
+
+FORCED __m512i odd_columns(__m512i lower, __m512i upper) {
+    const __m512i bytes = _mm512_set1_epi16(0xff);
+    return _mm512_ternarylogic_epi32(bytes, _mm512_srli_epi16(lower, 8), upper, 0xca);
+}
+
+FORCED void store_joined(__m512i lower, __m512i upper, void *out) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    __m512i even = _mm512_unpacklo_epi8(lower, upper), odd = _mm512_unpackhi_epi8(lower, upper);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(even, first, odd));
+    _mm512_storeu_si512((uint8_t *)out + 64, _mm512_permutex2var_epi64(even, second, odd));
+}
+
+FORCED __m512i four_books(const uint8_t *book) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)book));
+}
+
+FORCED int64_t expand_12(const uint8_t *mask, const uint8_t *lower, const uint8_t *codes,
+                         int64_t at, int64_t n, const uint8_t *book, void *out) {
+    const __m512i books = four_books(book);
+    int64_t next = at;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t word = mask_word(mask, i);
+        const uint8_t *from = lower + (next - at), *code = codes + (next >> 1);
+        _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)code + AHEAD_BYTES / 2, _MM_HINT_T0);
+        __m512i upper = upper_bytes(_mm512_loadu_si512(code), next, books);
+        store_joined(_mm512_maskz_expand_epi8(word, _mm512_loadu_si512(from)),
+                     _mm512_maskz_expand_epi8(word, upper), (uint16_t *)out + i);
         next += _mm_popcnt_u64(word);
     }
     return next - at;
@@ -130,6 +186,29 @@ FORCED void add_bfloat16(const uint16_t *a, const uint16_t *x, int64_t n, float 
                                   (__m512bh)_mm512_loadu_si512(x + i + 32));
     }
     _mm512_storeu_ps(sums, _mm512_add_ps(first, second));
+}
+
+FORCED int64_t add_12(const uint8_t *mask, const uint8_t *lower, const uint8_t *codes, int64_t at,
+                      int64_t n, const uint8_t *book, const uint16_t *x, float *sums) {
+    const __m512i books = four_books(book);
+    __m512 first = _mm512_loadu_ps(sums), second = _mm512_setzero_ps();
+    int64_t next = at;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t word = mask_word(mask, i);
+        const uint8_t *from = lower + (next - at), *code = codes + (next >> 1);
+        _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)code + AHEAD_BYTES / 2, _MM_HINT_T0);
+        __m512i upper = upper_bytes(_mm512_loadu_si512(code), next, books);
+        __m512i low = _mm512_maskz_expand_epi8(word, _mm512_loadu_si512(from));
+        upper = _mm512_maskz_expand_epi8(word, upper);
+        first = _mm512_dpbf16_ps(first, (__m512bh)even_columns(low, upper),
+                                 (__m512bh)_mm512_loadu_si512(x + i));
+        second = _mm512_dpbf16_ps(second, (__m512bh)odd_columns(low, upper),
+                                  (__m512bh)_mm512_loadu_si512(x + i + 32));
+        next += _mm_popcnt_u64(word);
+    }
+    _mm512_storeu_ps(sums, _mm512_add_ps(first, second));
+    return next - at;
 }
 
 FORCED __m512i codes_at(const int8_t *codes) {

@@ -16,9 +16,13 @@
  *     expand_32, _16, _8, _4 (mask, values, at, n, out)   out[i] = mask bit i ? next value : 0, the
  *         first being number `at`; returns how many were taken. Up to 64 values after the last are
  *         read and dropped. Bytes for 8; 4 bits give int8 too, FOURS (1 or 16) times the code.
+ *     expand_12 (mask, lower, codes, at, n, book, out)    the same to bfloat16: lower bytes, the first
+ *         being number 0, and codes, the first number `at`, each for an upper byte of `book`.
  *     add_floats(a, x, n, sums), add_codes(codes, x_codes, n, factor, sums)
  *         add products to HAS_SPARSE_LANES sums; the second times factor.
- *     add_bfloat16 (a, x, n, sums)                        where TAKES_BFLOAT16. */
+ *     add_bfloat16 (a, x, n, sums)                        where TAKES_BFLOAT16;
+ *     add_12 (mask, lower, codes, at, n, book, x, sums)   where FUSES_12: expand_12 and add_bfloat16
+ *         in one, with columns of x where `shuffled_column` has them. */
 #include <string.h>
 
 #include "numbers.h"
@@ -68,16 +72,92 @@ static TARGET void widen(const void *numbers, int64_t n, int64_t dtype, float *o
         widen_float16(numbers, n, out);
 }
 
+/* The exceptions among values of 12 bits that are still ahead, in their order. */
+typedef struct {
+    const uint64_t *next, *end;
+} exceptions;
+
+/* Those from value number `at` on. */
+HAS_INLINE exceptions exceptions_from(const has_sparse_call *call, int64_t at) {
+    if (call->bits != 12) return (exceptions){NULL, NULL};
+    const uint64_t *next = call->codebook + 2, *end = next + call->exceptions;
+    for (int64_t left = end - next; left > 0;) {
+        int64_t half = left / 2;
+        if ((int64_t)(next[half] >> 16) < at) {
+            next += half + 1;
+            left -= half + 1;
+        } else {
+            left = half;
+        }
+    }
+    return (exceptions){next, end};
+}
+
+/* Whether there is none up to value number `end`. */
+HAS_INLINE int is_free_of(const exceptions *ahead, int64_t end) {
+    return ahead->next == ahead->end || (int64_t)(*ahead->next >> 16) >= end;
+}
+
+/* Where add_12 and the matrix unit have a column: of every 64, even ones before odd ones, so that
+ * their bytes are joined without crossing lanes. */
+HAS_INLINE int64_t shuffled_column(int64_t column) {
+    return column / 64 * 64 + column % 2 * 32 + column % 64 / 2;
+}
+
+/* The one of so many columns that value number `number` is in. */
+static TARGET int64_t column_of(const uint8_t *mask, int64_t columns, int64_t number) {
+    int64_t column = 0;
+    for (; column + 64 <= columns; column += 64) {
+        uint64_t word;
+        memcpy(&word, mask + column / 8, sizeof word);
+        int64_t kept = __builtin_popcountll(word);
+        if (number < kept) break;
+        number -= kept;
+    }
+    for (int64_t kept; number >= (kept = __builtin_popcount(mask[column / 8])); column += 8)
+        number -= kept;
+    for (int bits = mask[column / 8]; number > 0 || !(bits & 1); bits >>= 1, column++)
+        number -= bits & 1;
+    return column;
+}
+
+/* Put those among the values `at` to `at` + taken - 1 to the columns, of so many, that the mask has
+ * them in. */
+HAS_INLINE void put_exceptions(exceptions *ahead, const uint8_t *mask, int64_t columns, int64_t at,
+                               int64_t taken, int is_shuffled, uint16_t *out) {
+    for (; !is_free_of(ahead, at + taken); ahead->next++) {
+        int64_t column = column_of(mask, columns, (int64_t)(*ahead->next >> 16) - at);
+        out[is_shuffled ? shuffled_column(column) : column] = (uint16_t)*ahead->next;
+    }
+}
+
+/* Values of 12 bits in these bytes: see packing/upper_bytes.py. */
+HAS_INLINE int64_t values_of_12(const has_sparse_call *call) { return call->value_bytes * 2 / 3; }
+
 /* Expand columns `column` to `column` + n of a row, whose first value is number `at`, into `out`,
  * zero up to the next multiple of 64; returns how many values that took. */
 static TARGET inline __attribute__((always_inline)) int64_t expand(
-    const has_sparse_call *call, const uint8_t *mask, int64_t n, int64_t at, int bits, void *out) {
+    const has_sparse_call *call, const uint8_t *mask, int64_t n, int64_t at, int bits,
+    exceptions *ahead, void *out) {
     uint8_t mask_copy[BLOCK / 8], value_copy[BLOCK * 4 + SLACK_BYTES];
     const uint8_t *values = call->values;
     if (n % 64 != 0) { /* what follows in memory is the next row, or nothing */
         memset(mask_copy, 0, sizeof mask_copy);
         memcpy(mask_copy, mask, (size_t)((n + 7) / 8));
         mask = mask_copy;
+    }
+    if (bits == 12) {
+        uint8_t code_copy[BLOCK / 2 + SLACK_BYTES];
+        const uint8_t *lower = values + at, *codes = values + values_of_12(call) + at / 2;
+        const uint8_t *end = values + call->value_bytes;
+        if (end - lower < BLOCK + SLACK_BYTES)
+            lower = memcpy(value_copy, lower, (size_t)(end - lower));
+        if (end - codes < BLOCK / 2 + SLACK_BYTES)
+            codes = memcpy(code_copy, codes, (size_t)(end - codes));
+        int64_t taken = expand_12(mask, lower, codes, at % 2, round_up_64(n),
+                                  (const uint8_t *)call->codebook, out);
+        put_exceptions(ahead, mask, n, at, taken, 0, out);
+        return taken;
     }
     int64_t byte = at * bits / 8, most = BLOCK * bits / 8 + SLACK_BYTES;
     if (byte + most > call->value_bytes) {
@@ -116,6 +196,20 @@ static TARGET float round_segment(const void *numbers, int64_t n, int64_t dtype,
     return largest / 32767.0f;
 }
 
+#if FUSES_12
+/* Lay x out for add_12, and see whether all of it is finite. */
+static TARGET void shuffle(const has_sparse_x *x, int64_t columns) {
+    const uint16_t *numbers = x->numbers;
+    uint16_t *out = x->shuffled, infinite = 0x7f80;
+    int is_finite = 1;
+    for (int64_t i = 0; i < round_up_64(columns); i++) {
+        out[shuffled_column(i)] = numbers[i];
+        is_finite &= (numbers[i] & infinite) != infinite;
+    }
+    *x->is_finite = is_finite;
+}
+#endif
+
 static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
     int narrow = call->dtype == HAS_BFLOAT16 && TAKES_BFLOAT16;
     int64_t columns = call->columns, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
@@ -135,6 +229,9 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
             uint16_t *numbers = (uint16_t *)x->numbers + start;
             memcpy(numbers, row, (size_t)columns * sizeof *numbers);
             memset(numbers + columns, 0, (size_t)rest * sizeof *numbers);
+#if FUSES_12
+            if (call->bits == 12 && call->tokens == 1) shuffle(x, columns);
+#endif
         } else {
             float *numbers = (float *)x->numbers + start;
             widen(row, columns, call->dtype, numbers);
@@ -143,21 +240,57 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
     }
 }
 
+#if FUSES_12
+/* What add_12 multiplied instead of exception number `number`: products take denormals for 0. */
+HAS_INLINE float stand_in(const has_sparse_call *call, int64_t number) {
+    const uint8_t *codes = call->values + values_of_12(call), *book = (const uint8_t *)call->codebook;
+    int code = codes[number / 2] >> (number % 2 * 4) & 15;
+    uint16_t half = (uint16_t)(book[code] << 8 | call->values[number]);
+    return half & 0x7f80 ? has_from_bfloat16(half) : 0.0f;
+}
+
+/* One token times the columns of a row that make whole blocks of 64; returns how many those are, 0
+ * where that cannot be. For an exception add_12 multiplies what its code and lower byte make, hardly
+ * more than 0, which is taken back; and would not be 0 times an x that is not finite. */
+static TARGET inline __attribute__((always_inline)) int64_t multiply_12(
+    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at,
+    exceptions *ahead, float *sums) {
+    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    const uint8_t *codes = call->values + values_of_12(call);
+    int64_t whole = call->columns / 64 * 64, end = offset_of(call, row + 1);
+    if (!*x->is_finite || codes + end / 2 + 64 > call->values + call->value_bytes) return 0;
+    int64_t taken = add_12(mask, call->values + *at, codes + *at / 2, *at % 2, whole,
+                           (const uint8_t *)call->codebook, x->shuffled, sums);
+    for (; !is_free_of(ahead, *at + taken); ahead->next++) {
+        int64_t column = column_of(mask, whole, (int64_t)(*ahead->next >> 16) - *at);
+        float is = has_from_bfloat16((uint16_t)*ahead->next);
+        float was = stand_in(call, (int64_t)(*ahead->next >> 16));
+        sums[0] += (is - was) * has_from_bfloat16(((const uint16_t *)x->numbers)[column]);
+    }
+    *at += taken;
+    return whole;
+}
+#endif
+
 /* Products of one row with all tokens, added to their sums; constants say which kind. */
 static TARGET inline __attribute__((always_inline)) void multiply_row(
     const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits, int is_bfloat16,
-    float (*sums)[LANES]) {
+    exceptions *ahead, float (*sums)[LANES]) {
     _Alignas(64) uint8_t block[BLOCK * 4 + 64];
     _Alignas(64) float wide[BLOCK];
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
     int64_t at = offset_of(call, row), step = x->segment;
     int64_t size = group_columns(call), group_end = size;
     int64_t group = row * ((call->columns + size - 1) / size);
-    for (int64_t s = 0; s < x->segments; s++) {
-        int64_t column = s * step;
+    int64_t column = 0;
+#if FUSES_12
+    if (bits == 12 && call->tokens == 1) column = multiply_12(call, x, row, &at, ahead, sums[0]);
+#endif
+    for (; column < call->columns; column += step) {
         int64_t n = call->columns - column < step ? call->columns - column : step;
         __builtin_prefetch(mask + column / 8 + 512, 0, 3);
-        at += expand(call, mask + column / 8, n, at, bits, block);
+        at += expand(call, mask + column / 8, n, at, bits, ahead, block);
+        int64_t s = column / step;
         n = round_up_64(n);
         if (bits <= 8) {
             if (column == group_end) {
@@ -176,7 +309,7 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
 #endif
         } else {
             const float *a = (const float *)block;
-            if (bits == 16) {
+            if (bits != 32) {
                 widen(block, n, is_bfloat16 ? HAS_BFLOAT16 : HAS_FLOAT16, wide);
                 a = wide;
             }
@@ -188,41 +321,46 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
 
 static TARGET void multiply(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
                             int64_t last) {
+    exceptions ahead = exceptions_from(call, offset_of(call, first));
     for (int64_t row = first; row < last; row++) {
         _Alignas(64) float sums[HAS_SPARSE_TOKENS][LANES];
         memset(sums, 0, (size_t)call->tokens * sizeof *sums);
         if (call->bits == 32)
-            multiply_row(call, x, row, 32, 0, sums);
+            multiply_row(call, x, row, 32, 0, NULL, sums);
+        else if (call->bits == 12)
+            multiply_row(call, x, row, 12, 1, &ahead, sums);
         else if (call->bits == 8)
-            multiply_row(call, x, row, 8, 0, sums);
+            multiply_row(call, x, row, 8, 0, NULL, sums);
         else if (call->bits == 4)
-            multiply_row(call, x, row, 4, 0, sums);
+            multiply_row(call, x, row, 4, 0, NULL, sums);
         else if (call->dtype == HAS_BFLOAT16)
-            multiply_row(call, x, row, 16, 1, sums);
+            multiply_row(call, x, row, 16, 1, NULL, sums);
         else
-            multiply_row(call, x, row, 16, 0, sums);
+            multiply_row(call, x, row, 16, 0, NULL, sums);
         float bias = call->bias == NULL ? 0.0f : number_at(call->bias, row, call->dtype);
         for (int64_t t = 0; t < call->tokens; t++) {
-            float total = 0.0f;
-            for (int lane = 0; lane < LANES; lane++) total += sums[t][lane];
-            store_number(call->output, t * call->output_stride + row, call->dtype, total + bias);
+            for (int half = LANES / 2; half > 0; half /= 2) /* one after the other would wait */
+                for (int lane = 0; lane < half; lane++) sums[t][lane] += sums[t][lane + half];
+            store_number(call->output, t * call->output_stride + row, call->dtype,
+                         sums[t][0] + bias);
         }
     }
 }
 
 static TARGET inline __attribute__((always_inline)) void decompress_values(
-    const has_sparse_call *call, int64_t row, int bits, uint8_t *out) {
-    uint8_t block[BLOCK * 4 + 64];
+    const has_sparse_call *call, int64_t row, int bits, exceptions *ahead, uint8_t *out) {
+    _Alignas(64) uint8_t block[BLOCK * 4 + 64];
+    const int item_bytes = bits == 12 ? 2 : bits / 8;
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
     int64_t at = offset_of(call, row);
     for (int64_t column = 0; column < call->columns; column += BLOCK) {
         int64_t left = call->columns - column;
         __builtin_prefetch(mask + column / 8 + 512, 0, 3);
         if (left >= BLOCK) {
-            at += expand(call, mask + column / 8, BLOCK, at, bits, out + column * (bits / 8));
+            at += expand(call, mask + column / 8, BLOCK, at, bits, ahead, out + column * item_bytes);
         } else {
-            at += expand(call, mask + column / 8, left, at, bits, block);
-            memcpy(out + column * (bits / 8), block, (size_t)(left * (bits / 8)));
+            at += expand(call, mask + column / 8, left, at, bits, ahead, block);
+            memcpy(out + column * item_bytes, block, (size_t)(left * item_bytes));
         }
     }
 }
@@ -237,7 +375,7 @@ static TARGET inline __attribute__((always_inline)) void decompress_codes(
     if (call->group_size && BLOCK % call->group_size == 0) step = call->group_size;
     for (int64_t column = 0; column < call->columns; column += step) {
         int64_t n = call->columns - column < step ? call->columns - column : step;
-        at += expand(call, mask + column / 8, n, at, bits, block);
+        at += expand(call, mask + column / 8, n, at, bits, NULL, block);
         double exact = unit_of(call, row * groups + column / size, 1);
         float unit = (float)exact;
         if (bits == 4)
@@ -255,13 +393,16 @@ static TARGET inline __attribute__((always_inline)) void decompress_codes(
 
 static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_t last) {
     int64_t item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
+    exceptions ahead = exceptions_from(call, offset_of(call, first));
     for (int64_t row = first; row < last; row++) {
         uint8_t *out = (uint8_t *)call->output +
                        (row - call->first_row) * call->output_stride * item_bytes;
         if (call->bits == 32)
-            decompress_values(call, row, 32, out);
+            decompress_values(call, row, 32, NULL, out);
         else if (call->bits == 16)
-            decompress_values(call, row, 16, out);
+            decompress_values(call, row, 16, NULL, out);
+        else if (call->bits == 12)
+            decompress_values(call, row, 12, &ahead, out);
         else if (call->bits == 8)
             decompress_codes(call, row, 8, out);
         else

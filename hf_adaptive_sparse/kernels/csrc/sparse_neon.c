@@ -5,6 +5,7 @@
 #define VARIANT(name) name##_neon
 #define TAKES_BFLOAT16 0
 #define FOURS 1
+#define FUSES_12 0
 
 #include <arm_neon.h>
 
@@ -71,6 +72,21 @@ HAS_INLINE int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t 
         vst2q_s8(codes + i, both);
     }
     return expand_8(mask, codes, at % 2, n, out);
+}
+
+HAS_INLINE int64_t expand_12(const uint8_t *mask, const uint8_t *lower, const uint8_t *codes,
+                             int64_t at, int64_t n, const uint8_t *book, void *out) {
+    int8_t lower_bytes[HAS_SPARSE_BLOCK], of[HAS_SPARSE_BLOCK];
+    const uint8x16_t uppers = vld1q_u8(book), low = vdupq_n_u8(15);
+    int64_t taken = expand_8(mask, (const int8_t *)lower, 0, n, lower_bytes);
+    expand_4(mask, codes, at, n, of);
+    for (int64_t i = 0; i < n; i += 16) {
+        uint8x16_t code = vandq_u8(vreinterpretq_u8_s8(vld1q_s8(of + i)), low);
+        uint8x16x2_t both = {{vreinterpretq_u8_s8(vld1q_s8(lower_bytes + i)),
+                              vqtbl1q_u8(uppers, code)}};
+        vst2q_u8((uint8_t *)out + 2 * i, both);
+    }
+    return taken;
 }
 
 HAS_INLINE void widen_float16(const void *numbers, int64_t n, float *out) {

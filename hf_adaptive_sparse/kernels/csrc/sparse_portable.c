@@ -3,6 +3,7 @@
 #define VARIANT(name) name##_portable
 #define TAKES_BFLOAT16 0
 #define FOURS 1
+#define FUSES_12 0
 
 #include "numbers.h"
 #include "sparse.h"
@@ -37,6 +38,15 @@ HAS_INLINE int64_t expand_4(const uint8_t *mask, const uint8_t *values, int64_t 
     memset(out, 0, (size_t)n);
     FOR_EACH_KEPT(int code = values[next / 2] >> (next % 2 * 4) & 15;
                   ((int8_t *)out)[j] = (int8_t)((code ^ 8) - 8); next++)
+    return next - at;
+}
+
+HAS_INLINE int64_t expand_12(const uint8_t *mask, const uint8_t *lower, const uint8_t *codes,
+                             int64_t at, int64_t n, const uint8_t *book, void *out) {
+    int64_t next = at;
+    memset(out, 0, (size_t)n * 2);
+    FOR_EACH_KEPT(int code = codes[next / 2] >> (next % 2 * 4) & 15;
+                  ((uint16_t *)out)[j] = (uint16_t)(book[code] << 8 | lower[next - at]); next++)
     return next - at;
 }
 
