@@ -84,6 +84,23 @@ def test_both_runtimes_generate_the_same(pruned: Path, monkeypatch: pytest.Monke
     assert torch.equal(found[:, :60], expected[:, :60])
 
 
+def test_12_bits_become_plain_and_are_saved_in_12_again(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    config = has.SparsityConfig(metric="magnitude", weight_bits=12)
+    has.prune(tiny_llama.bfloat16(), config, progress=False)
+    tiny_llama.save_pretrained(tmp_path / "a")
+    ids = prompts(2, 30)
+    expected = load(tmp_path / "a", "dense", "cpu")(ids).logits
+    for model in (load(tmp_path / "a", "sparse"), load(tmp_path / "a", "sparse", "cpu").cuda()):
+        held = sparse_linears(model).values()
+        assert {(m.bits, m.weight_values.device.type) for m in held} == {(16, "cuda")}
+        torch.testing.assert_close(model(ids.cuda()).logits.cpu(), expected, atol=0.05, rtol=0.05)
+        model.save_pretrained(tmp_path / "b")
+        files = [tmp_path / folder / "model.safetensors" for folder in "ab"]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_gradients_go_through_sparse_weights(pruned: Path) -> None:
     gradients = []
     for device in ("cpu", "cuda"):
