@@ -7,7 +7,8 @@ import pytest
 
 from hf_adaptive_sparse import memory
 
-# Large pieces between small ones that stay; in a process of its own, whose heap nobody else uses.
+# Large pieces between smaller ones that stay, too many to lie in gaps that imports left; in a
+# process of its own, whose heap nobody else uses.
 PROGRAM = """
 from pathlib import Path
 from hf_adaptive_sparse.memory import release_freed
@@ -19,7 +20,7 @@ def held():
 kept, large = [], []
 for _ in range(1000):
     large.append(bytearray(b"x" * 100_000))
-    kept.append(bytearray(b"x" * 600))
+    kept.append(bytearray(b"x" * 20_000))
 del large
 before = held()
 release_freed()
