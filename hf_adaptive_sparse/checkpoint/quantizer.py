@@ -33,7 +33,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     runtime_formats,
     storable_weights,
 )
-from hf_adaptive_sparse.checkpoint.validation import CheckedWeight, validate_checkpoint
+from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
@@ -43,12 +43,7 @@ from hf_adaptive_sparse.packing.stored_weight import (
     stored_kinds,
     stored_tensors,
 )
-from hf_adaptive_sparse.packing.upper_bytes import (
-    BOOK_WORDS,
-    UPPER_BYTE_BITS,
-    encode,
-    value_count,
-)
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS, encode
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
     RuntimeChoice,
@@ -165,7 +160,9 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             replace_by_empty_(
                 model,
                 {
-                    name: _stored_weight(found[name], bits, group)
+                    name: StoredWeight(
+                        int(found[name].row_offsets[-1]), bits, group, found[name].exceptions
+                    )
                     for name, (bits, group) in kept.items()
                 },
             )
@@ -248,31 +245,29 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             )
         if self.consumes_model:
             _copy_from_files_(model, dense, formats.keys())
+        became_plain = {
+            tensor_name(key, "bitmask"): key
+            for key in sparse & formats.keys()
+            if formats[key][0] == UPPER_BYTE_BITS and tensor_name(key, "codebook") not in dense
+        }
         # In the model's order, so that equal models make equal shards.
         state = {}
         for key in list(dense):
             weight = dense.pop(key)
             if key not in formats:
                 state[key] = weight
+                if key in became_plain:  # its values came before
+                    values, book = (
+                        tensor_name(became_plain[key], kind) for kind in ("values", "codebook")
+                    )
+                    state[values], state[book] = encode(state[values])
                 continue
             if weight.device.type == "meta":
                 weight = load_offloaded_parameter(model, key)
             state |= stored_tensors(key, weight, *formats[key])
             if self.consumes_model and key not in sparse:
                 empty_(model, [key])
-        for key in sparse & formats.keys():
-            values, book = tensor_name(key, "values"), tensor_name(key, "codebook")
-            if formats[key][0] == UPPER_BYTE_BITS and book not in state:
-                state[values], state[book] = encode(state[values])
         return state, {}
-
-
-def _stored_weight(found: CheckedWeight, bits: int, group_size: int | None) -> StoredWeight:
-    """Return how a weight of checked files is stored."""
-    size, book = found.values.numel, found.codebook
-    if book is not None:
-        return StoredWeight(value_count(size) or 0, bits, exceptions=book.numel - BOOK_WORDS)
-    return StoredWeight(size * (2 if bits == 4 else 1), bits, group_size)
 
 
 def _store_plain_what_was_cast_(model: PreTrainedModel, config: SparsityConfig) -> None:

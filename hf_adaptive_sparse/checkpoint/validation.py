@@ -28,13 +28,13 @@ from hf_adaptive_sparse.checkpoint.headers import (
 )
 from hf_adaptive_sparse.kernels.sparse_linear import count_row_offsets
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, row_bytes
+from hf_adaptive_sparse.packing.sparse_weight import stored_count
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name
 from hf_adaptive_sparse.packing.stored_weight import stored_kinds
 from hf_adaptive_sparse.packing.upper_bytes import (
     BOOK_WORDS,
     UPPER_BYTE_BITS,
     check_book,
-    stored_bytes,
     value_count,
 )
 from hf_adaptive_sparse.packing.weight_codes import group_count
@@ -43,6 +43,7 @@ Formats = Mapping[str, tuple[int, int | None]]
 """Parameter name -> bits of its values (16, 12, 8 or 4), and columns that share a scale."""
 
 _CODES = {UPPER_BYTE_BITS: "U8", 8: "I8", 4: "U8"}
+_UNITS = {UPPER_BYTE_BITS: " bytes, three for two", 4: " bytes of two"}
 _SCALES = ("F32", "F16", "BF16")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -89,14 +90,12 @@ class CheckedWeight:
     """A compressed weight in the files.
 
     Attributes:
-        values: Its stored values.
-        codebook: Their codebook, if they have one.
         row_offsets: Values before each row, from its bitmask: ``(rows + 1,)``.
+        exceptions: Values that its codebook holds, if it has one.
     """
 
-    values: TensorHeader
-    codebook: TensorHeader | None
     row_offsets: torch.Tensor
+    exceptions: int
 
 
 def validate_checkpoint(
@@ -128,13 +127,11 @@ def validate_checkpoint(
     _check_compressed(stored, formats, where)
     _check_names(model, expected, stored, headers.values(), where)
     _check_shapes(expected, stored, formats)
-    offsets = _check_bitmasks(expected, stored)
+    offsets = _check_bitmasks(expected, stored, formats)
     _check_scales(stored)
     _check_codebooks(stored)
-    return {
-        name: CheckedWeight(header, stored.codebooks.get(name), offsets[name])
-        for name, header in stored.values.items()
-    }
+    books = {name: header.numel - BOOK_WORDS for name, header in stored.codebooks.items()}
+    return {name: CheckedWeight(offsets[name], books.get(name, 0)) for name in stored.values}
 
 
 def _assign(
@@ -266,7 +263,7 @@ def _check_shapes(expected: Mapping[str, torch.Tensor], stored: _Stored, formats
                 f"for a weight {[*leading, columns]}, got {mask.dtype} {list(mask.shape)}."
             )
         bits, group_size = formats[name]
-        most = {4: (numel + 1) // 2, UPPER_BYTE_BITS: stored_bytes(numel)}.get(bits, numel)
+        most = stored_count(numel, bits)
         wanted = _FLOATS if bits == 16 else (_CODES[bits],)
         if values.dtype not in wanted or len(values.shape) != 1 or values.numel > most:
             kind = "floating point" if bits == 16 else f"{_CODES[bits]} ({bits} bits per value)"
@@ -296,7 +293,7 @@ def _check_codebook_header(book: TensorHeader, numel: int) -> None:
 
 
 def _check_bitmasks(
-    expected: Mapping[str, torch.Tensor], stored: _Stored
+    expected: Mapping[str, torch.Tensor], stored: _Stored, formats: Formats
 ) -> dict[str, torch.Tensor]:
     """Read the bitmasks, one at a time, and count their bits: values before each row."""
     offsets: dict[str, torch.Tensor] = {}
@@ -311,12 +308,9 @@ def _check_bitmasks(
                     values = stored.values[name]
                     offsets[name] = count_row_offsets(bitmask)
                     kept = int(offsets[name][-1])
-                    needed, unit = kept, ""
-                    if name in stored.codebooks:
-                        needed, unit = stored_bytes(kept), " bytes, three for two"
-                    elif values.dtype == _CODES[4]:
-                        needed, unit = (kept + 1) // 2, " bytes of two"
-                    if needed != values.numel:
+                    bits, _ = formats[name]
+                    if stored_count(kept, bits) != values.numel:
+                        unit = _UNITS.get(bits, "")
                         raise CheckpointError(
                             f"{file}: tensor {key!r} keeps {kept} weights, but {values.name!r} in "
                             f"{values.file} holds {values.numel}{unit}; the two must agree."

@@ -25,7 +25,7 @@ from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.stored_weight import stored_tensors
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.profiles import check_count
@@ -185,15 +185,14 @@ def _check_in_memory(tensor: torch.Tensor, name: str) -> None:
 
 def _stored_bytes(weight: torch.Tensor, bits: int, group_size: int | None) -> int:
     """Return the bytes that a plain weight takes in a checkpoint of the bitmask format."""
+    if bits == UPPER_BYTE_BITS:  # how many exceptions there are only encoding tells
+        return sum(t.nbytes for t in stored_tensors("weight", weight, bits, group_size).values())
     rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
     width = weight.element_size()
     # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
     nnz = int(weight.view(_BYTES_VIEWS[width]).count_nonzero())
     if bits == 16:
         return compressed_size_bytes(rows, columns, nnz, width)
-    if bits == UPPER_BYTE_BITS:
-        parts = SparseWeight.from_dense(weight.flatten(0, -2), bits).tensors()
-        return sum(part.nbytes for part in parts.values())
     index = compressed_size_bytes(rows, columns, nnz, 0)
     return index + (nnz * bits + 7) // 8 + rows * group_count(columns, group_size) * width
 

@@ -196,12 +196,9 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         bias = bias.contiguous()
         call.bias = bias.data_ptr()
     call.x_stride, call.output_stride = columns, rows
-    call.x, call.output = x.data_ptr(), output.data_ptr()
-    call.tokens = min(tokens, MAX_TOKENS)
-    _check(prepared.multiply(prepared.number, ctypes.byref(call)))
-    for start in range(MAX_TOKENS, tokens, MAX_TOKENS):
-        call.x += MAX_TOKENS * columns * x.element_size()
-        call.output += MAX_TOKENS * rows * x.element_size()
+    for start in range(0, tokens, MAX_TOKENS):
+        call.x = x.data_ptr() + start * columns * x.element_size()
+        call.output = output.data_ptr() + start * rows * x.element_size()
         call.tokens = min(tokens - start, MAX_TOKENS)
         _check(prepared.multiply(prepared.number, ctypes.byref(call)))
     return output

@@ -83,6 +83,13 @@ def block_count(columns: int) -> int:
     return -(-columns // BLOCK_COLUMNS)
 
 
+def stored_count(nnz: int, bits: int) -> int:
+    """Return the elements of the tensor that stores ``nnz`` values of so many bits."""
+    if bits == upper_bytes.UPPER_BYTE_BITS:
+        return upper_bytes.stored_bytes(nnz)
+    return (nnz + 1) // 2 if bits == 4 else nnz
+
+
 def size_bytes(
     rows: int,
     columns: int,
@@ -414,12 +421,12 @@ def _encode_rows(
 def _check_count(weight: SparseWeight) -> None:
     kept = weight.nnz
     stored = weight.values.numel()
-    needed, unit = kept, "values"
-    if weight.bits == 4:
-        needed, unit = (kept + 1) // 2, "bytes, two values each,"
-    elif weight.codebook is not None:
-        needed, unit = upper_bytes.stored_bytes(kept), "bytes, three for two values,"
-    if stored != needed:
+    if stored != stored_count(kept, weight.bits):
+        units = {
+            upper_bytes.UPPER_BYTE_BITS: "bytes, three for two values,",
+            4: "bytes, two values each,",
+        }
+        unit = units.get(weight.bits, "values")
         raise BitmaskError(
             f"the bitmask keeps {kept} weights but {stored} {unit} are stored; the two must agree."
         )

@@ -149,8 +149,8 @@ def check_book(codebook: torch.Tensor, count: int) -> None:
     if int(codebook[0]) & 0xFF:
         raise BitmaskError("code 0 of a codebook must stand for the byte 0; the file is damaged.")
     numbers = codebook[BOOK_WORDS:] >> 16
-    inside = numbers.numel() == 0 or bool((numbers[0] >= 0) & (numbers[-1] < count))
-    if not inside or not bool((numbers[1:] > numbers[:-1]).all()):
+    before, behind = numbers.new_tensor([-1]), numbers.new_tensor([count])
+    if not bool((numbers.diff(prepend=before, append=behind) > 0).all()):
         raise BitmaskError(
             f"the exceptions of a codebook must be in ascending order, each one of {count} values; "
             "the file is damaged."

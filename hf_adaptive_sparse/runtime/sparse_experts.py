@@ -24,10 +24,9 @@ from hf_adaptive_sparse.experts import PARAMETERS, ExpertStack, expert_stacks
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, leaf_names, tensor_name
-from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, in_dtype, is_offloaded
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight, bits_of_codes
+from hf_adaptive_sparse.runtime.stored_form import StoredWeight, stored_bits
 from hf_adaptive_sparse.runtime.weight_view import SparseWeightView
 
 EAGER = "eager"
@@ -153,9 +152,7 @@ class SparseStack:
     @property
     def bits(self) -> int:
         """Bits per kept value: 12, 8, 4, or 16 for those in the weights' own dtype."""
-        if self._part("codebook") is not None:
-            return UPPER_BYTE_BITS
-        return bits_of_codes(self._held("values"))
+        return stored_bits(self._held("values"), self._part("codebook"))
 
     @property
     def device(self) -> torch.device:

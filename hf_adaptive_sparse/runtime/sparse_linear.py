@@ -16,7 +16,7 @@ from hf_adaptive_sparse.packing.stored_names import leaf_names
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight, bits_of_codes
+from hf_adaptive_sparse.runtime.stored_form import StoredWeight, stored_bits
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 _OFFSETS = ("row_offsets", "block_offsets")
@@ -251,9 +251,7 @@ class SparseLinear(nn.Linear):
     @property
     def bits(self) -> int:
         """Bits per kept value: 12, 8, 4, or 16 for those in the weight's own dtype."""
-        if self.weight_codebook is not None:
-            return UPPER_BYTE_BITS
-        return bits_of_codes(self.weight_values)
+        return stored_bits(self.weight_values, self.weight_codebook)
 
     @property
     def memory_bytes(self) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_adaptive_sparse.packing.bitmask import row_bytes
-from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS, UPPER_BYTE_BITS, stored_bytes
+from hf_adaptive_sparse.packing.sparse_weight import stored_count
+from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS, UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import group_count
 
 CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
@@ -16,8 +17,10 @@ CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
 _VALUE_DTYPES = {**CODE_DTYPES, UPPER_BYTE_BITS: torch.uint8}
 
 
-def bits_of_codes(values: torch.Tensor) -> int:
-    """Return the bits of values without a codebook: 8 or 4 for codes, else 16."""
+def stored_bits(values: torch.Tensor, codebook: torch.Tensor | None) -> int:
+    """Return the bits that values are stored in: 12 with a codebook, 8 or 4 for codes, else 16."""
+    if codebook is not None:
+        return UPPER_BYTE_BITS
     return next((bits for bits, dtype in CODE_DTYPES.items() if dtype == values.dtype), 16)
 
 
@@ -51,11 +54,8 @@ class StoredWeight:
             ValueError: If ``group_size`` is invalid.
         """
         *leading, columns = shape
-        count = {4: (self.nnz + 1) // 2, UPPER_BYTE_BITS: stored_bytes(self.nnz)}.get(
-            self.bits, self.nnz
-        )
         kinds = {
-            "values": ((count,), _VALUE_DTYPES.get(self.bits, dtype)),
+            "values": ((stored_count(self.nnz, self.bits),), _VALUE_DTYPES.get(self.bits, dtype)),
             "bitmask": ((*leading, row_bytes(columns)), torch.uint8),
         }
         if self.bits == UPPER_BYTE_BITS:

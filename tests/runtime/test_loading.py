@@ -280,9 +280,12 @@ def test_values_that_became_plain_are_saved_in_12_bits_again(
     """As they do on a GPU, which has no kernel for them."""
     save(tiny_llama.bfloat16(), tmp_path / "a", weight_bits=12)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "a", sparsity_config=SPARSE)
+    as_loaded = list(loaded.hf_quantizer.get_state_dict_and_metadata(loaded)[0])
     for module in sparse_linears(loaded).values():
         module.set_weight(module.sparse_weight.plain())
         assert module.bits == 16
+    # Shards are cut in this order.
+    assert list(loaded.hf_quantizer.get_state_dict_and_metadata(loaded)[0]) == as_loaded
     loaded.save_pretrained(tmp_path / "b")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 
