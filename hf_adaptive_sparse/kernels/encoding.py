@@ -67,7 +67,9 @@ class _Call(ctypes.Structure):
     )
 
 
-def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None:
+def encode(
+    blocks: torch.Tensor, how: Format, parts: Sequence[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, ...] | None:
     """Return the parts of ``blocks``, or None where that is for torch.
 
     It is for torch where no kernel serves these blocks, and where they cannot be stored (NaN, Inf,
@@ -77,9 +79,11 @@ def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None
         blocks: ``(batch, kv_heads, blocks, tokens, head_dim)``: float32, bfloat16 or float16 on the
             CPU, up to ``MAX_CODES`` tokens and channels.
         how: The codec's format.
+        parts: Tensors to fill, of the shapes and dtypes of ``empty_parts`` and what belongs to a
+            block of a head contiguous; None: new ones.
 
     Returns:
-        New tensors ``(batch, kv_heads, blocks, ...)``, contiguous, as the codec has them.
+        ``(batch, kv_heads, blocks, ...)`` each, as the codec has them.
     """
     if not _serves(blocks.device) or not _takes(blocks.dtype, blocks.shape[3], blocks.shape[4]):
         return None
@@ -87,11 +91,11 @@ def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None
         return None
     if blocks.stride(4) != 1:
         blocks = blocks.contiguous()
-    parts = empty_parts(blocks, how)
-    call = _describe(how, parts, blocks.shape[3], blocks.shape[4], blocks.dtype)
+    filled = empty_parts(blocks, how) if parts is None else tuple(parts)
+    call = _describe(how, filled, blocks.shape[3], blocks.shape[4], blocks.dtype)
     call.states = blocks.data_ptr()
     call.state_strides = blocks.stride()[:4]
-    return parts if _run("has_encode", call) else None
+    return filled if _run("has_encode", call) else None
 
 
 def decode(

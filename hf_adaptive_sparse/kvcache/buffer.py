@@ -96,11 +96,19 @@ class RowBuffer:
 
     def append(self, rows: torch.Tensor) -> None:
         """Add ``rows`` ``(batch, kv_heads, n, ...)``, which need no gradient, at the end."""
+        # Every layer does this for every token: few calls, and no context managers.
         count = rows.shape[2]
+        self.room(count).copy_(rows)
+        self.extend(count)
+
+    def room(self, count: int) -> torch.Tensor:
+        """Return the next ``count`` rows to be written, which ``extend`` makes part of the rest."""
         if self._end + count > self.capacity:
             self._make_room(count)
-        # Every layer does this for every token: two calls, and no context managers.
-        self._storage.narrow(2, self._end, count).copy_(rows)
+        return self._storage.narrow(2, self._end, count)
+
+    def extend(self, count: int) -> None:
+        """Add the ``count`` rows that were written to ``room``."""
         self._end += count
 
     def truncate(self, length: int) -> None:
@@ -136,12 +144,13 @@ class RowBuffer:
                 self._storage = _by_head(self._reserve.take(capacity))
                 return
             storage = self._allocate(capacity)
-            storage[:, :, : held.shape[2]] = held
-            storage[:, :, held.shape[2] :] = 0
+            if held.shape[2]:
+                storage[:, :, : held.shape[2]] = held
             self._storage = storage
         self._first, self._end = 0, held.shape[2]
 
     def _allocate(self, capacity: int) -> torch.Tensor:
+        """Return zeros for as many rows; reserved memory is, and takes pages once it is written."""
         batch, kv_heads, _, *row = shape = self._storage.shape
         self._reserve = None
         head_bytes = torch.Size(row).numel() * self._storage.itemsize
@@ -152,7 +161,7 @@ class RowBuffer:
                 pass
             else:
                 return _by_head(self._reserve.take(capacity))
-        return self._storage.new_empty((*shape[:2], capacity, *row))
+        return self._storage.new_zeros((*shape[:2], capacity, *row))
 
 
 def _by_head(rows: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,35 @@ GPU_ENCODED_AT_ONCE = 1 << 23
 """The same on a GPU, where each of some forty steps costs a launch, however little it does."""
 
 
+def empty_parts(codec: Codec, blocks: torch.Tensor) -> Parts:
+    """Return the parts of none of ``blocks``: what encoding makes of any, but for their number."""
+    none, how = blocks[:, :, :0], codec.kernel_format
+    if how is None or blocks.dtype not in encoding.DTYPES:
+        return codec.encode(none, "states")
+    return codec.parts_type(*encoding.empty_parts(none, how))
+
+
+def encode_into(
+    codec: Codec, blocks: torch.Tensor, parts: Sequence[torch.Tensor], what: str
+) -> None:
+    """Write the parts of ``blocks`` to tensors of their shapes, a block of a head contiguous.
+
+    Args:
+        codec: What encodes them.
+        blocks: See ``Codec.encode``.
+        parts: ``(batch, kv_heads, blocks, ...)`` each, as ``empty_parts`` has them.
+        what: What the states are, for error messages.
+
+    Raises:
+        ValueError: If the codec cannot represent the states; ``parts`` then mean nothing.
+    """
+    how = codec.kernel_format
+    if how is not None and encoding.encode(blocks, how, parts) is not None:
+        return
+    for part, encoded in zip(parts, encode_blocks(codec, blocks, what), strict=True):
+        part.copy_(encoded)
+
+
 @torch.no_grad()
 def encode_blocks(codec: Codec, blocks: torch.Tensor, what: str) -> Parts:
     """Return the parts of ``blocks``; see ``Codec.encode``."""

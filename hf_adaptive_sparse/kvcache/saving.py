@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from hf_adaptive_sparse.kvcache.coding import empty_parts
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
-from hf_adaptive_sparse.kvcache.store import Addition, TokenStore
+from hf_adaptive_sparse.kvcache.store import TokenStore
 
 _PLAIN = (torch.Tensor, int, float, bool, str, torch.dtype, type(None))
 
@@ -70,13 +71,11 @@ def _store_state(store: TokenStore) -> dict[str, Any]:
 
 def _restore_store(store: TokenStore, state: Mapping[str, Any], layer_idx: int) -> None:
     lengths, raw = tuple(state["lengths"]), state["raw"]
-    parts = None
     if lengths:
         if store.codec is None:
             raise ValueError(f"Layer {layer_idx} keeps 16 bits, the saved one has packed blocks.")
-        # The codec says which parts there are: those of one empty token, for their shapes.
-        probe = raw.new_zeros((*raw.shape[:2], 1, store.block_length, raw.shape[-1]))
-        expected = store.codec.encode(probe, "no states")
+        blocks = raw.new_empty((*raw.shape[:2], 0, store.block_length, raw.shape[-1]))
+        expected = empty_parts(store.codec, blocks)
         found = [(tuple(part.shape[:2]), part.dtype, part.shape[3:]) for part in state["parts"]]
         wanted = [(tuple(part.shape[:2]), part.dtype, part.shape[3:]) for part in expected]
         if found != wanted:
@@ -84,9 +83,8 @@ def _restore_store(store: TokenStore, state: Mapping[str, Any], layer_idx: int) 
                 f"The saved blocks of layer {layer_idx} do not fit its codec: expected "
                 f"{wanted}, got {found}. A cache is loaded into one of the same profile."
             )
-        parts = type(expected)(*state["parts"])
     _check_lengths(state, store.block_length, layer_idx)
-    store.commit(Addition(parts, lengths, raw, int(state["sinks"])))
+    store.restore(state["parts"], lengths, raw, int(state["sinks"]))
 
 
 def _check_lengths(state: Mapping[str, Any], block_length: int, layer_idx: int) -> None:

@@ -9,14 +9,14 @@ Sinks and tail lie side by side in one tensor, ``raw``. Without a codec (16 bits
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from hf_adaptive_sparse.kvcache.buffer import RowBuffer
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
-from hf_adaptive_sparse.kvcache.coding import encode_blocks
+from hf_adaptive_sparse.kvcache.coding import empty_parts, encode_into
 from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
 
 
@@ -24,13 +24,11 @@ class Addition(NamedTuple):
     """What ``TokenStore.prepare`` worked out and ``TokenStore.commit`` stores.
 
     Attributes:
-        parts: Newly encoded blocks, or None where none has filled up.
-        lengths: Tokens in each of them.
+        lengths: Tokens in each of the newly encoded blocks, which lie behind those stored.
         raw: States that join ``raw``; after an encoding they are all of it but the sinks.
         sinks: How many of these are sinks.
     """
 
-    parts: Parts | None
     lengths: tuple[int, ...]
     raw: torch.Tensor
     sinks: int
@@ -70,7 +68,6 @@ class TokenStore:
         empty = template.detach()[:, :, :0]
         self._raw = RowBuffer(empty, step=max(1, block_length // 8))
         self._parts: list[RowBuffer] = []
-        self._kind: Callable[..., Parts] = tuple
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what is worked out about the original's blocks: its addresses."""
@@ -89,7 +86,9 @@ class TokenStore:
 
         Empty as long as no block has filled up.
         """
-        return self._kind(*(part.rows for part in self._parts)) if self._parts else ()
+        if self.codec is None or not self.lengths:
+            return ()
+        return self.codec.parts_type(*(part.rows for part in self._parts))
 
     @property
     def raw(self) -> torch.Tensor:
@@ -145,7 +144,7 @@ class TokenStore:
     def prepare(
         self, states: torch.Tensor, what: str, *, whole: bool = False, hold_back: int = 0
     ) -> Addition:
-        """Encode the blocks that ``states`` fill up, changing nothing yet.
+        """Encode the blocks that ``states`` fill up, behind those stored; nothing counts yet.
 
         Args:
             states: ``(batch, kv_heads, n, head_dim)`` to be added.
@@ -166,20 +165,18 @@ class TokenStore:
         if whole and pending > end:
             lengths, end = (*lengths, pending - end), pending
         if self.codec is None or not lengths:
-            return Addition(None, (), states, sinks)
+            return Addition((), states, sinks)
         waiting = self.raw[:, :, self.sinks :]
         fresh = torch.cat([waiting, states[:, :, sinks:]], dim=-2) if tail else states[:, :, sinks:]
         raw = torch.cat([states[:, :, :sinks], fresh[:, :, end:]], dim=-2)
-        return Addition(self._encode(self.codec, fresh[:, :, :end], what), lengths, raw, sinks)
+        self._encode(self.codec, fresh[:, :, :end], what)
+        return Addition(lengths, raw, sinks)
 
     def commit(self, addition: Addition) -> None:
         """Store what ``prepare`` returned; nothing may have changed in between."""
-        if addition.parts is not None:
-            if not self._parts:
-                self._kind = type(addition.parts)
-                self._parts = [RowBuffer(part, step=1) for part in addition.parts]
-            for buffer, part in zip(self._parts, addition.parts, strict=True):
-                buffer.append(part)
+        if addition.lengths:
+            for part in self._parts:
+                part.extend(len(addition.lengths))
             self.lengths += addition.lengths
             self._blocks = None
             kept = self.raw[:, :, : self.sinks]
@@ -189,6 +186,23 @@ class TokenStore:
         self.sinks += addition.sinks
         if addition.raw.shape[2]:
             self._raw.append(addition.raw)
+
+    def restore(
+        self, parts: Sequence[torch.Tensor], lengths: tuple[int, ...], raw: torch.Tensor, sinks: int
+    ) -> None:
+        """Hold what another store of this kind held; this one is empty.
+
+        Args:
+            parts: Its ``parts``.
+            lengths: Its ``lengths``.
+            raw: Its ``raw``.
+            sinks: Its ``sinks``.
+        """
+        self._parts = [RowBuffer(part, step=1) for part in parts]
+        for buffer, part in zip(self._parts, parts, strict=True):
+            buffer.append(part)
+        self._raw.append(raw)
+        self.lengths, self.sinks, self._blocks = lengths, sinks, None
 
     def remove_newest(self, count: int) -> None:
         """Remove the newest tokens, encoded or not."""
@@ -231,9 +245,13 @@ class TokenStore:
             buffer.transform(function)
         self._blocks = None
 
-    def _encode(self, codec: Codec, states: torch.Tensor, what: str) -> Parts:
+    def _encode(self, codec: Codec, states: torch.Tensor, what: str) -> None:
+        """Write blocks of ``states`` to the rows behind those stored."""
         missing = -states.shape[-2] % self.block_length
         if missing:  # copies of the last token change no step and no minimum
             filler = states[:, :, -1:].expand(-1, -1, missing, -1)
             states = torch.cat([states, filler], dim=-2)
-        return encode_blocks(codec, states.unflatten(-2, (-1, self.block_length)), what)
+        blocks = states.unflatten(-2, (-1, self.block_length))
+        if not self._parts:
+            self._parts = [RowBuffer(part, step=1) for part in empty_parts(codec, blocks)]
+        encode_into(codec, blocks, [part.room(blocks.shape[2]) for part in self._parts], what)

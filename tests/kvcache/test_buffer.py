@@ -60,6 +60,18 @@ def test_appended_rows_are_there_and_views_keep_theirs(memory):
     assert torch.equal(buffer.rows, rows(7, 2))
 
 
+def test_rows_count_once_they_are_written(memory):
+    buffer = RowBuffer(rows(0, 0), step=1)
+    buffer.append(rows(0, 5))
+    room = buffer.room(3)
+    room.copy_(rows(90, 3))  # given up: nothing of it counts
+    assert torch.equal(buffer.rows, rows(0, 5))
+    buffer.room(3).copy_(rows(5, 3))
+    assert buffer.length == 5
+    buffer.extend(3)
+    assert torch.equal(buffer.rows, rows(0, 8))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
 def test_copies_grow_apart(memory, duplicate):
     buffer = RowBuffer(rows(0, 0), step=1)

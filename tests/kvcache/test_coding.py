@@ -10,7 +10,12 @@ import torch
 
 from hf_adaptive_sparse.kernels import encoding, library
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
-from hf_adaptive_sparse.kvcache.coding import decode_blocks, encode_blocks
+from hf_adaptive_sparse.kvcache.coding import (
+    decode_blocks,
+    empty_parts,
+    encode_blocks,
+    encode_into,
+)
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from tests.kernels.kv_blocks import CODECS, DTYPES, assert_same_bits
 
@@ -58,6 +63,30 @@ def test_parts_and_states_are_those_of_torch(path, name, dtype):
         output = torch.full_like(states, 77)
         assert encoding.decode(found, codec.kernel_format, tokens, output)
         assert_same_bits(output, states)
+
+
+class NewCodec(ChannelCodec):
+    """A codec that no kernel knows."""
+
+    kernel_format = None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("codec_type", [*CODECS.values(), lambda bits, group: NewCodec(bits)])
+def test_parts_are_written_between_others(path, codec_type, dtype):
+    codec, blocks = codec_type(6, 64), torch.randn(2, 3, 3, 32, 40).to(dtype)
+    expected = codec.encode(blocks, "keys")
+    empty = empty_parts(codec, blocks)
+    assert type(empty) is type(expected)
+    # Five rows, the heads of a row side by side; blocks go to rows 1 to 3.
+    rows = [part.new_full((5, 2, 3, *part.shape[3:]), 77).movedim(0, 2) for part in empty]
+    encode_into(codec, blocks, [part[:, :, 1:4] for part in rows], "keys")
+    for part, theirs in zip(rows, expected, strict=True):
+        assert_same_bits(part[:, :, 1:4].contiguous(), theirs)
+        assert (part[:, :, ::4] == 77).all()
+    blocks[0, 1, 2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match="keys of layer 3 must be finite"):
+        encode_into(codec, blocks, [part[:, :, 1:4] for part in rows], "keys of layer 3")
 
 
 @pytest.mark.parametrize("name", CODECS)

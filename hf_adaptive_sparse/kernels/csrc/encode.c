@@ -33,30 +33,56 @@ static int64_t metadata_bytes(const has_encode_call *call, int i) {
 }
 
 /* Task i: the heads of a block follow each other, as a token's do in the states of a model. */
+typedef struct {
+    int64_t batch, head, block;
+} place;
+
+static place place_of(const has_encode_call *call, int64_t i) {
+    return (place){i / call->heads / call->blocks, i % call->heads, i / call->heads % call->blocks};
+}
+
+/* First token of the states that are encoded at a place. */
+static uint8_t *source(const has_encode_call *call, place at) {
+    const int64_t *strides = call->state_strides;
+    int64_t element = at.batch * strides[0] + at.head * strides[1] + at.block * strides[2];
+    return (uint8_t *)call->states + element * has_element_bytes(call);
+}
+
+/* Where the states that are decoded at a place go, and how many tokens of them. */
+static uint8_t *target(const has_encode_call *call, place at, int64_t *tokens) {
+    const int64_t *strides = call->state_strides, *lengths = call->lengths;
+    int64_t first = at.block * call->tokens;
+    *tokens = call->tokens;
+    if (lengths != NULL) {
+        first = 0;
+        for (int64_t b = 0; b < at.block; b++) first += lengths[b];
+        *tokens = lengths[at.block];
+    }
+    int64_t element = at.batch * strides[0] + at.head * strides[1] + first * strides[3];
+    return (uint8_t *)call->states + element * has_element_bytes(call);
+}
+
 static int run_task(void *shared, int64_t i) {
     const work *w = shared;
     const has_encode_call *call = w->call;
-    int64_t head = i % call->heads, block = i / call->heads % call->blocks;
-    int64_t batch = i / call->heads / call->blocks, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
-    const int64_t *ss = call->state_strides, *cs = call->code_strides;
+    place at = place_of(call, i);
+    const int64_t *cs = call->code_strides;
     has_encode_task task = {.tokens = call->tokens};
-    int64_t at = batch * ss[0] + head * ss[1];
-    if (!w->decodes) {
-        at += block * ss[2];
-    } else if (call->lengths == NULL) {
-        at += block * call->tokens * ss[3];
+    if (w->decodes) {
+        task.states = target(call, at, &task.tokens);
     } else {
-        for (int64_t b = 0; b < block; b++) at += call->lengths[b] * ss[3];
-        task.tokens = call->lengths[block];
+        int64_t next = i + call->threads; /* threads take tasks in turn, more or less */
+        task.states = source(call, at);
+        if (next < call->batch * call->heads * call->blocks)
+            task.next = source(call, place_of(call, next));
     }
-    task.states = (uint8_t *)call->states + at * item_bytes;
-    task.codes = (uint8_t *)call->codes + batch * cs[0] + head * cs[1] + block * cs[2];
+    task.codes = (uint8_t *)call->codes + at.batch * cs[0] + at.head * cs[1] + at.block * cs[2];
     for (int m = 0; m < 3; m++) {
         const int64_t *ms = call->metadata_strides[m];
         if (call->metadata[m] != NULL)
             task.metadata[m] =
                 (uint8_t *)call->metadata[m] +
-                (batch * ms[0] + head * ms[1] + block * ms[2]) * metadata_bytes(call, m);
+                (at.batch * ms[0] + at.head * ms[1] + at.block * ms[2]) * metadata_bytes(call, m);
     }
     return w->function(call, &task);
 }

@@ -29,9 +29,15 @@ typedef struct {
     int64_t threads;
 } has_encode_call;
 
+/* Bytes of an element of the states. */
+static inline int64_t has_element_bytes(const has_encode_call *call) {
+    return call->dtype == HAS_FLOAT32 ? 4 : 2;
+}
+
 /* Where one head of one block is. */
 typedef struct {
-    uint8_t *states; /* first token */
+    uint8_t *states;     /* first token */
+    const uint8_t *next; /* first token of what is likely to be encoded next, or NULL */
     int64_t tokens;  /* to write, by decode */
     uint8_t *codes;
     void *metadata[3];

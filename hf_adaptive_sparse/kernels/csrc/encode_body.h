@@ -155,43 +155,23 @@ static TARGET void fit_columns(const float *x, int64_t n, int64_t width, float l
     }
 }
 
-/* Extremes of columns [from, to) of each row, to low[r] and high[r]; `lanes` holds 8 * n. */
+/* The whole number that orders as the value does; also the way back. NaN has no place in it. */
+HAS_INLINE int32_t ordered(int32_t bits) { return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1); }
+
+/* Extremes of columns [from, to) of each row, to low[r] and high[r]. Compilers find those of whole
+ * numbers with vectors; among floats NaN and the two zeros would depend on the order. */
 static TARGET void row_extremes(const float *x, int64_t n, int64_t width, int64_t from, int64_t to,
-                                float *restrict low, float *restrict high, float *lanes) {
-    float *restrict lowest = lanes, *restrict highest = lanes + n * 4;
+                                float *restrict low, float *restrict high) {
     for (int64_t r = 0; r < n; r++) {
-        const float *row = x + r * width;
-        float a[LANES], b[LANES];
-        for (int j = 0; j < LANES; j++) a[j] = b[j] = row[from];
-        int64_t c = from;
-        for (; c + LANES <= to; c += LANES)
-            for (int j = 0; j < LANES; j++) {
-                a[j] = row[c + j] < a[j] ? row[c + j] : a[j];
-                b[j] = row[c + j] > b[j] ? row[c + j] : b[j];
-            }
-        for (int j = 0; c + j < to; j++) {
-            a[j] = row[c + j] < a[j] ? row[c + j] : a[j];
-            b[j] = row[c + j] > b[j] ? row[c + j] : b[j];
+        const float *restrict row = x + r * width;
+        int32_t lowest = INT32_MAX, highest = INT32_MIN;
+        for (int64_t c = from; c < to; c++) {
+            int32_t number = ordered((int32_t)has_bits_of_float(row[c]));
+            lowest = number < lowest ? number : lowest;
+            highest = number > highest ? number : highest;
         }
-        for (int j = 0; j < 8; j++) {
-            a[j] = a[j + 8] < a[j] ? a[j + 8] : a[j];
-            b[j] = b[j + 8] > b[j] ? b[j + 8] : b[j];
-        }
-        for (int j = 0; j < 4; j++) {
-            lowest[r * 4 + j] = a[j + 4] < a[j] ? a[j + 4] : a[j];
-            highest[r * 4 + j] = b[j + 4] > b[j] ? b[j + 4] : b[j];
-        }
-    }
-    for (int64_t r = 0; r < n; r++) {
-        float a[2], b[2];
-        for (int j = 0; j < 2; j++) {
-            float first = lowest[r * 4 + j], second = lowest[r * 4 + j + 2];
-            a[j] = second < first ? second : first;
-            first = highest[r * 4 + j], second = highest[r * 4 + j + 2];
-            b[j] = second > first ? second : first;
-        }
-        low[r] = a[1] < a[0] ? a[1] : a[0];
-        high[r] = b[1] > b[0] ? b[1] : b[0];
+        low[r] = has_float_of_bits((uint32_t)ordered(lowest));
+        high[r] = has_float_of_bits((uint32_t)ordered(highest));
     }
 }
 
@@ -236,7 +216,7 @@ typedef struct {
     float levels;
     float *x;                    /* [tokens][width]; decoding: one row */
     float *low, *high, *inverse; /* [groups][tokens] or [width] */
-    float *memory;               /* for fits and extremes */
+    float *memory;               /* for fits */
     uint8_t *codes, *turned;     /* [tokens][width], [width][padded tokens] */
 } block;
 
@@ -250,7 +230,6 @@ static TARGET void *block_make(block *b, const has_encode_call *call, int encode
     int64_t scales = b->groups * tokens > width ? b->groups * tokens : width;
     int64_t x = encodes ? tokens * width : width, memory = 0;
     if (encodes && call->format == HAS_BY_CHANNEL && call->fits) memory = (tokens + 6) * width;
-    if (encodes && call->format != HAS_BY_CHANNEL) memory = 8 * tokens;
     if (encodes && call->format != HAS_BY_CHANNEL && call->fits)
         memory = (2 * b->group + 8) * turned;
     size_t floats = (size_t)(x + 3 * scales + memory);
@@ -295,7 +274,7 @@ static TARGET void group_ends(const has_encode_call *call, const block *b, int64
     int64_t from = g * b->group, tokens = call->tokens;
     int64_t to = from + b->group < call->width ? from + b->group : call->width;
     float *low = b->low + g * tokens, *high = b->high + g * tokens;
-    row_extremes(b->x, tokens, b->width, from, to, low, high, b->memory);
+    row_extremes(b->x, tokens, b->width, from, to, low, high);
     if (!call->fits) return;
     /* Turned, so that what is summed lies in rows; few bits are worth it. */
     int64_t turned = padded(tokens);
@@ -394,9 +373,13 @@ static TARGET int encode(const has_encode_call *call, const has_encode_task *tas
     block b;
     void *memory = block_make(&b, call, 1);
     if (memory == NULL) return HAS_NO_MEMORY;
-    int64_t row_bytes = call->state_strides[3] * (call->dtype == HAS_FLOAT32 ? 4 : 2);
+    int64_t row_bytes = call->state_strides[3] * has_element_bytes(call);
     uint32_t worst = 0;
+    int64_t used = call->width * has_element_bytes(call);
     for (int64_t t = 0; t < call->tokens; t++) {
+        if (task->next != NULL)
+            for (int64_t at = 0; at < used; at += 64)
+                __builtin_prefetch(task->next + t * row_bytes + at, 0, 2);
         uint32_t row = load_row(task->states + t * row_bytes, call->dtype, call->width,
                                 b.x + t * b.width);
         worst = row > worst ? row : worst;
@@ -440,7 +423,8 @@ static TARGET int decode(const has_encode_call *call, const has_encode_task *tas
     block b;
     void *memory = block_make(&b, call, 0);
     if (memory == NULL) return HAS_NO_MEMORY;
-    int64_t row_bytes = call->state_strides[3] * (call->dtype == HAS_FLOAT32 ? 4 : 2);
+    const int64_t width = call->width, tokens = call->tokens; /* no store may change them */
+    int64_t row_bytes = call->state_strides[3] * has_element_bytes(call);
     load_scales(call, task, &b);
     if (call->format == HAS_TRANSPOSED) {
         int64_t turned = padded(call->tokens);
@@ -454,16 +438,16 @@ static TARGET int decode(const has_encode_call *call, const has_encode_task *tas
         float *restrict x = b.x;
         if (call->format == HAS_BY_CHANNEL) {
             const float *restrict steps = b.inverse, *restrict minima = b.low;
-            for (int64_t c = 0; c < call->width; c++) x[c] = codes[c] * steps[c] + minima[c];
+            for (int64_t c = 0; c < width; c++) x[c] = codes[c] * steps[c] + minima[c];
         } else {
             for (int64_t g = 0; g < b.groups; g++) {
                 int64_t from = g * b.group;
-                int64_t to = g + 1 < b.groups ? from + b.group : call->width;
-                float step = b.inverse[g * call->tokens + t], minimum = b.low[g * call->tokens + t];
+                int64_t to = g + 1 < b.groups ? from + b.group : width;
+                float step = b.inverse[g * tokens + t], minimum = b.low[g * tokens + t];
                 for (int64_t c = from; c < to; c++) x[c] = codes[c] * step + minimum;
             }
         }
-        store_row(x, call->dtype, call->width, task->states + t * row_bytes);
+        store_row(x, call->dtype, width, task->states + t * row_bytes);
     }
     free(memory);
     return HAS_OK;
