@@ -2,7 +2,8 @@
 
 ``torch.compile`` and ``torch.export`` see two opaque operators, ``hf_adaptive_sparse::linear`` and
 the gradient for its input. They take the tensors of a `SparseWeight` one by one, as operators of
-torch must. The weight itself has no gradient. A call that nothing looks at skips the operator.
+torch must. The weight itself has no gradient. A call at which nothing but autograd looks skips the
+operators, which take as long as a small product.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -34,9 +36,13 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
     """
     if x.dtype is not weight.dtype and torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
-    if _nobody_watches(x, bias):
-        return sparse_linear.linear(x, weight, bias)
-    product: torch.Tensor = _linear(
+    product: torch.Tensor
+    if not _is_watched(x):
+        if not _needs_gradient(x, bias):
+            return sparse_linear.linear(x, weight, bias)
+        product = _Product.apply(x, bias, weight)
+        return product
+    product = _linear(
         x,
         weight.values,
         weight.bitmask,
@@ -51,20 +57,50 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
     return product
 
 
-def _nobody_watches(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Return whether the operator can be left out, which takes as long as a small product.
-
-    It is there for gradients, tracers, transforms and tensors that are more than their numbers.
-    """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
-        return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
+def _is_watched(x: torch.Tensor) -> bool:
+    """Return whether there are tracers, transforms or tensors that are more than their numbers."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not torch.Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+def _needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+class _Product(torch.autograd.Function):
+    """The product with what autograd has to know, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: SparseWeight
+    ) -> torch.Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(weight.values)  # torch refuses a gradient if they are overwritten
+        return sparse_linear.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        _ = ctx.saved_tensors
+        for_x = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_x = sparse_linear.input_gradient(gradient, ctx.weight)
+        if ctx.needs_input_grad[1]:
+            for_bias = _bias_gradient(gradient)
+        return for_x, for_bias, None
+
+
+def _bias_gradient(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.sum(tuple(range(gradient.dim() - 1)))
 
 
 @torch.library.custom_op("hf_adaptive_sparse::linear", mutates_args=())
@@ -152,7 +188,7 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
             gradient, *parts, ctx.columns, ctx.group_size, block_offsets, codebook
         )
     if ctx.needs_input_grad[5]:
-        for_bias = gradient.sum(tuple(range(gradient.dim() - 1)))
+        for_bias = _bias_gradient(gradient)
     return for_x, None, None, None, None, for_bias, None, None, None, None
 
 

@@ -79,6 +79,19 @@ def test_gradients_flow_through_to_input_and_bias(bits: int, with_bias: bool) ->
     assert module.weight_values.grad is None
 
 
+def test_a_gradient_that_would_be_wrong_is_refused() -> None:
+    module = sparse(pruned())
+    x = torch.randn(3, 77, requires_grad=True)
+    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    product = module(x).sum()
+    with torch.no_grad():
+        module.weight_values.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 def test_the_operators_pass_torchs_own_checks() -> None:
     module = sparse(pruned())
     weight = module.sparse_weight
