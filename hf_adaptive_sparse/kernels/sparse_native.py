@@ -165,7 +165,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     Sums are float32. With values as they are, so are the products: in bfloat16 the result is as
     close to the float32 reference as its own rounding allows. With codes, x is rounded to 15 bits
     and a sign on a step of its own for at most 256 columns, which adds an error of at most
-    ``max |x| / 65534 * sum |w|`` per such segment.
+    ``max |x| / 65278 * sum |w|`` per such segment.
 
     Every linear of a model comes here for every token, right after another one's weights went
     through the processor's caches: each thing touched costs a hundred times what it costs in a

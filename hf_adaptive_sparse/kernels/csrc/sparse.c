@@ -162,15 +162,19 @@ HAS_EXPORT int has_sparse_linear(int variant, const has_sparse_call *call) {
         .segment = codes ? segment_of(call->group_size) : HAS_SPARSE_BLOCK,
     };
     x.segments = (call->columns + x.segment - 1) / x.segment;
+    int64_t split = x.segments * ((x.segment + 63) / 64 * 64); /* a segment begins at 64 bytes */
+    if (codes && x.stride < split) x.stride = split;
     size_t number_bytes = (size_t)(call->tokens * x.stride) * (narrow ? 2 : 4);
     size_t step_bytes = (size_t)(call->tokens * x.segments) * sizeof(float);
+    size_t correction_bytes = codes ? step_bytes * HAS_SPARSE_LANES : 0;
     size_t shuffled_bytes = call->bits == 12 && call->tokens == 1 ? (size_t)x.stride * 2 : 0;
     int is_finite = 1;
-    uint8_t *memory = malloc(number_bytes + step_bytes + shuffled_bytes + 64);
+    uint8_t *memory = malloc(number_bytes + correction_bytes + shuffled_bytes + step_bytes + 64);
     if (memory == NULL) return HAS_NO_MEMORY;
     x.numbers = memory + (64 - (uintptr_t)memory % 64);
     x.is_finite = &is_finite;
-    x.shuffled = (uint8_t *)x.numbers + number_bytes;
+    x.corrections = (int32_t *)((uint8_t *)x.numbers + number_bytes);
+    x.shuffled = (uint8_t *)x.corrections + correction_bytes;
     x.steps = (float *)((uint8_t *)x.shuffled + shuffled_bytes);
     v->prepare(call, &x);
     range r = {.call = call, .variant = v, .x = &x, .first = 0, .last = call->rows};

@@ -38,10 +38,11 @@ typedef struct {
     int64_t stride;
     void *shuffled;  /* bfloat16 for add_12, see sparse_body.h, with values of 12 bits and a token */
     int *is_finite;  /* whether all of x is */
-    void *numbers;   /* float or, where a variant multiplies them, bfloat16; codes int16 */
+    void *numbers;   /* float or, where a variant multiplies them, bfloat16; codes int16, or split */
     int64_t segment; /* with codes: columns that share a step of x; part of one group */
     int64_t segments;
-    float *steps; /* [token][segment] */
+    float *steps;         /* [token][segment] */
+    int32_t *corrections; /* [token][segment][lane], of codes that are split: see sparse_body.h */
 } has_sparse_x;
 
 typedef struct {

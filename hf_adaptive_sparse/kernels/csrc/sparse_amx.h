@@ -1,10 +1,9 @@
 /* x86-64 with AMX (Sapphire Rapids and later), included by sparse_avx512.c.
  *
  * Sixteen rows are expanded side by side, 64 columns at a time, into a buffer that the matrix unit
- * then multiplies with all tokens. The vector units only expand, so that one token takes hardly
- * longer than the memory takes, and 32 tokens hardly longer than one. Values come from the second-
- * level cache: while a block of rows is multiplied, the next block, which follows it in memory, is
- * prefetched share by share.
+ * then multiplies with all tokens. The vector units only expand, so that 32 tokens take hardly longer
+ * than two. Values come from the second-level cache: while a block of rows is multiplied, the next
+ * block, which follows it in memory, is prefetched share by share.
  *
  * x lies in the order in which tiles take it: pairs of columns (bfloat16) or fours (codes, upper and
  * lower byte apart), and within them the tokens of a tile:
@@ -40,11 +39,11 @@ enum { AMX_ROWS = 16, AMX_TOKENS = 16, AMX_STEP = 64, AMX_CHUNK_BYTES = 256 };
         _tile_loadd(tile, at, stride);                                                          \
     } while (0)
 
-/* One token of bfloat16 is left to the rows one by one: it needs the memory's whole bandwidth, and
- * the processor's own prefetchers help a single stream of values more than sixteen. */
+/* One token is left to the rows one by one: it needs the memory's whole bandwidth, and the
+ * processor's own prefetchers help a single stream of values more than sixteen. */
 static int amx_takes(const has_sparse_call *call, const has_sparse_x *x) {
-    if (call->bits > 8) return call->dtype == HAS_BFLOAT16 && call->tokens > 1;
-    return call->bits <= 8 && x->segment >= AMX_STEP;
+    if (call->tokens == 1) return 0;
+    return call->bits > 8 ? call->dtype == HAS_BFLOAT16 : x->segment >= AMX_STEP;
 }
 
 /* Put 64 bytes of a token, 4 by 4, to where tile `tile` of steps of `kinds` tiles has them. */
@@ -210,14 +209,14 @@ AMX_FORCED void amx_add(const uint8_t *weight, const uint8_t *x, int64_t tokens,
     }
 }
 
-/* What the tiles of a tile of tokens hold: a[row * stride + token] and b. */
-AMX_FORCED void amx_store(int is_last, void *a, void *b, int64_t stride) {
+/* What the tiles of a tile of tokens hold: a[row * AMX_TOKENS + token] and b. */
+AMX_FORCED void amx_store(int is_last, void *a, void *b) {
     if (is_last) {
-        _tile_stored(LAST_A, a, stride * 4);
-        _tile_stored(LAST_B, b, stride * 4);
+        _tile_stored(LAST_A, a, AMX_TOKENS * 4);
+        _tile_stored(LAST_B, b, AMX_TOKENS * 4);
     } else {
-        _tile_stored(FULL_A, a, stride * 4);
-        _tile_stored(FULL_B, b, stride * 4);
+        _tile_stored(FULL_A, a, AMX_TOKENS * 4);
+        _tile_stored(FULL_B, b, AMX_TOKENS * 4);
     }
     MEMORY_BARRIER();
 }
@@ -231,10 +230,9 @@ AMX_FORCED void amx_zero(int64_t tokens) {
     _tile_zero(LAST_B);
 }
 
-/* Sums of a block: [tile of tokens][row][token], rows `stride` apart. */
+/* Sums of a block: [tile of tokens][row][token]. */
 typedef struct {
     _Alignas(64) float of[2][AMX_ROWS * AMX_TOKENS];
-    int64_t stride; /* 1 for one token, so that its rows are one vector; else AMX_TOKENS */
 } amx_sums;
 
 /* Sums of the products of codes in the segments of a chunk: upper and lower bytes of x. */
@@ -247,7 +245,7 @@ typedef struct {
 AMX_FORCED void amx_scale(const has_sparse_call *call, const has_sparse_x *x, int64_t column,
                           const int64_t *row_of, const amx_products *products, amx_sums *sums) {
     int64_t size = group_columns(call), groups = (call->columns + size - 1) / size;
-    float inverse = 1.0f / (float)(call->bits == 8 ? 127 : 7 * FOURS);
+    float inverse = inverse_limit(call);
     for (int64_t i = 0; i < AMX_CHUNK_BYTES && column + i < call->columns; i += x->segment) {
         _Alignas(64) float units[AMX_ROWS];
         int64_t s = (column + i) / x->segment, group = (column + i) / size;
@@ -258,14 +256,12 @@ AMX_FORCED void amx_scale(const has_sparse_call *call, const has_sparse_x *x, in
             _Alignas(64) float steps[AMX_TOKENS] = {0};
             for (int64_t t = first; t < call->tokens && t < first + AMX_TOKENS; t++)
                 steps[t - first] = x->steps[t * x->segments + s];
-            for (int64_t r = 0; r < AMX_ROWS; r += sums->stride == 1 ? AMX_ROWS : 1) {
-                float *sum = sums->of[first != 0] + r * sums->stride;
-                __m512i upper = _mm512_load_si512(of[0] + r * sums->stride);
-                __m512i lower = _mm512_load_si512(of[1] + r * sums->stride);
+            for (int64_t r = 0; r < AMX_ROWS; r++) {
+                float *sum = sums->of[first != 0] + r * AMX_TOKENS;
+                __m512i upper = _mm512_load_si512(of[0] + r * AMX_TOKENS);
+                __m512i lower = _mm512_load_si512(of[1] + r * AMX_TOKENS);
                 __m512i both = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
-                __m512 factor = sums->stride == 1
-                                    ? _mm512_mul_ps(_mm512_load_ps(units), _mm512_set1_ps(steps[0]))
-                                    : _mm512_mul_ps(_mm512_set1_ps(units[r]), _mm512_load_ps(steps));
+                __m512 factor = _mm512_mul_ps(_mm512_set1_ps(units[r]), _mm512_load_ps(steps));
                 _mm512_store_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), factor,
                                                      _mm512_load_ps(sum)));
             }
@@ -280,7 +276,7 @@ AMX_FORCED void amx_write(const has_sparse_call *call, int64_t first, int64_t co
         for (int64_t r = 0; r < count; r++) bias[r] = number_at(call->bias, first + r, call->dtype);
     const __m512i rows = _mm512_mullo_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32((int)sums->stride));
+        _mm512_set1_epi32(AMX_TOKENS));
     for (int64_t t = 0; t < call->tokens; t++) {
         const float *of = sums->of[t / AMX_TOKENS] + t % AMX_TOKENS;
         __m512 total = _mm512_add_ps(_mm512_i32gather_ps(rows, of, 4), _mm512_load_ps(bias));
@@ -307,8 +303,8 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
                           int64_t count, int bits, int careful) {
     _Alignas(64) uint8_t weight[2][AMX_ROWS * AMX_CHUNK_BYTES];
     amx_products products;
-    amx_sums sums = {.stride = call->tokens == 1 ? 1 : AMX_TOKENS};
-    memset(sums.of, 0, sizeof sums.of);
+    amx_sums sums;
+    memset(&sums, 0, sizeof sums);
     int64_t columns = call->columns, mask_bytes = (columns + 7) / 8, last = first + count;
     int64_t row_of[AMX_ROWS];
     amx_rows rows = {.values = call->values, .end = call->values + call->value_bytes};
@@ -349,9 +345,9 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
                     call->tokens, bits);
             if (bits <= 8 && ((i + AMX_STEP) % x->segment == 0 || i + AMX_STEP >= left)) {
                 int32_t (*to)[2][AMX_ROWS * AMX_TOKENS] = products.of[i / x->segment];
-                if (call->tokens > AMX_TOKENS) amx_store(0, to[0][0], to[0][1], sums.stride);
-                amx_store(1, to[call->tokens > AMX_TOKENS][0], to[call->tokens > AMX_TOKENS][1],
-                          sums.stride);
+                int last = call->tokens > AMX_TOKENS;
+                if (last) amx_store(0, to[0][0], to[0][1]);
+                amx_store(1, to[last][0], to[last][1]);
                 amx_zero(call->tokens);
             }
         }
@@ -362,8 +358,8 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
         _Alignas(64) float second[AMX_ROWS * AMX_TOKENS];
         int64_t tiles = (call->tokens + AMX_TOKENS - 1) / AMX_TOKENS;
         for (int64_t tile = 0; tile < tiles; tile++) {
-            amx_store(tile == tiles - 1, sums.of[tile], second, sums.stride);
-            for (int64_t i = 0; i < AMX_ROWS * sums.stride; i++) sums.of[tile][i] += second[i];
+            amx_store(tile == tiles - 1, sums.of[tile], second);
+            for (int64_t i = 0; i < AMX_ROWS * AMX_TOKENS; i++) sums.of[tile][i] += second[i];
         }
     }
     amx_write(call, first, count, &sums);

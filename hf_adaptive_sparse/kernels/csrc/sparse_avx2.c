@@ -8,7 +8,7 @@
 #define VARIANT(name) name##_avx2
 #define TAKES_BFLOAT16 0
 #define FOURS 1
-#define FUSES_12 0
+#define FUSES 0
 
 #include <immintrin.h>
 

@@ -13,7 +13,7 @@
 #define VARIANT(name) name##_avx512
 #define TAKES_BFLOAT16 1
 #define FOURS 16
-#define FUSES_12 1
+#define FUSES 1
 
 #include <immintrin.h>
 
@@ -211,20 +211,65 @@ FORCED int64_t add_12(const uint8_t *mask, const uint8_t *lower, const uint8_t *
     return next - at;
 }
 
-FORCED __m512i codes_at(const int8_t *codes) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+/* Sums of products of the upper and the lower bytes of x, which have a sign, with 128 + a code of the
+ * weight, which has none: so the processor multiplies bytes. They begin with what takes the products
+ * of 128 away again. */
+typedef struct {
+    __m512i upper, lower;
+} split_sums;
+
+FORCED split_sums begin_split(const int32_t *corrections) {
+    return (split_sums){_mm512_setzero_si512(), _mm512_load_si512(corrections)};
 }
 
-FORCED void add_codes(const int8_t *codes, const int16_t *x, int64_t n, float factor,
-                      float *sums) {
-    __m512i first = _mm512_setzero_si512(), second = first;
-    for (int64_t i = 0; i < n; i += 64) {
-        first = _mm512_dpwssd_epi32(first, codes_at(codes + i), _mm512_loadu_si512(x + i));
-        second =
-            _mm512_dpwssd_epi32(second, codes_at(codes + i + 32), _mm512_loadu_si512(x + i + 32));
+FORCED split_sums add_bytes(split_sums sums, __m512i weight, const int8_t *x) {
+    sums.upper = _mm512_dpbusd_epi32(sums.upper, weight, _mm512_load_si512(x));
+    sums.lower = _mm512_dpbusd_epi32(sums.lower, weight, _mm512_load_si512(x + 64));
+    return sums;
+}
+
+FORCED __m512 end_split(split_sums of, __m512 factor, __m512 sums) {
+    __m512i total = _mm512_add_epi32(_mm512_slli_epi32(of.upper, 8), of.lower);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sums);
+}
+
+FORCED void add_codes(const int8_t *codes, const int8_t *x, const int32_t *corrections, int64_t n,
+                      float factor, float *sums) {
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    split_sums of = begin_split(corrections);
+    for (int64_t i = 0; i < n; i += 64)
+        of = add_bytes(of, _mm512_xor_si512(_mm512_loadu_si512(codes + i), sign), x + 2 * i);
+    _mm512_storeu_ps(sums, end_split(of, _mm512_set1_ps(factor), _mm512_loadu_ps(sums)));
+}
+
+FORCED int64_t expand_and_add_codes(const uint8_t *mask, const uint8_t *values, int64_t at,
+                                    int64_t n, int bits, const int8_t *x, int64_t segment,
+                                    const int32_t *corrections, const float *factors,
+                                    float *sums) {
+    const __m512i sign = _mm512_set1_epi8((char)0x80), upper = _mm512_set1_epi8((char)0xf0);
+    __m512 total = _mm512_loadu_ps(sums);
+    int64_t next = at;
+    for (int64_t first = 0; first < n; first += segment, corrections += 16, factors++) {
+        int64_t end = first + segment < n ? first + segment : n;
+        split_sums of = begin_split(corrections);
+        __builtin_prefetch(mask + first / 8 + 512, 0, 3);
+        for (int64_t i = first; i < end; i += 64) {
+            uint64_t word = mask_word(mask, i);
+            const uint8_t *from = values + (bits == 8 ? next : next >> 1);
+            _mm_prefetch((const char *)from + AHEAD_BYTES, _MM_HINT_T0);
+            __m512i codes = _mm512_loadu_si512(from);
+            if (bits == 4) /* (codes & upper) ^ sign */
+                codes = _mm512_ternarylogic_epi32(codes_of_4(codes, next, value_shifts), upper,
+                                                  sign, 0x6a);
+            else
+                codes = _mm512_xor_si512(codes, sign);
+            of = add_bytes(of, _mm512_mask_expand_epi8(sign, word, codes), x + 2 * i);
+            next += _mm_popcnt_u64(word);
+        }
+        total = end_split(of, _mm512_set1_ps(*factors), total);
     }
-    __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(first, second));
-    _mm512_storeu_ps(sums, _mm512_fmadd_ps(total, _mm512_set1_ps(factor), _mm512_loadu_ps(sums)));
+    _mm512_storeu_ps(sums, total);
+    return next - at;
 }
 
 #include "sparse_body.h"

@@ -10,7 +10,12 @@
  *
  *     sum over columns of x * w = sum over segments of step * unit * (sum of x_code * w_code)
  *
- * which is off by at most step / 2 * sum |w| per segment, where step = max |x| / 32767.
+ * which is off by at most step / 2 * sum |w| per segment, where step = max |x| / X_LIMIT.
+ *
+ * Where FUSES, a code of x is split in two signed bytes, 256 * upper + lower, and the weight's code
+ * gets 128 added, which takes its sign away. A lane multiplies the columns 64 * i + 4 * lane + 0 to 3
+ * of a segment; -128 times the sum of their codes of x is its correction, which all rows share. A
+ * segment lies in [64 columns][upper, lower][column].
  *
  * Defined by the variant, all with n a multiple of 64 and masks and values readable as far as said:
  *     expand_32, _16, _8, _4 (mask, values, at, n, out)   out[i] = mask bit i ? next value : 0, the
@@ -19,16 +24,20 @@
  *     expand_12 (mask, lower, codes, at, n, book, out)    the same to bfloat16: lower bytes, the first
  *         being number 0, and codes, the first number `at`, each for an upper byte of `book`.
  *     add_floats(a, x, n, sums), add_codes(codes, x_codes, n, factor, sums)
- *         add products to HAS_SPARSE_LANES sums; the second times factor.
+ *         add products to HAS_SPARSE_LANES sums; the second times factor. Where FUSES, codes of x
+ *         are split, and followed by the segment's corrections.
  *     add_bfloat16 (a, x, n, sums)                        where TAKES_BFLOAT16;
- *     add_12 (mask, lower, codes, at, n, book, x, sums)   where FUSES_12: expand_12 and add_bfloat16
- *         in one, with columns of x where `shuffled_column` has them. */
+ *     add_12 (mask, lower, codes, at, n, book, x, sums)   where FUSES: expand_12 and add_bfloat16
+ *         in one, with columns of x where `shuffled_column` has them;
+ *     expand_and_add_codes (mask, values, at, n, bits, x_codes, segment, corrections, factors, sums)
+ *         also: expand_8 or expand_4 and add_codes in one, for segments behind each other. */
 #include <string.h>
 
 #include "numbers.h"
 #include "sparse.h"
 
-enum { BLOCK = HAS_SPARSE_BLOCK, LANES = HAS_SPARSE_LANES, SLACK_BYTES = 256 };
+/* 32639 = 127 * 256 + 127 is the largest code of x whose two bytes both have a sign. */
+enum { BLOCK = HAS_SPARSE_BLOCK, LANES = HAS_SPARSE_LANES, SLACK_BYTES = 256, X_LIMIT = 32639 };
 
 HAS_INLINE int64_t round_up_64(int64_t n) { return (n + 63) / 64 * 64; }
 
@@ -55,11 +64,16 @@ HAS_INLINE int64_t group_columns(const has_sparse_call *call) {
     return call->group_size ? call->group_size : call->columns;
 }
 
-/* What a code of this group counts: its scale over the largest code, as it is multiplied. */
-HAS_INLINE double unit_of(const has_sparse_call *call, int64_t group, int fours) {
-    int limit = call->bits == 8 ? 127 : 7 * fours;
+/* What a code of this group counts: its scale over the largest code, as decompression has it. */
+HAS_INLINE double unit_of(const has_sparse_call *call, int64_t group) {
+    int limit = call->bits == 8 ? 127 : 7;
     if (call->dtype == HAS_FLOAT32) return (double)((const float *)call->scales)[group] / limit;
     return number_at(call->scales, group, call->dtype) / (float)limit;
+}
+
+/* By what a scale is multiplied in products: codes of 4 bits come FOURS times as large. */
+HAS_INLINE float inverse_limit(const has_sparse_call *call) {
+    return 1.0f / (float)(call->bits == 8 ? 127 : 7 * FOURS);
 }
 
 /* Loops with a constant type inside, so that they are vectorised. */
@@ -188,15 +202,15 @@ static TARGET float round_segment(const void *numbers, int64_t n, int64_t dtype,
         memset(codes, 0, (size_t)n * sizeof *codes);
         return highest >= 0x7f800000u ? NAN : 0.0f;
     }
-    float inverse = 32767.0f / largest;
+    float inverse = X_LIMIT / largest;
     for (int64_t i = 0; i < n; i++) {
         float scaled = a[i] * inverse;
         codes[i] = (int16_t)(int32_t)(scaled + copysignf(0.5f, scaled));
     }
-    return largest / 32767.0f;
+    return largest / X_LIMIT;
 }
 
-#if FUSES_12
+#if FUSES
 /* Lay x out for add_12, and see whether all of it is finite. */
 static TARGET void shuffle(const has_sparse_x *x, int64_t columns) {
     const uint16_t *numbers = x->numbers;
@@ -210,6 +224,50 @@ static TARGET void shuffle(const has_sparse_x *x, int64_t columns) {
 }
 #endif
 
+#if FUSES
+/* What a code counts in each segment of columns first to first + n of a row, of which group number
+ * `group` is the first. */
+static TARGET void units_of(const has_sparse_call *call, int64_t group, int64_t first, int64_t n,
+                            int64_t segment, float *out) {
+    int64_t size = group_columns(call), per_group = size / segment, count = (n + segment - 1) / segment;
+    float inverse = inverse_limit(call);
+    group += first / size;
+    if (per_group <= 1 && call->dtype == HAS_BFLOAT16) { /* with vectors */
+        const uint16_t *scales = (const uint16_t *)call->scales + group;
+        for (int64_t i = 0; i < count; i++) out[i] = has_from_bfloat16(scales[i]) * inverse;
+        return;
+    }
+    int64_t left = (size - first % size + segment - 1) / segment; /* segments of this group */
+    for (int64_t i = 0; i < count; left += per_group, group++) {
+        float unit = number_at(call->scales, group, call->dtype) * inverse;
+        for (; i < count && i < left; i++) out[i] = unit;
+    }
+}
+
+/* Where the codes of a segment of a token are, and its corrections. */
+HAS_INLINE int8_t *split_of(const has_sparse_x *x, int64_t token, int64_t segment) {
+    return (int8_t *)x->numbers + 2 * (token * x->stride + segment * round_up_64(x->segment));
+}
+
+HAS_INLINE int32_t *corrections_of(const has_sparse_x *x, int64_t token, int64_t segment) {
+    return x->corrections + (token * x->segments + segment) * LANES;
+}
+
+static TARGET void split(const int16_t *codes, int64_t n, int8_t *out, int32_t *corrections) {
+    int32_t sums[64] = {0};
+    for (int64_t i = 0; i < n; i += 64, out += 128)
+        for (int k = 0; k < 64; k++) {
+            int8_t lower = (int8_t)codes[i + k];
+            out[k] = (int8_t)((codes[i + k] - lower) / 256);
+            out[64 + k] = lower;
+            sums[k] += codes[i + k];
+        }
+    for (int lane = 0; lane < LANES; lane++)
+        corrections[lane] = -128 * (sums[4 * lane] + sums[4 * lane + 1] + sums[4 * lane + 2] +
+                                    sums[4 * lane + 3]);
+}
+#endif
+
 static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
     int narrow = call->dtype == HAS_BFLOAT16 && TAKES_BFLOAT16;
     int64_t columns = call->columns, item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
@@ -217,19 +275,27 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
         const uint8_t *row = (const uint8_t *)call->x + token * call->x_stride * item_bytes;
         int64_t start = token * x->stride, rest = x->stride - columns;
         if (call->bits <= 8) {
-            int16_t *codes = (int16_t *)x->numbers + start;
             for (int64_t s = 0; s < x->segments; s++) {
                 int64_t first = s * x->segment;
                 int64_t n = columns - first < x->segment ? columns - first : x->segment;
-                x->steps[token * x->segments + s] =
-                    round_segment(row + first * item_bytes, n, call->dtype, codes + first);
+                const uint8_t *from = row + first * item_bytes;
+                float *step = x->steps + token * x->segments + s;
+#if FUSES
+                int16_t codes[256] = {0};
+                *step = round_segment(from, n, call->dtype, codes);
+                split(codes, round_up_64(n), split_of(x, token, s), corrections_of(x, token, s));
+#else
+                *step = round_segment(from, n, call->dtype, (int16_t *)x->numbers + start + first);
+#endif
             }
-            memset(codes + columns, 0, (size_t)rest * sizeof *codes);
+#if !FUSES
+            memset((int16_t *)x->numbers + start + columns, 0, (size_t)rest * sizeof(int16_t));
+#endif
         } else if (narrow) {
             uint16_t *numbers = (uint16_t *)x->numbers + start;
             memcpy(numbers, row, (size_t)columns * sizeof *numbers);
             memset(numbers + columns, 0, (size_t)rest * sizeof *numbers);
-#if FUSES_12
+#if FUSES
             if (call->bits == 12 && call->tokens == 1) shuffle(x, columns);
 #endif
         } else {
@@ -240,7 +306,7 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
     }
 }
 
-#if FUSES_12
+#if FUSES
 /* What add_12 multiplied instead of exception number `number`: products take denormals for 0. */
 HAS_INLINE float stand_in(const has_sparse_call *call, int64_t number) {
     const uint8_t *codes = call->values + values_of_12(call), *book = (const uint8_t *)call->codebook;
@@ -270,6 +336,28 @@ static TARGET inline __attribute__((always_inline)) int64_t multiply_12(
     *at += taken;
     return whole;
 }
+
+/* One token times the segments of a row that make whole blocks of 64; returns how many columns those
+ * have, 0 where what lies behind the row's values cannot be read. */
+static TARGET inline __attribute__((always_inline)) int64_t multiply_codes(
+    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at, int bits,
+    float *sums) {
+    enum { AT_ONCE = 64 }; /* segments */
+    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    int64_t whole = call->columns, step = AT_ONCE * x->segment;
+    if (whole % 64 != 0) whole -= whole % x->segment;
+    int64_t size = group_columns(call), groups = (call->columns + size - 1) / size;
+    float factors[AT_ONCE];
+    if (offset_of(call, row + 1) * bits / 8 + 64 > call->value_bytes || x->segment < 64) return 0;
+    for (int64_t first = 0; first < whole; first += step) {
+        int64_t n = whole - first < step ? whole - first : step, s = first / x->segment;
+        units_of(call, row * groups, first, n, x->segment, factors);
+        for (int64_t i = 0; i * x->segment < n; i++) factors[i] *= x->steps[s + i];
+        *at += expand_and_add_codes(mask + first / 8, call->values, *at, n, bits, split_of(x, 0, s),
+                                    x->segment, corrections_of(x, 0, s), factors, sums);
+    }
+    return whole;
+}
 #endif
 
 /* Products of one row with all tokens, added to their sums; constants say which kind. */
@@ -280,12 +368,13 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
     _Alignas(64) float wide[BLOCK];
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
     int64_t at = offset_of(call, row), step = x->segment;
-    int64_t size = group_columns(call), group_end = size;
-    int64_t group = row * ((call->columns + size - 1) / size);
     int64_t column = 0;
-#if FUSES_12
-    if (bits == 12 && call->tokens == 1) column = multiply_12(call, x, row, &at, ahead, sums[0]);
+#if FUSES
+    if (call->tokens == 1 && bits == 12) column = multiply_12(call, x, row, &at, ahead, sums[0]);
+    if (call->tokens == 1 && bits <= 8) column = multiply_codes(call, x, row, &at, bits, sums[0]);
 #endif
+    int64_t size = group_columns(call), group_end = (column / size + 1) * size;
+    int64_t group = row * ((call->columns + size - 1) / size) + column / size;
     for (; column < call->columns; column += step) {
         int64_t n = call->columns - column < step ? call->columns - column : step;
         __builtin_prefetch(mask + column / 8 + 512, 0, 3);
@@ -297,10 +386,17 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
                 group++;
                 group_end += size;
             }
-            float unit = (float)unit_of(call, group, FOURS);
-            for (int64_t t = 0; t < call->tokens; t++)
+            float unit = number_at(call->scales, group, call->dtype) * inverse_limit(call);
+            for (int64_t t = 0; t < call->tokens; t++) {
+                float factor = unit * x->steps[t * x->segments + s];
+#if FUSES
+                add_codes((const int8_t *)block, split_of(x, t, s), corrections_of(x, t, s), n,
+                          factor, sums[t]);
+#else
                 add_codes((const int8_t *)block, (const int16_t *)x->numbers + t * x->stride + column,
-                          n, unit * x->steps[t * x->segments + s], sums[t]);
+                          n, factor, sums[t]);
+#endif
+            }
 #if TAKES_BFLOAT16
         } else if (is_bfloat16) {
             for (int64_t t = 0; t < call->tokens; t++)
@@ -376,7 +472,7 @@ static TARGET inline __attribute__((always_inline)) void decompress_codes(
     for (int64_t column = 0; column < call->columns; column += step) {
         int64_t n = call->columns - column < step ? call->columns - column : step;
         at += expand(call, mask + column / 8, n, at, bits, NULL, block);
-        double exact = unit_of(call, row * groups + column / size, 1);
+        double exact = unit_of(call, row * groups + column / size);
         float unit = (float)exact;
         if (bits == 4)
             for (int64_t i = 0; i < n; i++) block[i] /= FOURS;

@@ -5,7 +5,7 @@
 #define VARIANT(name) name##_neon
 #define TAKES_BFLOAT16 0
 #define FOURS 1
-#define FUSES_12 0
+#define FUSES 0
 
 #include <arm_neon.h>
 

@@ -3,7 +3,7 @@
 #define VARIANT(name) name##_portable
 #define TAKES_BFLOAT16 0
 #define FOURS 1
-#define FUSES_12 0
+#define FUSES 0
 
 #include "numbers.h"
 #include "sparse.h"
