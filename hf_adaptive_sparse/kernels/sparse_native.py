@@ -121,7 +121,7 @@ def tokens_that_pay(weight: SparseWeight) -> int:
 
     That is settled by the processor, not measured. Row by row, a kernel takes as long again for
     every token, and is overtaken at about eight. The matrix unit (AMX) takes 32 tokens in hardly
-    more time than one, and up to 128 reads the weight four times and is still ahead of tiles; it
+    more time than two, and up to 128 reads the weight four times and is still ahead of tiles; it
     does so for values in bfloat16, and for codes in whole groups of 64 columns. There are none
     with codes in a float32 model, which can tell that x is rounded to 15 bits.
     """

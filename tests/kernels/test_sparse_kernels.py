@@ -85,7 +85,7 @@ def test_products(path, dtype, bits, group_size):
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 320), (4, 32), (4, 64), (8, 2560)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("columns", [4224, 4260])
+@pytest.mark.parametrize("columns", [256, 448, 4224, 4260])
 def test_rows_of_many_scales(path, dtype, bits, group_size, columns):
     weight = SparseWeight.from_dense(make_dense(columns, dtype, rows=20), bits, group_size)
     for tokens in (1, 2):

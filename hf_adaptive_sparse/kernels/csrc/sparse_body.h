@@ -232,7 +232,7 @@ static TARGET void units_of(const has_sparse_call *call, int64_t group, int64_t 
     int64_t size = group_columns(call), per_group = size / segment, count = (n + segment - 1) / segment;
     float inverse = inverse_limit(call);
     group += first / size;
-    if (per_group <= 1 && call->dtype == HAS_BFLOAT16) { /* with vectors */
+    if (size == segment && call->dtype == HAS_BFLOAT16) { /* with vectors */
         const uint16_t *scales = (const uint16_t *)call->scales + group;
         for (int64_t i = 0; i < count; i++) out[i] = has_from_bfloat16(scales[i]) * inverse;
         return;
