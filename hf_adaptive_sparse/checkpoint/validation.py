@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,67 +295,70 @@ def _check_codebook_header(book: TensorHeader, numel: int) -> None:
 def _check_bitmasks(
     expected: Mapping[str, torch.Tensor], stored: _Stored, formats: Formats
 ) -> dict[str, torch.Tensor]:
-    """Read the bitmasks, one at a time, and count their bits: values before each row."""
+    """Count the bitmasks' bits: values before each row, by the parameter's name."""
     offsets: dict[str, torch.Tensor] = {}
-    by_file = _by_file(stored.bitmasks)
-    # The skeleton is made under torch.device("meta"); the bitmasks are real.
-    with torch.device("cpu"):
-        for file, names in by_file.items():
-            with safe_open(file, framework="pt") as handle:
-                for name in names:
-                    key = stored.bitmasks[name].name
-                    bitmask = handle.get_tensor(key).flatten(0, -2)
-                    values = stored.values[name]
-                    offsets[name] = count_row_offsets(bitmask)
-                    kept = int(offsets[name][-1])
-                    bits, _ = formats[name]
-                    if stored_count(kept, bits) != values.numel:
-                        unit = _UNITS.get(bits, "")
-                        raise CheckpointError(
-                            f"{file}: tensor {key!r} keeps {kept} weights, but {values.name!r} in "
-                            f"{values.file} holds {values.numel}{unit}; the two must agree."
-                        )
-                    try:
-                        check_bitmask(bitmask, expected[name].shape[-1])
-                    except BitmaskError as error:
-                        raise CheckpointError(f"{file}: tensor {key!r}: {error}") from error
+
+    def check(name: str, header: TensorHeader, bitmask: torch.Tensor) -> None:
+        bitmask, values = bitmask.flatten(0, -2), stored.values[name]
+        offsets[name] = count_row_offsets(bitmask)
+        kept = int(offsets[name][-1])
+        bits, _ = formats[name]
+        if stored_count(kept, bits) != values.numel:
+            raise CheckpointError(
+                f"{header.file}: tensor {header.name!r} keeps {kept} weights, but {values.name!r} "
+                f"in {values.file} holds {values.numel}{_UNITS.get(bits, '')}; the two must agree."
+            )
+        check_bitmask(bitmask, expected[name].shape[-1])
+
+    _check_each(stored.bitmasks, check)
     return offsets
 
 
 def _check_scales(stored: _Stored) -> None:
-    """Read the scales, one tensor at a time, and refuse what cannot scale."""
-    with torch.device("cpu"):
-        for file, names in _by_file(stored.scales).items():
-            with safe_open(file, framework="pt") as handle:
-                for key in (stored.scales[name].name for name in names):
-                    scales = handle.get_tensor(key)
-                    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
-                        raise CheckpointError(
-                            f"{file}: tensor {key!r} holds scales that are negative, infinite or "
-                            "NaN; the file is damaged."
-                        )
+    """Refuse scales that cannot scale."""
+
+    def check(name: str, header: TensorHeader, scales: torch.Tensor) -> None:
+        if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+            raise CheckpointError(
+                f"{header.file}: tensor {header.name!r} holds scales that are negative, infinite "
+                "or NaN; the file is damaged."
+            )
+
+    _check_each(stored.scales, check)
 
 
 def _check_codebooks(stored: _Stored) -> None:
-    """Read the codebooks, one at a time, and refuse what does not belong to the values."""
+    """Refuse codebooks that do not belong to their values."""
+
+    def check(name: str, header: TensorHeader, book: torch.Tensor) -> None:
+        count = value_count(stored.values[name].numel)
+        assert count is not None  # of as many weights as the bitmask keeps
+        check_book(book, count)
+
+    _check_each(stored.codebooks, check)
+
+
+def _check_each(
+    headers: Mapping[str, TensorHeader], check: Callable[[str, TensorHeader, torch.Tensor], None]
+) -> None:
+    """Read tensors one at a time, file by file, and give them to ``check``.
+
+    Raises:
+        CheckpointError: As ``check`` does, or of the BitmaskError that it raises.
+    """
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for name, header in headers.items():
+        by_file[header.file].append(name)
+    # The skeleton is made under torch.device("meta"); what is read is real.
     with torch.device("cpu"):
-        for file, names in _by_file(stored.codebooks).items():
+        for file, names in by_file.items():
             with safe_open(file, framework="pt") as handle:
                 for name in names:
-                    key, count = stored.codebooks[name].name, value_count(stored.values[name].numel)
-                    assert count is not None  # of as many weights as the bitmask keeps
+                    header = headers[name]
                     try:
-                        check_book(handle.get_tensor(key), count)
+                        check(name, header, handle.get_tensor(header.name))
                     except BitmaskError as error:
-                        raise CheckpointError(f"{file}: tensor {key!r}: {error}") from error
-
-
-def _by_file(headers: Mapping[str, TensorHeader]) -> dict[str, list[str]]:
-    """Return the names of parameters by the file that their tensor lies in."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for name, header in headers.items():
-        names[header.file].append(name)
-    return names
+                        raise CheckpointError(f"{file}: tensor {header.name!r}: {error}") from error
 
 
 def _listing(names: Iterable[str], at_most: int = 3) -> str:

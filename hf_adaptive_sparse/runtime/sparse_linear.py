@@ -12,7 +12,7 @@ from torch import nn
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
-from hf_adaptive_sparse.packing.stored_names import leaf_names
+from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
@@ -20,7 +20,8 @@ from hf_adaptive_sparse.runtime.stored_form import StoredWeight, stored_bits
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 _OFFSETS = ("row_offsets", "block_offsets")
-_STORED = tuple(leaf_names("weight"))
+_STORED = dict(zip(KINDS, leaf_names("weight"), strict=True))
+"""The parameters that a checkpoint has, by their kind."""
 
 
 class FrozenParameter(nn.Parameter):
@@ -113,8 +114,8 @@ class SparseLinear(nn.Linear):
         parts = StoredWeight(nnz, bits, group_size, exceptions).empty(
             out_features, in_features, dtype=dtype, device=device
         )
-        for name in _STORED:
-            part = parts.get(name.removeprefix("weight_"))
+        for kind, name in _STORED.items():
+            part = parts.get(kind)
             setattr(self, name, None if part is None else FrozenParameter(part))
         given = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -159,8 +160,8 @@ class SparseLinear(nn.Linear):
                 f"{weight.shape} with {weight.group_size}."
             )
         parts = weight.tensors()
-        for name in _STORED:
-            part = parts.get(name.removeprefix("weight_"))
+        for kind, name in _STORED.items():
+            part = parts.get(kind)
             setattr(self, name, None if part is None else FrozenParameter(part.detach()))
         self._dtype = weight.dtype
         self.row_offsets = weight.row_offsets
@@ -237,7 +238,7 @@ class SparseLinear(nn.Linear):
 
     def _detached(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint stores, by their kind."""
-        parts = {name.removeprefix("weight_"): getattr(self, name) for name in _STORED}
+        parts = {kind: getattr(self, name) for kind, name in _STORED.items()}
         return {kind: part.detach() for kind, part in parts.items() if part is not None}
 
     @property
@@ -256,7 +257,7 @@ class SparseLinear(nn.Linear):
     @property
     def memory_bytes(self) -> int:
         """Bytes of the weight: values, bitmask, scales and offsets."""
-        tensors = (getattr(self, name) for name in (*_STORED, *_OFFSETS))
+        tensors = (getattr(self, name) for name in (*_STORED.values(), *_OFFSETS))
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
@@ -339,21 +340,22 @@ class SparseLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         """Load, another number of kept weights included; what does not fit changes nothing."""
-        given = {n: state_dict[prefix + n] for n in _STORED if prefix + n in state_dict}
-        if self.bits == UPPER_BYTE_BITS and "weight_codebook" not in given:
-            values = given.get("weight_values")
+        names = {kind: prefix + name for kind, name in _STORED.items()}
+        given = {kind: state_dict[name] for kind, name in names.items() if name in state_dict}
+        if self.bits == UPPER_BYTE_BITS and "codebook" not in given:
+            values = given.get("values")
             if values is not None and values.dtype == self.weight_values.dtype:
-                missing_keys.append(prefix + "weight_codebook")
+                missing_keys.append(names["codebook"])
                 return
         if given:
             try:
                 weight = SparseWeight.from_tensors(
                     self.in_features,
-                    bitmask=given.get("weight_bitmask", self.weight_bitmask).detach(),
-                    values=given.get("weight_values", self.weight_values).detach(),
-                    scales=given.get("weight_scales"),
+                    bitmask=given.get("bitmask", self.weight_bitmask).detach(),
+                    values=given.get("values", self.weight_values).detach(),
+                    scales=given.get("scales"),
                     group_size=self.group_size,
-                    codebook=given.get("weight_codebook"),
+                    codebook=given.get("codebook"),
                 )
             except BitmaskError as error:
                 error_msgs.append(f"{prefix}weight: {error}")
@@ -364,10 +366,10 @@ class SparseLinear(nn.Linear):
                     f"{weight.bits}. Load the checkpoint with from_pretrained."
                 )
                 return
-            for name, tensor in given.items():
-                own = getattr(self, name)
+            for kind, tensor in given.items():
+                own = getattr(self, _STORED[kind])
                 if own.shape != tensor.shape:
-                    setattr(self, name, FrozenParameter(own.new_empty(tensor.shape)))
+                    setattr(self, _STORED[kind], FrozenParameter(own.new_empty(tensor.shape)))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
