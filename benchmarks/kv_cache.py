@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", help="names of the caches; default: all")
     parser.add_argument("--rounds", type=int, default=130, help="tokens decoded per cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
-    parser.add_argument("--prefill-rounds", type=int, default=5)
+    parser.add_argument("--prefill-rounds", type=int, default=9)
     parser.add_argument("--drift-tokens", type=int, default=16384)
     parser.add_argument("--no-peak", action="store_true", help="skip peak memory (Linux only)")
     parser.add_argument("--no-write", action="store_true", help="print, but store no result")
