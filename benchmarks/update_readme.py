@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
 QUALITY, CODECS = RESULTS / "quality.json", RESULTS / "kv_codecs.json"
+RUNTIME = RESULTS / "sparse_runtime.json"
 DEFAULTS = "defaults, "
 """How rows of ``kv_codecs.json`` start that use the cache's default settings."""
 
 START, END = "<!-- table: quality -->\n", "<!-- end -->"
+RUNTIME_START = "<!-- table: runtime -->\n"
 FAMILIES_START = "<!-- table: families -->\n"
 FAMILIES = RESULTS / "families.json"
 
@@ -71,6 +73,31 @@ def cache_rows() -> list[dict[str, object]]:
     ]
 
 
+def runtime_table() -> str:
+    """Return what the sparse runtime saves and gains, by the bits of the values."""
+    result = json.loads(RUNTIME.read_text(encoding="utf-8"))
+    loading, machine = result["loading"], result["environment"]
+    dense_bytes, kernels = result["dense_pruned_bytes"], result["kernels"].split(" (")[0]
+    steps = {form: step["median_ms"] for form, step in result["decoding"].items()}
+    lines: list[dict[str, object]] = [
+        {
+            "in memory": form,
+            "pruned weights": f"{(loaded['pruned_bytes'] or dense_bytes) / 1e6:,.0f} MB",
+            "whole process": f"{loaded['peak_bytes'] / 1e6:,.0f} MB",
+            "tokens per second": f"{1000 / steps[form]:.1f}",
+            "against dense": f"{steps['dense'] / steps[form]:.2f} x",
+        }
+        for form, loaded in loading.items()
+    ]
+    return (
+        f"{markdown_table(lines)}\n\n"
+        f"<sub>A random Llama of {result['parameters'] / 1e9:.2f} B pruned parameters, bfloat16, "
+        f"behind {result['context']:,} tokens; {machine['processor']}, {machine['cores']} cores, "
+        f"kernels: {kernels}. Dense decodes with DynamicCache, sparse with the adaptive cache. "
+        f"From [sparse_runtime.md](benchmarks/results/sparse_runtime.md).</sub>\n"
+    )
+
+
 def families_table() -> str:
     """Return which families work, which with a limit, and which are refused."""
     rows = json.loads(FAMILIES.read_text(encoding="utf-8"))["rows"]
@@ -87,7 +114,12 @@ def families_table() -> str:
 
 def updated(text: str) -> str:
     """Return the README's text with the table in its place."""
-    for start, table in ((START, readme_table()), (FAMILIES_START, families_table())):
+    tables = {
+        START: readme_table(),
+        RUNTIME_START: runtime_table(),
+        FAMILIES_START: families_table(),
+    }
+    for start, table in tables.items():
         before, rest = text.split(start)
         text = before + start + table + END + rest.split(END, 1)[1]
     return text
