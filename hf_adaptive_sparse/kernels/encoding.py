@@ -84,6 +84,9 @@ def encode(
 
     Returns:
         ``(batch, kv_heads, blocks, ...)`` each, as the codec has them.
+
+    Raises:
+        ValueError: If ``parts`` are not such tensors.
     """
     if not _serves(blocks.device) or not _takes(blocks.dtype, blocks.shape[3], blocks.shape[4]):
         return None
@@ -91,7 +94,11 @@ def encode(
         return None
     if blocks.stride(4) != 1:
         blocks = blocks.contiguous()
-    filled = empty_parts(blocks, how) if parts is None else tuple(parts)
+    if parts is None:
+        filled = empty_parts(blocks, how)
+    else:
+        filled = tuple(parts)
+        _check_room(filled, how, blocks)
     call = _describe(how, filled, blocks.shape[3], blocks.shape[4], blocks.dtype)
     call.states = blocks.data_ptr()
     call.state_strides = blocks.stride()[:4]
@@ -146,6 +153,17 @@ def are_parts_of(
         if part.shape[3:] != shape or not part[0, 0, 0].is_contiguous():
             return False
     return True
+
+
+def _check_room(parts: Sequence[torch.Tensor], how: Format, blocks: torch.Tensor) -> None:
+    """Refuse tensors of other shapes and dtypes than ``empty_parts`` would have."""
+    for part, like in zip(parts, empty_parts(blocks[:, :, :0], how), strict=True):
+        shape = (*blocks.shape[:3], *like.shape[3:])
+        if part.shape != shape or part.dtype != like.dtype or not part[0, 0, 0].is_contiguous():
+            raise ValueError(
+                f"Blocks {tuple(blocks.shape)} are encoded to contiguous {like.dtype} {shape}, got "
+                f"{part.dtype} {tuple(part.shape)}."
+            )
 
 
 def _takes(dtype: torch.dtype, tokens: int, width: int) -> bool:

@@ -162,7 +162,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
         Raises:
             ValueError: If the states do not fit what is stored already (batch, heads, head size,
-                dtype), or are to be quantised and hold NaN or Inf. Nothing has changed then.
+                dtype), or are to be quantised and hold NaN or Inf. What is stored has not changed
+                then; memory that was made for more may stay.
         """
         if torch.compiler.is_dynamo_compiling():
             got: tuple[torch.Tensor, torch.Tensor] = self._update_uncompiled(

@@ -198,8 +198,9 @@ class TokenStore:
             raw: Its ``raw``.
             sinks: Its ``sinks``.
         """
-        self._parts = [RowBuffer(part, step=1) for part in parts]
-        for buffer, part in zip(self._parts, parts, strict=True):
+        held = parts if lengths else ()  # of none it is not known that they are the codec's
+        self._parts = [RowBuffer(part, step=1) for part in held]
+        for buffer, part in zip(self._parts, held, strict=True):
             buffer.append(part)
         self._raw.append(raw)
         self.lengths, self.sinks, self._blocks = lengths, sinks, None

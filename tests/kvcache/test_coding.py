@@ -84,6 +84,9 @@ def test_parts_are_written_between_others(path, codec_type, dtype):
     for part, theirs in zip(rows, expected, strict=True):
         assert_same_bits(part[:, :, 1:4].contiguous(), theirs)
         assert (part[:, :, ::4] == 77).all()
+    if codec.kernel_format and dtype == torch.bfloat16:
+        with pytest.raises(ValueError, match=r"are encoded to contiguous torch.uint8 \(2, 3, 3"):
+            encode_into(codec, blocks, [part[:, :, :2] for part in rows], "keys")
     blocks[0, 1, 2, 3, 4] = float("nan")
     with pytest.raises(ValueError, match="keys of layer 3 must be finite"):
         encode_into(codec, blocks, [part[:, :, 1:4] for part in rows], "keys of layer 3")

@@ -135,6 +135,21 @@ def test_it_is_a_dynamic_cache_to_whom_asks(tiny_llama):
     assert both.get_seq_length() == 147
 
 
+def test_parts_of_no_blocks_are_not_believed(tiny_llama):
+    """They would say where kernels write."""
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
+    feed(tiny_llama, cache, random_ids(1, 5))
+    state = cache.state_dict()
+    for layer in state["layers"]:
+        for store in layer["stores"]:
+            batch, heads = store["raw"].shape[:2]
+            store["parts"] = [torch.zeros(batch, heads, 0, 1, dtype=torch.uint8)] * 3
+    loaded = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
+    loaded.load_state_dict(state)
+    new = random_ids(1, 100, seed=1)
+    assert torch.equal(feed(tiny_llama, loaded, new), feed(tiny_llama, cache, new))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
