@@ -73,7 +73,9 @@ def _product(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -
     output = _few_tokens(tokens, weight, bias)
     if output is None:
         output = sparse_tiles.linear(tokens, weight, bias)
-    return output.view(*x.shape[:-1], rows)
+    # No view, of which autograd would let nothing be changed in place.
+    product: torch.Tensor = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], rows))
+    return product
 
 
 def _few_tokens(

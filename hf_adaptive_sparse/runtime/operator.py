@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -81,26 +80,47 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: SparseWeight
     ) -> torch.Tensor:
-        ctx.weight = weight
-        ctx.save_for_backward(weight.values)  # torch refuses a gradient if they are overwritten
+        _save(ctx, weight.shape[1], weight.group_size or _NO_GROUPS, _tensors(weight))
         return sparse_linear.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        _ = ctx.saved_tensors
-        for_x = for_bias = None
-        if ctx.needs_input_grad[0]:
-            for_x = sparse_linear.input_gradient(gradient, ctx.weight)
-        if ctx.needs_input_grad[1]:
-            for_bias = _bias_gradient(gradient)
+        for_x, for_bias = _gradients(ctx, gradient, *ctx.needs_input_grad[:2])
         return for_x, for_bias, None
 
 
-def _bias_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.sum(tuple(range(gradient.dim() - 1)))
+def _tensors(weight: SparseWeight) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors that the operator for the gradient takes, in its order."""
+    return (
+        weight.values,
+        weight.bitmask,
+        weight.row_offsets,
+        weight.scales,
+        weight.block_offsets,
+        weight.codebook,
+    )
+
+
+def _save(
+    ctx: Any, columns: int, group_size: int, tensors: tuple[torch.Tensor | None, ...]
+) -> None:
+    ctx.columns, ctx.group_size = columns, group_size
+    ctx.save_for_backward(*tensors)  # torch refuses a gradient if they are overwritten meanwhile
+
+
+def _gradients(
+    ctx: Any, gradient: torch.Tensor, for_x: bool, for_bias: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients for x and the bias of what ``_save`` has saved, where wanted."""
+    x = bias = None
+    if for_x:
+        *parts, block_offsets, codebook = ctx.saved_tensors
+        x = _input_gradient(gradient, *parts, ctx.columns, ctx.group_size, block_offsets, codebook)
+    if for_bias:
+        bias = gradient.sum(tuple(range(gradient.dim() - 1))) if gradient.dim() > 1 else gradient
+    return x, bias
 
 
 @torch.library.custom_op("hf_adaptive_sparse::linear", mutates_args=())
@@ -176,20 +196,25 @@ def _weight(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, values, bitmask, row_offsets, scales, _, ctx.columns, ctx.group_size, *rest = inputs
-    ctx.save_for_backward(values, bitmask, row_offsets, scales, *rest)
+    _, *tensors, _, columns, group_size, block_offsets, codebook = inputs
+    _save(ctx, columns, group_size, (*tensors, block_offsets, codebook))
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    for_x = for_bias = None
-    if ctx.needs_input_grad[0]:
-        *parts, block_offsets, codebook = ctx.saved_tensors
-        for_x = _input_gradient(
-            gradient, *parts, ctx.columns, ctx.group_size, block_offsets, codebook
-        )
-    if ctx.needs_input_grad[5]:
-        for_bias = _bias_gradient(gradient)
+    for_x, for_bias = _gradients(ctx, gradient, ctx.needs_input_grad[0], ctx.needs_input_grad[5])
     return for_x, None, None, None, None, for_bias, None, None, None, None
 
 
+def _remember_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, *tensors, columns, group_size, block_offsets, codebook = inputs
+    _save(ctx, columns, group_size, (*tensors, block_offsets, codebook))
+
+
+def _backward_of_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *parts, block_offsets, codebook = ctx.saved_tensors
+    product = _linear(gradient, *parts, None, ctx.columns, ctx.group_size, block_offsets, codebook)
+    return product, None, None, None, None, None, None, None, None
+
+
 _linear.register_autograd(_backward, setup_context=_remember)
+_input_gradient.register_autograd(_backward_of_gradient, setup_context=_remember_gradient)

@@ -79,17 +79,53 @@ def test_gradients_flow_through_to_input_and_bias(bits: int, with_bias: bool) ->
     assert module.weight_values.grad is None
 
 
-def test_a_gradient_that_would_be_wrong_is_refused() -> None:
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_second_derivatives_and_jacobians_are_those_of_dense(tokens: int) -> None:
     module = sparse(pruned())
+    plain = module.to_linear()
+    before, x = nn.Linear(77, 77), torch.randn(tokens, 77)
+    found = []
+    for linear in (module, plain):
+        product = linear(before(x)).pow(3).sum()
+        first = torch.autograd.grad(product, (before.weight, linear.bias), create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        found.append(torch.autograd.grad(penalty, (before.weight, linear.bias)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
+    row = x[:2].clone()
+    for vectorize in (False, True):
+        jacobian = torch.autograd.functional.jacobian(module, row, vectorize=vectorize)
+        expected = torch.autograd.functional.jacobian(plain, row)
+        torch.testing.assert_close(jacobian, expected)
+
+
+@pytest.mark.parametrize("name", ["weight_values", "weight_bitmask", "weight_scales"])
+def test_a_gradient_of_an_overwritten_weight_is_refused(name: str) -> None:
+    module = sparse(pruned(), 8)
     x = torch.randn(3, 77, requires_grad=True)
-    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
     product = module(x).sum()
     with torch.no_grad():
-        module.weight_values.zero_()
+        getattr(module, name).zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+    bias_only = module(x.detach()).sum()
+    with torch.no_grad():
+        getattr(module, name).zero_()
+    bias_only.backward()
+    assert torch.equal(module.bias.grad, torch.full((24,), 3.0))
+
+
+@pytest.mark.parametrize("shape", [(77,), (3, 77), (2, 100, 77)])
+def test_a_product_is_changed_in_place_as_a_dense_one(shape: tuple[int, ...]) -> None:
+    module = sparse(pruned())
+    plain = module.to_linear()
+    x = torch.randn(shape, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    nn.functional.relu(module(x), inplace=True).sum().backward()
+    ours, module.bias.grad = module.bias.grad, None
+    nn.functional.relu(plain(twin), inplace=True).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(ours, plain.bias.grad)
 
 
 def test_the_operators_pass_torchs_own_checks() -> None:
