@@ -32,11 +32,11 @@ static int64_t metadata_bytes(const has_encode_call *call, int i) {
     return call->format == HAS_TRANSPOSED && i < 2 ? 1 : 2;
 }
 
-/* Task i: the heads of a block follow each other, as a token's do in the states of a model. */
 typedef struct {
     int64_t batch, head, block;
 } place;
 
+/* Of task i: the heads of a block follow each other, as a token's do in the states of a model. */
 static place place_of(const has_encode_call *call, int64_t i) {
     return (place){i / call->heads / call->blocks, i % call->heads, i / call->heads % call->blocks};
 }

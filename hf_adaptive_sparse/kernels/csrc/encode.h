@@ -38,7 +38,7 @@ static inline int64_t has_element_bytes(const has_encode_call *call) {
 typedef struct {
     uint8_t *states;     /* first token */
     const uint8_t *next; /* first token of what is likely to be encoded next, or NULL */
-    int64_t tokens;  /* to write, by decode */
+    int64_t tokens;      /* to write, by decode */
     uint8_t *codes;
     void *metadata[3];
 } has_encode_task;

@@ -33,7 +33,8 @@ typedef struct {
     int64_t threads;
 } has_sparse_call;
 
-/* x as kernels take it: rows of `stride` elements, 64-byte aligned, zeros after the last column. */
+/* x as kernels take it: rows of `stride` elements, 64-byte aligned, zeros after the last column (of
+ * codes that are split, up to a multiple of 64). */
 typedef struct {
     int64_t stride;
     void *shuffled;  /* bfloat16 for add_12, see sparse_body.h, with values of 12 bits and a token */

@@ -345,9 +345,9 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
                     call->tokens, bits);
             if (bits <= 8 && ((i + AMX_STEP) % x->segment == 0 || i + AMX_STEP >= left)) {
                 int32_t (*to)[2][AMX_ROWS * AMX_TOKENS] = products.of[i / x->segment];
-                int last = call->tokens > AMX_TOKENS;
-                if (last) amx_store(0, to[0][0], to[0][1]);
-                amx_store(1, to[last][0], to[last][1]);
+                int is_second = call->tokens > AMX_TOKENS;
+                if (is_second) amx_store(0, to[0][0], to[0][1]);
+                amx_store(1, to[is_second][0], to[is_second][1]);
                 amx_zero(call->tokens);
             }
         }
