@@ -146,23 +146,33 @@ def are_parts_of(
         return False
     if output.numel() == 0 or output.stride(3) != 1:
         return False
-    kept = _METADATA_DTYPES[output.dtype]
-    for part, shape in zip(parts, _shapes(how, block_length, width), strict=True):
-        if part.dtype not in (torch.uint8, kept) or part.device != output.device:
-            return False
-        if part.shape[3:] != shape or not part[0, 0, 0].is_contiguous():
-            return False
-    return True
+    forms = zip(_shapes(how, block_length, width), _dtypes(how, output.dtype), strict=True)
+    return all(
+        _is_part(part, *form, output.device) for part, form in zip(parts, forms, strict=True)
+    )
+
+
+def _is_part(
+    part: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Return whether kernels find a block of a head in a part, which has at least one."""
+    return (
+        part.shape[3:] == shape
+        and part.dtype == dtype
+        and part.device == device
+        and part[0, 0, 0].is_contiguous()
+    )
 
 
 def _check_room(parts: Sequence[torch.Tensor], how: Format, blocks: torch.Tensor) -> None:
     """Refuse tensors of other shapes and dtypes than ``empty_parts`` would have."""
-    for part, like in zip(parts, empty_parts(blocks[:, :, :0], how), strict=True):
-        shape = (*blocks.shape[:3], *like.shape[3:])
-        if part.shape != shape or part.dtype != like.dtype or not part[0, 0, 0].is_contiguous():
+    *leading, tokens, width = blocks.shape
+    forms = zip(_shapes(how, tokens, width), _dtypes(how, blocks.dtype), strict=True)
+    for part, (shape, dtype) in zip(parts, forms, strict=True):
+        if list(part.shape[:3]) != leading or not _is_part(part, shape, dtype, blocks.device):
             raise ValueError(
-                f"Blocks {tuple(blocks.shape)} are encoded to contiguous {like.dtype} {shape}, got "
-                f"{part.dtype} {tuple(part.shape)}."
+                f"Blocks {tuple(blocks.shape)} are encoded to contiguous {dtype} "
+                f"{(*leading, *shape)}, got {part.dtype} {tuple(part.shape)}."
             )
 
 
@@ -185,15 +195,19 @@ def _shapes(how: Format, tokens: int, width: int) -> tuple[tuple[int, ...], ...]
     return codes, (groups, tokens), (groups, tokens), (4,)
 
 
+def _dtypes(how: Format, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Return the parts' dtypes, of states of a dtype."""
+    kept, eight = _METADATA_DTYPES[dtype], torch.uint8
+    return (eight, eight, eight, kept) if how.layout == "transposed" else (eight, kept, kept)
+
+
 def empty_parts(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...]:
     """Allocate what is filled by encoding ``blocks``: contiguous, uninitialised."""
-    kept = _METADATA_DTYPES[blocks.dtype]
-    eight = torch.uint8
-    dtypes = (eight, eight, eight, kept) if how.layout == "transposed" else (eight, kept, kept)
-    shapes = _shapes(how, blocks.shape[3], blocks.shape[4])
+    forms = zip(
+        _shapes(how, blocks.shape[3], blocks.shape[4]), _dtypes(how, blocks.dtype), strict=True
+    )
     return tuple(
-        blocks.new_empty((*blocks.shape[:3], *shape), dtype=dtype)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
+        blocks.new_empty((*blocks.shape[:3], *shape), dtype=dtype) for shape, dtype in forms
     )
 
 

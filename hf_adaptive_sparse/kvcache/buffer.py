@@ -99,7 +99,7 @@ class RowBuffer:
         # Every layer does this for every token: few calls, and no context managers.
         count = rows.shape[2]
         self.room(count).copy_(rows)
-        self.extend(count)
+        self._end += count
 
     def room(self, count: int) -> torch.Tensor:
         """Return the next ``count`` rows to be written, which ``extend`` makes part of the rest."""

@@ -46,18 +46,18 @@ def encode_into(
     Raises:
         ValueError: If the codec cannot represent the states; ``parts`` then mean nothing.
     """
-    how = codec.kernel_format
-    if how is not None and encoding.encode(blocks, how, parts) is not None:
-        return
-    for part, encoded in zip(parts, encode_blocks(codec, blocks, what), strict=True):
-        part.copy_(encoded)
+    for part, encoded in zip(parts, encode_blocks(codec, blocks, what, parts), strict=True):
+        if encoded is not part:
+            part.copy_(encoded)
 
 
 @torch.no_grad()
-def encode_blocks(codec: Codec, blocks: torch.Tensor, what: str) -> Parts:
-    """Return the parts of ``blocks``; see ``Codec.encode``."""
+def encode_blocks(
+    codec: Codec, blocks: torch.Tensor, what: str, room: Sequence[torch.Tensor] | None = None
+) -> Parts:
+    """Return the parts of ``blocks``, see ``Codec.encode``: those of ``room`` if a kernel can."""
     how = codec.kernel_format
-    parts = None if how is None else _encode_by_kernel(blocks, how)
+    parts = None if how is None else _encode_by_kernel(blocks, how, room)
     if parts is not None:
         return codec.parts_type(*parts)
     # A few blocks at a time: what encoding computes with in between stays in the caches.
@@ -100,9 +100,9 @@ def decode_blocks(
 
 
 def _encode_by_kernel(
-    blocks: torch.Tensor, how: encoding.Format
+    blocks: torch.Tensor, how: encoding.Format, room: Sequence[torch.Tensor] | None
 ) -> tuple[torch.Tensor, ...] | None:
-    parts = encoding.encode(blocks, how)
+    parts = encoding.encode(blocks, how, room)
     if parts is not None or not triton_encoding.is_supported(blocks, how):
         return parts
     try:

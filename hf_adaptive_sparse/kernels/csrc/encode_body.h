@@ -229,9 +229,8 @@ static TARGET void *block_make(block *b, const has_encode_call *call, int encode
     b->levels = (float)((1 << call->bits) - 1);
     int64_t scales = b->groups * tokens > width ? b->groups * tokens : width;
     int64_t x = encodes ? tokens * width : width, memory = 0;
-    if (encodes && call->format == HAS_BY_CHANNEL && call->fits) memory = (tokens + 6) * width;
-    if (encodes && call->format != HAS_BY_CHANNEL && call->fits)
-        memory = (2 * b->group + 8) * turned;
+    if (encodes && call->fits)
+        memory = call->format == HAS_BY_CHANNEL ? (tokens + 6) * width : (2 * b->group + 8) * turned;
     size_t floats = (size_t)(x + 3 * scales + memory);
     size_t bytes = floats * sizeof(float) + (size_t)(2 * turned * width);
     char *allocated = malloc(bytes + 64);

@@ -249,7 +249,7 @@ FORCED int64_t expand_and_add_codes(const uint8_t *mask, const uint8_t *values, 
     const __m512i sign = _mm512_set1_epi8((char)0x80), upper = _mm512_set1_epi8((char)0xf0);
     __m512 total = _mm512_loadu_ps(sums);
     int64_t next = at;
-    for (int64_t first = 0; first < n; first += segment, corrections += 16, factors++) {
+    for (int64_t first = 0; first < n; first += segment, factors++) {
         int64_t end = first + segment < n ? first + segment : n;
         split_sums of = begin_split(corrections);
         __builtin_prefetch(mask + first / 8 + 512, 0, 3);
@@ -267,6 +267,7 @@ FORCED int64_t expand_and_add_codes(const uint8_t *mask, const uint8_t *values, 
             next += _mm_popcnt_u64(word);
         }
         total = end_split(of, _mm512_set1_ps(*factors), total);
+        corrections += HAS_SPARSE_LANES;
     }
     _mm512_storeu_ps(sums, total);
     return next - at;

@@ -222,6 +222,7 @@ static TARGET void shuffle(const has_sparse_x *x, int64_t columns) {
     }
     *x->is_finite = is_finite;
 }
+
 /* What a code counts in each segment of columns first to first + n of a row, of which group number
  * `group` is the first. */
 static TARGET void units_of(const has_sparse_call *call, int64_t group, int64_t first, int64_t n,
