@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
+from hf_adaptive_sparse.kernels.library import DTYPES, PATHS, active_path, library
 from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache
 
 MAX_CODES = 1024
 """Codes in a packed row, that is tokens of a block and channels of a key, which kernels can sum."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MASK_DTYPES = {**_DTYPES, torch.bool: 3}
+_MASK_DTYPES = {**DTYPES, torch.bool: 3}
 _NO_MASK = -1
 _KERNEL = "native"
 _STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
@@ -85,7 +84,7 @@ def is_supported(query: torch.Tensor, cache: PackedCache, mask: torch.Tensor | N
         and cache.raw_keys.is_cpu
         and cache.raw_keys.dtype is dtype
         and cache.raw_values.dtype is dtype
-        and dtype in _DTYPES
+        and dtype in DTYPES
         and query.shape[3] <= MAX_CODES
         and (mask is None or (mask.dtype in _MASK_DTYPES and mask.is_cpu))
     )
@@ -158,7 +157,7 @@ def compute(
     call.repeats = heads // prepared.kv_heads
     call.queries = queries
     call.key_dim = key_dim
-    call.dtype = _DTYPES[query.dtype]
+    call.dtype = DTYPES[query.dtype]
     call.query = query.data_ptr()
     call.query_strides = strides[:3]
     call.output = output.data_ptr()
@@ -216,8 +215,8 @@ def _prepare(blocks: PackedBlocks) -> _Prepared | None:
         loaded is None
         or path is None
         or not keys.codes.is_cpu
-        or keys.step.dtype not in _DTYPES
-        or values.scales.dtype not in _DTYPES
+        or keys.step.dtype not in DTYPES
+        or values.scales.dtype not in DTYPES
         or not 1 <= blocks.block_length <= MAX_CODES
         # Described once for both; memory that was reserved for one only may differ.
         or keys.step.stride() != keys.minimum.stride()
@@ -239,7 +238,7 @@ def _prepare(blocks: PackedBlocks) -> _Prepared | None:
         key_bits=keys.bits,
         key_mode=0 if keys.group is None else 1,
         key_group=keys.group or 0,
-        key_meta_dtype=_DTYPES[keys.step.dtype],
+        key_meta_dtype=DTYPES[keys.step.dtype],
         key_codes=keys.codes.data_ptr(),
         key_codes_strides=keys.codes.stride()[:4],
         key_steps=keys.step.data_ptr(),
@@ -247,7 +246,7 @@ def _prepare(blocks: PackedBlocks) -> _Prepared | None:
         key_meta_strides=keys.step.stride()[:4],
         value_bits=values.bits,
         value_group=values.group,
-        value_scale_dtype=_DTYPES[values.scales.dtype],
+        value_scale_dtype=DTYPES[values.scales.dtype],
         value_codes=values.codes.data_ptr(),
         value_codes_strides=values.codes.stride()[:4],
         value_step_codes=values.step_codes.data_ptr(),

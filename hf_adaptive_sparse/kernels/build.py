@@ -31,6 +31,7 @@ FLAGS = (
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-Werror=implicit-function-declaration",
     "-pthread",
 )
 EXACT = "encode*.c"

@@ -12,14 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
+from hf_adaptive_sparse.kernels.library import DTYPES, PATHS, active_path, library
 from hf_adaptive_sparse.packing.bits import packed_size_bytes
 
 MAX_CODES = 1024
 """Tokens of a block and channels of a head that kernels take at most."""
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Dtypes of states that kernels take, and their numbers in the library."""
 
 _LAYOUTS = {"channel": 0, "group": 1, "transposed": 2}
 _METADATA_DTYPES = {

@@ -2,8 +2,8 @@
 
 The library is an optional part of the package: without it, or with a processor it does not know,
 everything works in torch. ``HF_ADAPTIVE_SPARSE_KERNEL`` chooses a path: ``portable``, ``avx2``,
-``avx512``, ``amx``, ``neon``, ``none`` (torch only), or ``auto``, the fastest that this processor
-has.
+``avx512f`` (Skylake-X, Cascade Lake), ``avx512`` (Ice Lake, Zen 4), ``amx``, ``neon``, ``none``
+(torch only), or ``auto``, the fastest that this processor has.
 A cache that is in use asks again whenever a block of tokens has filled up.
 """
 
@@ -21,14 +21,17 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
 LIBRARY = "_kernels.so"
-ABI_VERSION = 5
+ABI_VERSION = 6
 
-PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4}
+PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4, "avx512f": 5}
 """Names of the paths and their numbers in the library."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes that it knows and their numbers in it."""
 
 _IMPORTED_BY = os.getpid()
 
-_FASTEST_FIRST = ("amx", "avx512", "avx2", "neon", "portable")
+_FASTEST_FIRST = ("amx", "avx512", "avx512f", "avx2", "neon", "portable")
 
 
 class KernelError(OSError):
@@ -66,6 +69,17 @@ def available_paths() -> tuple[str, ...]:
     if loaded is None:
         return ()
     return tuple(name for name in _FASTEST_FIRST if loaded.has_supports(PATHS[name]))
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Return whether this processor multiplies numbers of a dtype itself.
+
+    Where it does not, torch's matrix product of them takes several times that of float32. True also
+    where that is not known.
+    """
+    loaded = library()
+    return loaded is None or dtype not in DTYPES or bool(loaded.has_multiplies(DTYPES[dtype]))
 
 
 def active_path() -> str | None:

@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.kernels.library import PATHS, active_path, library
+from hf_adaptive_sparse.kernels.library import DTYPES, PATHS, active_path, library
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype
 from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS
 
 MAX_TOKENS = 32
 """Tokens that the library takes at once; more are split."""
 
-_TOKENS, _AMX_TOKENS = 8, 128
+_TOKENS, _REGISTER_TOKENS, _AMX_TOKENS = 8, 32, 128
+_REGISTERS = ("avx2", "avx512f")  # paths that expand rows in registers
 _AMX_GROUPS = 64  # columns: groups are to be a multiple
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
 
 _Int = ctypes.c_int64
@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
         ("x_stride", _Int),
         ("bias", _Address),
         ("output", _Address),
-        *((name, _Int) for name in ("output_stride", "first_row", "last_row", "threads")),
+        *((name, _Int) for name in ("output_stride", "first_row", "last_row", "widens", "threads")),
     )
 
 
@@ -88,7 +88,7 @@ def _prepared(weight: SparseWeight) -> _Prepared | None:
 
 def _prepare(weight: SparseWeight) -> _Prepared | None:
     loaded, dtype = library(), weight.dtype
-    if loaded is None or weight.device.type != "cpu" or dtype not in _DTYPES:
+    if loaded is None or weight.device.type != "cpu" or dtype not in DTYPES:
         return None
     path = active_path()
     if path is None:
@@ -97,7 +97,7 @@ def _prepare(weight: SparseWeight) -> _Prepared | None:
         rows=weight.shape[0],
         columns=weight.shape[1],
         bits=weight.bits,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         group_size=weight.group_size or 0,
         offset_bytes=weight.row_offsets.element_size(),
     )
@@ -120,18 +120,22 @@ def tokens_that_pay(weight: SparseWeight) -> int:
     """Return the tokens up to which ``linear`` is meant to beat tiles and torch's matrix product.
 
     That is settled by the processor, not measured. Row by row, a kernel takes as long again for
-    every token, and is overtaken at about eight. The matrix unit (AMX) takes 32 tokens in hardly
-    more time than two, and up to 128 reads the weight four times and is still ahead of tiles; it
-    does so for values in bfloat16, and for codes in whole groups of 64 columns. There are none
-    with codes in a float32 model, which can tell that x is rounded to 15 bits.
+    every token, and is overtaken at about eight; at about 32 where rows are expanded in registers,
+    on processors whose matrix products are slower, too. The matrix unit (AMX) takes 32 tokens in
+    hardly more time than two, and up to 128 reads the weight four times and is still ahead of
+    tiles; it does so for values in bfloat16, and for codes in whole groups of 64 columns. There are
+    none with codes in a float32 model, which can tell that x is rounded to 15 bits, but for the one
+    path that leaves x as it is.
     """
     prepared = _prepared(weight)
     return 0 if prepared is None else prepared.most_tokens
 
 
 def _tokens_that_pay(weight: SparseWeight, path: str) -> int:
-    if weight.scales is not None and weight.dtype == torch.float32:
+    if weight.scales is not None and weight.dtype == torch.float32 and path != "avx512f":
         return 0
+    if path in _REGISTERS:
+        return _REGISTER_TOKENS
     if path != "amx":
         return _TOKENS
     if weight.scales is None:
@@ -165,7 +169,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     Sums are float32. With values as they are, so are the products: in bfloat16 the result is as
     close to the float32 reference as its own rounding allows. With codes, x is rounded to 15 bits
     and a sign on a step of its own for at most 256 columns, which adds an error of at most
-    ``max |x| / 65278 * sum |w|`` per such segment.
+    ``max |x| / 65278 * sum |w|`` per such segment (not on the path ``avx512f``).
 
     Every linear of a model comes here for every token, right after another one's weights went
     through the processor's caches: each thing touched costs a hundred times what it costs in a
@@ -211,8 +215,8 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
         weight: See ``is_supported``.
         start: First row.
         stop: Last row plus one.
-        output: ``(stop - start, columns)`` in the weight's dtype, contiguous rows; codes times
-            scales are rounded to it.
+        output: ``(stop - start, columns)`` in the weight's dtype or float32, contiguous rows; codes
+            times scales are rounded to the weight's dtype.
 
     Raises:
         ValueError: If there is no library, or it does not take the weight.
@@ -222,6 +226,7 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
     prepared = _needed(weight)
     call = _call(prepared, weight)
     call.first_row, call.last_row = start, stop
+    call.widens = output.dtype == torch.float32
     call.output, call.output_stride = output.data_ptr(), output.stride(0)
     _check(prepared.decompress(prepared.number, ctypes.byref(call)))
 

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import torch
 
-from hf_adaptive_sparse.kernels.encoding import DTYPES, Format, empty_parts
+from hf_adaptive_sparse.kernels.encoding import Format, empty_parts
+from hf_adaptive_sparse.kernels.library import DTYPES
 from hf_adaptive_sparse.kernels.triton_device import (
     Launch,
     LaunchError,

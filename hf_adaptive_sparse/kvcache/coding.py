@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_adaptive_sparse.kernels import encoding, triton_decoding, triton_encoding
+from hf_adaptive_sparse.kernels.library import DTYPES
 from hf_adaptive_sparse.kernels.triton_device import say_what_failed
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 
@@ -27,7 +28,7 @@ GPU_ENCODED_AT_ONCE = 1 << 23
 def empty_parts(codec: Codec, blocks: torch.Tensor) -> Parts:
     """Return the parts of none of ``blocks``: what encoding makes of any, but for their number."""
     none, how = blocks[:, :, :0], codec.kernel_format
-    if how is None or blocks.dtype not in encoding.DTYPES:
+    if how is None or blocks.dtype not in DTYPES:
         return codec.encode(none, "states")
     return codec.parts_type(*encoding.empty_parts(none, how))
 

@@ -77,7 +77,7 @@ static double compare(int path, unsigned seed) {
     int64_t group = 32 * below(5), groups = group ? (columns + group - 1) / group : 1;
     int64_t value_bytes = bits == 12 ? count + (count + 1) / 2 : (count * bits + 7) / 8, exceptions = 0;
     uint64_t *codebook = random_codebook(count, 1 + below(40), &exceptions);
-    int64_t output_bytes = dtype == HAS_FLOAT32 ? 4 : 2;
+    int64_t output_bytes = 4; /* widened, too */
     uint8_t *values = bits > 12 ? random_numbers(count, dtype, 0) : malloc((size_t)value_bytes);
     if (bits <= 12)
         for (int64_t i = 0; i < value_bytes; i++) values[i] = (uint8_t)rand();
@@ -100,7 +100,9 @@ static double compare(int path, unsigned seed) {
             call.first_row = below((int)rows);
             call.last_row = call.first_row + 1 + below((int)(rows - call.first_row));
             call.output_stride = columns;
+            call.widens = seed % 4 < 2;
         }
+        int64_t written_dtype = call.widens ? HAS_FLOAT32 : dtype;
         int64_t written =
             dense ? (call.last_row - call.first_row) * columns : rows * tokens;
         int (*function)(int, const has_sparse_call *) = dense ? has_sparse_dense : has_sparse_linear;
@@ -110,7 +112,7 @@ static double compare(int path, unsigned seed) {
         status |= function(path, &call);
         if (status) worst = INFINITY;
         for (int64_t i = 0; i < written; i++) {
-            double a = get(expected, i, dtype), b = get(found, i, dtype);
+            double a = get(expected, i, written_dtype), b = get(found, i, written_dtype);
             double difference = fabs(a - b) / (dense ? 0 : unit * (1 + fabs(a)));
             if (a == b) difference = 0; /* decompression is exact */
             if (!(difference <= worst)) worst = difference;

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from hf_adaptive_sparse.kernels import library, sparse_linear, sparse_tiles
+from hf_adaptive_sparse.kernels import library, sparse_linear, sparse_native, sparse_tiles
 from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
@@ -60,11 +60,31 @@ def test_tiles(monkeypatch, bits, tile_rows):
     torch.testing.assert_close(back, gradient @ weight.to_dense(torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tiles_of_what_the_processor_does_not_multiply_are_float32(monkeypatch, dtype):
+    monkeypatch.setattr(sparse_tiles, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(sparse_tiles, "TILE_BYTES", 4 * 45 * 4)
+    dense = make_sparse(10, 45).to_dense().to(dtype)
+    weight = SparseWeight.from_dense(dense)
+    x, gradient, bias = torch.randn(33, 45), torch.randn(33, 10), torch.randn(10)
+    x, gradient, bias = x.to(dtype), gradient.to(dtype), bias.to(dtype)
+    found = sparse_tiles.linear(x, weight, bias)
+    expected = x.float() @ dense.float().T + bias.float()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    without = sparse_tiles.linear(x, weight)
+    expected = (x.float() @ dense.float().T).to(dtype)
+    torch.testing.assert_close(without, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    back = sparse_tiles.input_gradient(gradient, weight)
+    expected = (gradient.float() @ dense.float()).to(dtype)
+    torch.testing.assert_close(back, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
 def test_tiles_are_whole_multiples_of_what_a_product_takes(monkeypatch):
     weight = make_sparse(300, 45)
     for rows, expected in ((3, [3] * 100), (64, [64] * 4 + [44]), (191, [128, 128, 44])):
         monkeypatch.setattr(sparse_tiles, "TILE_BYTES", rows * 45 * 4)
-        found = [stop - start for start, stop, _ in sparse_tiles._tiles(weight)]
+        found = [stop - start for start, stop, _ in sparse_tiles._tiles(weight, weight.dtype)]
         assert found == expected
 
 
@@ -100,7 +120,7 @@ def test_few_tokens_go_through_the_kernel(path, monkeypatch):
         sparse_linear.sparse_native, "linear", lambda *args: seen.append(args) or kernel(*args)
     )
     weight = make_sparse(6, 70)
-    most = 8  # in float32, on every path
+    most = sparse_native.tokens_that_pay(weight) or 8
     for tokens in (1, most, most + 1):
         sparse_linear.linear(torch.ones(tokens, 70), weight)
     assert [len(call[0]) for call in seen] == ([] if path == "none" else [1, most])

@@ -329,4 +329,4 @@ def test_tiles_on_a_gpu_are_equal_and_whole():
         weight = types.SimpleNamespace(
             shape=(rows, columns), dtype=torch.bfloat16, device=torch.device("cuda")
         )
-        assert sparse_tiles._tile_rows(weight) == expected
+        assert sparse_tiles._tile_rows(weight, weight.dtype) == expected

@@ -14,6 +14,7 @@ static has_task_function function_of(int variant) {
     if (!has_supports(variant)) return NULL;
     switch (variant) {
 #if defined(__x86_64__)
+        case HAS_AVX512F:
         case HAS_AVX2: return has_task_avx2;
         case HAS_AMX: /* which attention has no use for */
         case HAS_AVX512: return has_task_avx512;

@@ -12,7 +12,8 @@ static const has_encode_variant *variant_of(int variant) {
     switch (variant) {
 #if defined(__x86_64__)
         case HAS_AVX2: return &has_encode_avx2;
-        case HAS_AMX: /* which rounding has no use for */
+        case HAS_AVX512F:
+        case HAS_AMX: /* rounding has no use for what these differ in */
         case HAS_AVX512: return &has_encode_avx512;
 #endif
 #if defined(__aarch64__)

@@ -9,7 +9,8 @@
 #include "numbers.h"
 #include "threads.h"
 
-uint8_t has_expand_pairs[256][16], has_expand_bytes[256][8];
+_Alignas(64) uint8_t has_expand_fours[16][16], has_expand_pairs[256][16], has_expand_upper[256][16],
+    has_expand_bytes[256][8];
 
 static void fill_tables(void) {
     for (int mask = 0; mask < 256; mask++) {
@@ -19,6 +20,10 @@ static void fill_tables(void) {
             has_expand_bytes[mask][column] = kept ? next : 0x80;
             has_expand_pairs[mask][2 * column] = kept ? (uint8_t)(2 * next) : 0x80;
             has_expand_pairs[mask][2 * column + 1] = kept ? (uint8_t)(2 * next + 1) : 0x80;
+            has_expand_upper[mask][2 * column] = 0x80;
+            has_expand_upper[mask][2 * column + 1] = kept ? next : 0x80;
+            for (int byte = 0; byte < 4 && mask < 16 && column < 4; byte++)
+                has_expand_fours[mask][4 * column + byte] = kept ? (uint8_t)(4 * next + byte) : 0x80;
             next = (uint8_t)(next + kept);
         }
     }
@@ -36,7 +41,8 @@ static const has_sparse_variant *variant_of(int variant) {
         case HAS_AVX512: /* Ice Lake can expand, but has no bfloat16 product. */
             if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16"))
                 return &has_sparse_avx512;
-            return &has_sparse_avx2;
+            return &has_sparse_avx512f;
+        case HAS_AVX512F: return &has_sparse_avx512f;
         case HAS_AVX2: return &has_sparse_avx2;
 #endif
 #if defined(__aarch64__)
@@ -155,7 +161,7 @@ HAS_EXPORT int has_sparse_linear(int variant, const has_sparse_call *call) {
     if (has_bad_sizes(call) || call->tokens < 1 || call->tokens > HAS_SPARSE_TOKENS)
         return HAS_BAD_ARGUMENT;
     int codes = call->bits <= 8;
-    int narrow = codes || (call->dtype == HAS_BFLOAT16 && v->takes_bfloat16);
+    int narrow = (codes && v->rounds) || (call->dtype == HAS_BFLOAT16 && v->takes_bfloat16);
     has_sparse_x x = {
         /* A block that ends in the last columns is read to its own end, and 64 columns past it. */
         .stride = (call->columns + HAS_SPARSE_BLOCK + 63) / 64 * 64,

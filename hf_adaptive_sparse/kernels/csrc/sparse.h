@@ -30,6 +30,7 @@ typedef struct {
     void *output;
     int64_t output_stride;       /* elements from token to token, or of decompressed rows */
     int64_t first_row, last_row; /* to decompress, half open */
+    int64_t widens;              /* decompressed rows, to float32 */
     int64_t threads;
 } has_sparse_call;
 
@@ -49,6 +50,8 @@ typedef struct {
 typedef struct {
     /* 1 where bfloat16 x stays as it is, 0 where it is widened. */
     int takes_bfloat16;
+    /* 1 where x is rounded to codes when the weight's values are. */
+    int rounds;
     /* Rows that are multiplied at a time. */
     int64_t rows;
     /* Fill the codes and steps of x, or widen it. */
@@ -60,11 +63,13 @@ typedef struct {
     void (*decompress)(const has_sparse_call *call, int64_t first, int64_t last);
 } has_sparse_variant;
 
-extern const has_sparse_variant has_sparse_portable, has_sparse_avx2, has_sparse_avx512,
-    has_sparse_amx, has_sparse_neon;
+extern const has_sparse_variant has_sparse_portable, has_sparse_avx2, has_sparse_avx512f,
+    has_sparse_avx512, has_sparse_amx, has_sparse_neon;
 
 /* For a byte of the mask: which bytes of the next 8 values of 2 bytes, or of 1 byte, go to each of
- * its 8 columns; 0x80 or more where there is none. */
-extern uint8_t has_expand_pairs[256][16], has_expand_bytes[256][8];
+ * its 8 columns, and of 1 byte to the upper half of 2; 0x80 or more where there is none. For half a
+ * byte of it: which bytes of the next 4 values of 4 bytes. */
+extern uint8_t has_expand_pairs[256][16], has_expand_bytes[256][8], has_expand_upper[256][16],
+    has_expand_fours[16][16];
 
 #endif

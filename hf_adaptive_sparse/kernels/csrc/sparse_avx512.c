@@ -12,8 +12,10 @@
                           "prefer-vector-width=512")))
 #define VARIANT(name) name##_avx512
 #define TAKES_BFLOAT16 1
+#define ROUNDS 1
 #define FOURS 16
 #define FUSES 1
+#define IN_REGISTERS 0
 
 #include <immintrin.h>
 

@@ -223,6 +223,9 @@ static TARGET void shuffle(const has_sparse_x *x, int64_t columns) {
     *x->is_finite = is_finite;
 }
 
+#endif
+
+#if FUSES || IN_REGISTERS
 /* What a code counts in each segment of columns first to first + n of a row, of which group number
  * `group` is the first. */
 static TARGET void units_of(const has_sparse_call *call, int64_t group, int64_t first, int64_t n,
@@ -242,6 +245,9 @@ static TARGET void units_of(const has_sparse_call *call, int64_t group, int64_t 
     }
 }
 
+#endif
+
+#if FUSES
 /* Where the codes of a segment of a token are, and its corrections. */
 HAS_INLINE int8_t *split_of(const has_sparse_x *x, int64_t token, int64_t segment) {
     return (int8_t *)x->numbers + 2 * (token * x->stride + segment * round_up_64(x->segment));
@@ -272,7 +278,7 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
     for (int64_t token = 0; token < call->tokens; token++) {
         const uint8_t *row = (const uint8_t *)call->x + token * call->x_stride * item_bytes;
         int64_t start = token * x->stride, rest = x->stride - columns;
-        if (call->bits <= 8) {
+        if (call->bits <= 8 && ROUNDS) {
             for (int64_t s = 0; s < x->segments; s++) {
                 int64_t first = s * x->segment;
                 int64_t n = columns - first < x->segment ? columns - first : x->segment;
@@ -300,118 +306,18 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
             float *numbers = (float *)x->numbers + start;
             widen(row, columns, call->dtype, numbers);
             memset(numbers + columns, 0, (size_t)rest * sizeof *numbers);
+#if IN_REGISTERS
+            if (call->dtype == HAS_BFLOAT16) arrange(numbers, x->stride);
+#endif
         }
     }
 }
 
-#if FUSES
-/* What add_12 multiplied instead of exception number `number`: products take denormals for 0. */
-HAS_INLINE float stand_in(const has_sparse_call *call, int64_t number) {
-    const uint8_t *codes = call->values + values_of_12(call), *book = (const uint8_t *)call->codebook;
-    int code = codes[number / 2] >> (number % 2 * 4) & 15;
-    uint16_t half = (uint16_t)(book[code] << 8 | call->values[number]);
-    return half & 0x7f80 ? has_from_bfloat16(half) : 0.0f;
-}
-
-/* One token times the columns of a row that make whole blocks of 64; returns how many those are, 0
- * where that cannot be. For an exception add_12 multiplies what its code and lower byte make, hardly
- * more than 0, which is taken back; and would not be 0 times an x that is not finite. */
-static TARGET inline __attribute__((always_inline)) int64_t multiply_12(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at,
-    exceptions *ahead, float *sums) {
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
-    const uint8_t *codes = call->values + values_of_12(call);
-    int64_t whole = call->columns / 64 * 64, end = offset_of(call, row + 1);
-    if (!*x->is_finite || codes + end / 2 + 64 > call->values + call->value_bytes) return 0;
-    int64_t taken = add_12(mask, call->values + *at, codes + *at / 2, *at % 2, whole,
-                           (const uint8_t *)call->codebook, x->shuffled, sums);
-    for (; !is_free_of(ahead, *at + taken); ahead->next++) {
-        int64_t column = column_of(mask, whole, (int64_t)(*ahead->next >> 16) - *at);
-        float is = has_from_bfloat16((uint16_t)*ahead->next);
-        float was = stand_in(call, (int64_t)(*ahead->next >> 16));
-        sums[0] += (is - was) * has_from_bfloat16(((const uint16_t *)x->numbers)[column]);
-    }
-    *at += taken;
-    return whole;
-}
-
-/* One token times the segments of a row that make whole blocks of 64; returns how many columns those
- * have, 0 where what lies behind the row's values cannot be read. */
-static TARGET inline __attribute__((always_inline)) int64_t multiply_codes(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at, int bits,
-    float *sums) {
-    enum { AT_ONCE = 64 }; /* segments */
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
-    int64_t whole = call->columns, step = AT_ONCE * x->segment;
-    if (whole % 64 != 0) whole -= whole % x->segment;
-    int64_t size = group_columns(call), groups = (call->columns + size - 1) / size;
-    float factors[AT_ONCE];
-    if (offset_of(call, row + 1) * bits / 8 + 64 > call->value_bytes || x->segment < 64) return 0;
-    for (int64_t first = 0; first < whole; first += step) {
-        int64_t n = whole - first < step ? whole - first : step, s = first / x->segment;
-        units_of(call, row * groups, first, n, x->segment, factors);
-        for (int64_t i = 0; i * x->segment < n; i++) factors[i] *= x->steps[s + i];
-        *at += expand_and_add_codes(mask + first / 8, call->values, *at, n, bits, split_of(x, 0, s),
-                                    x->segment, corrections_of(x, 0, s), factors, sums);
-    }
-    return whole;
-}
-#endif
-
-/* Products of one row with all tokens, added to their sums; constants say which kind. */
-static TARGET inline __attribute__((always_inline)) void multiply_row(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits, int is_bfloat16,
-    exceptions *ahead, float (*sums)[LANES]) {
-    _Alignas(64) uint8_t block[BLOCK * 4 + 64];
-    _Alignas(64) float wide[BLOCK];
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
-    int64_t at = offset_of(call, row), step = x->segment;
-    int64_t column = 0;
-#if FUSES
-    if (call->tokens == 1 && bits == 12) column = multiply_12(call, x, row, &at, ahead, sums[0]);
-    if (call->tokens == 1 && bits <= 8) column = multiply_codes(call, x, row, &at, bits, sums[0]);
-#endif
-    int64_t size = group_columns(call), group_end = (column / size + 1) * size;
-    int64_t group = row * ((call->columns + size - 1) / size) + column / size;
-    for (; column < call->columns; column += step) {
-        int64_t n = call->columns - column < step ? call->columns - column : step;
-        __builtin_prefetch(mask + column / 8 + 512, 0, 3);
-        at += expand(call, mask + column / 8, n, at, bits, ahead, block);
-        int64_t s = column / step;
-        n = round_up_64(n);
-        if (bits <= 8) {
-            if (column == group_end) {
-                group++;
-                group_end += size;
-            }
-            float unit = number_at(call->scales, group, call->dtype) * inverse_limit(call);
-            for (int64_t t = 0; t < call->tokens; t++) {
-                float factor = unit * x->steps[t * x->segments + s];
-#if FUSES
-                add_codes((const int8_t *)block, split_of(x, t, s), corrections_of(x, t, s), n,
-                          factor, sums[t]);
+#if IN_REGISTERS
+#include "sparse_registers.h"
 #else
-                add_codes((const int8_t *)block, (const int16_t *)x->numbers + t * x->stride + column,
-                          n, factor, sums[t]);
+#include "sparse_rows.h"
 #endif
-            }
-#if TAKES_BFLOAT16
-        } else if (is_bfloat16) {
-            for (int64_t t = 0; t < call->tokens; t++)
-                add_bfloat16((const uint16_t *)block,
-                             (const uint16_t *)x->numbers + t * x->stride + column, n, sums[t]);
-#endif
-        } else {
-            const float *a = (const float *)block;
-            if (bits != 32) {
-                widen(block, n, is_bfloat16 ? HAS_BFLOAT16 : HAS_FLOAT16, wide);
-                a = wide;
-            }
-            for (int64_t t = 0; t < call->tokens; t++)
-                add_floats(a, (const float *)x->numbers + t * x->stride + column, n, sums[t]);
-        }
-    }
-}
 
 static TARGET void multiply(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
                             int64_t last) {
@@ -485,12 +391,25 @@ static TARGET inline __attribute__((always_inline)) void decompress_codes(
     }
 }
 
+/* Turn n numbers at the end of a row of float32 into that row. */
+static TARGET void widen_in_place(int64_t n, int64_t dtype, float *row) {
+    const uint16_t *halves = (const uint16_t *)row + n;
+    for (int64_t i = 0; i < n; i += BLOCK) { /* what is written over has been read */
+        uint16_t copy[BLOCK];
+        int64_t count = n - i < BLOCK ? n - i : BLOCK;
+        memcpy(copy, halves + i, (size_t)count * sizeof *copy);
+        widen(copy, count, dtype, row + i);
+    }
+}
+
 static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_t last) {
-    int64_t item_bytes = call->dtype == HAS_FLOAT32 ? 4 : 2;
+    int widens = call->widens && call->dtype != HAS_FLOAT32;
+    int64_t item_bytes = call->dtype == HAS_FLOAT32 || widens ? 4 : 2;
     exceptions ahead = exceptions_from(call, offset_of(call, first));
     for (int64_t row = first; row < last; row++) {
-        uint8_t *out = (uint8_t *)call->output +
-                       (row - call->first_row) * call->output_stride * item_bytes;
+        uint8_t *whole = (uint8_t *)call->output +
+                         (row - call->first_row) * call->output_stride * item_bytes;
+        uint8_t *out = whole + (widens ? 2 * call->columns : 0);
         if (call->bits == 32)
             decompress_values(call, row, 32, NULL, out);
         else if (call->bits == 16)
@@ -501,7 +420,8 @@ static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_
             decompress_codes(call, row, 8, out);
         else
             decompress_codes(call, row, 4, out);
+        if (widens) widen_in_place(call->columns, call->dtype, (float *)whole);
     }
 }
 
-const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, 1, prepare, multiply, decompress};
+const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, ROUNDS, 1, prepare, multiply, decompress};

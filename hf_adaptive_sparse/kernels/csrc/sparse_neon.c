@@ -4,8 +4,10 @@
 #define TARGET
 #define VARIANT(name) name##_neon
 #define TAKES_BFLOAT16 0
+#define ROUNDS 1
 #define FOURS 1
 #define FUSES 0
+#define IN_REGISTERS 0
 
 #include <arm_neon.h>
 

@@ -2,13 +2,17 @@
 #define _GNU_SOURCE
 #include "threads.h"
 
+#include "attention.h"
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-#if HAS_BUILDS_AMX
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if HAS_BUILDS_AMX
 #include <sys/syscall.h>
 #endif
 
@@ -48,11 +52,13 @@ HAS_EXPORT int has_supports(int variant) {
         case HAS_AVX2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                    __builtin_cpu_supports("popcnt") && has_f16c();
+        case HAS_AVX512F:
+            return has_supports(HAS_AVX2) && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
         case HAS_AVX512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-                   __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+            return has_supports(HAS_AVX512F) && __builtin_cpu_supports("avx512vbmi") &&
+                   __builtin_cpu_supports("avx512vnni");
 #if HAS_BUILDS_AMX
         case HAS_AMX: /* processors that have it have all of this as well */
             return has_supports(HAS_AVX512) && __builtin_cpu_supports("avx512vbmi2") &&
@@ -64,6 +70,18 @@ HAS_EXPORT int has_supports(int variant) {
 #endif
         default: return 0;
     }
+}
+
+HAS_EXPORT int has_multiplies(int dtype) {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    if (dtype == HAS_BFLOAT16) return __builtin_cpu_supports("avx512bf16");
+    if (dtype == HAS_FLOAT16) /* AVX512-FP16, which compilers learnt of late */
+        return has_supports(HAS_AVX512F) && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+               (d >> 23 & 1);
+#endif
+    (void)dtype;
+    return 1;
 }
 
 typedef void (*parallel_function)(void (*)(void *), void *, unsigned, unsigned);

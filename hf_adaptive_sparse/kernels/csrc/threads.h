@@ -10,7 +10,7 @@
 #define HAS_EXPORT __attribute__((visibility("default")))
 #endif
 
-enum { HAS_PORTABLE, HAS_AVX2, HAS_AVX512, HAS_NEON, HAS_AMX };
+enum { HAS_PORTABLE, HAS_AVX2, HAS_AVX512, HAS_NEON, HAS_AMX, HAS_AVX512F };
 
 /* Whether the compiler knows AMX, and the system is one whose permission for it can be asked for. */
 #if defined(__x86_64__) && defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
@@ -21,6 +21,9 @@ enum { HAS_PORTABLE, HAS_AVX2, HAS_AVX512, HAS_NEON, HAS_AMX };
 
 /* 1 if this processor runs the variant. */
 HAS_EXPORT int has_supports(int variant);
+
+/* Whether the processor multiplies numbers of this type itself; 1 where that is not known. */
+HAS_EXPORT int has_multiplies(int dtype);
 
 /* GOMP_parallel of the OpenMP runtime that torch itself uses, so that there is no second pool. */
 HAS_EXPORT void has_use_threads_of(void *gomp_parallel);

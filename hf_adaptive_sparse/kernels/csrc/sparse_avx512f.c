@@ -1,0 +1,111 @@
+/* x86-64 with the AVX-512 of Skylake-X and Cascade Lake, which expands 32-bit lanes only: values are
+ * widened first, and multiplied in float32. */
+#if defined(__x86_64__) || defined(_M_X64)
+
+#define TARGET                                                                                  \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,"            \
+                          "prefer-vector-width=512")))
+#define FORCED static TARGET inline __attribute__((always_inline))
+#define VARIANT(name) name##_avx512f
+#define TAKES_BFLOAT16 0
+#define ROUNDS 0
+#define FOURS 1
+#define FUSES 0
+#define IN_REGISTERS 1
+
+enum { AHEAD_BYTES = 1536, AT_ONCE = 8 };
+
+#include "sparse_lookup.h"
+
+FORCED void arrange(float *x, int64_t n) {
+    (void)x, (void)n; /* columns stay in their order */
+}
+
+/* The next sixteen values as float32. */
+FORCED __m512 widened(const uint8_t *values, int bits, int is_bfloat16) {
+    const __m256i *halves = (const __m256i *)values;
+    if (bits == 32) return _mm512_loadu_ps(values);
+    if (bits == 8) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load(values)));
+    if (!is_bfloat16) return _mm512_cvtph_ps(_mm256_loadu_si256(halves));
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(halves));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+/* Two sums of a token: a single one would wait for itself. */
+typedef struct {
+    __m512 even, odd;
+} two_sums;
+
+/* Bits 16 * part and up. Hidden from compilers, which would shift where expansion is already busy. */
+FORCED __mmask16 places_of(uint64_t word, int part) {
+    uint64_t places = word >> 16 * part;
+    __asm__("" : "+r"(places));
+    return (__mmask16)places;
+}
+
+/* Add the products of 64 columns; returns where the values after these are. */
+FORCED const uint8_t *add_64(uint64_t word, const uint8_t *values, int bits, int is_bfloat16,
+                             const float *x, int64_t x_stride, int tokens, two_sums *sums) {
+    const int64_t item_bytes = bits / 8;
+    const uint8_t *from[4] = {values, values + item_bytes * _mm_popcnt_u32((uint16_t)word),
+                              values + item_bytes * _mm_popcnt_u32((uint32_t)word),
+                              values + item_bytes * _mm_popcnt_u64(word << 16)};
+    for (int line = 0; line <= bits / 32; line++)
+        _mm_prefetch((const char *)values + AHEAD_BYTES + 64 * line, _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) {
+        __m512 a = widened(from[part], bits, is_bfloat16);
+        a = _mm512_maskz_expand_ps(places_of(word, part), a);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            __m512 of = _mm512_loadu_ps(x + t * x_stride + 16 * part);
+            if (part % 2 == 0)
+                sums[t].even = _mm512_fmadd_ps(a, of, sums[t].even);
+            else
+                sums[t].odd = _mm512_fmadd_ps(a, of, sums[t].odd);
+        }
+    }
+    return values + item_bytes * _mm_popcnt_u64(word);
+}
+
+FORCED const uint8_t *add_values(const uint8_t *mask, const uint8_t *values, int64_t n, int bits,
+                                 int is_bfloat16, const void *x, int64_t x_stride, int tokens,
+                                 float *sums) {
+    two_sums parts[AT_ONCE];
+    for (int t = 0; t < tokens; t++) {
+        parts[t].even = _mm512_loadu_ps(sums + HAS_SPARSE_LANES * t);
+        parts[t].odd = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < n; i += 64)
+        values = add_64(mask_word(mask, i), values, bits, is_bfloat16, (const float *)x + i,
+                        x_stride, tokens, parts);
+    for (int t = 0; t < tokens; t++)
+        _mm512_storeu_ps(sums + HAS_SPARSE_LANES * t, _mm512_add_ps(parts[t].even, parts[t].odd));
+    return values;
+}
+
+FORCED const uint8_t *add_codes(const uint8_t *mask, const uint8_t *values, int64_t n,
+                                int64_t segment, const void *x, int64_t x_stride, int tokens,
+                                const float (*factors)[AT_ONCE], float *sums) {
+    const uint64_t within = segment < 64 ? 0xffffffff : ~0ull; /* a segment, of a word */
+    __m512 totals[AT_ONCE];
+    for (int t = 0; t < tokens; t++) totals[t] = _mm512_loadu_ps(sums + HAS_SPARSE_LANES * t);
+    for (int64_t first = 0; first < n; first += segment, factors++) {
+        int64_t end = first + segment < n ? first + segment : n;
+        two_sums parts[AT_ONCE];
+        for (int t = 0; t < tokens; t++)
+            parts[t] = (two_sums){_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (int64_t i = first; i < end; i += 64)
+            values = add_64(mask_word(mask, i) & within, values, 8, 0, (const float *)x + i,
+                            x_stride, tokens, parts);
+        for (int t = 0; t < tokens; t++)
+            totals[t] = _mm512_fmadd_ps(_mm512_add_ps(parts[t].even, parts[t].odd),
+                                        _mm512_set1_ps((*factors)[t]), totals[t]);
+    }
+    for (int t = 0; t < tokens; t++) _mm512_storeu_ps(sums + HAS_SPARSE_LANES * t, totals[t]);
+    return values;
+}
+
+#include "sparse_body.h"
+
+#endif

@@ -1,0 +1,140 @@
+/* Products of rows that are expanded in registers: no zero is written to memory, and each vector of
+ * weights is multiplied with up to AT_ONCE tokens. Where there are more, they go piece by piece, with
+ * the row's piece in the cache by then. Included by sparse_body.h.
+ *
+ * Values that have to be decoded (12 and 4 bits) are, at the start of a piece, into a buffer without
+ * zeros. What a token's sum adds up to, and in which order, is the same with any number of tokens.
+ *
+ * Defined by the variant, where masks and values may be read 64 bytes further than said:
+ *     arrange(x, n)                           put n floats of x, a multiple of 64, in the order that
+ *         add_values has them in with bfloat16
+ *     decode_4(codes, n, out)                 n codes of 4 bits to int8
+ *     decode_12(lower, codes, n, book, out)   n values of 12 bits to bfloat16
+ *     add_values(mask, values, n, bits, is_bfloat16, x, x_stride, tokens, sums)
+ *         add the products of n columns, a multiple of 64, with 1 to AT_ONCE tokens to the sums;
+ *         32 and 16 bits
+ *     add_codes(mask, values, n, segment, x, x_stride, tokens, factors, sums)
+ *         the same of int8 codes, times factors of [segment][AT_ONCE tokens]; n is a multiple of 64,
+ *         a segment of it or of its half. Both return where the values after these are. */
+
+enum { PIECE = 2048, PIECE_SEGMENTS = PIECE / 32 }; /* columns */
+
+/* A row that is being multiplied. */
+typedef struct {
+    const uint8_t *mask;
+    int64_t at;      /* number of its next value */
+    int64_t group;   /* number of its first group of codes */
+    int is_near_end; /* of all values: they are copied before they are read */
+    uint8_t mask_copy[PIECE / 8 + 64];
+    uint8_t first_copy[PIECE * 4 + 64], second_copy[PIECE / 2 + 64];
+    uint8_t decoded[PIECE * 2 + 64];
+} registered_row;
+
+static TARGET int64_t kept_in(const uint8_t *mask, int64_t columns) {
+    int64_t count = 0;
+    for (; columns >= 64; columns -= 64, mask += 8) {
+        uint64_t word;
+        memcpy(&word, mask, sizeof word);
+        count += __builtin_popcountll(word);
+    }
+    for (; columns > 0; columns -= 8, mask++) count += __builtin_popcount(*mask);
+    return count;
+}
+
+HAS_INLINE const uint8_t *readable(const registered_row *row, const uint8_t *from, int64_t bytes,
+                                   uint8_t *copy) {
+    return row->is_near_end ? memcpy(copy, from, (size_t)bytes) : from;
+}
+
+/* Where the values of n more columns of a row are, in 4 bits decoded to int8 and in 12 to bfloat16. */
+static TARGET inline __attribute__((always_inline)) const uint8_t *take_values(
+    const has_sparse_call *call, registered_row *row, exceptions *ahead, const uint8_t *mask,
+    int64_t n, int bits) {
+    const uint8_t *codes = call->values + (bits == 12 ? values_of_12(call) : 0) + row->at / 2;
+    int64_t at = row->at, odd = at % 2, item_bytes = bits / 8;
+    if (bits != 12 && bits != 4 && !row->is_near_end) return call->values + at * item_bytes;
+    int64_t count = kept_in(mask, n), code_bytes = (count + odd + 1) / 2;
+    if (bits == 12) {
+        uint16_t *halves = (uint16_t *)row->decoded;
+        decode_12(readable(row, call->values + at - odd, count + odd, row->first_copy),
+                  readable(row, codes, code_bytes, row->second_copy), count + odd,
+                  (const uint8_t *)call->codebook, halves);
+        halves += odd;
+        for (; !is_free_of(ahead, at + count); ahead->next++)
+            halves[(int64_t)(*ahead->next >> 16) - at] = (uint16_t)*ahead->next;
+        return (const uint8_t *)halves;
+    }
+    if (bits == 4) {
+        decode_4(readable(row, codes, code_bytes, row->first_copy), count + odd,
+                 (int8_t *)row->decoded);
+        return row->decoded + odd;
+    }
+    return readable(row, call->values + at * item_bytes, count * item_bytes, row->first_copy);
+}
+
+/* Calls the variant with a constant number of tokens, so that their sums stay in registers. */
+#define ADD_TOKENS(count)                                                                       \
+    case count:                                                                                 \
+        if (count > AT_ONCE) break;                                                             \
+        if (bits > 8)                                                                           \
+            end = add_values(mask, values, round_up_64(n), item_bits, is_bfloat16, numbers,     \
+                             x->stride, count, sums[t]);                                        \
+        else                                                                                    \
+            end = add_codes(mask, values, round_up_64(n), x->segment, numbers, x->stride,       \
+                            count, factors, sums[t]);                                           \
+        break;
+
+/* Add the products of columns `column` to `column` + n of a row with all tokens. */
+static TARGET inline __attribute__((always_inline)) void add_piece(
+    const has_sparse_call *call, const has_sparse_x *x, registered_row *row, exceptions *ahead,
+    int64_t column, int64_t n, int bits, int is_bfloat16, float (*sums)[LANES]) {
+    const int item_bits = bits == 12 ? 16 : bits == 4 ? 8 : bits; /* once decoded */
+    const int64_t x_bytes = bits <= 8 && ROUNDS ? 2 : 4, mask_bytes = (n + 7) / 8;
+    const uint8_t *mask = row->mask + column / 8, *end = NULL;
+    float units[PIECE_SEGMENTS], factors[PIECE_SEGMENTS][AT_ONCE];
+    __builtin_prefetch(mask + 512, 0, 3);
+    if (n % 64 != 0 || (bits <= 8 && x->segment < 64)) { /* what follows is not ours, or not there */
+        mask = memcpy(row->mask_copy, mask, (size_t)mask_bytes);
+        memset(row->mask_copy + mask_bytes, 0, 64);
+    }
+    const uint8_t *values = take_values(call, row, ahead, mask, n, bits);
+    if (bits <= 8) units_of(call, row->group, column, n, x->segment, units);
+    for (int64_t t = 0, tokens; t < call->tokens; t += tokens) {
+        const uint8_t *numbers =
+            (const uint8_t *)x->numbers + (t * x->stride + column) * x_bytes;
+        tokens = call->tokens - t < AT_ONCE ? call->tokens - t : AT_ONCE;
+        for (int64_t s = 0; bits <= 8 && s * x->segment < n; s++)
+            for (int64_t i = 0; i < tokens; i++) {
+                float step = ROUNDS ? x->steps[(t + i) * x->segments + column / x->segment + s] : 1;
+                factors[s][i] = units[s] * step;
+            }
+        switch (tokens) {
+            ADD_TOKENS(1)
+            ADD_TOKENS(2)
+            ADD_TOKENS(3)
+            ADD_TOKENS(4)
+            ADD_TOKENS(5)
+            ADD_TOKENS(6)
+            ADD_TOKENS(7)
+            ADD_TOKENS(8)
+        }
+    }
+    row->at += (end - values) / (item_bits / 8);
+}
+
+/* Products of one row with all tokens, added to their sums; constants say which kind. */
+static TARGET inline __attribute__((always_inline)) void multiply_row(
+    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits, int is_bfloat16,
+    exceptions *ahead, float (*sums)[LANES]) {
+    int64_t size = group_columns(call), end = offset_of(call, row + 1);
+    int64_t end_byte = bits == 12 ? values_of_12(call) + end / 2 : end * bits / 8;
+    registered_row of;
+    of.mask = call->bitmask + row * ((call->columns + 7) / 8);
+    of.at = offset_of(call, row);
+    of.group = row * ((call->columns + size - 1) / size);
+    of.is_near_end = end_byte + 64 > call->value_bytes;
+    for (int64_t column = 0; column < call->columns; column += PIECE) {
+        int64_t n = call->columns - column < PIECE ? call->columns - column : PIECE;
+        add_piece(call, x, &of, ahead, column, n, bits, is_bfloat16, sums);
+    }
+}
