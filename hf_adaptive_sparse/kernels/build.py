@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -68,15 +69,22 @@ def build(output: Path = OUTPUT) -> Path:
             "A C compiler is needed to build the kernels and none was found as $CC, cc, gcc or "
             "clang. Without them everything works in torch, slower."
         )
-    exact = sorted(SOURCES.glob(EXACT))
-    sources = sorted(str(path) for path in set(SOURCES.glob("*.c")) - set(exact))
-    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
-        objects = [str(Path(folder) / f"{path.stem}.o") for path in exact]
-        for path, target in zip(exact, objects, strict=True):
-            flags = [flag for flag in FLAGS if flag != "-shared"]
-            _run([*command, *flags, "-ffp-contract=off", "-c", "-o", target, str(path)])
+    exact = set(SOURCES.glob(EXACT))
+    to_objects = [*command, *(flag for flag in FLAGS if flag != "-shared"), "-c", "-o"]
+
+    def compiled(source: Path) -> str:
+        target = str(Path(folder) / f"{source.stem}.o")
+        rounding = ("-ffp-contract=off",) if source in exact else ()
+        _run([*to_objects, target, *rounding, str(source)])
+        return target
+
+    with (
+        tempfile.TemporaryDirectory(dir=output.parent) as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        objects = list(pool.map(compiled, sorted(SOURCES.glob("*.c"))))
         partial = Path(folder) / output.name
-        _run([*command, *FLAGS, "-o", str(partial), *sources, *objects, "-lm"])
+        _run([*command, *FLAGS, "-o", str(partial), *objects, "-lm"])
         partial.replace(output)
     return output
 

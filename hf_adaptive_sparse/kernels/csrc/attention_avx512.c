@@ -7,7 +7,7 @@
 
 #define TARGET                                                                                  \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,"  \
-                          "bmi2,f16c,prefer-vector-width=512")))
+                          "bmi2,f16c" HAS_WIDE_VECTORS)))
 #define VARIANT(name) name##_avx512
 #define VECTOR_LIMIT 16256.0f
 

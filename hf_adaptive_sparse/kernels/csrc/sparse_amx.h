@@ -27,8 +27,8 @@ enum { AMX_ROWS = 16, AMX_TOKENS = 16, AMX_STEP = 64, AMX_CHUNK_BYTES = 256 };
 
 #define TARGET_AMX                                                                              \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,"          \
-                          "avx512vnni,avx512bf16,avx2,fma,bmi2,f16c,popcnt,"                     \
-                          "prefer-vector-width=512,amx-tile,amx-int8,amx-bf16")))
+                          "avx512vnni,avx512bf16,avx2,fma,bmi2,f16c,popcnt"                     \
+                          HAS_WIDE_VECTORS ",amx-tile,amx-int8,amx-bf16")))
 #define AMX_FORCED static TARGET_AMX inline __attribute__((always_inline))
 
 /* Compilers do not know that a tile is loaded from memory. */

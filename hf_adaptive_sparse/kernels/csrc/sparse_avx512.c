@@ -8,8 +8,8 @@
 
 #define TARGET                                                                                  \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,"          \
-                          "avx512vnni,avx512bf16,avx2,fma,bmi2,f16c,popcnt,"                     \
-                          "prefer-vector-width=512")))
+                          "avx512vnni,avx512bf16,avx2,fma,bmi2,f16c,popcnt"                     \
+                          HAS_WIDE_VECTORS)))
 #define VARIANT(name) name##_avx512
 #define TAKES_BFLOAT16 1
 #define ROUNDS 1

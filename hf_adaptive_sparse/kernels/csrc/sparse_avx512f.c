@@ -3,8 +3,8 @@
 #if defined(__x86_64__) || defined(_M_X64)
 
 #define TARGET                                                                                  \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,"            \
-                          "prefer-vector-width=512")))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt"            \
+                          HAS_WIDE_VECTORS)))
 #define FORCED static TARGET inline __attribute__((always_inline))
 #define VARIANT(name) name##_avx512f
 #define TAKES_BFLOAT16 0

@@ -72,17 +72,34 @@ static TARGET inline __attribute__((always_inline)) const uint8_t *take_values(
     return readable(row, call->values + at * item_bytes, count * item_bytes, row->first_copy);
 }
 
-/* Calls the variant with a constant number of tokens, so that their sums stay in registers. */
-#define ADD_TOKENS(count)                                                                       \
-    case count:                                                                                 \
-        if (count > AT_ONCE) break;                                                             \
-        if (bits > 8)                                                                           \
-            end = add_values(mask, values, round_up_64(n), item_bits, is_bfloat16, numbers,     \
-                             x->stride, count, sums[t]);                                        \
-        else                                                                                    \
-            end = add_codes(mask, values, round_up_64(n), x->segment, numbers, x->stride,       \
-                            count, factors, sums[t]);                                           \
-        break;
+/* Products of n columns with up to AT_ONCE tokens. How many is a constant within each case, so that
+ * their sums stay in registers. */
+#define ARGUMENTS                                                                               \
+    const uint8_t *mask, const uint8_t *values, int64_t n, int64_t segment, const void *x,      \
+        int64_t x_stride, int64_t tokens, const float (*factors)[AT_ONCE], float *sums
+#define CASE(count, call)                                                                       \
+    case count: {                                                                               \
+        enum { AT_MOST = count < AT_ONCE ? count : AT_ONCE };                                   \
+        return count > AT_ONCE ? values : call;                                                 \
+    }
+#define FOR_TOKENS(call)                                                                        \
+    switch (tokens) {                                                                           \
+        CASE(1, call) CASE(2, call) CASE(3, call) CASE(4, call)                                 \
+        CASE(5, call) CASE(6, call) CASE(7, call) default: CASE(8, call)                        \
+    }
+#define ADD_VALUES(name, bits, is_bfloat16)                                                     \
+    static TARGET __attribute__((noinline)) const uint8_t *name(ARGUMENTS) {                    \
+        (void)segment, (void)factors;                                                           \
+        FOR_TOKENS(add_values(mask, values, n, bits, is_bfloat16, x, x_stride, AT_MOST, sums))  \
+    }
+
+ADD_VALUES(add_32, 32, 0)
+ADD_VALUES(add_float16, 16, 0)
+ADD_VALUES(add_bfloat16, 16, 1)
+
+static TARGET __attribute__((noinline)) const uint8_t *add_8(ARGUMENTS) {
+    FOR_TOKENS(add_codes(mask, values, n, segment, x, x_stride, AT_MOST, factors, sums))
+}
 
 /* Add the products of columns `column` to `column` + n of a row with all tokens. */
 static TARGET inline __attribute__((always_inline)) void add_piece(
@@ -90,6 +107,10 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
     int64_t column, int64_t n, int bits, int is_bfloat16, float (*sums)[LANES]) {
     const int item_bits = bits == 12 ? 16 : bits == 4 ? 8 : bits; /* once decoded */
     const int64_t x_bytes = bits <= 8 && ROUNDS ? 2 : 4, mask_bytes = (n + 7) / 8;
+    const uint8_t *(*const add)(ARGUMENTS) = bits == 32    ? add_32
+                                             : bits <= 8   ? add_8
+                                             : is_bfloat16 ? add_bfloat16
+                                                           : add_float16;
     const uint8_t *mask = row->mask + column / 8, *end = NULL;
     float units[PIECE_SEGMENTS], factors[PIECE_SEGMENTS][AT_ONCE];
     __builtin_prefetch(mask + 512, 0, 3);
@@ -108,16 +129,8 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
                 float step = ROUNDS ? x->steps[(t + i) * x->segments + column / x->segment + s] : 1;
                 factors[s][i] = units[s] * step;
             }
-        switch (tokens) {
-            ADD_TOKENS(1)
-            ADD_TOKENS(2)
-            ADD_TOKENS(3)
-            ADD_TOKENS(4)
-            ADD_TOKENS(5)
-            ADD_TOKENS(6)
-            ADD_TOKENS(7)
-            ADD_TOKENS(8)
-        }
+        end = add(mask, values, round_up_64(n), x->segment, numbers, x->stride, tokens,
+                  (const float (*)[AT_ONCE])factors, sums[t]);
     }
     row->at += (end - values) / (item_bits / 8);
 }

@@ -35,13 +35,10 @@ static int has_amx(void) {
 #endif
 
 #if defined(__x86_64__)
-/* Every processor with AVX2 has it, unless a virtual machine hides it; older compilers cannot ask. */
+/* Every processor with AVX2 has it, unless a virtual machine hides it. Not all compilers can ask. */
 static int has_f16c(void) {
-#if defined(__clang__) || __GNUC__ >= 11
-    return __builtin_cpu_supports("f16c");
-#else
-    return 1;
-#endif
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }
 #endif
 

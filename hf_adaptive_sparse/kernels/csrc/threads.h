@@ -10,6 +10,13 @@
 #define HAS_EXPORT __attribute__((visibility("default")))
 #endif
 
+/* For target attributes: let loops be vectorised with 512 bits. Clang refuses to be told. */
+#if defined(__clang__)
+#define HAS_WIDE_VECTORS
+#else
+#define HAS_WIDE_VECTORS ",prefer-vector-width=512"
+#endif
+
 enum { HAS_PORTABLE, HAS_AVX2, HAS_AVX512, HAS_NEON, HAS_AMX, HAS_AVX512F };
 
 /* Whether the compiler knows AMX, and the system is one whose permission for it can be asked for. */
