@@ -101,7 +101,7 @@ static TARGET inline __attribute__((always_inline)) void rows_dot_bits(
     for (int64_t i = 0; i < n; i += 16) {
         int64_t left = n - i < 16 ? n - i : 16;
         const uint8_t *at = rows + i * stride;
-        has_prefetch(ahead, i, n);
+        has_prefetch(ahead, i, 16);
         __mmask16 kept = (__mmask16)((1u << left) - 1);
         if (nvec == 1) {
             __m512i sums;

@@ -259,7 +259,8 @@ static TARGET void scores_by_channel(const has_attention_call *call, const has_t
         w->offset[row] = dot(query, w->minima, w->key_width);
     }
     rows_dot(codes, call->key_codes_strides[3], count, (int)call->key_bits, call->key_dim, 0,
-             call->key_dim, w->vectors, w->vector_width, rows, w->sums, w->vector_width, ahead);
+             call->key_dim, w->vectors, w->vector_width, rows, w->sums, w->vector_width,
+             has_shared(ahead, count));
     for (int64_t row = 0; row < rows; row++) {
         const int32_t *sums = w->sums + row * w->vector_width;
         float *scores = w->scores + row * w->block_width;
@@ -291,7 +292,7 @@ static TARGET void scores_by_token(const has_attention_call *call, const has_tas
         }
         rows_dot(codes, call->key_codes_strides[3], count, (int)call->key_bits, call->key_dim,
                  from / 64 * 64, to, w->vectors, w->vector_width, rows, w->sums, w->vector_width,
-                 ahead);
+                 has_shared(ahead, count));
         ahead.bytes = 0;
         for (int64_t i = 0; i < count; i++) {
             w->steps[i] = load_one(call->key_steps, call->key_meta_dtype, at + i * ms[3] + group);
@@ -339,7 +340,8 @@ static TARGET void add_values(const has_attention_call *call, const has_task *ta
             w->offset[row] = dot(p, w->minima, width);
         }
         rows_dot(codes + from * cs[3], cs[3], channels, (int)call->value_bits, length, 0, length,
-                 w->vectors, w->vector_width, rows, w->sums, w->vector_width, ahead);
+                 w->vectors, w->vector_width, rows, w->sums, w->vector_width,
+                 has_shared(ahead, channels));
         ahead.bytes = 0;
         for (int64_t row = 0; row < rows; row++) {
             const int32_t *sums = w->sums + row * w->vector_width;
@@ -359,9 +361,9 @@ static TARGET void attend_block(const has_attention_call *call, const has_task *
     /* Keys and values alternate: each pass fetches what the other will read. */
     has_ahead values = {(const uint8_t *)call->value_codes + task->batch * vs[0] +
                             task->head * vs[1] + block * vs[2],
-                        call->value_dim * vs[3]};
+                        call->value_dim * vs[3], 0};
     has_ahead next_keys = {codes + cs[2],
-                           block + 1 < task->last_block ? call->block_length * cs[3] : 0};
+                           block + 1 < task->last_block ? call->block_length * cs[3] : 0, 0};
     if (call->key_mode == HAS_KEYS_BY_CHANNEL)
         scores_by_channel(call, task, block, codes, count, rows, values, w);
     else

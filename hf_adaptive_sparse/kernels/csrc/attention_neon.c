@@ -60,7 +60,7 @@ HAS_INLINE void rows_dot_bits(const uint8_t *rows, int64_t stride, int64_t n, in
     uint8x16_t codes[HAS_MAX_CODES / 16];
     for (int64_t i = 0; i < n; i++) {
         const uint8_t *row = rows + i * stride;
-        if (i % 16 == 0) has_prefetch(ahead, i, n);
+        if (i % 16 == 0) has_prefetch(ahead, i, 16);
         /* A row is read up to 32 bytes past its end, which is in the next rows but for the last. */
         if ((n - 1 - i) * stride < 32) {
             memcpy(copy, row, (size_t)row_bytes);

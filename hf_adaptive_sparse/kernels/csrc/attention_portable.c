@@ -28,7 +28,7 @@ static void rows_dot(const uint8_t *rows, int64_t stride, int64_t n, int bits, i
     uint8_t codes[1024 + 8];
     for (int64_t i = 0; i < n; i++) {
         const uint8_t *row = rows + i * stride;
-        if (i % 16 == 0) has_prefetch(ahead, i, n);
+        if (i % 16 == 0) has_prefetch(ahead, i, 16);
         if (bits != 8) unpack_row(row, bits, from, to, count, codes);
         const uint8_t *unpacked = bits == 8 ? row : codes;
         for (int64_t v = 0; v < nvec; v++) {
