@@ -382,6 +382,9 @@ def main() -> None:
     parser.add_argument("--drift-tokens", type=int, default=16384)
     parser.add_argument("--no-peak", action="store_true", help="skip peak memory (Linux only)")
     parser.add_argument("--no-write", action="store_true", help="print, but store no result")
+    parser.add_argument(
+        "--result", default="kv_cache", help="name to store it by; another keeps this one's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -420,7 +423,7 @@ def main() -> None:
     result["targets"] = TARGETS
     result["seconds"] = round(time.perf_counter() - started, 1)
     if not arguments.no_write:
-        write_result("kv_cache", result, table(result))
+        write_result(arguments.result, result, table(result))
     print(table(result))
 
 

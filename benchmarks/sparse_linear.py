@@ -156,6 +156,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times each copy is used")
     parser.add_argument("--prefill-rounds", type=int, default=3)
     parser.add_argument("--no-write", action="store_true", help="print, but store no result")
+    parser.add_argument(
+        "--result", default="sparse_linear", help="name to store it by; another keeps this one's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     result: dict[str, Any] = {
@@ -174,7 +177,7 @@ def main() -> None:
     }
     result["rows"] = rows_of(result)
     if not arguments.no_write:
-        write_result("sparse_linear", result, table(result))
+        write_result(arguments.result, result, table(result))
     print(table(result))
 
 

@@ -305,6 +305,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--load-rounds", type=int, default=3)
+    parser.add_argument(
+        "--result", default="sparse_runtime", help="name to store it by; another keeps this one's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -341,7 +344,7 @@ def main() -> None:
         for name, (kind, wanted) in TARGETS.items()
     }
     text = table(result)
-    write_result("sparse_runtime", result, text)
+    write_result(options.result, result, text)
     print(text)
 
 

@@ -7,7 +7,7 @@ shows; an H200 multiplies 2,048 so fast that it adds 20 to 60 %.
 
 A CPU that does not multiply 16-bit numbers itself leaves it to torch to widen them, and that takes
 two to eight times as long as a product of float32. There, tiles are decompressed to float32, and
-only the product is rounded to the weight's dtype.
+only the product is rounded to the weight's dtype: x and the product of a tile are there in float32.
 
 On a GPU all of it is enqueued on the current stream, in order: a tile is overwritten after the
 product that reads it. Tiles are larger there, and equal, because a product of few rows leaves most
@@ -112,7 +112,7 @@ def _decompress(weight: SparseWeight, start: int, stop: int, tile: torch.Tensor)
             return
         except triton_sparse.LaunchError as error:
             triton_sparse.say_what_failed(error)
-    tile.copy_(weight.dense_rows(start, stop))
+    tile.copy_(weight.dense_rows(start, stop).to(weight.dtype))  # codes times scales are rounded
 
 
 def _buffer(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 /* AArch64 with NEON, which every such processor has.
  *
- * 16 codes at a time, as in attention_avx2.c with half the width: a table look-up brings the bytes of
+ * 16 codes at a time, the reverse of packing/bits.py: a table look-up brings the bytes of
  * eight codes into each 64-bit lane, three rounds of masks and shifts spread them to a byte each;
  * they are widened to 16 bits and multiplied with the vector's int16. */
 #if defined(__aarch64__)

@@ -80,7 +80,7 @@ typedef struct {
 /* Spread over n rows. Once for all of them: processors take up to a hundred cycles for a division. */
 HAS_INLINE has_ahead has_shared(has_ahead ahead, int64_t n) {
     uint32_t share = n > 0 ? (uint32_t)(ahead.bytes * 8) / (uint32_t)n : 0;
-    ahead.share = ((int64_t)share + 64) / 64 * 64;
+    ahead.share = ((int64_t)share / 64 + 1) * 64; /* more than the share: none is left out */
     return ahead;
 }
 

@@ -52,6 +52,12 @@ static const has_sparse_variant *variant_of(int variant) {
     }
 }
 
+/* Of products by a variant: 1 if rows are expanded in registers, 2 if x is never rounded, or both. */
+HAS_EXPORT int has_sparse_traits(int variant) {
+    const has_sparse_variant *v = variant_of(variant);
+    return v == NULL ? 0 : v->in_registers | !v->rounds << 1;
+}
+
 HAS_EXPORT int64_t has_sparse_call_size_bytes(void) { return (int64_t)sizeof(has_sparse_call); }
 
 static int has_bad_sizes(const has_sparse_call *call) {

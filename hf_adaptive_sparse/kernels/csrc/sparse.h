@@ -40,7 +40,8 @@ typedef struct {
     int64_t stride;
     void *shuffled;  /* bfloat16 for add_12, see sparse_body.h, with values of 12 bits and a token */
     int *is_finite;  /* whether all of x is */
-    void *numbers;   /* float or, where a variant multiplies them, bfloat16; codes int16, or split */
+    void *numbers;   /* float or, where a variant multiplies them, bfloat16; where it rounds x to
+                        codes, those as int16 or split */
     int64_t segment; /* with codes: columns that share a step of x; part of one group */
     int64_t segments;
     float *steps;         /* [token][segment] */
@@ -52,6 +53,8 @@ typedef struct {
     int takes_bfloat16;
     /* 1 where x is rounded to codes when the weight's values are. */
     int rounds;
+    /* 1 where rows are expanded in registers: see sparse_registers.h. */
+    int in_registers;
     /* Rows that are multiplied at a time. */
     int64_t rows;
     /* Fill the codes and steps of x, or widen it. */

@@ -75,20 +75,19 @@ FORCED const uint8_t *add_values(const uint8_t *mask, const uint8_t *values, int
 }
 
 FORCED const uint8_t *add_codes(const uint8_t *mask, const uint8_t *values, int64_t n,
-                                int64_t segment, const void *x, int64_t x_stride, int tokens,
-                                const float (*factors)[AT_ONCE], float *sums) {
-    const uint64_t within = segment < 64 ? 0xffffffff : ~0ull; /* a segment, of a word */
+                                int64_t segment, int step, const void *x, int64_t x_stride,
+                                int tokens, const float (*factors)[AT_ONCE], float *sums) {
     __m256 totals[AT_ONCE];
     for (int t = 0; t < tokens; t++) totals[t] = _mm256_loadu_ps(sums + HAS_SPARSE_LANES * t);
     for (int64_t first = 0; first < n; first += segment, factors++) {
         int64_t end = first + segment < n ? first + segment : n;
         __m256i parts[AT_ONCE];
         for (int t = 0; t < tokens; t++) parts[t] = _mm256_setzero_si256();
-        for (int64_t i = first; i < end; i += 64) {
-            uint64_t word = mask_word(mask, i) & within;
+        for (int64_t i = first; i < end; i += step) {
+            uint64_t word = mask_word(mask, i);
             _mm_prefetch((const char *)values + AHEAD_BYTES, _MM_HINT_T0);
 #pragma GCC unroll 4
-            for (int part = 0; part < 4; part++) {
+            for (int part = 0; part < step / 16; part++) {
                 __m256i a = next_16_of_8(word, 2 * part, &values);
 #pragma GCC unroll 4
                 for (int t = 0; t < tokens; t++) {

@@ -1,5 +1,6 @@
 /* x86-64 with the AVX-512 of Skylake-X and Cascade Lake, which expands 32-bit lanes only: values are
- * widened first, and multiplied in float32. */
+ * widened first, and multiplied with x as it is in float32. Ice Lake, which expands bytes but does not
+ * multiply bfloat16, takes this as well. */
 #if defined(__x86_64__) || defined(_M_X64)
 
 #define TARGET                                                                                  \
@@ -43,9 +44,10 @@ FORCED __mmask16 places_of(uint64_t word, int part) {
     return (__mmask16)places;
 }
 
-/* Add the products of 64 columns; returns where the values after these are. */
-FORCED const uint8_t *add_64(uint64_t word, const uint8_t *values, int bits, int is_bfloat16,
-                             const float *x, int64_t x_stride, int tokens, two_sums *sums) {
+/* Add the products of 64 or 32 columns; returns where the values after these are. */
+FORCED const uint8_t *add_step(uint64_t word, int step, const uint8_t *values, int bits,
+                               int is_bfloat16, const float *x, int64_t x_stride, int tokens,
+                               two_sums *sums) {
     const int64_t item_bytes = bits / 8;
     const uint8_t *from[4] = {values, values + item_bytes * _mm_popcnt_u32((uint16_t)word),
                               values + item_bytes * _mm_popcnt_u32((uint32_t)word),
@@ -53,7 +55,7 @@ FORCED const uint8_t *add_64(uint64_t word, const uint8_t *values, int bits, int
     for (int line = 0; line <= bits / 32; line++)
         _mm_prefetch((const char *)values + AHEAD_BYTES + 64 * line, _MM_HINT_T0);
 #pragma GCC unroll 4
-    for (int part = 0; part < 4; part++) {
+    for (int part = 0; part < step / 16; part++) {
         __m512 a = widened(from[part], bits, is_bfloat16);
         a = _mm512_maskz_expand_ps(places_of(word, part), a);
 #pragma GCC unroll 8
@@ -65,7 +67,7 @@ FORCED const uint8_t *add_64(uint64_t word, const uint8_t *values, int bits, int
                 sums[t].odd = _mm512_fmadd_ps(a, of, sums[t].odd);
         }
     }
-    return values + item_bytes * _mm_popcnt_u64(word);
+    return step == 64 ? values + item_bytes * _mm_popcnt_u64(word) : from[2];
 }
 
 FORCED const uint8_t *add_values(const uint8_t *mask, const uint8_t *values, int64_t n, int bits,
@@ -77,17 +79,16 @@ FORCED const uint8_t *add_values(const uint8_t *mask, const uint8_t *values, int
         parts[t].odd = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < n; i += 64)
-        values = add_64(mask_word(mask, i), values, bits, is_bfloat16, (const float *)x + i,
-                        x_stride, tokens, parts);
+        values = add_step(mask_word(mask, i), 64, values, bits, is_bfloat16, (const float *)x + i,
+                          x_stride, tokens, parts);
     for (int t = 0; t < tokens; t++)
         _mm512_storeu_ps(sums + HAS_SPARSE_LANES * t, _mm512_add_ps(parts[t].even, parts[t].odd));
     return values;
 }
 
 FORCED const uint8_t *add_codes(const uint8_t *mask, const uint8_t *values, int64_t n,
-                                int64_t segment, const void *x, int64_t x_stride, int tokens,
-                                const float (*factors)[AT_ONCE], float *sums) {
-    const uint64_t within = segment < 64 ? 0xffffffff : ~0ull; /* a segment, of a word */
+                                int64_t segment, int step, const void *x, int64_t x_stride,
+                                int tokens, const float (*factors)[AT_ONCE], float *sums) {
     __m512 totals[AT_ONCE];
     for (int t = 0; t < tokens; t++) totals[t] = _mm512_loadu_ps(sums + HAS_SPARSE_LANES * t);
     for (int64_t first = 0; first < n; first += segment, factors++) {
@@ -95,9 +96,9 @@ FORCED const uint8_t *add_codes(const uint8_t *mask, const uint8_t *values, int6
         two_sums parts[AT_ONCE];
         for (int t = 0; t < tokens; t++)
             parts[t] = (two_sums){_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t i = first; i < end; i += 64)
-            values = add_64(mask_word(mask, i) & within, values, 8, 0, (const float *)x + i,
-                            x_stride, tokens, parts);
+        for (int64_t i = first; i < end; i += step)
+            values = add_step(mask_word(mask, i), step, values, 8, 0, (const float *)x + i,
+                              x_stride, tokens, parts);
         for (int t = 0; t < tokens; t++)
             totals[t] = _mm512_fmadd_ps(_mm512_add_ps(parts[t].even, parts[t].odd),
                                         _mm512_set1_ps((*factors)[t]), totals[t]);

@@ -1,11 +1,12 @@
 /* Products with a sparse weight, and its decompression, in terms of a variant's primitives.
  *
- * A row is taken in blocks of columns. Each block is expanded, zeros included, into a buffer that
- * stays in the first-level cache, and then multiplied with every token: the weight is read from
- * memory once and expanded once, however many tokens there are, and a NaN or infinity in x meets
- * the zeros as it does in a dense product. Sums are float32, in HAS_SPARSE_LANES parts per token.
+ * A row is taken in blocks of columns, each of which is expanded, zeros included, and multiplied with
+ * every token: sparse_rows.h does so by a buffer that stays in the first-level cache, and
+ * sparse_registers.h, IN_REGISTERS, without one. The weight is read from memory once, however many
+ * tokens there are, and a NaN or infinity in x meets the zeros as it does in a dense product. Sums are
+ * float32, in HAS_SPARSE_LANES parts per token.
  *
- * With codes, x is rounded to 15 bits and a sign on a step of its own per segment of at most 256
+ * With codes, where a variant ROUNDS, x is rounded to 15 bits and a sign on a step of its own per segment of at most 256
  * columns; products of integers are summed exactly within a segment:
  *
  *     sum over columns of x * w = sum over segments of step * unit * (sum of x_code * w_code)
@@ -23,6 +24,8 @@
  *         read and dropped. Bytes for 8; 4 bits give int8 too, FOURS (1 or 16) times the code.
  *     expand_12 (mask, lower, codes, at, n, book, out)    the same to bfloat16: lower bytes, the first
  *         being number 0, and codes, the first number `at`, each for an upper byte of `book`.
+ *     widen_float16(numbers, n, out)                      to float, n of any size
+ * and, unless IN_REGISTERS:
  *     add_floats(a, x, n, sums), add_codes(codes, x_codes, n, factor, sums)
  *         add products to HAS_SPARSE_LANES sums; the second times factor. Where FUSES, codes of x
  *         are split, and followed by the segment's corrections.
@@ -424,4 +427,4 @@ static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_
     }
 }
 
-const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, ROUNDS, 1, prepare, multiply, decompress};
+const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, ROUNDS, IN_REGISTERS, 1, prepare, multiply, decompress};

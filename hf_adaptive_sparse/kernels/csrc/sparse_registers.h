@@ -6,6 +6,7 @@
  * zeros. What a token's sum adds up to, and in which order, is the same with any number of tokens.
  *
  * Defined by the variant, where masks and values may be read 64 bytes further than said:
+ *     count_kept(mask, n)                     set bits of n columns, a multiple of 64
  *     arrange(x, n)                           put n floats of x, a multiple of 64, in the order that
  *         add_values has them in with bfloat16
  *     decode_4(codes, n, out)                 n codes of 4 bits to int8
@@ -13,9 +14,9 @@
  *     add_values(mask, values, n, bits, is_bfloat16, x, x_stride, tokens, sums)
  *         add the products of n columns, a multiple of 64, with 1 to AT_ONCE tokens to the sums;
  *         32 and 16 bits
- *     add_codes(mask, values, n, segment, x, x_stride, tokens, factors, sums)
- *         the same of int8 codes, times factors of [segment][AT_ONCE tokens]; n is a multiple of 64,
- *         a segment of it or of its half. Both return where the values after these are. */
+ *     add_codes(mask, values, n, segment, step, x, x_stride, tokens, factors, sums)
+ *         the same of n columns of int8 codes, times factors of [segment][AT_ONCE tokens]; segments
+ *         are multiples of the step, 64 or 32. Both return where the values after these are. */
 
 enum { PIECE = 2048, PIECE_SEGMENTS = PIECE / 32 }; /* columns */
 
@@ -30,17 +31,6 @@ typedef struct {
     uint8_t decoded[PIECE * 2 + 64];
 } registered_row;
 
-static TARGET int64_t kept_in(const uint8_t *mask, int64_t columns) {
-    int64_t count = 0;
-    for (; columns >= 64; columns -= 64, mask += 8) {
-        uint64_t word;
-        memcpy(&word, mask, sizeof word);
-        count += __builtin_popcountll(word);
-    }
-    for (; columns > 0; columns -= 8, mask++) count += __builtin_popcount(*mask);
-    return count;
-}
-
 HAS_INLINE const uint8_t *readable(const registered_row *row, const uint8_t *from, int64_t bytes,
                                    uint8_t *copy) {
     return row->is_near_end ? memcpy(copy, from, (size_t)bytes) : from;
@@ -53,7 +43,7 @@ static TARGET inline __attribute__((always_inline)) const uint8_t *take_values(
     const uint8_t *codes = call->values + (bits == 12 ? values_of_12(call) : 0) + row->at / 2;
     int64_t at = row->at, odd = at % 2, item_bytes = bits / 8;
     if (bits != 12 && bits != 4 && !row->is_near_end) return call->values + at * item_bytes;
-    int64_t count = kept_in(mask, n), code_bytes = (count + odd + 1) / 2;
+    int64_t count = count_kept(mask, round_up_64(n)), code_bytes = (count + odd + 1) / 2;
     if (bits == 12) {
         uint16_t *halves = (uint16_t *)row->decoded;
         decode_12(readable(row, call->values + at - odd, count + odd, row->first_copy),
@@ -72,33 +62,36 @@ static TARGET inline __attribute__((always_inline)) const uint8_t *take_values(
     return readable(row, call->values + at * item_bytes, count * item_bytes, row->first_copy);
 }
 
-/* Products of n columns with up to AT_ONCE tokens. How many is a constant within each case, so that
- * their sums stay in registers. */
-#define ARGUMENTS                                                                               \
+/* Products of n columns with up to AT_ONCE tokens. How many is a constant, TOKENS, within each case,
+ * so that their sums stay in registers. */
+#define OPERANDS                                                                                \
     const uint8_t *mask, const uint8_t *values, int64_t n, int64_t segment, const void *x,      \
         int64_t x_stride, int64_t tokens, const float (*factors)[AT_ONCE], float *sums
-#define CASE(count, call)                                                                       \
+#define CASE(count, product)                                                                    \
     case count: {                                                                               \
-        enum { AT_MOST = count < AT_ONCE ? count : AT_ONCE };                                   \
-        return count > AT_ONCE ? values : call;                                                 \
+        enum { TOKENS = count < AT_ONCE ? count : AT_ONCE };                                    \
+        return count > AT_ONCE ? values : product;                                              \
     }
-#define FOR_TOKENS(call)                                                                        \
+#define FOR_TOKENS(product)                                                                     \
     switch (tokens) {                                                                           \
-        CASE(1, call) CASE(2, call) CASE(3, call) CASE(4, call)                                 \
-        CASE(5, call) CASE(6, call) CASE(7, call) default: CASE(8, call)                        \
+        CASE(1, product) CASE(2, product) CASE(3, product) CASE(4, product)                     \
+        CASE(5, product) CASE(6, product) CASE(7, product) default: CASE(8, product)            \
     }
 #define ADD_VALUES(name, bits, is_bfloat16)                                                     \
-    static TARGET __attribute__((noinline)) const uint8_t *name(ARGUMENTS) {                    \
+    static TARGET __attribute__((noinline)) const uint8_t *name(OPERANDS) {                     \
         (void)segment, (void)factors;                                                           \
-        FOR_TOKENS(add_values(mask, values, n, bits, is_bfloat16, x, x_stride, AT_MOST, sums))  \
+        FOR_TOKENS(add_values(mask, values, round_up_64(n), bits, is_bfloat16, x, x_stride,     \
+                              TOKENS, sums))                                                    \
     }
 
 ADD_VALUES(add_32, 32, 0)
 ADD_VALUES(add_float16, 16, 0)
 ADD_VALUES(add_bfloat16, 16, 1)
 
-static TARGET __attribute__((noinline)) const uint8_t *add_8(ARGUMENTS) {
-    FOR_TOKENS(add_codes(mask, values, n, segment, x, x_stride, AT_MOST, factors, sums))
+static TARGET __attribute__((noinline)) const uint8_t *add_8(OPERANDS) {
+    if (segment < 64)
+        FOR_TOKENS(add_codes(mask, values, n, segment, 32, x, x_stride, TOKENS, factors, sums))
+    FOR_TOKENS(add_codes(mask, values, n, segment, 64, x, x_stride, TOKENS, factors, sums))
 }
 
 /* Add the products of columns `column` to `column` + n of a row with all tokens. */
@@ -107,7 +100,7 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
     int64_t column, int64_t n, int bits, int is_bfloat16, float (*sums)[LANES]) {
     const int item_bits = bits == 12 ? 16 : bits == 4 ? 8 : bits; /* once decoded */
     const int64_t x_bytes = bits <= 8 && ROUNDS ? 2 : 4, mask_bytes = (n + 7) / 8;
-    const uint8_t *(*const add)(ARGUMENTS) = bits == 32    ? add_32
+    const uint8_t *(*const add)(OPERANDS) = bits == 32    ? add_32
                                              : bits <= 8   ? add_8
                                              : is_bfloat16 ? add_bfloat16
                                                            : add_float16;
@@ -129,11 +122,16 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
                 float step = ROUNDS ? x->steps[(t + i) * x->segments + column / x->segment + s] : 1;
                 factors[s][i] = units[s] * step;
             }
-        end = add(mask, values, round_up_64(n), x->segment, numbers, x->stride, tokens,
+        end = add(mask, values, n, x->segment, numbers, x->stride, tokens,
                   (const float (*)[AT_ONCE])factors, sums[t]);
     }
     row->at += (end - values) / (item_bits / 8);
 }
+
+#undef OPERANDS
+#undef CASE
+#undef FOR_TOKENS
+#undef ADD_VALUES
 
 /* Products of one row with all tokens, added to their sums; constants say which kind. */
 static TARGET inline __attribute__((always_inline)) void multiply_row(

@@ -37,12 +37,12 @@ static TARGET inline __attribute__((always_inline)) int64_t multiply_12(
 static TARGET inline __attribute__((always_inline)) int64_t multiply_codes(
     const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at, int bits,
     float *sums) {
-    enum { AT_ONCE = 64 }; /* segments */
+    enum { SEGMENTS = 64 }; /* at a time */
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
-    int64_t whole = call->columns, step = AT_ONCE * x->segment;
+    int64_t whole = call->columns, step = SEGMENTS * x->segment;
     if (whole % 64 != 0) whole -= whole % x->segment;
     int64_t size = group_columns(call), groups = (call->columns + size - 1) / size;
-    float factors[AT_ONCE];
+    float factors[SEGMENTS];
     if (offset_of(call, row + 1) * bits / 8 + 64 > call->value_bytes || x->segment < 64) return 0;
     for (int64_t first = 0; first < whole; first += step) {
         int64_t n = whole - first < step ? whole - first : step, s = first / x->segment;
