@@ -3,7 +3,7 @@
 #ifndef HAS_SPARSE_H
 #define HAS_SPARSE_H
 
-#include "attention.h"
+#include "numbers.h"
 
 /* Columns that are expanded at a time, tokens of one call, and lanes of a partial sum. */
 enum { HAS_SPARSE_BLOCK = 512, HAS_SPARSE_TOKENS = 32, HAS_SPARSE_LANES = 16 };
@@ -65,6 +65,13 @@ typedef struct {
     /* Decompress rows first to last - 1 of the weight to where `output` has first_row. */
     void (*decompress)(const has_sparse_call *call, int64_t first, int64_t last);
 } has_sparse_variant;
+
+/* The bits of columns i to i + 63; i is a multiple of 8. */
+HAS_INLINE uint64_t mask_word(const uint8_t *mask, int64_t i) {
+    uint64_t word;
+    memcpy(&word, mask + (uint64_t)i / 8, sizeof word);
+    return word;
+}
 
 extern const has_sparse_variant has_sparse_portable, has_sparse_avx2, has_sparse_avx512f,
     has_sparse_avx512, has_sparse_amx, has_sparse_neon;

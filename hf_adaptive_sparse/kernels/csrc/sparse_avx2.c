@@ -74,34 +74,30 @@ FORCED const uint8_t *add_values(const uint8_t *mask, const uint8_t *values, int
     return values;
 }
 
-FORCED const uint8_t *add_codes(const uint8_t *mask, const uint8_t *values, int64_t n,
-                                int64_t segment, int step, const void *x, int64_t x_stride,
-                                int tokens, const float (*factors)[AT_ONCE], float *sums) {
-    __m256 totals[AT_ONCE];
-    for (int t = 0; t < tokens; t++) totals[t] = _mm256_loadu_ps(sums + HAS_SPARSE_LANES * t);
-    for (int64_t first = 0; first < n; first += segment, factors++) {
-        int64_t end = first + segment < n ? first + segment : n;
-        __m256i parts[AT_ONCE];
-        for (int t = 0; t < tokens; t++) parts[t] = _mm256_setzero_si256();
-        for (int64_t i = first; i < end; i += step) {
-            uint64_t word = mask_word(mask, i);
-            _mm_prefetch((const char *)values + AHEAD_BYTES, _MM_HINT_T0);
+typedef __m256i code_sum;
+typedef __m256 float_sum;
+
+FORCED float_sum load_sum(const float *sums) { return _mm256_loadu_ps(sums); }
+
+FORCED void store_sum(float *sums, float_sum total) { _mm256_storeu_ps(sums, total); }
+
+FORCED float_sum scaled(code_sum part, float factor, float_sum total) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(part), _mm256_set1_ps(factor), total);
+}
+
+FORCED const uint8_t *add_code_step(uint64_t word, int step, const uint8_t *values, const void *x,
+                                    int64_t x_stride, int tokens, code_sum *parts) {
+    _mm_prefetch((const char *)values + AHEAD_BYTES, _MM_HINT_T0);
 #pragma GCC unroll 4
-            for (int part = 0; part < step / 16; part++) {
-                __m256i a = next_16_of_8(word, 2 * part, &values);
+    for (int part = 0; part < step / 16; part++) {
+        __m256i a = next_16_of_8(word, 2 * part, &values);
 #pragma GCC unroll 4
-                for (int t = 0; t < tokens; t++) {
-                    const int16_t *at = (const int16_t *)x + t * x_stride + i + 16 * part;
-                    __m256i of = _mm256_loadu_si256((const __m256i *)at);
-                    parts[t] = _mm256_add_epi32(parts[t], _mm256_madd_epi16(a, of));
-                }
-            }
+        for (int t = 0; t < tokens; t++) {
+            const int16_t *at = (const int16_t *)x + t * x_stride + 16 * part;
+            __m256i of = _mm256_loadu_si256((const __m256i *)at);
+            parts[t] = _mm256_add_epi32(parts[t], _mm256_madd_epi16(a, of));
         }
-        for (int t = 0; t < tokens; t++)
-            totals[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(parts[t]),
-                                        _mm256_set1_ps((*factors)[t]), totals[t]);
     }
-    for (int t = 0; t < tokens; t++) _mm256_storeu_ps(sums + HAS_SPARSE_LANES * t, totals[t]);
     return values;
 }
 

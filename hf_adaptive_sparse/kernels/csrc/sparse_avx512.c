@@ -26,12 +26,6 @@ enum { AHEAD_BYTES = 1536 };
 
 #define FORCED static TARGET inline __attribute__((always_inline))
 
-FORCED uint64_t mask_word(const uint8_t *mask, int64_t i) {
-    uint64_t word;
-    memcpy(&word, mask + i / 8, sizeof word);
-    return word;
-}
-
 FORCED int64_t expand_32(const uint8_t *mask, const uint32_t *values, int64_t at, int64_t n,
                          void *out) {
     const uint32_t *next = values + at;

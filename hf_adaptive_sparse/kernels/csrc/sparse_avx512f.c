@@ -86,25 +86,20 @@ FORCED const uint8_t *add_values(const uint8_t *mask, const uint8_t *values, int
     return values;
 }
 
-FORCED const uint8_t *add_codes(const uint8_t *mask, const uint8_t *values, int64_t n,
-                                int64_t segment, int step, const void *x, int64_t x_stride,
-                                int tokens, const float (*factors)[AT_ONCE], float *sums) {
-    __m512 totals[AT_ONCE];
-    for (int t = 0; t < tokens; t++) totals[t] = _mm512_loadu_ps(sums + HAS_SPARSE_LANES * t);
-    for (int64_t first = 0; first < n; first += segment, factors++) {
-        int64_t end = first + segment < n ? first + segment : n;
-        two_sums parts[AT_ONCE];
-        for (int t = 0; t < tokens; t++)
-            parts[t] = (two_sums){_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t i = first; i < end; i += step)
-            values = add_step(mask_word(mask, i), step, values, 8, 0, (const float *)x + i,
-                              x_stride, tokens, parts);
-        for (int t = 0; t < tokens; t++)
-            totals[t] = _mm512_fmadd_ps(_mm512_add_ps(parts[t].even, parts[t].odd),
-                                        _mm512_set1_ps((*factors)[t]), totals[t]);
-    }
-    for (int t = 0; t < tokens; t++) _mm512_storeu_ps(sums + HAS_SPARSE_LANES * t, totals[t]);
-    return values;
+typedef two_sums code_sum;
+typedef __m512 float_sum;
+
+FORCED float_sum load_sum(const float *sums) { return _mm512_loadu_ps(sums); }
+
+FORCED void store_sum(float *sums, float_sum total) { _mm512_storeu_ps(sums, total); }
+
+FORCED float_sum scaled(code_sum part, float factor, float_sum total) {
+    return _mm512_fmadd_ps(_mm512_add_ps(part.even, part.odd), _mm512_set1_ps(factor), total);
+}
+
+FORCED const uint8_t *add_code_step(uint64_t word, int step, const uint8_t *values, const void *x,
+                                    int64_t x_stride, int tokens, code_sum *parts) {
+    return add_step(word, step, values, 8, 0, x, x_stride, tokens, parts);
 }
 
 #include "sparse_body.h"

@@ -125,9 +125,7 @@ HAS_INLINE int64_t shuffled_column(int64_t column) {
 static TARGET int64_t column_of(const uint8_t *mask, int64_t columns, int64_t number) {
     int64_t column = 0;
     for (; column + 64 <= columns; column += 64) {
-        uint64_t word;
-        memcpy(&word, mask + column / 8, sizeof word);
-        int64_t kept = __builtin_popcountll(word);
+        int64_t kept = __builtin_popcountll(mask_word(mask, column));
         if (number < kept) break;
         number -= kept;
     }

@@ -12,12 +12,6 @@ FORCED __m256i load_both(const void *low, const void *high) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(load(low)), load(high), 1);
 }
 
-FORCED uint64_t mask_word(const uint8_t *mask, int64_t i) {
-    uint64_t word;
-    memcpy(&word, mask + (uint64_t)i / 8, sizeof word);
-    return word;
-}
-
 /* Sixteen times a byte of the mask, which is where a table of sixteen bytes each has its entry. */
 FORCED uint32_t entry_of(uint64_t word, int byte) {
     return (uint32_t)(byte == 0 ? word << 4 : word >> (8 * byte - 4)) & 0xff0;

@@ -18,14 +18,11 @@ enum { AHEAD_BYTES = 1024 };
 
 HAS_INLINE int64_t expand_32(const uint8_t *mask, const uint32_t *values, int64_t at, int64_t n,
                              void *out) {
-    /* A bit of four columns becomes two, as a value of 4 bytes is two of 2. */
-    static const uint8_t doubled[16] = {0x00, 0x03, 0x0c, 0x0f, 0x30, 0x33, 0x3c, 0x3f,
-                                        0xc0, 0xc3, 0xcc, 0xcf, 0xf0, 0xf3, 0xfc, 0xff};
     const uint32_t *next = values + at;
     for (int64_t i = 0; i < n; i += 4) {
         int kept = mask[i / 8] >> (i % 8) & 15;
         if (i % 16 == 0) __builtin_prefetch((const char *)next + AHEAD_BYTES, 0, 3);
-        uint8x16_t order = vld1q_u8(has_expand_pairs[doubled[kept]]);
+        uint8x16_t order = vld1q_u8(has_expand_fours[kept]);
         uint8x16_t row = vqtbl1q_u8(vld1q_u8((const uint8_t *)next), order);
         vst1q_u32((uint32_t *)out + i, vreinterpretq_u32_u8(row));
         next += __builtin_popcount((unsigned)kept);

@@ -14,11 +14,14 @@
  *     add_values(mask, values, n, bits, is_bfloat16, x, x_stride, tokens, sums)
  *         add the products of n columns, a multiple of 64, with 1 to AT_ONCE tokens to the sums;
  *         32 and 16 bits
- *     add_codes(mask, values, n, segment, step, x, x_stride, tokens, factors, sums)
- *         the same of n columns of int8 codes, times factors of [segment][AT_ONCE tokens]; segments
- *         are multiples of the step, 64 or 32. Both return where the values after these are. */
+ *     add_code_step(word, step, values, x, x_stride, tokens, parts)
+ *         add the products of int8 codes in as many columns as a step has, 64 or 32, to a `code_sum`
+ *         for each token. Both return where the values after these are.
+ *     scaled(part, factor, total)             a `float_sum`, total + factor * part
+ *     load_sum(sums), store_sum(sums, total)  a `float_sum` from and to the sums of a token */
 
 enum { PIECE = 2048, PIECE_SEGMENTS = PIECE / 32 }; /* columns */
+enum { CODED_X_BYTES = ROUNDS ? 2 : 4 };            /* of x, where the weight has codes */
 
 /* A row that is being multiplied. */
 typedef struct {
@@ -62,6 +65,26 @@ static TARGET inline __attribute__((always_inline)) const uint8_t *take_values(
     return readable(row, call->values + at * item_bytes, count * item_bytes, row->first_copy);
 }
 
+/* Add the products of n columns of int8 codes with 1 to AT_ONCE tokens, times factors of
+ * [segment][token]; segments are multiples of a step. */
+static TARGET inline __attribute__((always_inline)) const uint8_t *add_codes(
+    const uint8_t *mask, const uint8_t *values, int64_t n, int64_t segment, int step,
+    const void *x, int64_t x_stride, int tokens, const float (*factors)[AT_ONCE], float *sums) {
+    float_sum totals[AT_ONCE];
+    for (int t = 0; t < tokens; t++) totals[t] = load_sum(sums + LANES * t);
+    for (int64_t first = 0; first < n; first += segment, factors++) {
+        int64_t end = first + segment < n ? first + segment : n;
+        code_sum parts[AT_ONCE];
+        memset(parts, 0, (size_t)tokens * sizeof *parts);
+        for (int64_t i = first; i < end; i += step)
+            values = add_code_step(mask_word(mask, i), step, values,
+                                   (const uint8_t *)x + i * CODED_X_BYTES, x_stride, tokens, parts);
+        for (int t = 0; t < tokens; t++) totals[t] = scaled(parts[t], (*factors)[t], totals[t]);
+    }
+    for (int t = 0; t < tokens; t++) store_sum(sums + LANES * t, totals[t]);
+    return values;
+}
+
 /* Products of n columns with up to AT_ONCE tokens. How many is a constant, TOKENS, within each case,
  * so that their sums stay in registers. */
 #define OPERANDS                                                                                \
@@ -99,7 +122,7 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
     const has_sparse_call *call, const has_sparse_x *x, registered_row *row, exceptions *ahead,
     int64_t column, int64_t n, int bits, int is_bfloat16, float (*sums)[LANES]) {
     const int item_bits = bits == 12 ? 16 : bits == 4 ? 8 : bits; /* once decoded */
-    const int64_t x_bytes = bits <= 8 && ROUNDS ? 2 : 4, mask_bytes = (n + 7) / 8;
+    const int64_t x_bytes = bits <= 8 ? CODED_X_BYTES : 4, mask_bytes = (n + 7) / 8;
     const uint8_t *(*const add)(OPERANDS) = bits == 32    ? add_32
                                              : bits <= 8   ? add_8
                                              : is_bfloat16 ? add_bfloat16
