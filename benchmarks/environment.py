@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def installed_version(name: str) -> str | None:
+    """Return a package's version, None where it is not installed: not all benchmarks need all."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def describe() -> dict[str, Any]:
     """Return machine, threads and versions, for a result's JSON."""
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -40,7 +48,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": devices,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
 
 

@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from typing import Any
 
 import torch
-from environment import write_result
+from environment import installed_version, write_result
 
 from hf_adaptive_sparse.kernels import triton_device
 
@@ -54,10 +53,7 @@ def find_device(parser: argparse.ArgumentParser, rehearse: bool) -> torch.device
 
 
 def triton_version() -> str | None:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
+    return installed_version("triton")
 
 
 def say(row: Any) -> None:

@@ -9,6 +9,7 @@ kernels on CPU tensors, for tests.
 from __future__ import annotations
 
 import importlib
+import logging
 from types import ModuleType
 
 import torch
@@ -22,11 +23,14 @@ from hf_adaptive_sparse.kernels.triton_device import (
     is_available,
     launch,
     on_device,
+    say_what_failed,
     serves,
 )
-from hf_adaptive_sparse.kernels.triton_plan import Call, channel_groups, prepare
+from hf_adaptive_sparse.kernels.triton_plan import GENERAL, Call, channel_groups, prepare
 
 __all__ = ["LaunchError", "attend", "compute", "is_available", "is_supported"]
+
+logger = logging.getLogger(__name__)
 
 MAX_QUERIES = 64
 """Queries per head up to which reading packed codes is meant to beat decoding them.
@@ -144,7 +148,15 @@ def compute(
     factor = key_dim**-0.5 if scale is None else scale
     with on_device(query.device):
         call, partial = prepare(query, cache, mask, is_causal, factor)
-        launch(_failures, call.variant.kernel, lambda: _run(output, call, partial))
+        try:
+            launch(_failures, call.variant.kernel, lambda: _run(output, call, partial))
+        except LaunchError as error:
+            if call.variant.name == GENERAL:
+                raise
+            instead = "Attention goes on with a kernel of ours that takes all calls"
+            say_what_failed(logger, "for packed keys and values", instead, str(error))
+            call, partial = prepare(query, cache, mask, is_causal, factor, general=True)
+            launch(_failures, call.variant.kernel, lambda: _run(output, call, partial))
     return output
 
 
@@ -168,10 +180,13 @@ def _run(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
         variant.launches[1](grids[1], joined)
         return
     kernels, constants = _kernels(), {**variant.constants, **variant.options}
+    kernel = getattr(
+        kernels if variant.name == GENERAL else _warp_kernels(), f"{variant.name}_kernel"
+    )
     combined = {"VALUE_DIM": value_dim, "VALUE_PAD": variant.constants["VALUE_PAD"]}
     combined |= {"CHUNK": _SPLITS_AT_ONCE, "num_warps": 4}
     variant.launches = _compiled[asked] = (
-        compile_and_launch(kernels.split_kernel, grids[0], arguments, constants),
+        compile_and_launch(kernel, grids[0], arguments, constants),
         compile_and_launch(kernels.combine_kernel, grids[1], joined, combined),
     )
 
@@ -179,3 +194,7 @@ def _run(output: torch.Tensor, call: Call, partial: torch.Tensor) -> None:
 def _kernels() -> ModuleType:
     # Not at the head of this module: Triton is optional and slow to import.
     return importlib.import_module("hf_adaptive_sparse.kernels.triton_kernels")
+
+
+def _warp_kernels() -> ModuleType:
+    return importlib.import_module("hf_adaptive_sparse.kernels.triton_warp_kernels")

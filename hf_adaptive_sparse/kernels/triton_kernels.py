@@ -22,44 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_adaptive_sparse.kernels.triton_raw import attend_raw, masked, softmax_step
 from hf_adaptive_sparse.kernels.triton_rows import dot_rows, load_words
-
-_LOWEST: tl.constexpr = tl.constexpr(-3.0e38)
-_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _masked(
-    scores, visible, live, mask_rows, mask_stride, position, query_index,
-    MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Return the scores (base 2) with -inf where a query does not see a token."""
-    if CAUSAL:
-        visible = visible & (position[None, :] <= query_index[:, None])
-    if MASK != 0:
-        place = position.to(tl.int64) * mask_stride
-        if MASK_ROWS:
-            given = tl.load(mask_rows[:, None] + place[None, :], mask=visible, other=0)
-        else:  # one mask for all queries of the program: a vector
-            given = tl.load(mask_rows + place, mask=live, other=0)[None, :]
-        if MASK == 1:
-            visible = visible & (given != 0)
-        else:
-            added = given.to(tl.float32)
-            # The lowest finite number must stay finite: where all is that low, all count alike.
-            bounded = tl.maximum(added * _LOG2E, _LOWEST)
-            scores += tl.where(added == float("-inf"), added, bounded)
-    return tl.where(visible, scores, float("-inf"))
-
-
-@triton.jit
-def _softmax_step(scores, top, total):
-    """Return probabilities (unnormalised), the factor of what was summed up, and the new state."""
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(scores - reference[:, None])
-    correction = tl.exp2(top - reference)
-    return p, correction, new_top, total * correction + tl.sum(p, axis=1)
 
 
 @triton.jit(
@@ -213,10 +177,10 @@ def split_kernel(
                 inner = dot_rows(weights, k0, k1, k2, KEY_BITS, KEY_WORD, HALF)
                 scores = inner + offset[:, None]
         visible = row_in[:, None] & live[None, :]
-        scores = _masked(
+        scores = masked(
             scores, visible, live, mask_rows, m_st, position, query_index, MASK, MASK_ROWS, CAUSAL
         )
-        p, correction, top, total = _softmax_step(scores, top, total)
+        p, correction, top, total = softmax_step(scores, top, total)
 
         # Values: packed rows of channels times probabilities.
         scale_row = scales + block * vs_sn
@@ -257,40 +221,11 @@ def split_kernel(
         raw_value_offset = tl.multiple_of(raw_value_offset, 8)
     raw_keys += raw_key_offset
     raw_values += raw_value_offset
-    raw_q = tl.load(query_rows[:, None] + c[None, :], mask=query_in, other=0)
-    for begin in range(raw_first, raw_length, RAW_TILE):
-        index = begin + tl.arange(0, RAW_TILE)
-        index_in = index < raw_length
-        position = tl.where(index < sinks, index, index + encoded) - skip
-        live = index_in & (position >= 0)
-        keys = tl.load(
-            raw_keys + index[None, :] * KEY_DIM + c[:, None],
-            mask=index_in[None, :] & key_in[:, None],
-            other=0,
-        )
-        if WIDEN:
-            scores = tl.dot(raw_q.to(tl.float32), keys.to(tl.float32)) * scale
-        elif HALF:
-            scores = tl.dot(raw_q, keys) * scale
-        else:
-            scores = tl.dot(raw_q, keys, input_precision="tf32x3") * scale
-        visible = row_in[:, None] & live[None, :]
-        scores = _masked(
-            scores, visible, live, mask_rows, m_st, position, query_index, MASK, MASK_ROWS, CAUSAL
-        )
-        p, correction, top, total = _softmax_step(scores, top, total)
-        values = tl.load(
-            raw_values + index[:, None] * VALUE_DIM + d[None, :],
-            mask=index_in[:, None] & value_in[None, :],
-            other=0,
-        )
-        acc *= correction[:, None]
-        if WIDEN:
-            acc = tl.dot(p.to(values.dtype).to(tl.float32), values.to(tl.float32), acc)
-        elif HALF:
-            acc = tl.dot(p.to(values.dtype), values, acc)
-        else:
-            acc = tl.dot(p, values, acc, input_precision="tf32x3")
+    acc, top, total = attend_raw(
+        acc, top, total, query_rows, query_in, raw_keys, raw_values, raw_first, raw_length,
+        raw_length, sinks, encoded, skip, row_in, scale, mask_rows, m_st, query_index,
+        KEY_DIM, VALUE_DIM, RAW_TILE, MASK, MASK_ROWS, CAUSAL, HALF, WIDEN,
+    )  # fmt: skip
 
     # partial: (splits, heads' rows, VALUE_DIM) sums, then (2, splits, heads' rows) top and total.
     splits = tl.num_programs(1)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from hf_adaptive_sparse.kernels import triton_warp_plan
 from hf_adaptive_sparse.kernels.packed import PackedCache, PackedKeys, PackedValues
 from hf_adaptive_sparse.kernels.triton_device import Launch, interprets, processors
 from hf_adaptive_sparse.kernels.triton_sizes import (
@@ -23,10 +24,17 @@ from hf_adaptive_sparse.kernels.triton_sizes import (
     token_starts,
 )
 
+GENERAL = "split"
+"""The kernel that takes all calls, by its name without ``_kernel``."""
+
+WARP = "warp"
+"""The faster one, which takes what most models ask for; see ``triton_warp_plan``."""
+
 _MATRIX_ROWS = 16  # rows, and summed elements, that a matrix product has at least
 _MOST_ROWS = 32
 _LEAST_TILE_OF_BYTES = 32
 _PROGRAMS_PER_PROCESSOR = 8
+_WARPS_PER_PROCESSOR = 8
 _LOG2E = math.log2(math.e)
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
 
@@ -106,6 +114,7 @@ class Variant:
     """What calls over the same blocks compile the kernels for.
 
     Attributes:
+        name: Of the kernel that reads the blocks, without ``_kernel``.
         constants: By name.
         options: Warps, stages and registers.
         kernel: What stands for it where kernels that cannot be had are kept.
@@ -113,6 +122,7 @@ class Variant:
         launches: What launches the two kernels again, once they are compiled.
     """
 
+    name: str
     constants: dict[str, int | bool]
     options: dict[str, int]
     kernel: tuple[object, ...]
@@ -149,17 +159,21 @@ def prepare(
     mask: torch.Tensor | None,
     is_causal: bool,
     scale: float,
+    *,
+    general: bool = False,
 ) -> tuple[Call, torch.Tensor]:
-    """Return the call of the split kernel and the tensor it writes.
+    """Return the call of a kernel and the tensor it writes; ``general``: of that which takes all.
 
     That tensor is float32: sums of weighted values ``(splits, rows, value head_dim)``, then highest
     scores and sums of weights, ``(splits, rows)`` each, where rows are ``batch * heads * queries``.
     """
     batch, heads, queries, _ = query.shape
-    blocks = _blocks_of(query, cache)
+    blocks = _blocks_of(query, cache, general)
     raw_keys, raw_values = _tokens(cache.raw_keys), _tokens(cache.raw_values)
     raw_length, value_dim = raw_keys.shape[2], raw_values.shape[3]
     splits = blocks.cut.block_splits + (raw_length > 0)
+    if blocks.kernel == WARP:
+        splits = blocks.cut.block_splits + -(-raw_length // blocks.cut.raw_tile)
     mask_kind, given_mask, mask_rows = _NO_MASK, query, False
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
@@ -176,7 +190,7 @@ def prepare(
     raw_strides = (*raw_keys.stride()[:2], *raw_values.stride()[:2])
     strides = (*query.stride()[:3], *raw_strides, *mask_strides)
     asked = (
-        *(mask_kind, mask_rows, is_causal, given_mask.dtype),
+        *(mask_kind, mask_rows, is_causal, cache.skip > 0, given_mask.dtype),
         *(query.data_ptr() % ALIGNMENT, given_mask.data_ptr() % ALIGNMENT),
         *(raw_keys.data_ptr() % ALIGNMENT, raw_values.data_ptr() % ALIGNMENT),
         *(_all_divisible(raw_strides), max(strides) >> 31),
@@ -204,6 +218,7 @@ class _Blocks:
     """What calls have in common as long as the blocks are the same, worked out once.
 
     Attributes:
+        kernel: The kernel's name, ``GENERAL`` or ``WARP``.
         cut: The plan.
         tensors: The blocks' tensors, in the kernel's order.
         strides: Their strides of batch, head and block, likewise.
@@ -218,6 +233,7 @@ class _Blocks:
         variants: What calls were compiled for, by what they differ in.
     """
 
+    kernel: str
     cut: Plan
     tensors: tuple[torch.Tensor, ...]
     strides: tuple[int, ...]
@@ -235,37 +251,42 @@ class _Blocks:
 def _variant(
     query: torch.Tensor, blocks: _Blocks, asked: tuple[Any, ...], strides: tuple[int, ...]
 ) -> Variant:
-    mask_kind, mask_rows, is_causal, *kind, raw_divisible, _ = asked
+    mask_kind, mask_rows, is_causal, skips, *kind, raw_divisible, _ = asked
     constants = {
         **blocks.constants,
         "MASK": mask_kind,
         "MASK_ROWS": mask_rows,
         "CAUSAL": is_causal,
-        "ALIGNED": blocks.is_aligned and raw_divisible,
     }
     options = {"num_warps": blocks.cut.warps, "num_stages": blocks.cut.stages}
-    registers = blocks.cut.registers
-    if registers and not mask_rows and constants["KEY_GROUP"] == 0 and torch.version.hip is None:
-        options["maxnreg"] = registers
+    if blocks.kernel == WARP:
+        constants["EDGES"] = skips or blocks.starts is not None
+    else:
+        constants["ALIGNED"] = blocks.is_aligned and raw_divisible
+        registers = blocks.cut.registers
+        by_channel = constants["KEY_GROUP"] == 0
+        if registers and not mask_rows and by_channel and torch.version.hip is None:
+            options["maxnreg"] = registers
     return Variant(
+        name=blocks.kernel,
         constants=constants,
         options=options,
-        kernel=(query.device, query.dtype, *constants.values()),
+        kernel=(blocks.kernel, query.device, query.dtype, *constants.values()),
         kind=(*blocks.kind, *kind, *(stride >> 31 for stride in strides)),
     )
 
 
-def _blocks_of(query: torch.Tensor, cache: PackedCache) -> _Blocks:
+def _blocks_of(query: torch.Tensor, cache: PackedCache, general: bool) -> _Blocks:
     """Return what is known of the blocks: all layers ask for every token, it costs as a kernel."""
     known = cache.blocks.prepared
-    asked = ("triton", query.shape, query.dtype)
+    asked = ("triton", query.shape, query.dtype, general)
     if asked not in known:
-        known[asked] = _prepare_blocks(query, cache)
+        known[asked] = _prepare_blocks(query, cache, general)
     found: _Blocks = known[asked]
     return found
 
 
-def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
+def _prepare_blocks(query: torch.Tensor, cache: PackedCache, general: bool) -> _Blocks:
     batch, heads, queries, key_dim = query.shape
     kv_heads, value_dim = cache.raw_keys.shape[1], cache.raw_values.shape[-1]
     keys, values = _with_rows(cache.blocks.keys), _with_rows_of_values(cache.blocks.values)
@@ -275,32 +296,51 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
     value_parts = (values.codes, values.step_codes, values.min_codes, values.scales)
     measured = (keys.codes, keys.step, values.codes, values.step_codes, values.scales)
     strides = tuple(stride for part in measured for stride in part.stride()[:3])
+    row_count = heads // kv_heads * queries
     constants: dict[str, int | bool] = {
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
-        "KEY_PAD": max(power_of_two(key_dim), _least_tile(keys.bits, cut.key_word)),
         "VALUE_PAD": max(_MATRIX_ROWS, power_of_two(value_dim)),
         "KEY_BITS": keys.bits,
         "VALUE_BITS": values.bits,
-        "KEY_WORD": cut.key_word,
-        "VALUE_WORD": cut.value_word,
-        "KEY_GROUP": 0 if keys.group is None else min(keys.group, key_dim),
         "VALUE_GROUP": min(values.group, value_dim),
         "BLOCK": cache.blocks.block_length,
-        "TILE": cut.tile,
-        "RAW_TILE": cut.raw_tile,
-        "ROWS": cut.rows,
-        "GROUPS": cut.groups,
         "SHORT": lengths is not None,
-        "HALF": query.dtype != torch.float32,
         "WIDEN": query.dtype == torch.bfloat16 and interprets(),
     }
+    units = None
+    if not general and torch.version.hip is None:
+        units = triton_warp_plan.units(query, keys, values, cache.blocks.block_length, row_count)
+    if units is not None:
+        cut = _plan_of_warps(cut, units.tile, keys, cache.blocks.block_length, query.device)
+        constants |= {
+            "KEY_PAD": triton_warp_plan.key_pad(key_dim, units.key),
+            "RAW_PAD": max(_MATRIX_ROWS, power_of_two(key_dim)),
+            "KEY_UNIT": units.key,
+            "VALUE_UNIT": units.value,
+            "TILE": cut.tile,
+            "RAW_TILE": cut.raw_tile,
+            "NATIVE": not interprets(),
+        }
+    else:
+        constants |= {
+            "KEY_PAD": max(power_of_two(key_dim), _least_tile(keys.bits, cut.key_word)),
+            "KEY_WORD": cut.key_word,
+            "VALUE_WORD": cut.value_word,
+            "KEY_GROUP": 0 if keys.group is None else min(keys.group, key_dim),
+            "TILE": cut.tile,
+            "RAW_TILE": cut.raw_tile,
+            "ROWS": cut.rows,
+            "GROUPS": cut.groups,
+            "HALF": query.dtype != torch.float32,
+        }
     return _Blocks(
+        kernel=GENERAL if units is None else WARP,
         cut=cut,
         tensors=(*key_parts, *value_parts),
         strides=strides,
         starts=None if lengths is None else token_starts(lengths, query.device),
-        heads=(heads // kv_heads * queries, kv_heads, heads // kv_heads, queries),
+        heads=(row_count, kv_heads, heads // kv_heads, queries),
         count=keys.codes.shape[2],
         cuts=(cut.tiles_per_split, cut.block_splits, cut.row_tiles),
         programs=batch * kv_heads * cut.row_tiles,
@@ -310,6 +350,26 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache) -> _Blocks:
             *((part.dtype, part.data_ptr() % ALIGNMENT) for part in (*key_parts, *value_parts)),
             *((s % ALIGNMENT == 0, s == 1, s >> 31) for s in strides),
         ),
+    )
+
+
+def _plan_of_warps(
+    cut: Plan, tile: int, keys: PackedKeys, block_length: int, device: torch.device
+) -> Plan:
+    """Return the plan of the kernel of single warps: as many as a device holds at once."""
+    batch, kv_heads, blocks = keys.codes.shape[:3]
+    tiles = blocks * (block_length // tile)
+    wanted = max(1, processors(device) * _WARPS_PER_PROCESSOR // (batch * kv_heads))
+    tiles_per_split = -(-tiles // wanted)
+    return replace(
+        cut,
+        tile=tile,
+        row_tiles=1,
+        tiles_per_split=tiles_per_split,
+        block_splits=-(-tiles // tiles_per_split),
+        warps=1,
+        stages=1,
+        registers=None,
     )
 
 

@@ -39,7 +39,7 @@ class Tile:
 def vector_tiles(weight: SparseWeight) -> list[Tile]:
     """Return tiles for a few tokens, the first of them where none can be measured."""
     least = _THREADS * _columns(weight) // BLOCK_COLUMNS
-    return [Tile(4 * least, 4), Tile(2 * least, 2)]
+    return [Tile(4 * least, 4), Tile(2 * least, 2), Tile(least, 1)]
 
 
 def vector_constants(weight: SparseWeight, x: torch.Tensor, tile: Tile) -> dict[str, int]:

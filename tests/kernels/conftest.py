@@ -17,7 +17,8 @@ from hf_adaptive_sparse.kernels import (
 KERNELS = "hf_adaptive_sparse.kernels.triton_"
 USERS = {"kernels": triton_attention, "sparse_kernels": triton_sparse}
 USERS |= {"encode_kernels": triton_encoding, "decode_kernels": triton_decoding}
-HELPERS = ("words", "rows", "sparse_rows", "sparse_numbers", "encode_rows")
+HELPERS = ("words", "rows", "raw", "warp", "pairs", "warp_kernels")
+HELPERS += ("sparse_rows", "sparse_numbers", "encode_rows")
 OWN = [f"{KERNELS}{name}" for name in (*HELPERS, *USERS)]
 
 
@@ -60,6 +61,8 @@ def device(request, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name, user in USERS.items():
         monkeypatch.setattr(user, "_kernels", functools.partial(kernels.get, KERNELS + name))
+    warp = kernels[f"{KERNELS}warp_kernels"]
+    monkeypatch.setattr(triton_attention, "_warp_kernels", lambda: warp)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     known = set(sys.modules)

@@ -116,6 +116,7 @@ def test_sparse_weights(guard, dtype, bits, group, shape):
         (torch.float16, 72, (3, 6), "channel", 14, 2),
         (torch.bfloat16, 80, (4, 3), "token", 6, 1),
         (torch.float32, 64, (2, 8), "channel", 2, 1),
+        (torch.bfloat16, 80, (6, 4), "channel", 2, 1),
     ],
 )
 def test_attention(guard, dtype, width, bits, mode, heads, queries):

@@ -16,7 +16,12 @@ import pytest
 import torch
 
 from hf_adaptive_sparse.kernels import attention as native
-from hf_adaptive_sparse.kernels import triton_attention, triton_device, triton_plan
+from hf_adaptive_sparse.kernels import (
+    triton_attention,
+    triton_device,
+    triton_plan,
+    triton_warp_plan,
+)
 from hf_adaptive_sparse.kernels.packed import (
     PackedBlocks,
     PackedCache,
@@ -127,23 +132,39 @@ def move(item, device):
 
 
 def check(device, made, query, mask=None, *, is_causal=False, scale=None):
-    """Errors: vectors rounded to float16 (11 bits), raw probabilities and output to the dtype."""
+    """Errors: vectors rounded to float16 (11 bits), raw probabilities and output to the dtype.
+
+    Where the kernel of single warps takes the call, the general one is held to them, too. Returns
+    the name of the first.
+    """
     cache, keys, values = made
     expected = reference(query, keys, values, mask, is_causal=is_causal, scale=scale)
-    output = triton_attention.attend(
-        query.to(device),
-        move(cache, device),
-        None if mask is None else move(mask, device),
-        is_causal=is_causal,
-        scale=scale,
-    )
-    assert output.dtype == query.dtype
-    assert output.shape == expected.shape
     size = values.abs().max()
     relative = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 2e-3}[query.dtype]
     info = torch.finfo(query.dtype)
     bound = relative * size + info.eps * expected.abs() + info.eps * info.smallest_normal
-    assert ((output.cpu().float() - expected).abs() <= bound).all()
+
+    def attend():
+        moved = move(cache, device)
+        given = None if mask is None else move(mask, device)
+        options = {"is_causal": is_causal, "scale": scale}
+        output = triton_attention.attend(query.to(device), moved, given, **options)
+        assert output.dtype == query.dtype
+        assert output.shape == expected.shape
+        assert ((output.cpu().float() - expected).abs() <= bound).all()
+        return kernel_of(query.to(device), moved)
+
+    name = attend()
+    if name == triton_plan.WARP:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_warp_plan, "units", lambda *arguments: None)
+            assert attend() == triton_plan.GENERAL
+    return name
+
+
+def kernel_of(query, cache):
+    """Name of the kernel that takes a call."""
+    return triton_plan.prepare(query, cache, None, False, 1.0)[0].variant.name
 
 
 @pytest.mark.parametrize("head_dim", HEAD_SIZES)
@@ -173,6 +194,111 @@ def test_all_bits_on_a_device(place, head_dim, dtype):
         batch=2,
     )
     check(torch.device("cuda"), made, make_query(made[0], heads=8))
+
+
+@pytest.mark.parametrize(
+    ("bits", "head_dim", "block", "heads", "queries", "group_size"),
+    [
+        ((8, 8), 128, 128, 8, 1, 64),
+        ((8, 6), 128, 128, 1, 1, 64),
+        ((6, 8), 64, 128, 4, 2, 64),
+        ((6, 6), 256, 128, 7, 1, 64),
+        ((4, 4), 96, 64, 5, 1, 32),
+        ((3, 3), 128, 128, 2, 1, 128),
+        ((2, 2), 80, 64, 2, 1, 64),
+        ((4, 2), 80, 256, 2, 1, 64),
+    ],
+)
+def test_calls_that_single_warps_take(device, bits, head_dim, block, heads, queries, group_size):
+    """What models ask for while they decode; the kernels agree within the same bound."""
+    dtype = (torch.bfloat16, torch.float16)[bits[0] % 4 // 2]
+    made = make_cache(
+        key_bits=bits[0],
+        value_bits=bits[1],
+        head_dim=head_dim,
+        block=block,
+        group_size=group_size,
+        blocks=3,
+        raw=45,
+        dtype=dtype,
+        kv_heads=1,
+    )
+    query = make_query(made[0], heads=heads, queries=queries)
+    assert check(device, made, query) == triton_plan.WARP
+    mask = make_mask("added", (1, heads, queries, made[0].length))
+    assert check(device, made, query, mask) == triton_plan.WARP
+
+
+def test_tiles_within_a_block_and_tokens_that_are_not_seen(device):
+    """Of short blocks, behind a window, and with raw tokens in front."""
+    for sinks, skip, lengths in ((3, 0, None), (0, 300, None), (2, 70, (128, 3, 128, 90))):
+        made = make_cache(
+            blocks=4,
+            block=128 if lengths else 256,
+            raw=37,
+            sinks=sinks,
+            skip=skip,
+            lengths=lengths,
+            dtype=torch.bfloat16,
+            kv_heads=2,
+        )
+        query = make_query(made[0], heads=4, queries=2)
+        assert check(device, made, query, is_causal=sinks == 3) == triton_plan.WARP
+
+
+@pytest.mark.parametrize(
+    ("case", "heads"),
+    [
+        ({}, 9),
+        ({"key_mode": "token"}, 2),
+        ({"dtype": torch.float32}, 2),
+        ({"key_bits": 3, "head_dim": 64}, 2),
+        ({"head_dim": 72}, 2),
+        ({"block": 96}, 2),
+        ({"group_size": 16}, 2),
+        ({"blocks": 0}, 2),
+    ],
+)
+def test_calls_for_the_general_kernel(case, heads):
+    case = {"dtype": torch.float16, "kv_heads": 1, "blocks": 1, **case}
+    cache, _, _ = make_cache(**case)
+    assert kernel_of(make_query(cache, heads=heads), cache) == triton_plan.GENERAL
+
+
+def test_words_that_do_not_begin_at_their_size_are_for_the_general_kernel(device):
+    made = make_cache(dtype=torch.float16, kv_heads=1, blocks=1)
+    cache = made[0]
+    codes = cache.blocks.keys.codes
+    storage = torch.zeros(codes.numel() + 4, dtype=torch.uint8)
+    moved = storage[4:].view(codes.shape)  # storage begins at a multiple of 64 bytes
+    moved.copy_(codes)
+    keys = dataclasses.replace(cache.blocks.keys, codes=moved)
+    blocks = dataclasses.replace(cache.blocks, keys=keys)
+    assert kernel_of(make_query(cache), cache) == triton_plan.WARP
+    assert kernel_of(make_query(cache), dataclasses.replace(cache, blocks=blocks)) != "warp"
+
+
+def test_the_general_kernel_stands_in_for_one_that_fails(device, monkeypatch, caplog):
+    class Broken:
+        @property
+        def warp_kernel(self):
+            raise RuntimeError("ptxas died")
+
+    monkeypatch.setattr(triton_attention, "_failures", {})
+    monkeypatch.setattr(triton_attention, "_compiled", {})
+    monkeypatch.setattr(triton_attention, "_warp_kernels", Broken)
+    triton_device.say_what_failed.cache_clear()
+    cache, keys, values = make_cache(dtype=torch.float16, kv_heads=1, blocks=1)
+    query = make_query(cache)
+    given = query.to(device), move(cache, device)
+    with caplog.at_level(logging.WARNING, logger=triton_attention.__name__):
+        outputs = [triton_attention.attend(*given) for _ in range(2)]
+    assert torch.equal(*outputs)
+    expected = reference(query, keys, values, None)
+    torch.testing.assert_close(outputs[0].cpu().float(), expected, atol=5e-3, rtol=1e-3)
+    assert len(triton_attention._failures) == 1
+    (record,) = caplog.records
+    assert "RuntimeError: ptxas died" in record.getMessage()
 
 
 @pytest.mark.parametrize("bits", BITS)

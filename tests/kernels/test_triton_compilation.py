@@ -15,6 +15,7 @@ import pytest
 # In a process of its own: that of the tests may hold kernels made for the interpreter.
 PROGRAM = """
 import json
+import re
 import sys
 import traceback
 import torch
@@ -22,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from hf_adaptive_sparse.kernels import (
     triton_decode_kernels, triton_decode_plan, triton_encode_kernels, triton_encode_plan,
-    triton_kernels, triton_plan, triton_sparse, triton_sparse_kernels,
+    triton_kernels, triton_plan, triton_sparse, triton_sparse_kernels, triton_warp_kernels,
 )
 from hf_adaptive_sparse.kernels.encoding import empty_parts
 from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache, PackedKeys, PackedValues
@@ -51,7 +52,18 @@ def compile_for(capability, function, arguments, constants, options):
     if not options.get("enable_fp_fusion", True):  # what is to be exact to the last bit
         inexact = ("fma.", ".ftz", "div.full", ".approx")
         assert not [word for word in inexact if word in kernel.asm["ptx"]]
+    if constants.get("NATIVE") and "KEY_UNIT" in constants:
+        check_threads(kernel.asm["ttgir"])
     return kernel.metadata.shared
+
+def check_threads(ttgir):
+    # What threads do together is right only where each has its own column of the tensors.
+    layouts = dict(re.findall(r"^(#\\w+) = #ttg.blocked<(.*)>$", ttgir, re.MULTILINE))
+    together = [line for line in ttgir.splitlines() if "sync." in line and "inline_asm" in line]
+    assert len(together) > 20
+    for line in together:
+        (layout,) = set(re.findall(r", (#\\w+)>", line))
+        assert "threadsPerWarp = [1, 32], warpsPerCTA = [1, 1]" in layouts[layout], line
 
 def shared_bytes(case):
     dtype, width = getattr(torch, case["dtype"]), case["head_dim"]
@@ -77,9 +89,11 @@ def shared_bytes(case):
         {"num_warps": 4},
     )
     variant = call.variant
-    return compile_for(
-        capability, triton_kernels.split_kernel, call.arguments, variant.constants, variant.options
-    )
+    assert variant.name == case.get("kernel", "split")
+    kernel = triton_kernels.split_kernel
+    if variant.name == "warp":
+        kernel = triton_warp_kernels.warp_kernel
+    return compile_for(capability, kernel, call.arguments, variant.constants, variant.options)
 
 class Recorder:  # takes launches as the kernels would
     def __init__(self):
@@ -149,8 +163,17 @@ SHARED_BYTES = 99 * 1024
 """Shared memory of a program on the smallest supported GPUs, of compute capability 8.6 and 8.9."""
 
 CASES = [
-    {"capability": 80, "dtype": "bfloat16", "head_dim": 64, "bits": 6, "mask": "bool"},
-    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6},
+    {"capability": 80, "dtype": "bfloat16", "head_dim": 72, "bits": 6, "mask": "bool"},
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6, "heads": 9},
+    {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 6, "kernel": "warp"},
+    {
+        "capability": 80,
+        "dtype": "float16",
+        "head_dim": 64,
+        "bits": 4,
+        "mask": "bool",
+        "kernel": "warp",
+    },
     {
         "capability": 80,
         "dtype": "float16",
@@ -170,7 +193,15 @@ CASES = [
         "is_causal": True,
     },
     {"capability": 90, "dtype": "bfloat16", "head_dim": 128, "bits": 2, "heads": 40},
-    {"capability": 80, "dtype": "bfloat16", "head_dim": 256, "bits": 8, "lengths": [128, 7]},
+    {"capability": 80, "dtype": "bfloat16", "head_dim": 200, "bits": 8, "lengths": [128, 7]},
+    {
+        "capability": 80,
+        "dtype": "bfloat16",
+        "head_dim": 256,
+        "bits": 8,
+        "lengths": [128, 7],
+        "kernel": "warp",
+    },
     {"capability": 90, "dtype": "float32", "head_dim": 64, "bits": 6},
     {"capability": 80, "dtype": "float32", "head_dim": 256, "bits": 3, "key_mode": "token"},
     {"capability": 90, "dtype": "bfloat16", "columns": 4096, "tokens": 1},
