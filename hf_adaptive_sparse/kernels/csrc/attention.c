@@ -14,8 +14,9 @@ static has_task_function function_of(int variant) {
     if (!has_supports(variant)) return NULL;
     switch (variant) {
 #if defined(__x86_64__)
-        case HAS_AVX512F:
         case HAS_AVX2: return has_task_avx2;
+        case HAS_AVX512F: /* Cascade Lake has VNNI, Skylake-X has not */
+            return __builtin_cpu_supports("avx512vnni") ? has_task_vnni : has_task_avx2;
         case HAS_AMX: /* which attention has no use for */
         case HAS_AVX512: return has_task_avx512;
 #endif

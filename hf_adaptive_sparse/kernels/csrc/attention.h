@@ -75,6 +75,7 @@ typedef int (*has_task_function)(const has_attention_call *call, const has_task 
 int has_task_portable(const has_attention_call *call, const has_task *task);
 int has_task_avx2(const has_attention_call *call, const has_task *task);
 int has_task_avx512(const has_attention_call *call, const has_task *task);
+int has_task_vnni(const has_attention_call *call, const has_task *task);
 int has_task_neon(const has_attention_call *call, const has_task *task);
 
 #endif

@@ -133,16 +133,12 @@ static TARGET float sum_of(const float *a, int64_t n) {
 static TARGET float round_vector(const float *a, int64_t n, int64_t codes, int64_t bits,
                                  int16_t *out) {
     const float limit = bits == 8 && codes > 512 ? VECTOR_LIMIT / 2 : VECTOR_LIMIT;
-    float part[16] = {0};
-    for (int64_t i = 0; i < n; i += 16)
-        for (int j = 0; j < 16; j++) {
-            float size = fabsf(a[i + j]);
-            part[j] = size > part[j] ? size : part[j];
-        }
-    for (int width = 8; width > 0; width /= 2)
-        for (int j = 0; j < width; j++)
-            part[j] = part[j + width] > part[j] ? part[j + width] : part[j];
-    float largest = part[0];
+    int32_t most = 0; /* without signs, floats are in the order of their bits */
+    for (int64_t i = 0; i < n; i++) {
+        int32_t size = (int32_t)(has_bits_of_float(a[i]) & 0x7fffffff);
+        most = size > most ? size : most;
+    }
+    float largest = has_float_of_bits((uint32_t)most);
     if (!(largest >= 1e-30f) || largest > FLT_MAX) {
         memset(out, 0, (size_t)n * sizeof(int16_t));
         return largest > FLT_MAX ? NAN : 0.0f;
@@ -156,14 +152,12 @@ static TARGET float round_vector(const float *a, int64_t n, int64_t codes, int64
 static TARGET int softmax_step(workspace *w, int64_t row, int64_t count, int64_t width) {
     float *scores = w->scores + row * w->block_width;
     for (int64_t i = count; i < width; i++) scores[i] = -INFINITY;
-    float part[16];
-    for (int j = 0; j < 16; j++) part[j] = w->maximum[row];
-    for (int64_t i = 0; i < width; i += 16)
-        for (int j = 0; j < 16; j++) part[j] = scores[i + j] > part[j] ? scores[i + j] : part[j];
-    for (int step = 8; step > 0; step /= 2)
-        for (int j = 0; j < step; j++)
-            part[j] = part[j + step] > part[j] ? part[j + step] : part[j];
-    float maximum = part[0];
+    int32_t most = has_order(w->maximum[row]);
+    for (int64_t i = 0; i < width; i++) {
+        int32_t order = has_order(scores[i]);
+        most = order > most ? order : most;
+    }
+    float maximum = has_of_order(most);
     /* -inf throughout: nothing was seen yet. 0 in its place keeps exp(-inf - maximum) at 0. */
     float base = maximum == -INFINITY ? 0.0f : maximum;
     for (int64_t i = 0; i < width; i++) scores[i] = has_exp(scores[i] - base);

@@ -22,6 +22,17 @@ HAS_INLINE uint32_t has_bits_of_float(float value) {
     return bits;
 }
 
+/* Whole numbers in the order of floats, and back: compilers vectorise their maximum. NaN is beyond
+ * either end. */
+HAS_INLINE int32_t has_order(float value) {
+    int32_t bits = (int32_t)has_bits_of_float(value);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+HAS_INLINE float has_of_order(int32_t order) {
+    return has_float_of_bits((uint32_t)(order ^ ((order >> 31) & 0x7fffffff)));
+}
+
 HAS_INLINE float has_from_bfloat16(uint16_t half) {
     return has_float_of_bits((uint32_t)half << 16);
 }
