@@ -143,6 +143,8 @@ def compute(
     output = query.new_empty((batch, heads, queries, cache.raw_values.shape[3]))
     if output.numel() == 0:
         return output
+    if cache.length == 0:  # and a mask may have no memory
+        return output.zero_()
     if query.stride(-1) != 1:
         query = query.contiguous()
     factor = key_dim**-0.5 if scale is None else scale

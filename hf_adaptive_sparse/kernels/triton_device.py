@@ -92,16 +92,16 @@ def launch(failures: dict[object, str], kernel: object, run: Callable[[], None])
 
 @functools.cache
 def say_what_failed(logger: logging.Logger, what: str, instead: str, error: str) -> None:
-    """Log, once per error, that a kernel failed and torch computes in its place.
+    """Log, once per error, that a kernel failed and what computes in its place.
 
     Args:
         logger: Of the module that goes on with torch.
         what: What the kernel is for.
-        instead: What stays as it is, and what torch does instead.
+        instead: What stays as it is, and what is done instead.
         error: Why the kernel failed.
     """
     logger.warning(
-        "A Triton kernel %s failed. %s, which is slow. %s=none switches the kernels off. The "
+        "A Triton kernel %s failed. %s, which is slower. %s=none switches the kernels off. The "
         "failure was: %s",
         *(what, instead, ENVIRONMENT_VARIABLE, error),
     )

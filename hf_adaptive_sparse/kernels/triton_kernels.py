@@ -201,8 +201,8 @@ def split_kernel(
         acc_min = acc_min * correction + tl.sum(p * minimum, axis=1)
         if HALF:
             # Relative to the block's largest step and 2**14 times that, small ones keep digits.
-            largest = tl.abs(step_base) + 255 * step_unit
-            factor = 16384 / tl.where(largest > 0, largest, 1.0)
+            largest = tl.maximum(tl.abs(step_base) + 255 * step_unit, 1e-30)
+            factor = 16384 / largest
             weights = (p * (step * factor)).to(tl.float16)
             inner = dot_rows(weights, v0, v1, v2, VALUE_BITS, VALUE_WORD, HALF)
             acc = acc * correction[:, None] + inner * (largest / 16384)

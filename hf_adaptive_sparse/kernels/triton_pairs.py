@@ -1,10 +1,15 @@
 """Pairs of codes of packed rows as numbers for the matrix units, for Triton.
 
-The float16 number whose bits are those of a code is the code times 2**-24, a subnormal one, and so
-exact, as matrix units take them as they are. Two numbers share a word: codes that lie 16 bits apart
-(12 where bits do not divide 16) are both cut out by one mask, after a shift, that pairs have in
-common where the codes may lie higher in their halves: there they count for more, by a power of two,
-for which what they are multiplied with is made so much smaller.
+The float16 number whose bits are those of a code is the code times 2**-24. It is subnormal, which
+matrix units take as it is, and so exact. Two numbers share a word, so one mask cuts out two codes
+that lie 16 bits apart, of 6 and 3 bits 12 apart::
+
+    4 bits, pair 0 of a group    ............dddd............aaaa
+    4 bits, pair 1, same shift   ........dddd............aaaa....
+    6 bits                       ..........dddddd......aaaaaa....
+
+A code that lies higher in its half counts for more, by a power of two. What it is multiplied with
+is made smaller by as much (``shrunk``), so that pairs can share a shift.
 
 A unit is ``UNIT`` codes of a row, which begin with a word; the four threads of a row take units in
 turn (``triton_warp``). With ``APART`` codes from the first to the second of a pair, a group is as

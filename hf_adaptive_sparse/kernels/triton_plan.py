@@ -1,8 +1,8 @@
 """How a call of the Triton attention is cut into programs, and the arguments they get.
 
-Sizes of tiles follow from the sizes of heads and blocks: nothing is tuned at run time. Tiles of 128
-tokens were faster than of 64 on an H100 in every width, and eight programs per processor than four
-where there are more (benchmarks/results/gpu_kv_cache.json has the sweep).
+Sizes of tiles follow from the sizes of heads and blocks: nothing is tuned at run time. On an H100,
+tiles of 128 tokens were faster than of 64 in every width, and eight programs per processor than
+four where there are more; the kernel of single warps was fastest with eight warps per processor.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ _NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
 @dataclass(frozen=True)
 class Plan:
     """How one call is cut into programs.
+
+    The kernel of single warps has one program for all queries of a KV head: ``rows``, ``groups``,
+    ``row_tiles`` and the words are of the general kernel alone.
 
     Attributes:
         tile: Tokens of a block that a program takes at once.
@@ -131,7 +134,7 @@ class Variant:
 
 
 class Call(NamedTuple):
-    """Arguments of ``triton_kernels.split_kernel``.
+    """Arguments of ``split_kernel`` or ``warp_kernel``, which are the same.
 
     Attributes:
         arguments: In its order: tensors, scale, strides, counts.
@@ -162,7 +165,7 @@ def prepare(
     *,
     general: bool = False,
 ) -> tuple[Call, torch.Tensor]:
-    """Return the call of a kernel and the tensor it writes; ``general``: of that which takes all.
+    """Return the call of a kernel, of the general one if so asked, and the tensor it writes.
 
     That tensor is float32: sums of weighted values ``(splits, rows, value head_dim)``, then highest
     scores and sums of weights, ``(splits, rows)`` each, where rows are ``batch * heads * queries``.

@@ -33,7 +33,8 @@ def masked(
         else:
             added = given.to(tl.float32)
             # The lowest finite number must stay finite: where all is that low, all count alike.
-            bounded = tl.maximum(added * LOG2E, LOWEST)
+            bounded = added * LOG2E
+            bounded = tl.where(bounded < LOWEST, LOWEST, bounded)  # NaN stays
             scores += tl.where(added == float("-inf"), added, bounded)
     return tl.where(visible, scores, float("-inf"))
 
@@ -90,7 +91,7 @@ def attend_raw(
         p, correction, top, total = softmax_step(scores, top, total)
         values = tl.load(
             raw_values + index[:, None] * VALUE_DIM + d[None, :],
-            mask=index_in[:, None] & value_in[None, :],
+            mask=live[:, None] & value_in[None, :],
             other=0,
         )
         acc *= correction[:, None]

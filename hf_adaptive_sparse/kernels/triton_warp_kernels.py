@@ -60,7 +60,8 @@ def _masked(
                 visible = visible & (given != 0)
             else:
                 # The lowest finite number must stay finite: where all is that low, all count alike.
-                bounded = tl.maximum(given * LOG2E, LOWEST)
+                bounded = given * LOG2E
+                bounded = tl.where(bounded < LOWEST, LOWEST, bounded)  # NaN stays
                 scores += tl.where(given == float("-inf"), given, bounded)
         if CAUSAL:
             visible = visible & (position <= query_index)
@@ -278,8 +279,8 @@ def warp_kernel(
             step_unit = load_numbers(scale_row + 1, NATIVE)
             min_base = load_numbers(scale_row + 2, NATIVE)
             min_unit = load_numbers(scale_row + 3, NATIVE)
-            largest = tl.abs(step_base) + 255 * step_unit
-            raised = _PEAK / tl.where(largest > 0, largest, 1.0)
+            largest = tl.maximum(tl.abs(step_base) + 255 * step_unit, 1e-30)
+            raised = _PEAK / largest
             step_base = step_base * raised
             step_unit = step_unit * raised
             p0 = ()

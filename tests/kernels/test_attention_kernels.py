@@ -276,6 +276,20 @@ def test_an_infinite_query_gives_nan_in_blocks_alone(path, key_mode):
     assert output[0, 0].isfinite().all()
 
 
+def test_an_infinite_query_of_a_constant_channel_gives_nan(path):
+    """Infinity times a step of zero is no number, and must not hide infinity elsewhere."""
+    keys = torch.randn(1, 1, 128, 64, generator=torch.Generator().manual_seed(0))
+    keys[..., 5] = -1.0
+    stores = []
+    for codec in (key_codec(8, "channel", 64), value_codec(8, 64)):
+        store = TokenStore(codec, 128, keys)
+        store.commit(store.prepare(keys, "states"))
+        stores.append(store)
+    query = torch.ones(1, 1, 1, 64)
+    query[..., 3] = query[..., 5] = torch.inf
+    assert attention.attend(query, pinned(stores).packed).isnan().all()
+
+
 @pytest.mark.parametrize("what", ["keys", "values"])
 def test_the_largest_sums_of_codes(path, what):
     """1,024 codes of 255 with the largest vectors would pass 2**31."""

@@ -120,6 +120,14 @@ def test_building_without_a_compiler_says_so(monkeypatch, tmp_path):
     assert build.compiler() is None
 
 
+@pytest.mark.skipif(shutil.which("clang") is None, reason="Clang is not installed")
+@pytest.mark.parametrize("source", sorted(build.SOURCES.glob("*.c")), ids=lambda path: path.stem)
+def test_clang_takes_the_sources(source):
+    command = ["clang", "-std=c11", "-O1", "-fsyntax-only", source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_what_a_compiler_complains_about_is_shown(monkeypatch, tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 3\n")

@@ -129,7 +129,7 @@ static TARGET float sum_of(const float *a, int64_t n) {
 
 /* Round a float vector to int16 within +-VECTOR_LIMIT, or half of that where the sum of products
  * with `codes` codes of `bits` would pass 2^31; the factor that undoes it is returned: NaN where an
- * element is infinite. A NaN makes the float32 offset of the same sum one. */
+ * element is infinite or no number. */
 static TARGET float round_vector(const float *a, int64_t n, int64_t codes, int64_t bits,
                                  int16_t *out) {
     const float limit = bits == 8 && codes > 512 ? VECTOR_LIMIT / 2 : VECTOR_LIMIT;
@@ -139,9 +139,9 @@ static TARGET float round_vector(const float *a, int64_t n, int64_t codes, int64
         most = size > most ? size : most;
     }
     float largest = has_float_of_bits((uint32_t)most);
-    if (!(largest >= 1e-30f) || largest > FLT_MAX) {
+    if (!(largest <= FLT_MAX) || largest < 1e-30f) {
         memset(out, 0, (size_t)n * sizeof(int16_t));
-        return largest > FLT_MAX ? NAN : 0.0f;
+        return largest < 1e-30f ? 0.0f : NAN;
     }
     store_vector(a, n, limit / largest, out);
     return largest / limit;

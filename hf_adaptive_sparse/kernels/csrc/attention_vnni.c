@@ -59,7 +59,7 @@ static TARGET inline __attribute__((always_inline)) __m512i unpack(
     }
     x = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(u.words, x), u.bytes);
     x = _mm512_srlv_epi16(x, u.shifts);
-    const int lower_or_upper = 0xca; /* of the second where the first is set, else of the third */
+    enum { lower_or_upper = 0xca }; /* bits of the second where the first has ones, else the third */
     x = _mm512_ternarylogic_epi64(_mm512_set1_epi16(0xff), x, _mm512_slli_epi16(x, 8 - bits),
                                   lower_or_upper);
     return _mm512_and_si512(x, u.mask);

@@ -22,8 +22,8 @@ HAS_INLINE uint32_t has_bits_of_float(float value) {
     return bits;
 }
 
-/* Whole numbers in the order of floats, and back: compilers vectorise their maximum. NaN is beyond
- * either end. */
+/* Whole numbers in the order of floats, and back: compilers vectorise their maximum. NaN is above
+ * infinity, or below -infinity, by its sign. */
 HAS_INLINE int32_t has_order(float value) {
     int32_t bits = (int32_t)has_bits_of_float(value);
     return bits ^ ((bits >> 31) & 0x7fffffff);
