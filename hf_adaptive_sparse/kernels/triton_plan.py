@@ -321,8 +321,6 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache, general: bool) -> _
             "RAW_PAD": max(_MATRIX_ROWS, power_of_two(key_dim)),
             "KEY_UNIT": units.key,
             "VALUE_UNIT": units.value,
-            "TILE": cut.tile,
-            "RAW_TILE": cut.raw_tile,
             "NATIVE": not interprets(),
         }
     else:
@@ -331,12 +329,11 @@ def _prepare_blocks(query: torch.Tensor, cache: PackedCache, general: bool) -> _
             "KEY_WORD": cut.key_word,
             "VALUE_WORD": cut.value_word,
             "KEY_GROUP": 0 if keys.group is None else min(keys.group, key_dim),
-            "TILE": cut.tile,
-            "RAW_TILE": cut.raw_tile,
             "ROWS": cut.rows,
             "GROUPS": cut.groups,
             "HALF": query.dtype != torch.float32,
         }
+    constants |= {"TILE": cut.tile, "RAW_TILE": cut.raw_tile}
     return _Blocks(
         kernel=GENERAL if units is None else WARP,
         cut=cut,

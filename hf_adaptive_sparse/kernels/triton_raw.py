@@ -15,6 +15,17 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def added_to_scores(given):
+    """Return what numbers of a mask add to scores to base 2: float32.
+
+    The lowest finite number must stay finite: where all is that low, all count alike. NaN stays.
+    """
+    scaled = given * LOG2E
+    bounded = tl.where(scaled < LOWEST, LOWEST, scaled)
+    return tl.where(given == float("-inf"), given, bounded)
+
+
+@triton.jit
 def masked(
     scores, visible, live, mask_rows, mask_stride, position, query_index,
     MASK: tl.constexpr, MASK_ROWS: tl.constexpr, CAUSAL: tl.constexpr,
@@ -31,11 +42,7 @@ def masked(
         if MASK == 1:
             visible = visible & (given != 0)
         else:
-            added = given.to(tl.float32)
-            # The lowest finite number must stay finite: where all is that low, all count alike.
-            bounded = added * LOG2E
-            bounded = tl.where(bounded < LOWEST, LOWEST, bounded)  # NaN stays
-            scores += tl.where(added == float("-inf"), added, bounded)
+            scores += added_to_scores(given.to(tl.float32))
     return tl.where(visible, scores, float("-inf"))
 
 

@@ -40,6 +40,7 @@ from hf_adaptive_sparse.kernels.triton_sparse_rows import (
     scales_of,
     spread,
 )
+from hf_adaptive_sparse.kernels.triton_words import joined
 
 
 @triton.jit
@@ -208,26 +209,6 @@ def _unit(scale, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _joined(first, second, HALF: tl.constexpr, NATIVE: tl.constexpr):
-    """Return two float32 rounded to 16 bits as one uint32, the first in its lower half."""
-    if NATIVE:  # in one instruction, which takes the upper half first
-        kind: tl.constexpr = "f16x2" if HALF else "bf16x2"
-        word = tl.inline_asm_elementwise(
-            "cvt.rn." + kind + ".f32 $0, $2, $1;",
-            "=r,f,f",
-            [first, second],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        number: tl.constexpr = tl.float16 if HALF else tl.bfloat16
-        low = first.to(number).to(tl.uint16, bitcast=True).to(tl.uint32)
-        word = low | (second.to(number).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-    return word
-
-
-@triton.jit
 def _store_words(
     output_row, w0, w1, w2, w3, begin, columns, COLUMNS: tl.constexpr, i: tl.constexpr,
     THREADS: tl.constexpr, FULL: tl.constexpr,
@@ -297,12 +278,12 @@ def _write_row(
                         begin, columns, COLUMNS, i, THREADS, FULL,
                     )  # fmt: skip
                 elif i % 2 == 0:
-                    even0 = _joined(n0, n1, HALF, NATIVE)
-                    even1 = _joined(n2, n3, HALF, NATIVE)
+                    even0 = joined(n0, n1, HALF, NATIVE)
+                    even1 = joined(n2, n3, HALF, NATIVE)
                 else:
                     _store_words(
                         output_row, even0, even1,
-                        _joined(n0, n1, HALF, NATIVE), _joined(n2, n3, HALF, NATIVE),
+                        joined(n0, n1, HALF, NATIVE), joined(n2, n3, HALF, NATIVE),
                         begin, columns, COLUMNS, i // 2, THREADS, FULL,
                     )  # fmt: skip
 

@@ -82,11 +82,6 @@ def load_numbers(address, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _load_1(address, NATIVE: tl.constexpr):
-    return load_bits(address, NATIVE)
-
-
-@triton.jit
 def _load_2(address, NATIVE: tl.constexpr):
     if NATIVE:
         w0, w1 = tl.inline_asm_elementwise(
@@ -130,13 +125,13 @@ def load_words(address, COUNT: tl.constexpr, NATIVE: tl.constexpr):
     """
     words = address.to(tl.pointer_type(tl.uint32))
     if COUNT == 1:
-        found = (_load_1(words, NATIVE),)
+        found = (load_bits(words, NATIVE),)
     elif COUNT == 2:
         found = _load_2(words, NATIVE)
     elif COUNT == 3:
-        w0 = _load_1(words, NATIVE)
-        w1 = _load_1(words + 1, NATIVE)
-        w2 = _load_1(words + 2, NATIVE)
+        w0 = load_bits(words, NATIVE)
+        w1 = load_bits(words + 1, NATIVE)
+        w2 = load_bits(words + 2, NATIVE)
         found = (w0, w1, w2)
     elif COUNT == 4:
         found = _load_4(words, NATIVE)
@@ -185,24 +180,6 @@ def store_numbers(address, number, inside, NATIVE: tl.constexpr):
         )
     else:
         tl.store(address, number, mask=inside)
-
-
-@triton.jit
-def pack_halves(low, high, NATIVE: tl.constexpr):
-    """Return float32 numbers rounded to float16, two to a word: uint32."""
-    if NATIVE:
-        word = tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;",
-            "=r,f,f",
-            [low, high],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        word = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        word |= high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    return word
 
 
 @triton.jit

@@ -22,13 +22,12 @@ import triton
 import triton.language as tl
 
 from hf_adaptive_sparse.kernels.triton_pairs import first_codes, pair_of, shrunk
-from hf_adaptive_sparse.kernels.triton_raw import LOG2E, LOWEST, attend_raw
+from hf_adaptive_sparse.kernels.triton_raw import added_to_scores, attend_raw
 from hf_adaptive_sparse.kernels.triton_warp import (
     load_numbers,
     load_words,
     multiply,
     no_sums,
-    pack_halves,
     pick,
     row_and_part,
     row_max,
@@ -36,6 +35,7 @@ from hf_adaptive_sparse.kernels.triton_warp import (
     store_numbers,
     store_pairs,
 )
+from hf_adaptive_sparse.kernels.triton_words import joined
 
 _CHANNELS: tl.constexpr = tl.constexpr(32)  # of values at once, eight per tile of the product
 _PEAK: tl.constexpr = tl.constexpr(16384.0)  # of what codes are multiplied with, as float16
@@ -59,10 +59,7 @@ def _masked(
             if MASK == 1:
                 visible = visible & (given != 0)
             else:
-                # The lowest finite number must stay finite: where all is that low, all count alike.
-                bounded = given * LOG2E
-                bounded = tl.where(bounded < LOWEST, LOWEST, bounded)  # NaN stays
-                scores += tl.where(given == float("-inf"), given, bounded)
+                scores += added_to_scores(given)
         if CAUSAL:
             visible = visible & (position <= query_index)
         scores = tl.where(visible, scores, float("-inf"))
@@ -236,9 +233,10 @@ def warp_kernel(
             peak = tl.max(tl.maximum(tl.abs(weight_low), tl.abs(weight_high)), axis=0)[None, :]
             peak = tl.maximum(row_max(peak, NATIVE), 1e-30)
             raised = _PEAK / peak
-            weights = pack_halves(
-                weight_low * (raised * shrunk_low), weight_high * (raised * shrunk_high), NATIVE
-            )
+            weights = joined(
+                weight_low * (raised * shrunk_low), weight_high * (raised * shrunk_high),
+                True, NATIVE,
+            )  # fmt: skip
             unit_of_scores = peak * _UNIT_OF_SUMS
 
             # Scores of pairs of tokens as values have them.
@@ -305,7 +303,7 @@ def warp_kernel(
                     step_high = _byte(steps, i + APART) * step_unit + step_base
                     low_weight = p0[i] * step_low * shrunk(group * APART + i, False, VALUE_BITS)
                     high_weight = p1[i] * step_high * shrunk(group * APART + i, True, VALUE_BITS)
-                    of_group = of_group + (pack_halves(low_weight, high_weight, NATIVE),)
+                    of_group = of_group + (joined(low_weight, high_weight, True, NATIVE),)
                     coded = p0[i] * _byte(minima, i) + p1[i] * _byte(minima, i + APART)
                     minimum += tl.sum(coded, axis=0)[None, :]
                 value_weights = value_weights + (of_group,)

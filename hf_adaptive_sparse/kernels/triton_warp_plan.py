@@ -10,7 +10,7 @@ from hf_adaptive_sparse.kernels.packed import PackedKeys, PackedValues
 from hf_adaptive_sparse.kernels.triton_sizes import power_of_two
 
 MAX_ROWS = 8
-"""Queries of one KV head: the columns of the matrix units' result."""
+"""Queries of one KV head: half of the matrix units' rows, of which each thread has one."""
 
 _CHANNELS = 32  # of values that are multiplied at once
 _PARTS = 4  # threads of a row

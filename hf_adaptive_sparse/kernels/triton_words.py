@@ -88,3 +88,23 @@ def gap(kept, here, UPPER: tl.constexpr, NATIVE: tl.constexpr):
     else:
         word = tl.where(kept != 0, here, here & 0xFFFF if UPPER else here << 16)
     return word
+
+
+@triton.jit
+def joined(first, second, HALF: tl.constexpr, NATIVE: tl.constexpr):
+    """Return two float32 rounded to 16 bits as one uint32, the first in its lower half."""
+    if NATIVE:  # in one instruction, which takes the upper half first
+        kind: tl.constexpr = "f16x2" if HALF else "bf16x2"
+        word = tl.inline_asm_elementwise(
+            "cvt.rn." + kind + ".f32 $0, $2, $1;",
+            "=r,f,f",
+            [first, second],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        number: tl.constexpr = tl.float16 if HALF else tl.bfloat16
+        low = first.to(number).to(tl.uint16, bitcast=True).to(tl.uint32)
+        word = low | (second.to(number).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    return word
