@@ -4,9 +4,10 @@ A decoder layer's input is decided by the layers in front of it. Where a batch h
 the same front layers already, their output is still known: those layers pass their input through,
 and the first one that differs is handed the hidden states kept for it. All the rest of the forward
 (embeddings, masks, positions, what is added between layers, norm, head) is the model's own code on
-the same numbers, so the logits are those of a plain forward bit for bit. A model for which that
-does not hold (layers that share a cache, layers that return more than hidden states) is found out
-by a comparison at the first reuse, and then always run plainly.
+the same numbers, so the logits are those of a plain forward bit for bit. Where that does not hold
+(later layers that read an earlier one's keys and values, layers that return more than hidden
+states) is found out by a comparison at the first start from each layer; from those that fail it,
+and from all behind them, no forward begins.
 """
 
 from __future__ import annotations
@@ -71,11 +72,6 @@ class HiddenStateStore:
         self._kept[key] = hidden.detach().clone(memory_format=torch.contiguous_format)
         self._nbytes += size
 
-    def clear(self) -> None:
-        """Drop everything."""
-        self._kept.clear()
-        self._nbytes = 0
-
 
 class ReusingModel:
     """Runs batches through a model, skipping front layers whose outcome is known.
@@ -87,7 +83,7 @@ class ReusingModel:
         boundaries: Layers in front of which hidden states are kept; ``None``: all but the first.
 
     Attributes:
-        layers_run: Decoder layers run so far.
+        layers_run: Decoder layers run so far; what is run for comparison does not count.
         layers_skipped: Decoder layers passed through so far.
     """
 
@@ -102,8 +98,7 @@ class ReusingModel:
         chosen = range(len(self._layers)) if boundaries is None else boundaries
         self._boundaries = sorted({b for b in chosen if 0 < b < len(self._layers)})
         self.store = HiddenStateStore(limit_bytes)
-        self._trusted = False
-        self._enabled = limit_bytes > 0 and bool(self._boundaries)
+        self._trusted: set[int] = set()
         self.layers_run = self.layers_skipped = 0
 
     def predict(
@@ -122,16 +117,20 @@ class ReusingModel:
             settings: Per decoder layer, whatever its output depends on besides its input: its
                 masks and its bits.
         """
-        if not self._enabled:
+        if not self._boundaries or not self.store.limit_bytes:
             self.layers_run += len(self._layers)
             return predict(self.model, batch, kv_cache)
         keys = self._keys(index, settings)
         start = max((b for b, key in keys.items() if key in self.store), default=0)
-        if start and not self._trusted and not self._check(batch, kv_cache, keys, start):
-            self._enabled = False
-            self.store.clear()
-            return self.predict(index, batch, kv_cache, settings)
-        return self._run(batch, kv_cache, keys, start)
+        if start and start not in self._trusted:
+            found = self._compared(batch, kv_cache, keys, start)
+            start = start if start in self._trusted else 0
+        else:
+            found = self._run(batch, kv_cache, keys, start)
+        if found is not None:
+            self.layers_skipped += start
+            self.layers_run += len(self._layers) - start
+        return found
 
     def _keys(self, index: int, settings: Sequence[Hashable]) -> dict[int, Hashable]:
         keys: dict[int, Hashable] = {}
@@ -158,34 +157,32 @@ class ReusingModel:
             for boundary, key in keep.items():
                 keeping = functools.partial(self.store.put, key)
                 stack.enter_context(_watching(self._layers[boundary], keeping))
-            found = predict(self.model, batch, kv_cache)
-        if found is not None:
-            self.layers_skipped += start
-            self.layers_run += len(self._layers) - start
-        return found
+            return predict(self.model, batch, kv_cache)
 
-    def _check(
+    def _compared(
         self,
         batch: Mapping[str, torch.Tensor],
         kv_cache: KVCacheChoice,
         keys: Mapping[int, Hashable],
         start: int,
-    ) -> bool:
-        """Compare a forward from ``start`` with a plain one, bit for bit."""
+    ) -> Predictions | None:
+        """Do a plain forward, and trust one from ``start`` if it equals that, bit for bit."""
         plain = predict(self.model, batch, kv_cache)
+        if plain is None:
+            return None
         try:
             reused = self._run(batch, kv_cache, keys, start)
+            difference = "the logits differ"
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-            logger.info("Front layers of this model cannot be skipped: %s", error)
-            return False
-        if plain is None or reused is None:
-            return True
-        self._trusted = torch.equal(plain.logits, reused.logits)
-        if not self._trusted:
-            logger.info("Skipping front layers changes this model's logits; every layer is run.")
-        return self._trusted
+            reused, difference = None, f"{type(error).__name__}: {error}"
+        if reused is not None and torch.equal(plain.logits, reused.logits):
+            self._trusted.add(start)
+            return plain
+        logger.info("No forward of this model can begin at layer %d: %s.", start, difference)
+        self._boundaries = [b for b in self._boundaries if b < start]
+        return plain
 
 
 @contextlib.contextmanager

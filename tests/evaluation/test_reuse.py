@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from hf_adaptive_sparse.evaluation.reuse import HiddenStateStore, ReusingModel, starting_at
 from hf_adaptive_sparse.evaluation.scoring import predict
@@ -53,7 +54,7 @@ class TestLogits:
         for settings in ("aaaa", "aaaa", "aaba"):
             found = reusing.predict(0, image_batches[0], False, settings)
             assert torch.equal(found.logits, predict(tiny_llava, image_batches[0], False).logits)
-        assert reusing.layers_skipped == 3 + 3 + 2
+        assert reusing.layers_skipped == 0 + 3 + 2
 
     def test_batches_are_kept_apart(self, tiny_llama, text_batches):
         reusing = ReusingModel(tiny_llama)
@@ -108,7 +109,7 @@ class TestModelsThatCannot:
         for settings in ("aaaa", "aaba", "aaab"):
             found = reusing.predict(0, text_batches[0], False, settings)
             assert torch.equal(found.logits, predict(tiny_llama, text_batches[0], False).logits)
-        assert reusing.store.nbytes == 0
+        assert reusing.layers_skipped == 0
 
     def test_an_error_switches_it_off(self, tiny_llama, text_batches, monkeypatch):
         layers = tiny_llama.model.layers
@@ -127,6 +128,40 @@ class TestModelsThatCannot:
         for _ in range(3):
             found = reusing.predict(0, text_batches[0], False, "aaaa")
         assert torch.equal(found.logits, predict(tiny_llama, text_batches[0], False).logits)
+
+    def test_layers_that_share_earlier_keys_and_values(self):
+        # Layers 5 to 7 read what layers 3 and 4 stored: no forward may begin behind layer 3.
+        transformers.set_seed(0)
+        config = transformers.Gemma3nTextConfig(
+            vocab_size=128,
+            vocab_size_per_layer_input=128,
+            hidden_size=32,
+            hidden_size_per_layer_input=16,
+            intermediate_size=[64] * 8,
+            num_hidden_layers=8,
+            num_kv_shared_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            layer_types=["sliding_attention", "full_attention"] * 4,
+            activation_sparsity_pattern=[0.0] * 8,
+            altup_num_inputs=2,
+            laurel_rank=8,
+        )
+        model = transformers.Gemma3nForCausalLM(config).eval()
+        batch = {"input_ids": torch.randint(5, 120, (2, 24))}
+        plain = predict(model, batch, False)
+        reusing = ReusingModel(model)
+        skipped = {}
+        for changed in range(8):
+            settings = ["a"] * 8
+            settings[changed] = "b"
+            reusing.predict(0, batch, False, "aaaaaaaa")
+            before = reusing.layers_skipped
+            found = reusing.predict(0, batch, False, settings)
+            assert torch.equal(found.logits, plain.logits), changed
+            skipped[changed] = reusing.layers_skipped - before
+        assert skipped == dict(enumerate([0, 1, 2, 3, 3, 3, 3, 3]))
 
 
 class TestBound:
