@@ -16,6 +16,8 @@ from transformers import PretrainedConfig
 
 from hf_adaptive_sparse.architecture import Prunable, media_token_ids
 from hf_adaptive_sparse.calibration.expert_inputs import ExpertInputs, watched_experts
+from hf_adaptive_sparse.calibration.questions import IGNORED
+from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
 from hf_adaptive_sparse.experts import ExpertStack
 
 T = TypeVar("T")
@@ -38,7 +40,7 @@ def token_weights(
 
     Returns:
         ``(batch, seq)``, float32: 0 for padding, ``image_weight`` for tokens of images,
-        videos and sounds, 1 for text.
+        videos and sounds, 1 for text. Of an encoder-decoder those of the decoder's tokens.
 
     Raises:
         ValueError: If the batch has neither ids nor embeddings, or a mask of another shape.
@@ -53,6 +55,8 @@ def token_weights(
             "A calibration batch must hold input_ids (batch, seq) or inputs_embeds; it has "
             f"{', '.join(sorted(batch)) or 'nothing'}."
         )
+    if config.is_encoder_decoder:
+        return (sequence_pairs(batch, config).targets != IGNORED).float()
     weights = torch.ones(shape, dtype=torch.float32, device=device)
     if ids is not None:
         media = torch.tensor(media_token_ids(config), dtype=ids.dtype, device=ids.device)

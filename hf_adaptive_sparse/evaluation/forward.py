@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
-from hf_adaptive_sparse.kvcache.generation import kv_cache_config
+from hf_adaptive_sparse.kvcache.generation import AdaptiveEncoderDecoderCache, kv_cache_config
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 KVCacheChoice = KVCacheConfig | bool | None
@@ -57,7 +57,12 @@ def resolve_kv_cache(config: PretrainedConfig, kv_cache: KVCacheChoice) -> KVCac
 def new_cache(model: PreTrainedModel, kv_cache: KVCacheChoice) -> Cache | None:
     """Return a fresh adaptive cache for one batch, or ``None`` where no profile applies."""
     config = resolve_kv_cache(model.config, kv_cache)
-    return None if config is None else AdaptiveQuantizedCache(model.config, config)
+    if config is None:
+        return None
+    cache = AdaptiveQuantizedCache(model.config, config)
+    if model.config.is_encoder_decoder:
+        return AdaptiveEncoderDecoderCache(cache, DynamicCache())
+    return cache
 
 
 def to_model(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.calibration.questions import IGNORED
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, NonFiniteError
-from hf_adaptive_sparse.evaluation.scoring import IGNORED, predict
+from hf_adaptive_sparse.evaluation.scoring import predict
 
 
 def perplexity(
@@ -34,7 +35,8 @@ def perplexity(
         model: A model with a language head. Its mode (train, eval) is restored.
         batches: Inputs of the forward, each with ``input_ids`` (batch, seq) int64. Scored are the
             ``labels`` where a batch has them, else every token that has one before it; never
-            padding and never tokens of images, videos or sounds.
+            padding and never tokens of images, videos or sounds. An encoder-decoder reads what
+            comes before them, see `sequence_pairs`.
         kv_cache: ``None``: quantise keys and values as the model's own config says, if it does.
             ``False``: do not. A `KVCacheConfig`: as this one says.
         progress: Show a progress bar.

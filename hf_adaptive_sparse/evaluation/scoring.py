@@ -10,10 +10,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import cache_argument, media_token_ids
+from hf_adaptive_sparse.calibration.questions import IGNORED
+from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, evaluating, new_cache, to_model
-
-IGNORED = -100
-"""Label of a token that is not scored."""
 
 CHUNK_LOGITS = 1 << 24
 """Logits converted to float32 at once: 64 MiB of them."""
@@ -24,8 +23,8 @@ class Predictions:
     """The logits of a batch and what they had to predict.
 
     Attributes:
-        logits: ``(batch, seq - 1, vocabulary)``, the model's dtype.
-        targets: ``(batch, seq - 1)``, int64; `IGNORED` where nothing is scored.
+        logits: ``(batch, predicted, vocabulary)``, the model's dtype.
+        targets: ``(batch, predicted)``, int64; `IGNORED` where nothing is scored.
     """
 
     logits: torch.Tensor
@@ -80,16 +79,20 @@ def predict(
         ValueError: If the batch has neither labels nor input_ids.
     """
     inputs = to_model(model, batch)
-    targets = scored_targets(inputs, media_token_ids(model.config))
-    inputs.pop("labels", None)
+    if model.config.is_encoder_decoder:
+        pairs = sequence_pairs(inputs, model.config)
+        inputs, targets = pairs.inputs, pairs.targets
+    else:
+        targets = scored_targets(inputs, media_token_ids(model.config))
+        inputs.pop("labels", None)
     if not bool((targets != IGNORED).any()):
         return None
     with evaluating(model):
         cache = new_cache(model, kv_cache)
         inputs[cache_argument(model)] = cache
         logits = model(**inputs, use_cache=cache is not None).logits
-    # Each position predicts the next token: the last one predicts nothing that is known.
-    return Predictions(logits[:, :-1], targets.to(logits.device))
+    # A decoder alone predicts at each position the next token; of the last one nothing is known.
+    return Predictions(logits[:, : targets.shape[1]], targets.to(logits.device))
 
 
 def scored_targets(inputs: Mapping[str, torch.Tensor], media_tokens: Sequence[int]) -> torch.Tensor:

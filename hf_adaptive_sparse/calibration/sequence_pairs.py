@@ -1,0 +1,94 @@
+"""Batches as an encoder-decoder takes them: the encoder reads a part, the rest is predicted.
+
+Batches are laid out for models that go on with what they read: prompt and answer are one row of
+``input_ids``. An encoder that was shown the answer would leave the decoder nothing to predict, and
+a decoder that is given nothing runs on its start token alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from hf_adaptive_sparse.calibration.questions import IGNORED
+
+
+@dataclass(frozen=True)
+class SequencePairs:
+    """A batch in two parts.
+
+    Attributes:
+        inputs: Arguments of the forward: those of the batch with what is predicted masked out, and
+            ``decoder_input_ids`` ``(batch, predicted)`` int64.
+        targets: ``(batch, predicted)`` int64: the token that the decoder has to predict at each of
+            its positions, `IGNORED` behind the last.
+    """
+
+    inputs: dict[str, Any]
+    targets: torch.Tensor
+
+
+def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) -> SequencePairs:
+    """Divide a batch in what an encoder reads and what the decoder has to predict.
+
+    Of a row with labels everything before the first labelled token is read, and the labelled tokens
+    are predicted. Of a row without any, or where nothing would be left to read, the first half is
+    read and the second half predicted.
+
+    Args:
+        batch: Arguments of the forward, with ``input_ids`` ``(batch, seq)``, and perhaps
+            ``attention_mask`` and ``labels`` of that shape.
+        config: Config of the model.
+
+    Raises:
+        ValueError: If the batch has no input_ids.
+    """
+    ids = batch.get("input_ids")
+    if ids is None:
+        raise ValueError(
+            "A batch for an encoder-decoder must have input_ids, which are divided in what it "
+            f"reads and what it predicts; this one has {', '.join(batch) or 'nothing'}."
+        )
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) != 0
+    order = real.cumsum(1)
+    half = real & (order <= order[:, -1:] // 2)
+    labels = batch.get("labels")
+    wanted = real if labels is None else real & (labels.to(ids.device) != IGNORED)
+    before = real & (wanted.cumsum(1) == 0)
+    read = torch.where(before.any(1, keepdim=True), before, half)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs["attention_mask"] = read.to(ids.dtype if mask is None else mask.dtype)
+    targets = _to_the_left(ids, wanted & ~read)
+    padding, start = _special_tokens(config)
+    shifted = torch.cat([torch.full_like(ids[:, :1], start), targets[:, :-1]], dim=1)
+    inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, padding)
+    return SequencePairs(inputs, targets)
+
+
+def _to_the_left(ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the chosen tokens of each row without gaps, `IGNORED` behind them; one at least."""
+    width = max(1, int(chosen.sum(1).max()))
+    moved = torch.full_like(ids[:, :width], IGNORED)
+    rows, columns = chosen.nonzero(as_tuple=True)
+    moved[rows, chosen.cumsum(1)[rows, columns] - 1] = ids[rows, columns]
+    return moved
+
+
+def _special_tokens(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the ids of padding and of the decoder's start."""
+
+    def first(*names: str) -> int:
+        for name in names:
+            for part in (config, config.get_text_config(decoder=True), config.get_text_config()):
+                value = getattr(part, name, None)
+                if isinstance(value, int):
+                    return value
+        return 0
+
+    padding = first("pad_token_id", "eos_token_id")
+    return padding, first("decoder_start_token_id", "bos_token_id", "pad_token_id")

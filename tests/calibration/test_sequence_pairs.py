@@ -1,0 +1,120 @@
+"""Encoder-decoders: the encoder never reads what the decoder has to predict."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import BartConfig
+
+import hf_adaptive_sparse as has
+from hf_adaptive_sparse.architecture import decoder_layers, prunable_weights
+from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
+from hf_adaptive_sparse.calibration.replay import run_decoder
+from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
+from hf_adaptive_sparse.evaluation.forward import new_cache
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from tests.families.catalogue import FAMILIES
+from tests.families.matrix import make_batch
+from tests.families.tiny_models import tiny_model
+
+CONFIG = BartConfig(pad_token_id=0, decoder_start_token_id=7)
+NONE = -100
+
+
+def divided(ids, labels=None, mask=None):
+    batch = {"input_ids": torch.tensor(ids)}
+    if labels is not None:
+        batch["labels"] = torch.tensor(labels)
+    if mask is not None:
+        batch["attention_mask"] = torch.tensor(mask)
+    pairs = sequence_pairs(batch, CONFIG)
+    assert "labels" not in pairs.inputs
+    read, fed = pairs.inputs["attention_mask"], pairs.inputs["decoder_input_ids"]
+    return read.tolist(), fed.tolist(), pairs.targets.tolist()
+
+
+def test_labelled_tokens_are_predicted_and_what_is_before_them_is_read():
+    assert divided(
+        [[10, 11, 12, 13, 2], [20, 21, 22, 2, 0]],
+        labels=[[NONE, NONE, 12, 13, NONE], [NONE, 21, NONE, NONE, NONE]],
+        mask=[[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],
+    ) == (
+        [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
+        [[7, 12], [7, 21]],
+        [[12, 13], [21, NONE]],
+    )
+
+
+@pytest.mark.parametrize("labels", [None, [[10, 11, 12, 13], [0, 21, 22, 23]]])
+def test_without_a_part_to_read_rows_are_halved(labels):
+    assert divided(
+        [[10, 11, 12, 13], [0, 21, 22, 23]], labels, mask=[[1, 1, 1, 1], [0, 1, 1, 1]]
+    ) == ([[1, 1, 0, 0], [0, 1, 0, 0]], [[7, 12], [7, 22]], [[12, 13], [22, 23]])
+
+
+def test_nothing_to_predict():
+    assert divided([[10, 11]], [[NONE, NONE]]) == ([[1, 1]], [[7]], [[NONE]])
+
+
+def test_embeddings_alone_cannot_be_divided():
+    with pytest.raises(ValueError, match=r"must have input_ids.*has inputs_embeds"):
+        sequence_pairs({"inputs_embeds": torch.zeros(1, 2, 4)}, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def florence():
+    family = next(f for f in FAMILIES if f.model_type == "florence2")
+    return tiny_model(family.model_type, family.changes).eval()
+
+
+@pytest.fixture(scope="module")
+def answered(florence):
+    batch = make_batch(next(f for f in FAMILIES if f.model_type == "florence2"), florence)
+    labels = torch.full_like(batch["input_ids"], NONE)
+    labels[:, -4:] = batch["input_ids"][:, -4:]
+    return {**batch, "labels": labels}
+
+
+def test_florence_perplexity_is_that_of_the_models_own_loss(florence, answered):
+    read = answered["attention_mask"].clone()
+    read[:, -4:] = 0
+    inputs = {**answered, "attention_mask": read, "labels": answered["labels"][:, -4:]}
+    with torch.no_grad():
+        loss = float(florence(**inputs).loss)
+    assert has.perplexity(florence, [answered]) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_florence_the_cache_quantises_what_the_decoder_stores(florence, answered):
+    profile = has.KVCacheConfig(bits=2, group_size=4, residual_length=4)
+    cache = new_cache(florence, profile)
+    assert isinstance(cache.self_attention_cache, AdaptiveQuantizedCache)
+    assert has.perplexity(florence, [answered], profile) != has.perplexity(
+        florence, [answered], False
+    )
+
+
+def test_florence_calibration_sees_every_token_that_is_predicted(florence, answered):
+    weights = prunable_weights(florence)
+    with collect_inputs(weights) as statistics:
+        statistics.token_weights = token_weights(answered, florence.config)
+        run_decoder(florence, answered, stop_after=decoder_layers(florence)[1])
+    layer = "model.language_model.decoder.layers.0"
+    counts = {
+        name: statistics.statistic(f"{layer}.{name}").tokens
+        for name in ("self_attn.q_proj", "encoder_attn.q_proj", "encoder_attn.k_proj", "fc1")
+    }
+    tokens = answered["input_ids"].shape[1]
+    assert counts == {
+        "self_attn.q_proj": 4,
+        "encoder_attn.q_proj": 4,
+        "encoder_attn.k_proj": tokens,
+        "fc1": 4,
+    }
+
+
+def test_florence_search(florence, answered):
+    space = has.SearchSpace(kv_group_size=4, kv_residual_length=4)
+    found = has.search(florence, [answered], [answered] * 2, space, n_trials=2, progress=False)
+    assert math.isfinite(found.best_value)
