@@ -1,17 +1,23 @@
 """Output folders that appear complete or not at all.
 
-A job writes into ``<output>.partial`` beside its output and renames that folder when everything is
-in it. A job that dies leaves the output as it was; what lets it resume (the search's journal) stays
-in the partial folder, where the next run finds it.
+A job writes into ``<output>.adaptive-sparse.partial`` beside its output and renames that folder
+when everything is in it. A job that dies leaves the output as it was; what lets it resume (the
+search's journal) stays in the partial folder, where the next run finds it. An output that is a
+symbolic link stands for the folder it points at.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
 
 
 class OutputError(OSError):
@@ -22,9 +28,20 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Check, before any work is done, that ``output`` can be written.
 
     Raises:
-        OutputError: If it is a file, is not empty and ``overwrite`` is off, or lies in a folder
-            that cannot be written.
+        OutputError: If it is a file, is not empty and ``overwrite`` is off, lies in a folder that
+            cannot be written, or cannot be renamed: a mount point, or the working directory.
     """
+    output = output.resolve()
+    if os.path.ismount(output):
+        raise OutputError(
+            f"The output folder is renamed into place, {output} is a mount point and cannot be. "
+            f"Choose a folder inside it, such as {output / 'model'}."
+        )
+    if Path.cwd().is_relative_to(output):
+        raise OutputError(
+            f"The output folder is replaced as a whole, {output} is the working directory or holds "
+            "it. Choose a folder inside it, or run from elsewhere."
+        )
     if output.exists() and not output.is_dir():
         raise OutputError(f"The output must be a folder, {output} is a file. Choose another path.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -52,18 +69,18 @@ def staged_folder(
             finds there: what it needs to resume.
 
     Raises:
-        OutputError: As :func:`check_output`, or if the folder cannot be made.
+        OutputError: As :func:`check_output`, if the folder cannot be made or renamed, or if another
+            job is writing it.
     """
     check_output(output, overwrite=overwrite)
-    partial = output.with_name(output.name + ".partial")
-    _clear(partial, keep)
-    _make(partial)
-    try:
-        yield partial
-    except BaseException:
+    with _partial_folder(output) as partial:
         _clear(partial, keep)
-        raise
-    _replace_folder(partial, output)
+        _make(partial)
+        try:
+            yield partial
+        except BaseException:
+            _clear(partial, keep)
+            raise
 
 
 @contextmanager
@@ -84,12 +101,42 @@ def resumable_folder(
         OutputError: As `staged_folder`.
     """
     check_output(output, overwrite=overwrite)
-    partial = output.with_name(output.name + ".partial")
-    if not any((partial / name).is_file() for name in state_names):
-        _clear(partial, ())
-    _make(partial)
-    yield partial
-    _replace_folder(partial, output)
+    with _partial_folder(output) as partial:
+        if not any((partial / name).is_file() for name in state_names):
+            _clear(partial, ())
+        _make(partial)
+        yield partial
+
+
+@contextmanager
+def _partial_folder(output: Path) -> Iterator[Path]:
+    """Yield the path of the partial folder, this job's alone, and rename it if the body succeeds.
+
+    The lock goes with the process that holds it, however that ends.
+    """
+    output = output.resolve()
+    _make(output.parent)
+    path = _beside(output, "lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"Another job is writing the output folder {output}. Wait until it has ended, or "
+            "choose another folder."
+        ) from error
+    try:
+        partial = _beside(output, "partial")
+        yield partial
+        _replace_folder(partial, output)
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _beside(output: Path, role: str) -> Path:
+    """Return a path beside ``output`` by a name that no other program uses."""
+    return output.with_name(f"{output.name}.adaptive-sparse.{role}")
 
 
 def _make(partial: Path) -> None:
@@ -114,16 +161,22 @@ def _clear(partial: Path, keep: tuple[str, ...]) -> None:
 
 def _replace_folder(partial: Path, output: Path) -> None:
     """Rename ``partial`` to ``output``; an old ``output`` is removed only once that is done."""
-    if not output.exists():
-        partial.rename(output)
-        return
-    previous = output.with_name(output.name + ".previous")
-    if previous.exists():
-        shutil.rmtree(previous)
-    output.rename(previous)
+    previous = _beside(output, "previous")
     try:
+        if output.exists():
+            if previous.exists():
+                shutil.rmtree(previous)
+            output.rename(previous)
         partial.rename(output)
-    except OSError:
-        previous.rename(output)
-        raise
-    shutil.rmtree(previous)
+    except OSError as error:
+        if previous.exists() and not output.exists():
+            previous.rename(output)
+        raise OutputError(
+            f"The result is complete and lies in {partial}, which cannot be renamed to {output}: "
+            f"{error.strerror}. Move it elsewhere: the next job with this output clears it."
+        ) from error
+    if previous.exists():
+        try:
+            shutil.rmtree(previous)
+        except OSError as error:
+            logger.warning("The former output is left in %s: %s", previous, error)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from hf_adaptive_sparse.staging import OutputError, check_output, staged_folder
+from hf_adaptive_sparse.staging import (
+    OutputError,
+    check_output,
+    resumable_folder,
+    staged_folder,
+)
+
+PARTIAL = "out.adaptive-sparse.partial"
 
 
 def names(folder: Path) -> list[str]:
@@ -33,7 +42,7 @@ def test_a_failure_keeps_the_old_output_and_what_resumes(tmp_path: Path) -> None
         (new / "sub").mkdir()
         raise RuntimeError
     assert names(output) == ["old"]
-    assert names(tmp_path / "out.partial") == ["log"]
+    assert names(tmp_path / PARTIAL) == ["log"]
 
     with staged_folder(output, overwrite=True, keep=("log",)) as new:
         assert (new / "log").read_text() == "trial 1"
@@ -72,3 +81,95 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="not writable"):
         check_output(tmp_path / "file" / "out", overwrite=False)
+
+
+def test_a_mount_point_is_refused_before_the_work() -> None:
+    with pytest.raises(OutputError, match=r"/ is a mount point.*Choose a folder inside it"):
+        check_output(Path("/"), overwrite=True)
+
+
+@pytest.mark.parametrize("output", [".", "..", "../here"])
+def test_the_working_directory_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="is the working directory or holds it"):
+        check_output(Path(output), overwrite=True)
+    check_output(Path("../there"), overwrite=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_stands_for_what_it_points_at(tmp_path: Path, there: bool) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if there:
+        real.mkdir()
+        (real / "old").write_text("old")
+    for text in ("1", "2"):
+        with staged_folder(link, overwrite=True) as folder:
+            (folder / "a").write_text(text)
+        assert link.is_symlink()
+        assert names(real) == ["a"]
+        assert (real / "a").read_text() == text
+        assert names(tmp_path) == ["link", "real"]
+
+
+def test_folders_of_others_beside_the_output_are_left_alone(tmp_path: Path) -> None:
+    for name in ("out", "out.partial", "out.previous"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("here")
+    with staged_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "a").write_text("1")
+    assert names(tmp_path / "out") == ["a"]
+    assert names(tmp_path / "out.partial") == names(tmp_path / "out.previous") == ["mine"]
+
+
+def test_a_rename_that_fails_says_where_the_result_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    rename = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path.name == PARTIAL:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with (
+        pytest.raises(OutputError, match=f"complete and lies in .*{PARTIAL}.*resource busy"),
+        staged_folder(output, overwrite=True) as folder,
+    ):
+        (folder / "a").write_text("1")
+    assert names(output) == ["old"]
+    assert names(tmp_path / PARTIAL) == ["a"]
+    assert names(tmp_path) == ["out", PARTIAL]
+
+
+def test_a_second_job_with_the_same_output_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with staged_folder(output) as folder:
+        (folder / "a").write_text("1")
+        with pytest.raises(OutputError, match="Another job is writing"), staged_folder(output):
+            pass
+        with pytest.raises(OutputError, match="Another job"), resumable_folder(output, ("log",)):
+            pass
+    assert names(output) == ["a"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_killed_job_left_is_found_again(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with staged_folder(tmp_path / "out", keep=("log",)) as folder:
+            (folder / "log").write_text("trial 1")
+            (folder / "weights").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert names(tmp_path / PARTIAL) == ["log", "weights"]
+    with staged_folder(tmp_path / "out", keep=("log",)) as folder:
+        assert names(folder) == ["log"]
+    assert names(tmp_path) == ["out"]

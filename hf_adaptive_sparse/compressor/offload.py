@@ -50,9 +50,9 @@ def prune_offloaded(
     """Prune a dense checkpoint into ``output`` with one decoder layer in memory at a time.
 
     The result is that of `prune_to_folder`, bit for bit, in shards of one layer each. An
-    interrupted run leaves its finished layers in ``<output>.partial``; the same call goes on with
-    the layer it had reached. Only models are off by a rounding whose decoder is given further
-    visual features between layers (Qwen3-VL).
+    interrupted run leaves its finished layers in a partial folder beside ``output``; the same call
+    goes on with the layer it had reached. Only models are off by a rounding whose decoder is given
+    further visual features between layers (Qwen3-VL).
 
     Arguments, result and errors are those of `prune_to_folder`; besides:
 
