@@ -134,6 +134,11 @@ def _partial_folder(output: Path) -> Iterator[Path]:
         lock.release()
 
 
+def is_partial(folder: Path) -> bool:
+    """Whether ``folder`` is one that an interrupted job left, or that a job is writing to."""
+    return folder.name.endswith(".adaptive-sparse.partial")
+
+
 def _beside(output: Path, role: str) -> Path:
     """Return a path beside ``output`` by a name that no other program uses."""
     return output.with_name(f"{output.name}.adaptive-sparse.{role}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -12,6 +15,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.final_prune import final_config, pruned_for_now, ranking_metric
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.search.errors import StudyMismatch
 from hf_adaptive_sparse.search.max_loss import FinalPrune, search_within
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
@@ -19,6 +23,7 @@ from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 from hf_adaptive_sparse.search.within_loss import WithinLoss
+from hf_adaptive_sparse.staging import is_partial
 
 JOURNAL = "search.journal"
 """The search's Optuna journal: it outlives a killed run, and the next one resumes from it."""
@@ -118,33 +123,35 @@ class SearchPlan:
     def search(self, loaded: Loaded, *, progress: bool = True) -> SearchResult:
         """Carry the search out, together with whoever else works on its study."""
         held_out = None if loaded.held_out is loaded.searched else loaded.held_out
-        return search(
-            loaded.model,
-            loaded.calibration,
-            loaded.searched,
-            self.space,
-            held_out=held_out,
-            objective=self.objective,
-            timeout_seconds=self.timeout_seconds,
-            modules_to_not_convert=self.excluded,
-            **self._settings(progress),
-        )
+        with self._leftover_named():
+            return search(
+                loaded.model,
+                loaded.calibration,
+                loaded.searched,
+                self.space,
+                held_out=held_out,
+                objective=self.objective,
+                timeout_seconds=self.timeout_seconds,
+                modules_to_not_convert=self.excluded,
+                **self._settings(progress),
+            )
 
     def search_within(self, loaded: Loaded, *, progress: bool = True) -> WithinLoss:
         """Find the smallest budget within `max_loss`, likewise."""
         if self.max_loss is None:
             raise ValueError("max_loss must be set for a search of the smallest budget.")
-        return search_within(
-            loaded.model,
-            loaded.calibration,
-            loaded.searched,
-            loaded.held_out,
-            self.space,
-            max_loss=self.max_loss,
-            modules_to_not_convert=self.excluded,
-            final=self._final_prune(loaded),
-            **self._settings(progress),
-        )
+        with self._leftover_named():
+            return search_within(
+                loaded.model,
+                loaded.calibration,
+                loaded.searched,
+                loaded.held_out,
+                self.space,
+                max_loss=self.max_loss,
+                modules_to_not_convert=self.excluded,
+                final=self._final_prune(loaded),
+                **self._settings(progress),
+            )
 
     def work(self, source: ModelSource) -> None:
         """Do a further worker's share, in a process of its own."""
@@ -153,6 +160,19 @@ class SearchPlan:
             self.search(loaded, progress=False)
         else:
             self.search_within(loaded, progress=False)
+
+    @contextmanager
+    def _leftover_named(self) -> Iterator[None]:
+        """Say of a study that does not fit where it lies, if an interrupted job left it there."""
+        try:
+            yield
+        except StudyMismatch as error:
+            if not is_partial(Path(self.storage).parent):
+                raise
+            raise StudyMismatch(
+                f"{error} An interrupted job left the study in {self.storage}: delete that file "
+                "if you do not want to resume it."
+            ) from error
 
     def _settings(self, progress: bool) -> dict[str, Any]:
         return {

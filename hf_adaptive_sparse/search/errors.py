@@ -11,6 +11,10 @@ class NothingToChoose(SearchError):
     """Every profile of the space comes out alike, so there is nothing to search."""
 
 
+class StudyMismatch(SearchError):
+    """The study is there and was made for something else."""
+
+
 class TrialsFailed(SearchError):
     """All trials failed, or so many that going on was pointless."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_adaptive_sparse.search.errors import SearchError
+from hf_adaptive_sparse.search.errors import StudyMismatch
 
 STUDY_FORMAT = 1
 """Version of what a search stores in a study."""
@@ -53,7 +53,7 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any], stu
     """Refuse to resume a study that was made for something else.
 
     Raises:
-        SearchError: If anything differs; it is named, with both values where they are short.
+        StudyMismatch: If anything differs; it is named, with both values where they are short.
     """
     differences = []
     for key in sorted(set(stored) | set(current)):
@@ -66,7 +66,7 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any], stu
         else:
             differences.append(f"{key} ({_short(old)}, now {_short(new)})")
     if differences:
-        raise SearchError(
+        raise StudyMismatch(
             f"The study {study!r} was made for something else and cannot be resumed with this: "
             f"{'; '.join(differences)} differ. Give another study_name or storage to start a new "
             "search, or the former arguments to resume."

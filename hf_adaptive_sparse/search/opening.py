@@ -50,7 +50,8 @@ def open_study(
         values: Figures that its trials minimise.
 
     Raises:
-        SearchError: If the study is there and was made for something else.
+        StudyMismatch: If the study is there and was made for something else.
+        SearchError: If it was not made by this package.
     """
     import optuna
 

@@ -152,6 +152,8 @@ def search(
             f"kv_bits={space.kv_bits}). Use more blocks, a wider range or two KV widths, or "
             "has.prune, which needs no search."
         )
+    # A budget that cannot be met is refused here, so that it leaves no study behind.
+    uniform = uniform_candidate(space, shape)
     calibration_config = None
     calibration_batches = None
     if space.prunes and get_metric(metric).needs_calibration:
@@ -208,7 +210,7 @@ def search(
                 model,
                 space,
                 shape,
-                uniform_candidate(space, shape),
+                uniform,
                 calibration=calibration_batches,
                 evaluation=evaluation_batches,
                 metric=metric,

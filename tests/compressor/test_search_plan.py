@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from optuna import create_study
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.search.errors import StudyMismatch
+from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import open_storage
+from hf_adaptive_sparse.search.study import STUDY_NAME
 
 KV_ALONE = SearchSpace(target_sparsity=None)
 
@@ -40,3 +45,20 @@ def test_data_that_nothing_reads_are_not_loaded(llava_folder, tmp_path):
         evaluation=DataSource(text, num_samples=2, sequence_length=16),
     )
     assert plan.load(ModelSource(llava_folder)).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("folder", "named"), [("out.adaptive-sparse.partial", True), ("mine", False)]
+)
+def test_a_study_left_by_an_interrupted_job_is_named_where_it_does_not_fit(
+    llava_folder, text_file, tmp_path, folder, named
+):
+    (tmp_path / folder).mkdir()
+    journal = tmp_path / folder / "search.journal"
+    study = create_study(study_name=STUDY_NAME, storage=open_storage(journal))
+    study.set_user_attr(FINGERPRINT, {"metric": "magnitude"})
+    data = DataSource(text_file, num_samples=2, sequence_length=16)
+    plan = SearchPlan(KV_ALONE, str(journal), evaluation=data)
+    with pytest.raises(StudyMismatch, match="cannot be resumed") as refused:
+        plan.search(plan.load(ModelSource(llava_folder)), progress=False)
+    assert (f"{journal}: delete that file" in str(refused.value)) is named

@@ -106,3 +106,11 @@ def test_an_impossible_limit_is_refused_before_anything_is_ranked(run, monkeypat
     space = SearchSpace(target_sparsity="free", size_bytes=10_000, kv_bits=None)
     with pytest.raises(ValueError, match="the smallest reachable"):
         run(space)
+
+
+def test_an_impossible_limit_leaves_no_study_that_a_higher_one_would_meet(run, tmp_path):
+    storage = tmp_path / "search.journal"
+    space = SearchSpace(target_sparsity="free", size_bytes=10_000, kv_bits=None)
+    with pytest.raises(ValueError, match="the smallest reachable"):
+        run(space, storage=storage)
+    assert not storage.exists()
