@@ -220,10 +220,17 @@ def _settings(source: object, fallback: CalibrationConfig | None) -> Calibration
 def _target(
     weights: Mapping[str, Prunable], config: SparsityConfig, ratios: Mapping[str, float]
 ) -> float:
-    """Return the target; where only a profile was given, its parameter-weighted mean."""
-    if not config.sparsity or "target_sparsity" in config.passed:
+    """Return the target; of a profile, its parameter-weighted mean.
+
+    A profile that was given with a target keeps that if it meets it, up to a weight per module.
+    """
+    if not config.sparsity:
         return config.target_sparsity
-    return SparsityProfile(ratios).mean({n: w.weight.numel() for n, w in weights.items()})
+    numel = {name: weight.weight.numel() for name, weight in weights.items()}
+    mean = SparsityProfile(ratios).mean(numel)
+    off = abs(mean - config.target_sparsity) * sum(numel.values())
+    met = "target_sparsity" in config.passed and off <= len(numel)
+    return config.target_sparsity if met else mean
 
 
 def _provenance(

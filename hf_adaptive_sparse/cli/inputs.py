@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import DataSource, ModelSource
-from hf_adaptive_sparse.profiles import CalibrationConfig, KVCacheConfig
+from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, KVCacheConfig
 
 
 def model_of(options: argparse.Namespace) -> ModelSource:
@@ -58,9 +58,13 @@ def config_of(
         sparsity: Ratios by module name or glob.
         kv_cache: The KV profile.
         weight_bits: Bits by module name, where no option says otherwise.
+
+    Raises:
+        ValueError: If a field is invalid, or nothing takes the group size.
     """
     fields: dict[str, Any] = {}
     wanted = options.weight_bits if options.weight_bits is not None else weight_bits
+    _check_group_size(options.weight_group_size, wanted)
     if wanted is not None:
         fields |= {"weight_bits": wanted, "weight_group_size": options.weight_group_size}
     if options.target_sparsity is not None:
@@ -81,3 +85,12 @@ def config_of(
         checkpoint_format=options.checkpoint_format,
         **fields,
     )
+
+
+def _check_group_size(size: int | None, bits: int | Mapping[str, int] | None) -> None:
+    widths = bits.values() if isinstance(bits, Mapping) else () if bits is None else (bits,)
+    if size is not None and set(widths) <= set(LOSSLESS_BITS):
+        raise ValueError(
+            f"--weight-group-size is for weights of 8 or 4 bits, got {size} and no such weights. "
+            "Give --weight-bits 8 or 4, too, or leave it out."
+        )

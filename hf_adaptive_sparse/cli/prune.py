@@ -48,6 +48,11 @@ def run_prune(options: argparse.Namespace) -> Answer:
         profile = CompressionProfile.load(options.profile)
         sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
         kv_cache, weight_bits = profile.kv_cache, profile.weight_bits
+    if sparsity is not None and options.target_sparsity is not None:
+        raise ValueError(
+            "The ratios of --profile or --sparsity fix their own mean, got --target-sparsity "
+            f"{options.target_sparsity}, too. Leave it out."
+        )
     config = config_of(options, sparsity=sparsity, kv_cache=kv_cache, weight_bits=weight_bits)
     prune = prune_offloaded if options.offload else prune_to_folder
     result = prune(

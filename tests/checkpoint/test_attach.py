@@ -113,6 +113,16 @@ def test_pruning_in_memory_while_loading_and_from_the_file_are_the_same(
     assert (carried.provenance["calibration"] is None) == (metric == "magnitude")
 
 
+@pytest.mark.parametrize(("ratio", "recorded"), [(0.5001, 0.5), (0.4, 0.4)])
+def test_a_profile_beside_another_target_is_recorded_by_its_mean(
+    tiny_llama: LlamaForCausalLM, ratio: float, recorded: float
+) -> None:
+    config = has.SparsityConfig(0.5, metric="magnitude", sparsity={"*": ratio})
+    apply_config(tiny_llama, config, progress=False)
+    carried = tiny_llama.config.quantization_config
+    assert carried.target_sparsity == pytest.approx(recorded, abs=1e-9)
+
+
 def test_pruning_again_replaces_the_config(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     first = has.SparsityConfig(0.3, metric="magnitude", kv_cache=8, provenance={"base_model": "x"})
     apply_config(tiny_llama, first, progress=False)

@@ -104,6 +104,9 @@ def test_prune_by_globs_without_data(capsys, llava_folder: Path, tmp_path: Path)
         (["--sparsity", "nothing.*=0.5", "--metric", "magnitude"], "nothing"),
         (["--calibration", "missing.txt"], "missing.txt"),
         (["--checkpoint-format", "zip"], "bitmask"),
+        (["--sparsity", "*.mlp.*=0.6", "--target-sparsity", "0.5"], "--target-sparsity 0.5, too"),
+        (["--weight-group-size", "16"], "weights of 8 or 4 bits, got 16"),
+        (["--weight-bits", "*.mlp.*=12", "--weight-group-size", "64"], "Give --weight-bits 8 or"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
