@@ -41,12 +41,22 @@ class ModelSource:
         dtype: Dtype to load in; ``"auto"``: the one it is stored in.
         device_map: As in transformers. ``None``: the visible GPUs (``CUDA_VISIBLE_DEVICES``) where
             there are any, else the processor.
+
+    Raises:
+        ValueError: If there is no such dtype.
     """
 
     name: str | os.PathLike[str]
     revision: str | None = None
     dtype: str = "auto"
     device_map: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(
+                "dtype must be the name of a torch dtype, such as bfloat16, or auto, got "
+                f"{self.dtype!r}."
+            )
 
     def load(self, sparsity_config: SparsityConfig | None = None) -> PreTrainedModel:
         """Load the model in evaluation mode: one that sees or hears, else a causal one.
@@ -55,9 +65,11 @@ class ModelSource:
             sparsity_config: How a compressed model is loaded (runtime, KV profile).
 
         Raises:
-            ValueError: If the config is of neither kind.
+            ValueError: If the config is of neither kind, or the device cannot be used.
             OSError: If there is no such model, or the Hub cannot be reached.
         """
+        if self.device_map is not None:
+            _check_device(self.device_map)
         config = AutoConfig.from_pretrained(self.name, revision=self.revision)
         device_map = self.device_map
         if device_map is None and torch.cuda.is_available():
@@ -86,14 +98,14 @@ class ModelSource:
         They are on the meta device, in the dtype that `load` would give them; buffers are real.
 
         Raises:
-            ValueError: If the model is compressed or quantised, or the dtype is unknown.
+            ValueError: If the model is compressed or quantised, or its dtype is unknown.
         """
         config = self._dense_config()
-        name = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype, None)
+        name = config.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         if not isinstance(name, torch.dtype):
             raise ValueError(
-                "dtype must be the name of a torch dtype, such as bfloat16, or auto where the "
-                f"model's config names its dtype; got {self.dtype!r}."
+                f"The config of {self.name} names no dtype, got {name!r}. Give one, such as "
+                "dtype='bfloat16' (--dtype)."
             )
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = _auto_class(config).from_config(config, dtype=name)
@@ -168,6 +180,21 @@ class DataSource:
             return None
         records = read_records(self.source, split, media=accepted_media(config))
         return None if records.kind == "text" else records
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that torch cannot use here."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # a way to place the model, such as "auto"
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for a device
+        raise ValueError(
+            f"device_map must name a device that torch can use here, got {name!r}. "
+            "`hf-adaptive-sparse env` lists them."
+        ) from error
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

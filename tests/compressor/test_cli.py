@@ -105,6 +105,8 @@ def test_prune_by_globs_without_data(capsys, llava_folder: Path, tmp_path: Path)
         (["--calibration", "missing.txt"], "missing.txt"),
         (["--checkpoint-format", "zip"], "bitmask"),
         (["--sparsity", "*.mlp.*=0.6", "--target-sparsity", "0.5"], "--target-sparsity 0.5, too"),
+        (["--dtype", "floaty"], "a torch dtype, such as bfloat16, or auto, got 'floaty'"),
+        (["--device-map", "cuda:99"], "a device that torch can use here, got 'cuda:99'"),
         (["--weight-group-size", "16"], "weights of 8 or 4 bits, got 16"),
         (["--weight-bits", "*.mlp.*=12", "--weight-group-size", "64"], "Give --weight-bits 8 or"),
     ],
