@@ -50,7 +50,6 @@ def run_bench(options: argparse.Namespace) -> Answer:
     text = (
         f"{text_table(result.table_rows())}\n\n"
         f"Prompt of {result.prompt_tokens} tokens, {result.new_tokens} decoded. A plain read of "
-        f"memory reaches {format_bytes(round(result.bytes_per_second))} per second here.\n"
-        "Sparse: with the model's own KV profile. Dense: with DynamicCache."
+        f"memory reaches {format_bytes(round(result.bytes_per_second))} per second here."
     )
     return Answer(text, result.to_dict())

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import register
 from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.evaluation.forward import resolve_kv_cache
 from hf_adaptive_sparse.evaluation.measurement import Measurement
 from hf_adaptive_sparse.evaluation.resources import kv_bytes_per_token
 
@@ -61,7 +62,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     read = decoder_bytes(model) + round(length * kv_bytes_per_token(model.config, length=length))
     peak = load.peak_rss_bytes - load.start_rss_bytes
     return {
-        "runtime": runtime,
+        "runtime": runtime if choice is None else choice.runtime,
+        "adaptive_cache": resolve_kv_cache(model.config, None) is not None,
         "reason": "" if choice is None else choice.reason,
         "memory_bytes": model.get_memory_footprint(),
         "load_seconds": loaded,

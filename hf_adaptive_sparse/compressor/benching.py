@@ -28,7 +28,10 @@ class BenchRow:
 
     Attributes:
         name: The model.
-        runtime: ``"dense"`` or ``"sparse"``.
+        runtime: ``"dense"`` or ``"sparse"``: what it ran in, which is dense where no weight is
+            stored compressed.
+        adaptive_cache: Whether the cache was that of the model's own KV profile; else it was
+            ``DynamicCache``.
         reason: Why that runtime, where it was left to the package.
         disk_bytes: Bytes of its weights on disk; ``None`` for a repo that is not a local folder.
         memory_bytes: Bytes of parameters and buffers: ``model.get_memory_footprint()``.
@@ -45,6 +48,7 @@ class BenchRow:
 
     name: str
     runtime: str
+    adaptive_cache: bool
     reason: str
     disk_bytes: int | None
     memory_bytes: int
@@ -62,8 +66,9 @@ class BenchResult:
     """What :func:`bench` measured.
 
     Attributes:
-        rows: The compressed model in the sparse and in the dense runtime, and the dense model if
-            one was given; or the one model, if it is not compressed.
+        rows: The compressed model in the sparse and in the dense runtime (where only its cache is
+            compressed, with and without its KV profile), and the dense model if one was given; or
+            the one model, if it is not compressed.
         prompt_tokens: Length of the prompt.
         new_tokens: Tokens decoded after it.
         bytes_per_second: What a plain read of memory reaches, with as many threads as torch uses.
@@ -84,6 +89,7 @@ class BenchResult:
             {
                 "model": row.name,
                 "runtime": row.runtime,
+                "KV cache": "own profile" if row.adaptive_cache else "DynamicCache",
                 "on disk": "" if row.disk_bytes is None else format_bytes(row.disk_bytes),
                 "in memory": format_bytes(row.memory_bytes),
                 "peak loading": format_bytes(row.load_peak_bytes),
@@ -109,7 +115,8 @@ def bench(
 
     Each row is measured in a process of its own, one after the other, so that peaks are its own. A
     compressed model is measured in each runtime; in the sparse one with its own KV profile, in the
-    dense one, which stands for the dense model, with ``DynamicCache``.
+    dense one, which stands for the dense model, with ``DynamicCache``. So is one that compresses
+    nothing but its cache, though both its rows run in the dense runtime.
 
     Args:
         model: The model, compressed or not.
@@ -162,7 +169,7 @@ def _measure(
 def _is_ours(source: ModelSource) -> bool:
     config = AutoConfig.from_pretrained(source.name, revision=source.revision)
     ours = getattr(config, "quantization_config", None) or {}
-    return bool(ours.get("quant_method") == QUANT_METHOD and ours.get("sparsity"))
+    return bool(ours.get("quant_method") == QUANT_METHOD)
 
 
 def _disk_bytes(source: ModelSource) -> int | None:

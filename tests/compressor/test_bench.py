@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.options import weight_bits
-from hf_adaptive_sparse.compressor import ModelSource, bench
+from hf_adaptive_sparse.compressor import ModelSource, bench, bench_process, benching
 from hf_adaptive_sparse.compressor.bench_process import decoder_bytes, measure
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 
@@ -63,8 +64,6 @@ def test_what_a_token_reads_is_the_decoder_and_the_head(
 def test_the_child_measures_what_it_was_asked_for(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_adaptive_sparse.compressor import bench_process
-
     monkeypatch.setattr(bench_process, "_READ_BYTES", 1 << 16)
     task = {
         "source": {"name": str(folders[0])},
@@ -75,8 +74,34 @@ def test_the_child_measures_what_it_was_asked_for(
     }
     sparse, dense = measure(task), measure(task | {"runtime": "dense"})
     assert (sparse["runtime"], sparse["reason"]) == ("sparse", "it was asked for")
+    assert (sparse["adaptive_cache"], dense["adaptive_cache"]) == (True, False)
     assert sparse["memory_bytes"] < dense["memory_bytes"]
     assert sparse["load_peak_bytes"] >= 0
+
+
+def test_a_model_that_compresses_only_its_cache_is_measured_with_and_without_its_profile(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    config = has.SparsityConfig(0.0, kv_cache=has.KVCacheConfig(4, residual_length=16))
+    apply_config(tiny_llama, config, progress=False)
+    tiny_llama.save_pretrained(tmp_path / "kv")
+    monkeypatch.setattr(bench_process, "_READ_BYTES", 1 << 16)
+
+    def in_this_process(_command: object, *, input: str, **_options: object) -> object:
+        found = json.dumps(bench_process.measure(json.loads(input)))
+        return subprocess.CompletedProcess([], 0, found)
+
+    monkeypatch.setattr(benching.subprocess, "run", in_this_process)
+    arguments = ["bench", str(tmp_path / "kv"), "--prompt-tokens", "64", "--new-tokens", "2"]
+    assert main([*arguments, "--json"]) == 0
+    own, plain = json.loads(capsys.readouterr().out)["rows"]
+    assert own["runtime"] == plain["runtime"] == "dense"
+    assert (own["adaptive_cache"], plain["adaptive_cache"]) == (True, False)
+    assert own["read_bytes_per_token"] < plain["read_bytes_per_token"]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "own profile" in table
+    assert "DynamicCache" in table
 
 
 def test_prune_quantises_by_glob_and_says_so_in_its_profile(
