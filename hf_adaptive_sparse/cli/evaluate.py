@@ -26,6 +26,9 @@ from hf_adaptive_sparse.report import text_table
 OWN_PROFILE: tuple[int, ...] = ()
 """Default of ``--kv-bits``: what the model's config says."""
 
+OF_TASKS = ("task_data", "task_samples", "task_batch_size", "results")
+OF_DATA = ("evaluation", "evaluation_samples", "questions", "batch_size")
+
 
 def add_evaluate(commands: Any) -> None:
     """Add the command."""
@@ -41,7 +44,7 @@ def add_evaluate(commands: Any) -> None:
         help="one width for all layers, one per layer joined by commas, or none "
         "(default: the model's own profile)",
     )
-    parser.set_defaults(kv_bits=OWN_PROFILE)
+    parser.set_defaults(kv_bits=OWN_PROFILE, default_of=parser.get_default)
     tasks = parser.add_argument_group("benchmarks, with their official scoring")
     tasks.add_argument(
         "--tasks",
@@ -69,10 +72,10 @@ def add_evaluate(commands: Any) -> None:
 def run_evaluate(options: argparse.Namespace) -> Answer:
     """Measure a model, by benchmarks if any are named."""
     if options.tasks is not None:
+        theirs = "--task-data, --task-samples and --task-batch-size"
+        _check_not_given(options, OF_DATA, f"is not for --tasks, which have {theirs}")
         return _run_tasks(options)
-    for option in ("task_data", "task_samples", "results"):
-        if getattr(options, option):
-            raise ValueError(f"--{option.replace('_', '-')} needs --tasks.")
+    _check_not_given(options, OF_TASKS, "needs --tasks")
     row = evaluate(
         model_of(options),
         evaluation=evaluation_of(options),
@@ -81,6 +84,12 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         progress=not options.no_progress,
     )
     return Answer(text_table(table_rows([row])), row.to_dict())
+
+
+def _check_not_given(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(options, name) != options.default_of(name):
+            raise ValueError(f"--{name.replace('_', '-')} {why}.")
 
 
 def _run_tasks(options: argparse.Namespace) -> Answer:

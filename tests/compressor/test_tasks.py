@@ -95,6 +95,10 @@ def test_tasks_resume_and_write_results(
         (["--tasks", "vqav2", "--task-data", "x"], "must be TASK=DATA"),
         (["--tasks", "vqav2", "--task-data", "textvqa=x"], "got some for 'textvqa'"),
         (["--task-samples", "3"], "--task-samples needs --tasks"),
+        (["--task-batch-size", "3"], "--task-batch-size needs --tasks"),
+        (["--tasks", "vqav2", "--questions", "missing.jsonl"], "--questions is not for --tasks"),
+        (["--tasks", "vqav2", "--evaluation", "missing.txt"], "--evaluation is not for --tasks"),
+        (["--tasks", "vqav2", "--batch-size", "4"], "--batch-size is not for --tasks"),
     ],
 )
 def test_bad_usage(capsys, extra: list[str], message: str) -> None:
