@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.runtime.expert_modules import hold_, hold_empty_, release_
 from hf_adaptive_sparse.runtime.sparse_experts import (
     SparseStack,
     compressible_stacks,
-    hold_,
-    hold_empty_,
-    release_,
     sparse_stacks,
 )
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear

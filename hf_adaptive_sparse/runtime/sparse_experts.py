@@ -7,7 +7,8 @@ where the expert's rows lie. So a token reads the experts that it is sent to, co
 others.
 
 The module keeps its class and its forward. Its parameters are then the tensors that a checkpoint
-stores (`packing.stored_names`), so that loading, saving and moving need nothing of their own.
+stores (`packing.stored_names`), so that saving needs nothing of its own. Loading a state dict and
+casting do: what follows from the tensors is made anew.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, leaf_names, tensor_name
 from hf_adaptive_sparse.runtime import operator
-from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, in_dtype, is_offloaded
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight, stored_bits
+from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
+from hf_adaptive_sparse.runtime.sparse_linear import in_dtype, is_offloaded
+from hf_adaptive_sparse.runtime.stored_form import stored_bits
 from hf_adaptive_sparse.runtime.weight_view import SparseWeightView
 
 EAGER = "eager"
@@ -195,7 +197,7 @@ class SparseStack:
     @property
     def row_offsets(self) -> torch.Tensor | None:
         """Values before each row of all experts: ``(experts * out + 1,)``."""
-        return cast("torch.Tensor | None", getattr(self.owner, _offsets_name(self.key)))
+        return cast("torch.Tensor | None", getattr(self.owner, offsets_name(self.key)))
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
@@ -237,17 +239,46 @@ class SparseStack:
             row_offsets=row_offsets.to(masks.device),
             **parts,
         )
-        setattr(self.owner, _offsets_name(self.key), weight.row_offsets)
-        settled = in_dtype(weight, self._dtype)
-        if settled is not weight:
-            held = {"values": settled.values, "bitmask": held["bitmask"]}
-        for kind, name in self._names.items():  # transformers put plain parameters in their place
-            part = held.get(kind)
-            setattr(self.owner, name, None if part is None else FrozenParameter(part.detach()))
+        setattr(self.owner, offsets_name(self.key), weight.row_offsets)
+        self._hold(in_dtype(weight, self._dtype))
+
+    def follow(self, dtype: torch.dtype) -> None:
+        """Make values of 12 bits plain where the module was cast or moved to needs that.
+
+        Args:
+            dtype: Of the weights as they multiply.
+        """
+        self._dtype, self._weight, self._views = dtype, None, {}
+        has_codebook = self._part("codebook") is not None
+        if has_codebook and self.row_offsets is not None and not self._held("bitmask").is_meta:
+            self._hold(self.weight)
 
     def to_dense(self) -> torch.Tensor:
         """Return the parameter ``(experts, out, in)``, decompressed."""
         return self.weight.to_dense().view(self.shape)
+
+    def is_in(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> bool:
+        """Return whether a state dict has one of the tensors."""
+        return bool(given_parts(self._names, state_dict, prefix))
+
+    def can_load(
+        self,
+        state_dict: Mapping[str, torch.Tensor],
+        prefix: str,
+        missing_keys: list[str],
+        error_msgs: list[str],
+    ) -> bool:
+        """Return whether what a state dict has can be loaded; see `parameters.can_load`."""
+        form, took = (self.shape[2], self.group_size), (missing_keys, error_msgs)
+        return can_load(self.owner, self._names, *form, state_dict, prefix, *took)
+
+    def make_room(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
+        """Resize the tensors to those of a state dict."""
+        make_room_(self.owner, self._names, state_dict, prefix)
+
+    def _hold(self, weight: SparseWeight) -> None:
+        hold_parts_(self.owner, self._names, by_expert(weight, self.shape[0]))
+        self._weight, self._views = None, {}
 
     def _part(self, kind: str) -> torch.Tensor | None:
         return cast("torch.Tensor | None", getattr(self.owner, self._names[kind]))
@@ -261,10 +292,9 @@ class SparseStack:
 def sparse_stacks(model: nn.Module) -> dict[str, SparseStack]:
     """Return the stacks of experts that are compressed in memory, by the parameter's name."""
     return {
-        f"{name}.{key}" if name else key: held
+        f"{name}.{held.key}" if name else held.key: held
         for name, module in model.named_modules()
-        for key in PARAMETERS
-        if isinstance(held := module.__dict__.get(key), SparseStack)
+        for held in stacks_of(module)
     }
 
 
@@ -295,69 +325,20 @@ def _fits(stack: ExpertStack) -> bool:
     return experts.routed and not experts.transposed and chosen
 
 
-def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> SparseStack:
-    """Put a `SparseStack` without values in a parameter's place, to be loaded into.
-
-    Args:
-        stack: A stack of a model on the meta device.
-        stored: How it is stored.
-    """
-    weight = stack.weight
-    parts = stored.empty(*weight.shape, dtype=weight.dtype, device="meta")
-    return _hold_(stack, parts, stored.group_size)
-
-
-def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> SparseStack:
-    """Compress a stack in memory, in its parameter's place.
-
-    Args:
-        stack: A stack of a model with weights.
-        bits: Bits of the values: 16, 12, 8 or 4.
-        group_size: Columns per scale; ``None``: one per row.
-    """
-    count = stack.count
-    weight = SparseWeight.from_dense(
-        stack.weight.detach().flatten(0, 1), None if bits == 16 else bits, group_size
-    )
-    parts = {
+def by_expert(weight: SparseWeight, count: int) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint stores of so many experts' matrices, by kind."""
+    return {
         kind: part.unflatten(0, (count, -1)) if kind in BY_ROW else part
         for kind, part in weight.tensors().items()
     }
-    held = _hold_(stack, parts, group_size)
-    held.settle(weight.row_offsets)
-    return held
 
 
-def _hold_(
-    stack: ExpertStack, parts: Mapping[str, torch.Tensor], group_size: int | None
-) -> SparseStack:
-    module, key = stack.place
-    count, rows, columns = stack.weight.shape
-    dtype = stack.weight.dtype
-    delattr(module, key)
-    for kind, name in zip(KINDS, leaf_names(key), strict=True):
-        part = parts.get(kind)
-        module.register_parameter(name, None if part is None else FrozenParameter(part))
-    module.register_buffer(_offsets_name(key), None, persistent=False)
-    held = SparseStack(module, key, (count, rows, columns), group_size, dtype)
-    setattr(module, key, held)
-    # What a model's initialisation would do to the parameter has no meaning here.
-    module._is_hf_initialized = True  # type: ignore[assignment]
-    config: Any = module.config
-    if config._experts_implementation != EAGER:
-        held.implementation, config._experts_implementation = config._experts_implementation, EAGER
-    return held
+def stacks_of(module: nn.Module) -> list[SparseStack]:
+    """Return the stacks that one module holds compressed."""
+    held = (module.__dict__.get(key) for key in PARAMETERS)
+    return [stack for stack in held if isinstance(stack, SparseStack)]
 
 
-def release_(held: SparseStack) -> None:
-    """Put the decompressed parameter back."""
-    module, key, dense = held.owner, held.key, held.to_dense()
-    for name in (*leaf_names(key), _offsets_name(key), key):
-        delattr(module, name)
-    setattr(module, key, nn.Parameter(dense))
-    if held.implementation is not None:
-        module.config._experts_implementation = held.implementation  # type: ignore[union-attr]
-
-
-def _offsets_name(key: str) -> str:
+def offsets_name(key: str) -> str:
+    """Return the name of the buffer with a parameter's row offsets."""
     return leaf_names(key)[0].removesuffix("values") + "row_offsets"

@@ -10,47 +10,17 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.kernels import sparse_linear
-from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
 from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
-from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
+from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
 from hf_adaptive_sparse.runtime.stored_form import StoredWeight, stored_bits
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 _OFFSETS = ("row_offsets", "block_offsets")
 _STORED = dict(zip(KINDS, leaf_names("weight"), strict=True))
 """The parameters that a checkpoint has, by their kind."""
-
-
-class FrozenParameter(nn.Parameter):
-    """A parameter that takes no gradient: a part of a compressed weight, of any dtype."""
-
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> FrozenParameter:
-        """Wrap ``data``; ``requires_grad`` is there for what copies parameters.
-
-        Raises:
-            FrozenWeightError: If a gradient is asked for.
-        """
-        if requires_grad:
-            raise FrozenWeightError("requires_grad=True")
-        frozen: FrozenParameter = super().__new__(cls, data, requires_grad=False)
-        return frozen
-
-    def requires_grad_(self, requires_grad: bool = True) -> FrozenParameter:
-        """Refuse a gradient.
-
-        Raises:
-            FrozenWeightError: If one is asked for.
-        """
-        if requires_grad:
-            raise FrozenWeightError("requires_grad_()")
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # nn.Parameter's own form comes back as nn.Parameter.
-        return FrozenParameter, (self.data,)
 
 
 class SparseLinear(nn.Linear):
@@ -114,9 +84,7 @@ class SparseLinear(nn.Linear):
         parts = StoredWeight(nnz, bits, group_size, exceptions).empty(
             out_features, in_features, dtype=dtype, device=device
         )
-        for kind, name in _STORED.items():
-            part = parts.get(kind)
-            setattr(self, name, None if part is None else FrozenParameter(part))
+        hold_parts_(self, _STORED, parts)
         given = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -159,10 +127,7 @@ class SparseLinear(nn.Linear):
                 f"A weight of shape {expected} with group_size {self.group_size} is needed, got "
                 f"{weight.shape} with {weight.group_size}."
             )
-        parts = weight.tensors()
-        for kind, name in _STORED.items():
-            part = parts.get(kind)
-            setattr(self, name, None if part is None else FrozenParameter(part.detach()))
+        hold_parts_(self, _STORED, weight.tensors())
         self._dtype = weight.dtype
         self.row_offsets = weight.row_offsets
         self._index(weight)
@@ -312,12 +277,7 @@ class SparseLinear(nn.Linear):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if dtype not in SCALE_DTYPES:
-            raise ValueError(
-                f"A sparse weight multiplies in float32, bfloat16 or float16, got {dtype}. Load "
-                "the model with sparsity_config=SparsityConfig(runtime='dense') for that dtype."
-            )
+        dtype = dtype_after(fn, self.dtype)
         super()._apply(fn, recurse)
         self._over_parameters, self._dtype = None, dtype
         if self.row_offsets is not None and not self.weight_bitmask.is_meta:
@@ -340,40 +300,14 @@ class SparseLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         """Load, another number of kept weights included; what does not fit changes nothing."""
-        names = {kind: prefix + name for kind, name in _STORED.items()}
-        given = {kind: state_dict[name] for kind, name in names.items() if name in state_dict}
-        if self.bits == UPPER_BYTE_BITS and "codebook" not in given:
-            values = given.get("values")
-            if values is not None and values.dtype == self.weight_values.dtype:
-                missing_keys.append(names["codebook"])
-                return
-        if given:
-            try:
-                weight = SparseWeight.from_tensors(
-                    self.in_features,
-                    bitmask=given.get("bitmask", self.weight_bitmask).detach(),
-                    values=given.get("values", self.weight_values).detach(),
-                    scales=given.get("scales"),
-                    group_size=self.group_size,
-                    codebook=given.get("codebook"),
-                )
-            except BitmaskError as error:
-                error_msgs.append(f"{prefix}weight: {error}")
-                return
-            if min(weight.bits, 16) != self.bits:
-                error_msgs.append(
-                    f"{prefix}weight_values: values of {self.bits} bits are needed, got "
-                    f"{weight.bits}. Load the checkpoint with from_pretrained."
-                )
-                return
-            for kind, tensor in given.items():
-                own = getattr(self, _STORED[kind])
-                if own.shape != tensor.shape:
-                    setattr(self, _STORED[kind], FrozenParameter(own.new_empty(tensor.shape)))
+        form = (self.in_features, self.group_size)
+        if not can_load(self, _STORED, *form, state_dict, prefix, missing_keys, error_msgs):
+            return
+        make_room_(self, _STORED, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if given:
+        if given_parts(_STORED, state_dict, prefix):
             self.settle()
 
 
@@ -386,6 +320,25 @@ def in_dtype(weight: SparseWeight, dtype: torch.dtype) -> SparseWeight:
         return weight
     plain = weight.plain()
     return replace(plain, values=plain.values.to(dtype))
+
+
+def dtype_after(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Return what a weight multiplies in once its module was moved or cast.
+
+    Args:
+        fn: What `nn.Module._apply` is called with.
+        dtype: What it multiplies in before.
+
+    Raises:
+        ValueError: If no sparse weight multiplies in that dtype.
+    """
+    after = fn(torch.empty(0, dtype=dtype)).dtype
+    if after not in SCALE_DTYPES:
+        raise ValueError(
+            f"A sparse weight multiplies in float32, bfloat16 or float16, got {after}. Load "
+            "the model with sparsity_config=SparsityConfig(runtime='dense') for that dtype."
+        )
+    return after
 
 
 def is_offloaded(module: nn.Module) -> bool:

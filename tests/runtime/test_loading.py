@@ -24,7 +24,8 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.packing.stored_names import KINDS
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
-from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, SparseLinear
+from hf_adaptive_sparse.runtime.parameters import FrozenParameter
+from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 
 SPARSE = has.SparsityConfig(runtime="sparse")

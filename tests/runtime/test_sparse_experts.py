@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.kernels import sparse_linear
+from hf_adaptive_sparse.runtime.parameters import FrozenParameter
 from hf_adaptive_sparse.runtime.sparse_experts import ExpertView, SparseStack, sparse_stacks
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 from tests.families.tiny_models import tiny_model
@@ -151,14 +153,84 @@ def test_another_dtype(tmp_path):
     assert logits(sparse).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_experts_of_12_bits_become_plain_when_cast(dtype, tmp_path):
+    model = saved(tmp_path, dtype=torch.bfloat16, weight_bits=12)
+    sparse, dense = loaded(tmp_path, model), loaded(tmp_path, model, "dense").to(dtype)
+    logits(sparse)
+    assert sparse.to(torch.bfloat16).model.layers[0].mlp.experts.down_proj.bits == 12
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(sparse))).to(dtype)
+    stack = twin.model.layers[0].mlp.experts.down_proj
+    assert (stack.bits, stack.dtype, stack.parts["values"].dtype) == (16, dtype, dtype)
+    assert sparse.model.layers[0].mlp.experts.down_proj.bits == 12
+    assert torch.equal(stack.to_dense(), dense.model.layers[0].mlp.experts.down_proj)
+    torch.testing.assert_close(logits(twin), logits(dense), rtol=2e-3, atol=2e-3)
+
+
+def test_a_dtype_without_kernels_is_refused(tmp_path):
+    sparse = loaded(tmp_path, saved(tmp_path))
+    with pytest.raises(ValueError, match=r"got torch.float64.*runtime='dense'"):
+        sparse.model.layers[0].mlp.experts.double()
+
+
+@functools.cache
+def pruned(seed: int, ratio: float, bits: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = tiny_model("mixtral").to(torch.bfloat16 if bits == 12 else None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    fields = {"target_sparsity": ratio, "weight_bits": bits, "runtime": "sparse"}
+    apply_config(model, has.SparsityConfig(metric="magnitude", **fields), progress=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("ratio", [0.5, 0.3])
+@pytest.mark.parametrize("bits", [16, 12, 8, 4])
+def test_state_dicts_load_whatever_their_mask(bits, ratio, assign):
+    model, other = copy.deepcopy(pruned(1, 0.5, bits)), pruned(2, ratio, bits)
+    logits(model)  # what is kept of the first weights must not be used with the second
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(logits(model), logits(other))
+    stacks, others = sparse_stacks(model), sparse_stacks(other)
+    assert stacks
+    for name, stack in stacks.items():
+        assert torch.equal(stack.row_offsets, others[name].row_offsets)
+        assert all(isinstance(part, FrozenParameter) for part in stack.parts.values())
+
+
+def test_state_dicts_that_do_not_fit_are_refused_and_change_nothing():
+    model = pruned(1, 0.5, 16)
+    before = logits(model)
+    prefix = "model.layers.0.mlp.experts.sparse_down_proj_"
+    state = {n: t for n, t in pruned(2, 0.3, 16).state_dict().items() if ".experts." in n}
+    values, bitmask = state[prefix + "values"], state[prefix + "bitmask"]
+    for damaged, what in (
+        ({prefix + "values": values[1:]}, r"keeps .* weights but .* the two must agree"),
+        ({prefix + "values": values.to(torch.int8)}, "need scales"),
+        (
+            {prefix + "bitmask": bitmask.flatten(0, 1)},
+            r"a bitmask tensor of shape \(\d+, \d+, \d+\)",
+        ),
+    ):
+        first = {n: t for n, t in state.items() if ".layers.0." in n}
+        with pytest.raises(RuntimeError, match=what):
+            model.load_state_dict(first | damaged, strict=False)
+        assert torch.equal(logits(model), before)
+    with pytest.raises(RuntimeError, match=r"Missing key.*sparse_down_proj_codebook"):
+        twelve = pruned(1, 0.5, 12)
+        state = {n: t for n, t in twelve.state_dict().items() if not n.endswith("codebook")}
+        twelve.load_state_dict(state)
+
+
 def test_compressed_in_memory_where_the_files_are_dense(tmp_path):
     model = saved(tmp_path)
-    pruned = tiny_model("mixtral")
-    pruned.load_state_dict(model.state_dict())
+    twin = tiny_model("mixtral")
+    twin.load_state_dict(model.state_dict())
     config = has.SparsityConfig(metric="magnitude", runtime="sparse", target_sparsity=0.5)
-    apply_config(pruned, config, progress=False)
-    assert sparse_stacks(pruned)
-    torch.testing.assert_close(logits(pruned), logits(model), rtol=2e-3, atol=2e-3)
+    apply_config(twin, config, progress=False)
+    assert sparse_stacks(twin)
+    torch.testing.assert_close(logits(twin), logits(model), rtol=2e-3, atol=2e-3)
 
 
 def test_gradients_flow_through_and_not_into_experts(tmp_path):

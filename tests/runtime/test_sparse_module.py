@@ -19,7 +19,8 @@ from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.conversion import compress_, decompress_, sparse_linears
-from hf_adaptive_sparse.runtime.sparse_linear import FrozenParameter, SparseLinear
+from hf_adaptive_sparse.runtime.parameters import FrozenParameter
+from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
