@@ -28,6 +28,7 @@ from hf_adaptive_sparse.packing.sparse_weight import size_bytes
 from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import stored_kinds
 from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks
 from hf_adaptive_sparse.search.byte_sizes import format_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
 from hf_adaptive_sparse.search.kv_split import LayerBits
@@ -51,7 +52,7 @@ class LinearBytes:
         rows: Its outputs; of experts, the rows of all of them.
         columns: Its inputs; of transposed experts, their outputs.
         value_bytes: Bytes of a weight in the model's dtype, which the scales have, too.
-        plain_in_memory: The sparse runtime holds it decompressed, as it does experts.
+        plain_in_memory: The sparse runtime holds it decompressed: experts that it cannot read.
         on_gpu: The sparse runtime has block offsets there, too.
     """
 
@@ -151,13 +152,15 @@ class ByteBudget:
         stored = _tensors(model, persistent=True)
         disk = [t for t in stored.values() if id(t) not in counted]
         fit = _limit(space.fit_bytes)
+        stacks = [name for name, weight in weights.items() if not isinstance(weight, nn.Linear)]
+        plain = set(stacks) - compressible_stacks(model, stacks).keys()
         return cls(
             linears={
                 name: LinearBytes(
                     weight.weight.shape[:-1].numel(),
                     weight.weight.shape[-1],
                     weight.weight.element_size(),
-                    plain_in_memory=not isinstance(weight, nn.Linear),
+                    plain_in_memory=name in plain,
                     on_gpu=weight.weight.device.type == "cuda",
                 )
                 for name, weight in weights.items()

@@ -16,6 +16,7 @@ from hf_adaptive_sparse.search.cache_bytes import CacheBytes
 from hf_adaptive_sparse.search.candidate import suggest, uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from tests.families.tiny_models import tiny_model
 
 KV = {"kv_group_size": 16, "kv_residual_length": 8}
 
@@ -129,33 +130,56 @@ def test_the_size_of_a_saved_model_is_predicted(name, request, tmp_path):
     assert found.spent.size_bytes >= 0.999 * space.size_bytes
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_the_memory_and_the_files_of_quantised_weights_are_predicted(tiny_llama, tmp_path, bits):
-    space = SearchSpace(
-        weight_bits=bits, size_bytes="1GB", fit_bytes="1GB", context_length=1, kv_bits=None
-    )
-    found = uniform_candidate(space, ModelShape.of(tiny_llama, space))
+def in_sparse_runtime(model, folder):
+    """Bytes of parameters and buffers of a saved model that stays compressed."""
+    config = has.SparsityConfig(runtime="sparse")
+    loaded = type(model).from_pretrained(folder, sparsity_config=config)
+    report = has.sparsity_report(loaded)
+    # The report counts the offsets, which are buffers, too.
+    buffers = [b for name, b in loaded.named_buffers() if not name.endswith("row_offsets")]
+    buffer_bytes = sum(buffer.nbytes for buffer in buffers)
+    return report.total.memory_bytes + report.other_bytes + buffer_bytes
+
+
+def saved_as_found(model, space, folder):
+    found = uniform_candidate(space, ModelShape.of(model, space))
     config = has.SparsityConfig(
         metric="magnitude",
         sparsity=found.ratios,
         weight_bits=dict(found.weight_bits),
         kv_cache=False,
     )
-    has.prune(tiny_llama, config, None, progress=False)
-    tiny_llama.save_pretrained(tmp_path)
+    has.prune(model, config, None, progress=False)
+    model.save_pretrained(folder)
+    return found
+
+
+ONE_TOKEN = {"context_length": 1, "kv_bits": None}
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_memory_and_the_files_of_quantised_weights_are_predicted(tiny_llama, tmp_path, bits):
+    space = SearchSpace(weight_bits=bits, size_bytes="1GB", fit_bytes="1GB", **ONE_TOKEN)
+    found = saved_as_found(tiny_llama, space, tmp_path)
     saved = weight_bytes_on_disk(tmp_path)
     assert 0 <= found.spent.size_bytes - saved < 130 * len(tiny_llama.state_dict()) + 400
-    loaded = type(tiny_llama).from_pretrained(
-        tmp_path, sparsity_config=has.SparsityConfig(runtime="sparse")
-    )
-    report = has.sparsity_report(loaded)
-    held = report.total.memory_bytes + report.other_bytes
-    # The report counts the offsets, which are buffers, too.
-    buffers = [b for name, b in loaded.named_buffers() if not name.endswith("row_offsets")]
-    held += sum(buffer.nbytes for buffer in buffers)
+    held = in_sparse_runtime(tiny_llama, tmp_path)
     cache = 4 * 2 * 32 * 4  # one token in four layers, float32
     # A few kept weights may round to 0.
     assert held <= found.spent.fit_bytes - cache <= 1.005 * held
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bits"), [("mixtral", 16), ("mixtral", 8), ("mixtral", 4), ("gpt_oss", 16)]
+)
+def test_the_memory_of_experts_is_predicted(model_type, bits, tmp_path):
+    """Those of gpt_oss are transposed: the sparse runtime decompresses them."""
+    model = tiny_model(model_type)
+    space = SearchSpace(weight_bits=bits, fit_bytes="1GB", **ONE_TOKEN)
+    found = saved_as_found(model, space, tmp_path)
+    held = in_sparse_runtime(model, tmp_path)
+    predicted = found.spent.fit_bytes - CacheBytes.of(model, space).at_most(None)
+    assert held <= predicted <= 1.005 * held
 
 
 SPACES = {
