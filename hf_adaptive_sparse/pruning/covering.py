@@ -1,12 +1,26 @@
-"""Taking parametrizations off weights again, so that a module is exactly what it was."""
+"""Which weights take parametrizations, and taking them off again, so that a module is as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+
+def check_in_memory(weight: torch.Tensor, name: str) -> None:
+    """Refuse a weight that is elsewhere between forwards, where nothing can be laid over it.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if weight.is_meta:
+        raise ValueError(
+            f"The weight of {name!r} is offloaded; searching ratios or weight bits needs it in "
+            "memory. Load the model without offloading."
+        )
 
 
 @contextmanager

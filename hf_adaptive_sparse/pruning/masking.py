@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.packing.bitmask import pack_mask, unpack_mask
-from hf_adaptive_sparse.pruning.covering import uncovered_after
+from hf_adaptive_sparse.pruning.covering import check_in_memory, uncovered_after
 from hf_adaptive_sparse.pruning.ranking import Ranking
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -212,9 +212,5 @@ def _checked_place(model: nn.Module, name: str, shape: tuple[int, int]) -> tuple
         raise ValueError(
             f"The ranking of {name!r} is for shape {shape}; the weight has {tuple(weight.shape)}."
         )
-    if weight.is_meta:
-        raise ValueError(
-            f"The weight of {name!r} is offloaded; masks need it in memory. Load the model "
-            "without offloading."
-        )
+    check_in_memory(weight, name)
     return place

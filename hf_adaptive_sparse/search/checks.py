@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from numbers import Real
 
+from torch import nn
+
+from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.profiles import check_count
+from hf_adaptive_sparse.pruning.covering import check_in_memory
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
@@ -57,6 +62,22 @@ def check_limits(timeout_seconds: object, goal: Goal, space: SearchSpace) -> Non
             "The objective 'bytes' needs ratios to choose from: a space with target_sparsity and "
             "sparsity_range above 0."
         )
+
+
+def check_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that the weights whose fate is searched are in memory.
+
+    Args:
+        model: The model.
+        names: Names of linears and of stacks of experts.
+
+    Raises:
+        ValueError: If one is offloaded.
+    """
+    for name in names:
+        place = weight_place(model, name)
+        if place is not None:
+            check_in_memory(getattr(*place), name)
 
 
 def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:

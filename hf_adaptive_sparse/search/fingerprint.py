@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_adaptive_sparse.search.errors import StudyMismatch
 
@@ -22,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "optuna")
 
 
 def fingerprint(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     space: Mapping[str, Any],
     metric: str,
@@ -89,12 +90,23 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Return a digest of name, shape, dtype and some elements of every parameter."""
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return a digest of name, shape, dtype and some elements of every parameter.
+
+    Offloaded ones are read from where they lie; tied ones, which offloading parts, count once.
+    """
     digest = hashlib.sha256()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    seen = set()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            flat = parameter.detach().reshape(-1)
+            held = parameter
+            if parameter.is_meta:
+                if tied.get(name, name) in seen:
+                    continue
+                held = load_offloaded_parameter(model, name)
+            seen.add(tied.get(name, name))
+            flat = held.detach().reshape(-1)
             step = max(1, flat.numel() // SAMPLED_PER_TENSOR)
             sample = flat[::step].to("cpu", torch.float32).contiguous()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())

@@ -19,7 +19,12 @@ from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.candidate import uniform_candidate, uniform_params
-from hf_adaptive_sparse.search.checks import check_arguments, check_limits, check_outcome
+from hf_adaptive_sparse.search.checks import (
+    check_arguments,
+    check_limits,
+    check_outcome,
+    check_weights,
+)
 from hf_adaptive_sparse.search.comparison import compare_on, is_compared
 from hf_adaptive_sparse.search.data import (
     EVALUATION_SAMPLES,
@@ -144,6 +149,7 @@ def search(
     check_limits(timeout_seconds, goal, space)
     check_sampler(sampler)
     shape = ModelShape.of(model, space, modules_to_not_convert)
+    check_weights(model, shape.numel)
     # On a front each trial draws its mean ratio, whatever else there is to choose.
     if n_trials > 1 and not goal.sweeps_budget and not uniform_params(space, shape):
         raise SearchError(

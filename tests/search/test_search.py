@@ -8,6 +8,7 @@ from collections import Counter
 import optuna
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import LlamaForCausalLM
 
 from hf_adaptive_sparse.architecture import kv_widths, prunable_linears
@@ -476,3 +477,28 @@ def test_an_odd_number_of_layers_splits_one_layer(run, tiny_llama):
         kv_cache = KVCacheConfig.from_dict(trial.user_attrs["profile"]["kv_cache"])
         pairs = list(zip(kv_cache.key_bits, kv_cache.value_bits, strict=True))
         assert sorted(pairs) == [(6, 6), (8, 6), (8, 8)]
+
+
+def test_kv_bits_are_searched_with_offloaded_weights(run, tiny_llama):
+    space = SearchSpace(target_sparsity=None, kv_group_size=16, kv_residual_length=8)
+    expected = run(space=space, n_trials=2)
+    cpu_offload(tiny_llama, execution_device=torch.device("cpu"))
+    assert tiny_llama.model.layers[0].mlp.up_proj.weight.is_meta
+    result = run(space=space, n_trials=2)
+    assert result.fingerprint == expected.fingerprint
+    assert without_time(result.history) == without_time(expected.history)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        SearchSpace(kv_bits=None),
+        SearchSpace(target_sparsity=None, kv_bits=None, weight_bits=(4, 8), weight_mean_bits=6),
+    ],
+    ids=["ratios", "weight bits"],
+)
+def test_offloaded_weights_are_refused_where_they_are_searched(run, tiny_llama, tmp_path, space):
+    cpu_offload(tiny_llama, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"q_proj' is offloaded; .* Load the model without"):
+        run(space=space, storage=tmp_path / "study.journal")
+    assert not list(tmp_path.iterdir())
