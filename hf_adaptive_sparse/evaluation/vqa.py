@@ -11,7 +11,8 @@ import copy
 import itertools
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +44,13 @@ from hf_adaptive_sparse.kvcache.generation import kv_cache_config
 from hf_adaptive_sparse.profiles import check_count
 
 Match = Literal["whole", "prefix"]
+
+_OF_THE_MODEL = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+)
+"""What of a generation config says which tokens mean what, not how to choose among them."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +245,7 @@ def generate_answers(
     encoded = encode_questions(processor, prompts, media, "left")
     inputs = to_model(model, encoded)
     settings = _greedy(model, tokenizer, max_new_tokens)
-    with evaluating(model):
+    with evaluating(model), _generating_by(model, settings):
         cache = new_cache(model, kv_cache)
         if cache is None and kv_cache_config(model.config) is not None:
             # Without a cache of ours, generate() would make one from the config's profile.
@@ -257,14 +265,14 @@ def generate_answers(
 
 
 def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Return the model's generation config with sampling, beams and length limits off."""
+    """Return a config that takes the likeliest token each time, of those the model may say."""
     own = model.generation_config
     config = copy.deepcopy(own) if own is not None else GenerationConfig()
-    for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", "min_length", "max_length"):
-        setattr(config, name, None)
+    for name, default in vars(GenerationConfig()).items():
+        if not name.startswith("_") and name not in _OF_THE_MODEL:
+            setattr(config, name, default)
     config.do_sample = False
     config.num_beams = 1
-    config.cache_implementation = None
     config.max_new_tokens = max_new_tokens
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
@@ -272,3 +280,20 @@ def _greedy(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int) -> Gene
         pad = tokenizer.pad_token_id
         config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     return config
+
+
+@contextmanager
+def _generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Put a generation config in the place of the model's own, and of those of its parts.
+
+    What a config leaves open, ``generate()`` takes from there.
+    """
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    before = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = config
+        yield
+    finally:
+        for owner, own in zip(owners, before, strict=True):
+            owner.generation_config = own

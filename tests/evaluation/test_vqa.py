@@ -67,6 +67,33 @@ def test_greedy_whatever_the_generation_config_says(tiny_llava) -> None:
     assert tiny_llava.training
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 50.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_return_sequences": 2, "num_beams": 2},
+        {"sequence_bias": [[[7], 1e4]]},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_likeliest_token_whatever_the_generation_config_prefers(tiny_llava, settings) -> None:
+    processor, own = make_llava_processor(), tiny_llava.generation_config
+    expected = generate_answers(tiny_llava, processor, rows(2), max_new_tokens=4)
+    own.update(**settings)
+    assert generate_answers(tiny_llava, processor, rows(2), max_new_tokens=4) == expected
+    assert tiny_llava.generation_config is own
+
+
+@pytest.mark.parametrize("name", ["min_new_tokens", "min_length"])
+def test_an_answer_may_end_at_once(tiny_llava, name) -> None:
+    processor, own = make_llava_processor(), tiny_llava.generation_config
+    said = generate_answers(tiny_llava, processor, rows(1), max_new_tokens=4)
+    own.update(eos_token_id=said[0].ids[0], **{name: 1000})
+    assert generate_answers(tiny_llava, processor, rows(1)) == [GeneratedAnswer("", (), True)]
+
+
 def test_answers_stop_at_the_end_of_sequence_and_the_first_newline(tiny_llava, monkeypatch) -> None:
     processor = make_llava_processor()
     tokenizer = processor.tokenizer
