@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from hf_adaptive_sparse.search.trials import DIGEST, FAILURE, REPEATABLE, RETRY_OF, tally
+from hf_adaptive_sparse.search.trials import FAILURE, REPEATABLE, RETRY_OF, leaves_something, tally
 from hf_adaptive_sparse.search.worker import Watch
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ def _end(study: Study, trial: FrozenTrial) -> None:
 
 
 def _enqueue_again(study: Study, trial: FrozenTrial, kills: int) -> None:
-    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    # A profile may take no choice at all; one that was not drawn yet leaves nothing to repeat.
-    if params or DIGEST in trial.user_attrs:
+    if leaves_something(trial):
+        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, KILLS: kills})

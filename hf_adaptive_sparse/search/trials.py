@@ -115,8 +115,7 @@ def tally(study: Study) -> Tally:
             continue
         kind = {TrialState.COMPLETE: completed, TrialState.PRUNED: stopped}.get(trial.state, failed)
         if kind is failed and FAILURE not in attributes:
-            # One that was interrupted before its profile was drawn leaves nothing to repeat.
-            if is_enqueued(trial) or DIGEST in attributes:
+            if leaves_something(trial):
                 interrupted.append(trial)
             continue
         repeats = 0
@@ -139,6 +138,15 @@ def tally(study: Study) -> Tally:
 def is_enqueued(trial: FrozenTrial) -> bool:
     """Return whether a trial takes parameters that were set before it began."""
     return "fixed_params" in trial.system_attrs
+
+
+def leaves_something(trial: FrozenTrial) -> bool:
+    """Return whether an interrupted trial is to be repeated.
+
+    One that was to draw its profile, and had not yet, leaves nothing. Parameters do not tell: a
+    profile may take no choice at all.
+    """
+    return is_enqueued(trial) or DIGEST in trial.user_attrs
 
 
 def _value(trial: FrozenTrial) -> float:

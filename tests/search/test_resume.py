@@ -15,8 +15,10 @@ import torch
 from optuna.trial import TrialState
 
 from hf_adaptive_sparse.search import evaluator as evaluator_module
+from hf_adaptive_sparse.search import runner
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.evaluator import Evaluator
+from hf_adaptive_sparse.search.runner import TrialRunner
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import open_storage
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
@@ -294,7 +296,13 @@ def test_a_profile_without_any_choice_is_tried_again(
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Evaluator, "measure", interrupt)
-        run()
+    def no_end(seconds):
+        raise AssertionError("the search waits for a trial that nobody will run")
+
+    # While it is evaluated, and in the moment before it is drawn again.
+    for owner, name in ((Evaluator, "measure"), (TrialRunner, "_evaluate")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, interrupt)
+            run()
+    monkeypatch.setattr(runner.time, "sleep", no_end)
     assert [row["state"] for row in run().history if row["state"] == "complete"] == ["complete"]
