@@ -91,6 +91,10 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
             layer if index in read_directly else _quantized(layer, kv_cache, bits, index)
             for index, (layer, bits) in enumerate(_with_bits(config, kv_cache))
         ]
+        attending = vars(_attending_config(config))
+        for layer in layers:
+            if isinstance(layer, AdaptiveQuantizedLayer):
+                layer.attending = attending
         # QuantizedCache's own constructor would give every layer the same arguments. That this is
         # a DynamicCache, too, is what models and EncoderDecoderCache ask for.
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
@@ -169,6 +173,13 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         }
         described = ", ".join(f"{name}={value}" for name, value in fields.items())
         return f"{type(self).__name__}({described})"
+
+
+def _attending_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the decoder's config, which says how it attends."""
+    decoder: PretrainedConfig = config.get_text_config(decoder=True)
+    # Of encoder-decoders with one config for both it is a copy, which would not follow the model.
+    return decoder if decoder is config.get_text_config(decoder=True) else config
 
 
 def _with_bits(

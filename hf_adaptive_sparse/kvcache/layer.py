@@ -9,7 +9,7 @@ stored, their own block included, which is what later tokens see of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from hf_adaptive_sparse.kvcache.checks import check_rank, refuse_misfits
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
 from hf_adaptive_sparse.kvcache.view import lazy_views
+
+FLEX = "flex_attention"
+"""The attention implementation that transformers compiles; what is compiled cannot decode views."""
 
 
 class AdaptiveQuantizedLayer(BaseQuantizedLayer):
@@ -55,11 +58,16 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             over ``group_size`` channels of a token.
         sink_length: First tokens that stay unquantised.
 
+    Attributes:
+        attending: Attributes of the config that says how the model attends, which may change; None:
+            it takes views. (The config itself takes microseconds to answer, for each token.)
+
     Raises:
         ValueError: If ``key_mode`` is unknown.
     """
 
     is_croppable = True
+    attending: Mapping[str, Any] | None = None
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
     # `_quantize` know keys from values, which may have different bits.
     axis_key = -1
@@ -238,7 +246,11 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             newest: How many tokens; None for all.
         """
         keys, values = self.stores()
-        return lazy_views(pin_pair(keys, values, newest))
+        pair = pin_pair(keys, values, newest)
+        attending = self.attending
+        if attending is not None and attending.get("_attn_implementation_internal") == FLEX:
+            return pair.keys.decode(), pair.values.decode()
+        return lazy_views(pair)
 
     def _store_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check and store new tokens; see ``update``."""

@@ -4,7 +4,7 @@
 ``torch.nn.functional.scaled_dot_product_attention``, where torch asks the arguments' classes first
 (``__torch_function__``): with a few queries, attention is computed from the packed blocks. Anything
 else that reads them (eager attention, flash attention, indexing, ``.to``) gets the decoded tensor,
-an ordinary one, and so do its results.
+an ordinary one, and so do its results. Layers hand none of these to flex attention.
 """
 
 from __future__ import annotations

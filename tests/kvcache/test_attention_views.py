@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import BartConfig, DynamicCache, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from hf_adaptive_sparse.kernels import library
@@ -511,3 +511,33 @@ def test_compiled_models_work_and_graph_breaks_are_counted(tiny_llama, native_ca
     assert 2 <= breaks <= 40, counters["graph_break"]
     assert all("torch.compiler.disable" in reason for reason in reasons), reasons
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_llava"])
+def test_flex_attention_gets_decoded_tensors(name, request):
+    """transformers compiles it, and may be told to use it at any time."""
+    model = request.getfixturevalue(name)
+    cache = AdaptiveQuantizedCache(model.config, PROFILE)
+    kinds = []
+    for implementation in ("sdpa", "flex_attention", "eager"):
+        model.set_attn_implementation(implementation)
+        kinds.append(type(cache.update(states(40), states(40, seed=1), 0)[0]))
+    assert kinds == [CacheView, torch.Tensor, CacheView]
+
+
+def test_encoder_decoders_with_one_config_say_how_they_attend():
+    sizes = {"d_model": 32, "decoder_attention_heads": 2, "decoder_layers": 1, "encoder_layers": 1}
+    config = BartConfig(**sizes)
+    cache = AdaptiveQuantizedCache(config, PROFILE)
+    config._attn_implementation = "flex_attention"
+    assert type(cache.update(states(40), states(40, seed=1), 0)[0]) is torch.Tensor
+
+
+@pytest.mark.slow
+def test_a_model_with_flex_attention_reads_the_cache(tiny_llama):
+    ids, logits = random_ids(2, 70), []
+    for implementation in ("sdpa", "flex_attention"):
+        tiny_llama.set_attn_implementation(implementation)
+        cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILE)
+        logits.append(decode_steps(tiny_llama, ids, [70], cache))
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
