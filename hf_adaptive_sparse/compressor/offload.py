@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 
@@ -29,6 +27,7 @@ from hf_adaptive_sparse.compressor.checks import on_cpu
 from hf_adaptive_sparse.compressor.jobs import PrunedFolder
 from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_report
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.pruning.experts import experts_without_data
@@ -201,15 +200,9 @@ def _fingerprint(
     config: SparsityConfig, files: WeightFiles, batches: list[Batch] | None
 ) -> dict[str, Any]:
     """Return what makes a run the same as an earlier one that was interrupted."""
-    data = hashlib.sha256()
-    for batch in batches or ():
-        for key in sorted(batch):
-            tensor = batch[key].contiguous().reshape(-1)
-            data.update(f"{key} {tuple(batch[key].shape)} {tensor.dtype}".encode())
-            data.update(tensor.view(torch.uint8).numpy().tobytes())
     return {
         "config": config.to_dict(),
         "weights": files.digest(),
-        "calibration": data.hexdigest(),
+        "calibration": batches_digest(batches or ()),
         "versions": library_versions(),
     }

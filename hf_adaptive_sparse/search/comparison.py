@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.candidate import Candidate, suggest
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
-from hf_adaptive_sparse.search.fingerprint import batches_digest
 from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch, load_batches
+from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.profiles import CalibrationConfig
-from hf_adaptive_sparse.search.fingerprint import batches_digest
 from hf_adaptive_sparse.search.space import SearchSpace
 
 logger = logging.getLogger(__name__)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import load_offloaded_parameter
 
+from hf_adaptive_sparse.evaluation.digests import batches_digest, weights_digest
 from hf_adaptive_sparse.search.errors import StudyMismatch
 
 STUDY_FORMAT = 1
 """Version of what a search stores in a study."""
-
-SAMPLED_PER_TENSOR = 64
-"""Elements of each tensor that enter the digest of a model's weights."""
 
 _PACKAGES = ("torch", "transformers", "optuna")
 
@@ -88,38 +84,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a source tree
             continue
     return found
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """Return a digest of name, shape, dtype and some elements of every parameter.
-
-    Offloaded ones are read from where they lie; tied ones, which offloading parts, count once.
-    """
-    digest = hashlib.sha256()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    seen = set()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            held = parameter
-            if parameter.is_meta:
-                if tied.get(name, name) in seen:
-                    continue
-                held = load_offloaded_parameter(model, name)
-            seen.add(tied.get(name, name))
-            flat = held.detach().reshape(-1)
-            step = max(1, flat.numel() // SAMPLED_PER_TENSOR)
-            sample = flat[::step].to("cpu", torch.float32).contiguous()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def batches_digest(batches: Iterable[Mapping[str, torch.Tensor]]) -> str:
-    """Return a digest of every tensor of every batch."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for key in sorted(batch):
-            tensor = batch[key].detach().cpu().contiguous()
-            digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import accepts_images
 from hf_adaptive_sparse.calibration.media import require_processor
 from hf_adaptive_sparse.calibration.records import DataError, Row, open_table
+from hf_adaptive_sparse.evaluation.digests import source_digest, weights_digest
 
 # The benchmarks register themselves.
 from hf_adaptive_sparse.evaluation.tasks import scienceqa, soft_accuracy, wikitext2  # noqa: F401
@@ -78,12 +79,16 @@ def run_task(
                 f"{name} needs a model that takes images; {type(model).__name__} takes none."
             )
         require_processor(processor, "image", name)
+    if data is not None and not isinstance(data, str | os.PathLike):
+        data = list(data)
     table = open_table(task.default_data if data is None else data, "validation", token=token)
     task.check_columns(table)
     about = {
         "task": name,
         "data": _label(data, task),
+        "content": source_digest(data),
         "model": model.config.name_or_path if model_name is None else model_name,
+        "weights": None if results is None else weights_digest(model),
         "setting": _plain(setting),
     }
     outcomes = Outcomes(None if results is None else Path(results) / f"{name}.jsonl", about)
@@ -132,7 +137,8 @@ def _label(data: object, task: Task) -> str:
     if not isinstance(data, str | os.PathLike):
         return "rows given in memory"
     text = os.fspath(data)
-    return Path(text).name if Path(text).exists() else text
+    path = Path(text).expanduser()
+    return path.name if path.exists() else text
 
 
 def _plain(setting: Setting) -> dict[str, Any]:

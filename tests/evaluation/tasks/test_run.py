@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,33 @@ def test_results_of_another_run_are_refused(tiny_llava, tmp_path: Path) -> None:
         run_task("vqav2", tiny_llava, processor, questions(1), results=tmp_path, setting=other)
     with pytest.raises(OutcomesError, match=r"its model is '', now 'other'"):
         run_task("vqav2", tiny_llava, processor, questions(1), results=tmp_path, model_name="other")
+    with pytest.raises(OutcomesError, match=r"another run: its weights is"):
+        half = copy.deepcopy(tiny_llava).bfloat16()
+        run_task("vqav2", half, processor, questions(1), results=tmp_path)
     path = tmp_path / "vqav2.jsonl"
     path.write_text(path.read_text() + "nonsense\n")
     with pytest.raises(OutcomesError, match=r"Line 3 of .* is damaged"):
         run_task("vqav2", tiny_llava, processor, questions(1), results=tmp_path)
+
+
+def test_outcomes_of_other_data_are_refused(tiny_llama, tmp_path: Path) -> None:
+    def run(data: Any, results: Path) -> None:
+        setting = Setting(sequence_length=16)
+        run_task("wikitext2", tiny_llama, make_tokenizer(), data, setting=setting, results=results)
+
+    rows = [{"text": "the cat sat on the mat. " * 3} for _ in range(6)]
+    other = [{"text": "the dog sat on the mat. " * 3} for _ in range(6)]
+    run(rows, tmp_path / "rows")
+    run(iter(rows), tmp_path / "rows")
+    with pytest.raises(OutcomesError, match="another run: its content is"):
+        run(other, tmp_path / "rows")
+    file = tmp_path / "text.jsonl"
+    for lines in (rows, other):
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+        if lines is rows:
+            run(file, tmp_path / "file")
+    with pytest.raises(OutcomesError, match="another run: its content is"):
+        run(file, tmp_path / "file")
 
 
 def test_batch_size_changes_no_figure(tiny_llava) -> None:
