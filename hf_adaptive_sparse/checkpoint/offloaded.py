@@ -91,8 +91,7 @@ class OffloadedLayers(LayerResidence):
         inside = self._prefix + "."
         self._outside = [n for n in source.names if not n.startswith(inside)]
         if self._file(0) not in self._shards:
-            headers = [header for name in self._outside for header in source.headers(name)]
-            self._write(0, source.read(headers + source.others))
+            self._write(0, source.tensors(self._outside) | source.read(source.others))
         self._fill(self._outside)
         model.tie_weights()
 
@@ -134,7 +133,7 @@ class OffloadedLayers(LayerResidence):
             if name in self._formats:
                 tensors |= stored_tensors(key, tensor, *self._formats[name])
             elif self._untouched(name):
-                tensors |= self._source.read(self._source.headers(name))
+                tensors |= self._source.tensors([name])
             else:
                 self._source.check_own_name(name)
                 tensors[key] = tensor

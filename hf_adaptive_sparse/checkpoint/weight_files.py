@@ -17,7 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 
 from hf_adaptive_sparse.checkpoint.headers import (
     INDEX_NAME,
@@ -66,6 +71,7 @@ class WeightFiles:
         self.others: list[TensorHeader] = []
         expected = model.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in expected.items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in expected.items()}
         conversions = get_model_conversion_mapping(model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -160,6 +166,15 @@ class WeightFiles:
                     found[header.name] = handle.get_tensor(header.name).clone()
         return found
 
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of parameters, by their names there, in the model's dtypes."""
+        names = list(names)
+        found = self.read(header for name in names for header in self.headers(name))
+        for name in names:
+            for header in self.headers(name):
+                found[header.name] = _cast(found[header.name], self._dtypes[name])
+        return found
+
     def parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return parameters by their runtime names, as the model holds them.
 
@@ -198,6 +213,21 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")]
 
 
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def keep_in_float32_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give an empty model in float32 what transformers keeps in it when it loads in ``dtype``."""
+    kept = list(model._get_dtype_plan(dtype))
+    if not kept:
+        return
+    pattern, *_ = build_glob_alternation(kept)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if pattern.search(name):
+            tensor.data = _cast(tensor.data, torch.float32)
+
+
 def fill_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put tensors in the place of parameters and buffers, in the dtype those have.
 
@@ -210,10 +240,9 @@ def fill_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         owner = model.get_submodule(owner_name)
         if key in owner._parameters:
             old = owner.get_parameter(key)
-            new = tensor.to(old.dtype) if tensor.is_floating_point() else tensor
-            owner._parameters[key] = nn.Parameter(new, requires_grad=False)
+            owner._parameters[key] = nn.Parameter(_cast(tensor, old.dtype), requires_grad=False)
         else:
-            owner._buffers[key] = tensor
+            owner._buffers[key] = _cast(tensor, owner.get_buffer(key).dtype)
 
 
 def empty_(model: nn.Module, names: Iterable[str]) -> None:

@@ -116,7 +116,7 @@ def prune_into(
         files,
         folder,
         _formats(empty, config, ratios),
-        _fingerprint(config, files, batches),
+        _fingerprint(empty, config, files, batches),
         sequential=config.calibration is None or config.calibration.sequential,
     )
 
@@ -190,18 +190,24 @@ def _formats(
 
 
 def _save_configs(model: PreTrainedModel, folder: Path) -> None:
+    # As in save_pretrained.
     model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
 
 def _fingerprint(
-    config: SparsityConfig, files: WeightFiles, batches: list[Batch] | None
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    files: WeightFiles,
+    batches: list[Batch] | None,
 ) -> dict[str, Any]:
     """Return what makes a run the same as an earlier one that was interrupted."""
     return {
         "config": config.to_dict(),
+        "dtype": str(model.config.dtype),
         "weights": files.digest(),
         "calibration": batches_digest(batches or ()),
         "versions": library_versions(),

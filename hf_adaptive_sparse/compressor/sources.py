@@ -27,6 +27,7 @@ from hf_adaptive_sparse.calibration.data import Batch, Records, Source, load_bat
 from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class ModelSource:
             )
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = _auto_class(config).from_config(config, dtype=name)
+        keep_in_float32_(model, name)
         with suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(
                 self.name, revision=self.revision

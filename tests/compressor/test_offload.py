@@ -59,6 +59,10 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return has.AutoModelForVision2Seq.from_pretrained(folder).state_dict()
 
 
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
 def assert_same_model(expected: Path, found: Path) -> None:
     first, second = state(expected), state(found)
     assert first.keys() == second.keys()
@@ -221,21 +225,34 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert not (output / STATE_NAME).exists()
 
 
-def test_the_state_of_another_run_is_not_used(source, questions, tmp_path, monkeypatch, caplog):
-    output = tmp_path / "out"
+def interrupt(source, output, data, config=CONFIG) -> None:
+    """Leave a run of which every layer is done."""
 
     def full(self):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(OffloadedLayers, "finish", full)
-    with pytest.raises(OSError, match="No space left"):
-        offload(source, output, questions)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(OffloadedLayers, "finish", full)
+        offload(source, output, data, config)
+
+
+def test_the_state_of_another_run_is_not_used(source, questions, tmp_path, caplog):
+    output = tmp_path / "out"
+    interrupt(source, output, questions)
     other = has.SparsityConfig(target_sparsity=0.25, calibration=has.CalibrationConfig())
     with caplog.at_level(logging.WARNING):
         found = offload(source, output, questions, other)
     assert "starts anew" in caplog.text
     assert found.report.mean_sparsity == pytest.approx(0.25, abs=1e-4)
+
+
+def test_a_run_in_another_dtype_starts_anew(source, tmp_path, caplog):
+    config, output = has.SparsityConfig(metric="magnitude"), tmp_path / "out"
+    interrupt(replace(source, dtype="bfloat16"), output, None, config)
+    with caplog.at_level(logging.WARNING):
+        offload(source, output, None, config)
+    assert "starts anew" in caplog.text
+    assert {t.dtype for t in stored_tensors(output).values()} == {torch.float32, torch.uint8}
 
 
 def test_an_output_that_is_not_empty_is_left_alone(source, questions, tmp_path):
@@ -360,3 +377,32 @@ def test_what_is_not_consumed_is_copied_from_its_file(tiny_llama, text_batches, 
     assert tiny_llama.lm_head.weight is tiny_llama.model.embed_tokens.weight
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "gone")
     assert torch.equal(loaded.lm_head.weight, before["model.embed_tokens.weight"][1])
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "dtype"),
+    [
+        ("llava", torch.bfloat16, "float32"),
+        ("llava", torch.float32, "bfloat16"),
+        ("blip-2", torch.bfloat16, "float16"),  # keeps its Q-Former in float32
+        ("glm4_moe", torch.bfloat16, "float16"),  # a router's buffer in float32, experts untouched
+    ],
+)
+def test_all_is_written_in_the_dtype_that_memory_has(tmp_path, family, stored, dtype):
+    changes = next(f.changes for f in FAMILIES if f.title == family)
+    tiny_model(family, changes).to(stored).save_pretrained(tmp_path / "source")
+    make_llava_processor().tokenizer.save_pretrained(tmp_path / "source")
+    source, memory, disk = (
+        ModelSource(tmp_path / "source", dtype=dtype),
+        tmp_path / "m",
+        tmp_path / "d",
+    )
+    config = has.SparsityConfig(sparsity={"*.layers.1.*": 0.5}, metric="magnitude")
+    expected = prune_to_folder(source, memory, config, progress=False)
+    assert prune_offloaded(source, disk, config, progress=False).dense_bytes == expected.dense_bytes
+    first, second = stored_tensors(memory), stored_tensors(disk)
+    common = first.keys() & second.keys()  # what is compressed of experts has names of its own
+    assert all("experts.sparse" in name for name in first.keys() ^ second.keys())
+    assert [n for n in common if first[n].dtype != second[n].dtype] == []
+    assert all(torch.equal(first[n], second[n]) for n in common)
+    assert (disk / "config.json").read_text() == (memory / "config.json").read_text()
