@@ -2,7 +2,8 @@
 
 The folder that is written holds what a run needs to go on after it was interrupted: the shards of
 the layers that are done, and a state file that names them. A layer counts as done when the state
-file says so, which is written after its shard.
+file says so, which is written once its shard is on the disk. A state of another run, or one whose
+shards are not what it says, is not used, and what it left is removed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.checkpoint.headers import read_file_header
 from hf_adaptive_sparse.checkpoint.weight_files import (
     WeightFiles,
     empty_,
@@ -209,20 +211,36 @@ class OffloadedLayers(LayerResidence):
         )
 
     def _resume(self) -> None:
-        path = self._folder / STATE_NAME
-        if not path.is_file():
-            return
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            same = state["format_version"] == STATE_VERSION
-            same = same and state["fingerprint"] == json.loads(json.dumps(self._fingerprint))
-            same = same and all((self._folder / file).is_file() for file in state["shards"])
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            logger.warning("The unfinished run in %s was another one; it starts anew.", path.parent)
+        state = self._usable_state()
+        if state is None:
+            for left in self._folder.glob("*.safetensors*"):
+                left.unlink()
             return
         self._shards, self.removed = state["shards"], state["removed"]
         self.starved = state.get("starved", {})
         self._done = set(state["done"])
         logger.info("Going on with layer %d of %d.", len(self._done), self._count)
+
+    def _usable_state(self) -> dict[str, Any] | None:
+        """Return the state of an earlier run of the same whose shards are whole."""
+        path = self._folder / STATE_NAME
+        if not path.is_file():
+            return None
+        try:
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            same = state["format_version"] == STATE_VERSION
+            same = same and state["fingerprint"] == json.loads(json.dumps(self._fingerprint))
+            same = same and all(self._whole(file, sizes) for file, sizes in state["shards"].items())
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            same = False
+        if same:
+            return state
+        logger.warning(
+            "The unfinished run in %s was another one, or its files are damaged; it starts anew.",
+            path.parent,
+        )
+        return None
+
+    def _whole(self, file: str, sizes: Mapping[str, int]) -> bool:
+        headers = read_file_header(self._folder / file)
+        return {name: header.size_bytes for name, header in headers.items()} == sizes

@@ -256,13 +256,15 @@ def empty_(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Write one safetensors file, complete or not at all.
+    """Write one safetensors file, complete or not at all, and onto the disk.
 
     Returns:
         Name of each tensor -> its bytes.
     """
     partial = path.with_name(path.name + ".partial")
     save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"format": "pt"})
+    with partial.open("r+b") as file:
+        os.fsync(file.fileno())
     partial.replace(path)
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,6 +254,47 @@ def test_a_run_in_another_dtype_starts_anew(source, tmp_path, caplog):
         offload(source, output, None, config)
     assert "starts anew" in caplog.text
     assert {t.dtype for t in stored_tensors(output).values()} == {torch.float32, torch.uint8}
+
+
+def test_shards_of_another_model_do_not_stay(source, tmp_path):
+    config, output = has.SparsityConfig(metric="magnitude"), tmp_path / "out"
+    tiny_model("llama").save_pretrained(tmp_path / "other")
+    make_llava_processor().tokenizer.save_pretrained(tmp_path / "other")
+    interrupt(source, output, None, config)
+    offload(ModelSource(tmp_path / "other"), output, None, config)
+    named = set(
+        json.loads((output / "model.safetensors.index.json").read_text())["weight_map"].values()
+    )
+    assert {path.name for path in output.glob("*.safetensors*")} == {
+        "model.safetensors.index.json",
+        *named,
+    }
+
+
+def test_a_run_whose_shards_are_damaged_starts_anew(source, tmp_path, caplog):
+    config, output = has.SparsityConfig(metric="magnitude"), tmp_path / "out"
+    interrupt(source, output, None, config)
+    [shard] = (tmp_path / "out.partial").glob("model-00003-of-*")
+    os.truncate(shard, shard.stat().st_size - 16)
+    with caplog.at_level(logging.WARNING):
+        offload(source, output, None, config)
+    assert "damaged" in caplog.text
+    assert "model.language_model.layers.1.mlp.up_proj.weight" in state(output)
+
+
+def test_a_shard_is_on_the_disk_before_the_state_names_it(source, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(file) or fsync(file))
+    written = []
+
+    def order(path, data):
+        assert len(synced) == 2 * len(written) + 1  # of each before: shard and state
+        written.append(path)
+        weight_files.write_json(path, data)
+
+    monkeypatch.setattr(offloaded, "write_json", order)
+    offload(source, tmp_path / "out", None, has.SparsityConfig(metric="magnitude"))
+    assert len(written) == 5
 
 
 def test_an_output_that_is_not_empty_is_left_alone(source, questions, tmp_path):
