@@ -17,8 +17,11 @@ weight.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+_CHUNK_ELEMENTS = 1 << 22  # of a weight that is taken apart or put together at a time
 _INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,6 +37,13 @@ def row_bytes(columns: int) -> int:
 def compressed_size_bytes(rows: int, columns: int, nnz: int, value_bytes: int) -> int:
     """Return the bytes of values and bitmask: ``nnz * value_bytes + rows * ceil(columns / 8)``."""
     return nnz * value_bytes + rows * row_bytes(columns)
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last row, plus one, of consecutive parts of a weight; one part at least."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step) if rows else (0,):
+        yield start, min(rows, start + step)
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -101,6 +111,8 @@ def popcount(bitmask: torch.Tensor) -> int:
 def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a weight into its kept values and their bitmask.
 
+    Beside these, some rows at a time are in memory.
+
     Args:
         weight: ``(out, in)``, any real dtype of 1, 2, 4 or 8 bytes.
 
@@ -115,8 +127,15 @@ def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise BitmaskError(f"A weight must be of shape (out, in), got {_describe(weight)}.")
     # Integers, because -0.0 == 0.0 and NaN != NaN.
     pattern = weight.detach().contiguous().view(_integer_view(weight.dtype))
-    kept = pattern != 0
-    return pattern[kept].view(weight.dtype), pack_mask(kept)
+    parts = [pattern[start:stop] for start, stop in row_chunks(*pattern.shape)]
+    bitmask = torch.cat([pack_mask(part != 0) for part in parts])
+    values = pattern.new_empty(popcount(bitmask))
+    filled = 0
+    for part in parts:
+        found = part[part != 0]
+        values[filled : filled + found.numel()] = found
+        filled += found.numel()
+    return values.view(weight.dtype), bitmask
 
 
 def decompress(values: torch.Tensor, bitmask: torch.Tensor, columns: int) -> torch.Tensor:

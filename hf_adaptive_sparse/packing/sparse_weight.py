@@ -35,7 +35,6 @@ return a kernel looks up every group where it now reads the mask as it lies. NVI
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +47,7 @@ from hf_adaptive_sparse.packing.bitmask import (
     compress,
     decompress,
     row_bytes,
+    row_chunks,
     row_popcounts,
     unpack_mask,
 )
@@ -64,8 +64,6 @@ VALUE_BITS = {
 
 BLOCK_COLUMNS = 64
 """Columns per block offset: as many as the bits of the widest word of a mask."""
-
-_CHUNK_ELEMENTS = 1 << 22  # of a weight that is taken apart or put together at a time
 
 
 def offset_dtype(nnz: int) -> torch.dtype:
@@ -147,7 +145,7 @@ def count_block_offsets(bitmask: torch.Tensor, columns: int) -> torch.Tensor:
     """
     dtype, blocks = block_offset_dtype(columns), block_count(columns)
     offsets = torch.empty(bitmask.shape[0], blocks, dtype=dtype, device=bitmask.device)
-    for start, stop in _chunks(bitmask.shape[0], columns):
+    for start, stop in row_chunks(bitmask.shape[0], columns):
         padding = blocks * (BLOCK_COLUMNS // 8) - bitmask.shape[1]
         padded = torch.nn.functional.pad(bitmask[start:stop], (0, padding))
         counts = row_popcounts(padded.reshape(-1, BLOCK_COLUMNS // 8)).view(stop - start, blocks)
@@ -225,7 +223,7 @@ class SparseWeight:
             return cls(shape, bitmask, values, offsets, codebook=codebook)
         pieces = [
             _encode_rows(weight[start:stop], bits, group_size)
-            for start, stop in _chunks(*weight.shape)
+            for start, stop in row_chunks(*weight.shape)
         ]
         masks, codes, scales = (torch.cat(part) for part in zip(*pieces, strict=True))
         values = weight_codes.pack_codes(codes, bits)
@@ -379,7 +377,7 @@ class SparseWeight:
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decompress: ``shape`` in ``dtype``, by default the weight's own; zero where pruned."""
         dense = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
-        for start, stop in _chunks(*self.shape):
+        for start, stop in row_chunks(*self.shape):
             dense[start:stop] = self.dense_rows(start, stop)
         return dense
 
@@ -401,12 +399,6 @@ class SparseWeight:
             codes = self.values[first:last]
         dense = decompress(codes, bitmask, columns)
         return weight_codes.decode(dense, self.scales[start:stop], self.bits, self.group_size)
-
-
-def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step) if rows else (0,):
-        yield start, min(rows, start + step)
 
 
 def _encode_rows(

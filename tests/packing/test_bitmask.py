@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_adaptive_sparse.packing import bitmask as bitmask_module
 from hf_adaptive_sparse.packing.bitmask import (
     BitmaskError,
     check_bitmask,
@@ -78,6 +79,17 @@ def test_values_are_in_row_order_and_the_input_is_not_changed() -> None:
     values, _ = compress(weight.t().contiguous().t())
     assert values.tolist() == [1.0, 2.0, 3.0, 4.0]
     assert torch.equal(weight, before)
+
+
+def test_what_is_made_on_the_way_is_smaller_than_the_values(monkeypatch) -> None:
+    monkeypatch.setattr(bitmask_module, "_CHUNK_ELEMENTS", 1 << 12)
+    weight = torch.ones(256, 256, dtype=torch.bfloat16)
+    weight[:, ::2] = 0
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        values, _ = compress(weight)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest == values.nbytes
 
 
 def test_half_of_a_16_bit_weight_takes_9_sixteenths() -> None:

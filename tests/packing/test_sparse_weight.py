@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive_sparse.packing import sparse_weight, weight_codes
+from hf_adaptive_sparse.packing import bitmask, sparse_weight, weight_codes
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype, size_bytes
 
@@ -164,7 +164,7 @@ def test_int64_offsets_serve_as_well(monkeypatch):
 def test_work_in_chunks_changes_nothing(monkeypatch, bits, rows_at_once):
     weight = make_weight(8, 45)
     whole = SparseWeight.from_dense(weight, bits)
-    monkeypatch.setattr(sparse_weight, "_CHUNK_ELEMENTS", 45 * rows_at_once)
+    monkeypatch.setattr(bitmask, "_CHUNK_ELEMENTS", 45 * rows_at_once)
     pieces = SparseWeight.from_dense(weight, bits)
     for name, part in whole.tensors().items():
         assert torch.equal(part, pieces.tensors()[name])
