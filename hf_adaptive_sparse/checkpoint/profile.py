@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import match_names, num_decoder_layers
+from hf_adaptive_sparse.architecture import match_names, num_decoder_layers, prunable_weights
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -65,7 +67,8 @@ def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
 
     Args:
         model: The model, possibly on the meta device.
-        config: The checkpoint's config; its ``sparsity`` and ``weight_bits`` are renamed.
+        config: The checkpoint's config; its ``sparsity``, ``weight_bits`` and
+            ``modules_to_not_convert`` are renamed.
 
     Raises:
         CheckpointError: If there is no profile, or a module of it is not in the model.
@@ -93,6 +96,10 @@ def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
                 )
         config.weight_bits = {names[name]: bits for name, bits in config.weight_bits.items()}
     config.sparsity = {names[name]: ratio for name, ratio in config.sparsity.items()}
+    if config.modules_to_not_convert:
+        config.modules_to_not_convert = _local_patterns(
+            config.modules_to_not_convert, names, list(prunable_weights(model))
+        )
 
 
 def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[str, int]:
@@ -135,6 +142,41 @@ def _local_name(name: str, weights: Collection[str], prefix: str) -> str | None:
             if candidate in weights:
                 return candidate
     return None
+
+
+def _local_patterns(
+    patterns: Iterable[str], names: Mapping[str, str], weights: Collection[str]
+) -> list[str]:
+    """Return what matches in a model what patterns matched in the class that was saved.
+
+    A pattern that does already stays; others become the names they stand for, if there are any.
+
+    Args:
+        patterns: Names or globs of the class that was saved.
+        names: Name in that class -> name in the model, of some modules.
+        weights: The model's prunable weights.
+    """
+    saved_prefix, prefix = _differing_starts(*next(iter(names.items()), ("", "")))
+    locals_ = {saved_prefix + n.removeprefix(prefix): n for n in weights if n.startswith(prefix)}
+    found: list[str] = []
+    for pattern in patterns:
+        meant = [locals_[name] for name in _matches(pattern, locals_)]
+        found += [pattern] if meant and _matches(pattern, weights) == meant else meant
+    return found
+
+
+def _differing_starts(first: str, second: str) -> tuple[str, str]:
+    """Return what stands before the modules that two dotted names end with alike."""
+    parts = zip(reversed(first.split(".")), reversed(second.split(".")), strict=False)
+    shared = list(takewhile(lambda pair: pair[0] == pair[1], parts))
+    tail = ".".join(part for part, _ in reversed(shared))
+    return first.removesuffix(tail), second.removesuffix(tail)
+
+
+def _matches(pattern: str, names: Iterable[str]) -> list[str]:
+    with suppress(ValueError):
+        return match_names(pattern, names, "modules_to_not_convert")
+    return []
 
 
 def per_layer_kv_cache(model: PreTrainedModel, config: SparsityConfig) -> KVCacheConfig | None:

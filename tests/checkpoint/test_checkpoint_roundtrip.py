@@ -318,6 +318,53 @@ def test_a_bare_llava_is_read(tiny_llava: LlavaForConditionalGeneration, tmp_pat
     assert_same_bytes(tiny_llava.model, AutoModel.from_pretrained(tmp_path))
 
 
+EXCLUDED = {
+    "model.language_model.layers.0.self_attn.q_proj": ["language_model.layers.0.self_attn.q_proj"],
+    "model.language_model.layers.0.mlp": [
+        f"language_model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")
+    ],
+    "model.*.layers.3.self_attn.[kv]_proj": [
+        f"language_model.layers.3.self_attn.{name}_proj" for name in ("k", "v")
+    ],
+    "*.layers.1.self_attn.*": ["*.layers.1.self_attn.*"],
+}
+
+
+@pytest.mark.parametrize("runtime", ["dense", "sparse"])
+def test_what_stays_dense_is_renamed_for_another_class(
+    tiny_llava: LlavaForConditionalGeneration, tmp_path: Path, runtime: str
+) -> None:
+    compress_(tiny_llava, modules_to_not_convert=list(EXCLUDED))
+    tiny_llava.save_pretrained(tmp_path / "whole")
+    config = has.SparsityConfig(runtime=runtime)
+    bare = AutoModel.from_pretrained(tmp_path / "whole", sparsity_config=config)
+    found = bare.config.quantization_config.modules_to_not_convert
+    assert found == [name for names in EXCLUDED.values() for name in names]
+    expected = has.sparsity_report(tiny_llava)
+    assert has.sparsity_report(bare).mean_sparsity == expected.mean_sparsity
+    bare.save_pretrained(tmp_path / "bare")
+    whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "bare")
+    assert has.sparsity_report(whole).mean_sparsity == expected.mean_sparsity
+
+
+def test_what_stays_dense_and_is_in_no_other_class_is_forgotten(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    compress_(tiny_llama, modules_to_not_convert=["*.layers.3.*", "model.layers.2.mlp"])
+    tiny_llama.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["modules_to_not_convert"].append("model.layers.9.mlp")
+    path.write_text(json.dumps(config))
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert set(bare.config.quantization_config.modules_to_not_convert) == {
+        name
+        for name, module in bare.named_modules()
+        if name.startswith(("layers.3.", "layers.2.mlp.")) and isinstance(module, nn.Linear)
+    }
+    assert has.sparsity_report(bare).total == has.sparsity_report(tiny_llama).total
+
+
 def test_the_dense_format_is_read_without_the_plugin(
     tiny_llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
