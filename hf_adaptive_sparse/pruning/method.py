@@ -76,7 +76,7 @@ class PruningMethod:
             How many weights went.
 
         Raises:
-            ValueError: If statistics are missing, or the updated weight is not finite.
+            ValueError: If statistics are missing, or the updated weight is not finite in its dtype.
         """
         if self.metric.updates_weights:
             solver = SOLVERS[self.metric.name]
@@ -95,6 +95,7 @@ class PruningMethod:
                 return int(removed.sum())
             update = WEIGHT_UPDATES[self.weight_update]
             updated = update(weight, removed, _loss(inputs, name))
+        updated = updated.to(weight.dtype)
         check_finite(updated, name)
         weight.copy_(updated)
         weight.masked_fill_(removed, 0.0)

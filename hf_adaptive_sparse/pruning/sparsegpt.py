@@ -131,10 +131,13 @@ def _block_count(rows: int, columns: int, count: int, start: int, stop: int) -> 
     """Return how many weights columns ``start:stop`` lose.
 
     Each row loses the same in every block but the last, which takes what is left of ``count``: so
-    each row loses ``count // rows``, and the last block spreads the remainder one per row.
+    each row loses ``count // rows``, and the last block spreads the remainder one per row. What the
+    columns to come have no room for goes before them.
     """
-    base = count // rows
-    before = base * start // columns * rows
-    if stop == columns:
-        return count - before
-    return base * stop // columns * rows - before
+
+    def row_share(end: int) -> int:
+        beyond_room = -(-count // rows) - (columns - end)
+        return max(count // rows * end // columns, beyond_room)
+
+    before = row_share(start) * rows
+    return (count if stop == columns else row_share(stop) * rows) - before

@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
+from hf_adaptive_sparse.calibration.activations import InputStatistic
 from hf_adaptive_sparse.pruning.alps import alps
 from hf_adaptive_sparse.pruning.least_squares import least_squares
+from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import UNSTRUCTURED, parse_pattern
@@ -206,6 +208,17 @@ def test_inputs_are_not_modified():
         solver(weight, loss_of(inputs), 40, UNSTRUCTURED)
     assert torch.equal(weight, before)
     assert torch.equal(removed, mask)
+
+
+@pytest.mark.parametrize("method", [("sparsegpt", None), ("alps", None), ("magnitude", "obs")])
+def test_an_update_that_the_dtype_cannot_hold_is_refused(method):
+    weight = torch.tensor([[40_000.0, 50_000.0]], dtype=torch.float16)
+    before = weight.clone()
+    statistic = InputStatistic("up_proj", 2, True, weight.device)
+    statistic.add_(torch.ones(8, 2), None)  # one input twice: the second takes over for the first
+    with pytest.raises(ValueError, match="must be finite; 'up_proj' holds"):
+        PruningMethod.of(*method).prune_(weight, "up_proj", 1, UNSTRUCTURED, statistic)
+    assert torch.equal(weight, before)
 
 
 def test_a_hessian_that_was_given_up_is_asked_for_in_vain():

@@ -43,6 +43,24 @@ def test_counts_are_exact_in_total_and_by_row(rows, columns, ratio):
     assert (updated[~removed] != 0).all()
 
 
+@pytest.mark.parametrize("columns", [4, 5, 8, 9, 15])
+def test_every_count_is_met(columns):
+    weight, inputs = problem(3, columns)
+    factor, dead = inverse_factor(inputs.t() @ inputs)
+    for count in range(weight.numel() + 1):
+        _, removed = solve(weight, factor, dead, count, block_size=4)
+        assert int(removed.sum()) == count
+        assert int(removed.sum(1).max() - removed.sum(1).min()) <= 1
+
+
+@pytest.mark.parametrize(("columns", "ratio"), [(256, 0.998), (129, 0.5)])
+def test_a_full_last_block_leaves_room_for_the_remainder(columns, ratio):
+    weight, inputs = problem(5, columns)
+    factor, dead = inverse_factor(inputs.t() @ inputs)
+    count = removal_count(weight.numel(), ratio)
+    assert int(solve(weight, factor, dead, count)[1].sum()) == count
+
+
 def test_the_update_lowers_the_output_error():
     weight, inputs = problem(32, 256)
     factor, dead = inverse_factor(inputs.t() @ inputs)
