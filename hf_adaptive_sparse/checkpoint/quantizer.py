@@ -37,7 +37,7 @@ from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
-from hf_adaptive_sparse.packing.stored_names import leaf_names, tensor_name, weight_name
+from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names, tensor_name, weight_name
 from hf_adaptive_sparse.packing.stored_weight import (
     restored_weight,
     stored_kinds,
@@ -57,6 +57,7 @@ from hf_adaptive_sparse.runtime.conversion import (
     sparse_weights,
 )
 from hf_adaptive_sparse.runtime.sparse_experts import sparse_stacks
+from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 logger = logging.getLogger(__name__)
@@ -229,11 +230,18 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Return the state dict with compressed weights, under runtime names.
 
+        That of a part of a model, whose own config says of no compression, has plain weights. A
+        ``state_dict`` that ``save_pretrained`` was given is not used: transformers passes none on.
+
         Raises:
             CheckpointError: If a weight that the config names is not there.
         """
-        config = model.config.quantization_config
-        if getattr(model, "_hf_peft_config_loaded", False) or not config.compressed_modules:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        config = getattr(model.config, "quantization_config", None)
+        if config is None:
+            return _plain_state_dict(model), {}
+        if not config.compressed_modules:
             return None, {}
         dense: dict[str, torch.Tensor] = model.state_dict()
         formats = parameter_formats(model, config)
@@ -268,6 +276,18 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             if self.consumes_model and key not in sparse:
                 empty_(model, [key])
         return state, {}
+
+
+def _plain_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the state dict with plain weights for those that are compressed in memory."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, weight in sparse_weights(model).items():
+        key = parameter_name(name, weight)
+        for kind in KINDS:
+            state.pop(tensor_name(key, kind), None)
+        held = weight.sparse_weight if isinstance(weight, SparseLinear) else weight
+        state[key] = held.to_dense()
+    return state
 
 
 def _store_plain_what_was_cast_(model: PreTrainedModel, config: SparsityConfig) -> None:
@@ -412,6 +432,11 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
         # By these transformers' Trainer refuses to train the model without adapters.
         model.hf_quantizer.runtime_choice = RuntimeChoice("sparse", "it was asked for")
         model.is_quantized = True
+        for part in model.modules():
+            # One with a config of its own is saved by itself as a plain model.
+            own = isinstance(part, PreTrainedModel) and part.config is not model.config
+            if own and sparse_weights(part):
+                part.hf_quantizer = model.hf_quantizer
         return
     # What marks a model as quantized makes transformers refuse .half(), .float() and training.
     for flag in ("is_quantized", "quantization_method"):

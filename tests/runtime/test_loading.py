@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,6 +28,7 @@ from hf_adaptive_sparse.runtime.conversion import sparse_linears
 from hf_adaptive_sparse.runtime.parameters import FrozenParameter
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
+from tests.families.tiny_models import tiny_model
 
 SPARSE = has.SparsityConfig(runtime="sparse")
 DENSE = has.SparsityConfig(runtime="dense")
@@ -178,6 +180,28 @@ def test_another_class_reads_it_too(
     save(tiny_llava, tmp_path, weight_bits=8)
     bare = AutoModel.from_pretrained(tmp_path, sparsity_config=SPARSE)
     assert len(sparse_linears(bare)) == 28
+
+
+@pytest.mark.parametrize(
+    ("family", "encoder"), [("llava", "vision_tower"), ("qwen3_vl_moe", "visual")]
+)
+def test_a_part_is_saved_as_in_the_dense_runtime(tmp_path: Path, family: str, encoder: str) -> None:
+    model = tiny_model(family)
+    whole = save(model, tmp_path / "whole", weight_bits={"*layers.1.*": 8})
+    saved = {}
+    for config in (SPARSE, DENSE):
+        loaded = type(model).from_pretrained(whole, sparsity_config=config)
+        for part in ("language_model", encoder):
+            folder = tmp_path / f"{config.runtime}-{part}"
+            getattr(loaded.model, part).save_pretrained(folder)
+            assert "quantization_config" not in (folder / "config.json").read_text()
+            saved[config.runtime, part] = load_file(folder / "model.safetensors")
+        loaded.save_pretrained(tmp_path / config.runtime)
+        assert hashes(tmp_path / config.runtime) == hashes(whole)
+    for part in ("language_model", encoder):
+        sparse, dense = saved["sparse", part], saved["dense", part]
+        assert sparse.keys() == dense.keys()
+        assert all(torch.equal(sparse[name], tensor) for name, tensor in dense.items())
 
 
 def test_the_dtype_may_be_chosen(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
