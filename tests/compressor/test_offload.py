@@ -274,7 +274,7 @@ def test_shards_of_another_model_do_not_stay(source, tmp_path):
 def test_a_run_whose_shards_are_damaged_starts_anew(source, tmp_path, caplog):
     config, output = has.SparsityConfig(metric="magnitude"), tmp_path / "out"
     interrupt(source, output, None, config)
-    [shard] = (tmp_path / "out.partial").glob("model-00003-of-*")
+    [shard] = (tmp_path / "out.adaptive-sparse.partial").glob("model-00003-of-*")
     os.truncate(shard, shard.stat().st_size - 16)
     with caplog.at_level(logging.WARNING):
         offload(source, output, None, config)
