@@ -19,6 +19,9 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
+_OURS = ".adaptive-sparse."
+"""What stands between an output's name and the role of a file or folder beside it."""
+
 
 class OutputError(OSError):
     """The output folder cannot be used as asked; the message says why and what to do."""
@@ -136,12 +139,12 @@ def _partial_folder(output: Path) -> Iterator[Path]:
 
 def is_partial(folder: Path) -> bool:
     """Whether ``folder`` is one that an interrupted job left, or that a job is writing to."""
-    return folder.name.endswith(".adaptive-sparse.partial")
+    return folder.name.endswith(_OURS + "partial")
 
 
 def _beside(output: Path, role: str) -> Path:
     """Return a path beside ``output`` by a name that no other program uses."""
-    return output.with_name(f"{output.name}.adaptive-sparse.{role}")
+    return output.with_name(output.name + _OURS + role)
 
 
 def _make(partial: Path) -> None:

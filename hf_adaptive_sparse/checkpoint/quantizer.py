@@ -57,7 +57,6 @@ from hf_adaptive_sparse.runtime.conversion import (
     sparse_weights,
 )
 from hf_adaptive_sparse.runtime.sparse_experts import sparse_stacks
-from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 logger = logging.getLogger(__name__)
@@ -285,8 +284,7 @@ def _plain_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         key = parameter_name(name, weight)
         for kind in KINDS:
             state.pop(tensor_name(key, kind), None)
-        held = weight.sparse_weight if isinstance(weight, SparseLinear) else weight
-        state[key] = held.to_dense()
+        state[key] = weight.to_dense()
     return state
 
 

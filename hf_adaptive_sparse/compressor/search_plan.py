@@ -132,7 +132,6 @@ class SearchPlan:
                 held_out=held_out,
                 objective=self.objective,
                 timeout_seconds=self.timeout_seconds,
-                modules_to_not_convert=self.excluded,
                 **self._settings(progress),
             )
 
@@ -148,7 +147,6 @@ class SearchPlan:
                 loaded.held_out,
                 self.space,
                 max_loss=self.max_loss,
-                modules_to_not_convert=self.excluded,
                 final=self._final_prune(loaded),
                 **self._settings(progress),
             )
@@ -182,6 +180,7 @@ class SearchPlan:
             "study_name": self.study_name,
             "seed": self.seed,
             "sampler": self.sampler,
+            "modules_to_not_convert": self.excluded,
             "progress": progress,
         }
 

@@ -134,7 +134,7 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
     for name, module in _counted_weights(model, config).items():
         if isinstance(module, SparseLinear):
             _check_in_memory(module.weight_bitmask, f"{name}.weight")
-            weight = module.sparse_weight.to_dense()
+            weight = module.to_dense()
             memory, stored = module.memory_bytes, module.memory_bytes - module.offset_bytes
             counted |= {id(p) for n, p in module.named_parameters() if n != "bias"}
         elif isinstance(module, SparseStack):

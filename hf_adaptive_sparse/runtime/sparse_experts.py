@@ -226,8 +226,7 @@ class SparseStack:
         Raises:
             BitmaskError: If the tensors do not make the experts' weights.
         """
-        held = self.parts
-        parts = {k: p.detach().flatten(0, 1) if k in BY_ROW else p for k, p in held.items()}
+        parts = {k: p.detach().flatten(0, 1) if k in BY_ROW else p for k, p in self.parts.items()}
         if any(part.is_meta for part in parts.values()):
             return
         masks = parts["bitmask"]

@@ -244,10 +244,14 @@ class SparseLinear(nn.Linear):
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         return operator.linear(x, weight, bias)
 
+    def to_dense(self) -> torch.Tensor:
+        """Return the weight ``(out_features, in_features)``, decompressed."""
+        return self.sparse_weight.to_dense()
+
     def to_linear(self) -> nn.Linear:
         """Return a plain ``nn.Linear`` with the decompressed weight and the same bias."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made.weight = nn.Parameter(self.sparse_weight.to_dense())
+        made.weight = nn.Parameter(self.to_dense())
         made.bias = self.bias
         return made.train(self.training)
 

@@ -21,6 +21,7 @@ from tests.families.tiny_models import tiny_model
 
 CONFIG = BartConfig(pad_token_id=0, decoder_start_token_id=7)
 NONE = -100
+FLORENCE = next(f for f in FAMILIES if f.model_type == "florence2")
 
 
 def divided(ids, labels=None, mask=None):
@@ -65,13 +66,12 @@ def test_embeddings_alone_cannot_be_divided():
 
 @pytest.fixture(scope="module")
 def florence():
-    family = next(f for f in FAMILIES if f.model_type == "florence2")
-    return tiny_model(family.model_type, family.changes).eval()
+    return tiny_model(FLORENCE.model_type, FLORENCE.changes).eval()
 
 
 @pytest.fixture(scope="module")
 def answered(florence):
-    batch = make_batch(next(f for f in FAMILIES if f.model_type == "florence2"), florence)
+    batch = make_batch(FLORENCE, florence)
     labels = torch.full_like(batch["input_ids"], NONE)
     labels[:, -4:] = batch["input_ids"][:, -4:]
     return {**batch, "labels": labels}
