@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from hf_adaptive_sparse.architecture import media_token_ids
 from hf_adaptive_sparse.calibration.questions import IGNORED
 
 
@@ -36,8 +37,9 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
     """Divide a batch in what an encoder reads and what the decoder has to predict.
 
     Of a row with labels everything before the first labelled token is read, and the labelled tokens
-    are predicted. Of a row without any, or where nothing would be left to read, the first half is
-    read and the second half predicted.
+    are predicted. Of a row without any, or where nothing would be left to read, the first half of
+    its text is read and the second half predicted. Tokens of images, videos and sounds are always
+    read: the encoder puts features in their places.
 
     Args:
         batch: Arguments of the forward, with ``input_ids`` ``(batch, seq)``, and perhaps
@@ -55,12 +57,15 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
         )
     mask = batch.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) != 0
-    order = real.cumsum(1)
-    half = real & (order <= order[:, -1:] // 2)
+    features = torch.tensor(media_token_ids(config), dtype=ids.dtype, device=ids.device)
+    media = real & torch.isin(ids, features)
+    text = real & ~media
+    order = text.cumsum(1)
+    half = text & (order <= order[:, -1:] // 2)
     labels = batch.get("labels")
     wanted = real if labels is None else real & (labels.to(ids.device) != IGNORED)
     before = real & (wanted.cumsum(1) == 0)
-    read = torch.where(before.any(1, keepdim=True), before, half)
+    read = torch.where(before.any(1, keepdim=True), before, half) | media
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     inputs["attention_mask"] = read.to(ids.dtype if mask is None else mask.dtype)
     targets = _to_the_left(ids, wanted & ~read)

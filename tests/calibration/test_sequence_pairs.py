@@ -19,7 +19,8 @@ from tests.families.catalogue import FAMILIES
 from tests.families.matrix import make_batch
 from tests.families.tiny_models import tiny_model
 
-CONFIG = BartConfig(pad_token_id=0, decoder_start_token_id=7)
+IMAGE = 4
+CONFIG = BartConfig(pad_token_id=0, decoder_start_token_id=7, image_token_id=IMAGE)
 NONE = -100
 FLORENCE = next(f for f in FAMILIES if f.model_type == "florence2")
 
@@ -53,6 +54,23 @@ def test_without_a_part_to_read_rows_are_halved(labels):
     assert divided(
         [[10, 11, 12, 13], [0, 21, 22, 23]], labels, mask=[[1, 1, 1, 1], [0, 1, 1, 1]]
     ) == ([[1, 1, 0, 0], [0, 1, 0, 0]], [[7, 12], [7, 22]], [[12, 13], [22, 23]])
+
+
+@pytest.mark.parametrize("labels", [None, [[10, IMAGE, IMAGE, IMAGE, 11, 12, 13]]])
+def test_images_are_read_and_text_alone_is_halved(labels):
+    assert divided([[10, IMAGE, IMAGE, IMAGE, 11, 12, 13]], labels) == (
+        [[1, 1, 1, 1, 1, 0, 0]],
+        [[7, 12]],
+        [[12, 13]],
+    )
+
+
+def test_an_image_in_an_answer_is_read_and_not_predicted():
+    assert divided([[10, 11, IMAGE, 12]], [[NONE, 11, IMAGE, 12]]) == (
+        [[1, 0, 1, 0]],
+        [[7, 11]],
+        [[11, 12]],
+    )
 
 
 def test_nothing_to_predict():
