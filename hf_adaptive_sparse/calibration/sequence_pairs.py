@@ -36,25 +36,63 @@ class SequencePairs:
 def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) -> SequencePairs:
     """Divide a batch in what an encoder reads and what the decoder has to predict.
 
-    Of a row with labels everything before the first labelled token is read, and the labelled tokens
-    are predicted. Of a row without any, or where nothing would be left to read, the first half of
-    its text is read and the second half predicted. Tokens of images, videos and sounds are always
-    read: the encoder puts features in their places.
+    A batch with ``decoder_input_ids`` is divided already: its encoder reads all that is no padding,
+    and its labels are predicted.
+
+    Of a row of another batch everything before the first labelled token is read, and the labelled
+    tokens are predicted. Without labels, or where nothing would be left to read, the first half of
+    the row's text is read and the second half predicted. Tokens of images, videos and sounds are
+    always read: the encoder puts features in their places.
 
     Args:
         batch: Arguments of the forward, with ``input_ids`` ``(batch, seq)``, and perhaps
-            ``attention_mask`` and ``labels`` of that shape.
+            ``attention_mask`` and ``labels`` of that shape; or with ``decoder_input_ids`` and
+            ``labels`` ``(batch, predicted)``, and perhaps ``decoder_attention_mask`` of that shape.
         config: Config of the model.
 
     Raises:
-        ValueError: If the batch has no input_ids.
+        ValueError: If the batch has no input_ids to divide, or one that is divided no labels, or
+            if shapes differ.
     """
+    if batch.get("decoder_input_ids") is None:
+        return _divided(batch, config)
+    return _given(batch)
+
+
+def _given(batch: Mapping[str, torch.Tensor]) -> SequencePairs:
+    """Return the parts of a batch with ``decoder_input_ids``."""
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError(
+            "A batch with decoder_input_ids must have labels, the token to predict at each of "
+            "them; this one has none. Add labels, or leave out decoder_input_ids: then input_ids "
+            "are divided in what is read and what is predicted."
+        )
+    for name in ("labels", "decoder_attention_mask"):
+        _check_shape(batch, name, "decoder_input_ids", "Pad them to one length.")
+    mask = batch.get("decoder_attention_mask")
+    if mask is not None:
+        labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
+    return SequencePairs({k: v for k, v in batch.items() if k != "labels"}, labels)
+
+
+def _divided(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) -> SequencePairs:
+    """Divide the ``input_ids`` of a batch."""
     ids = batch.get("input_ids")
     if ids is None:
         raise ValueError(
             "A batch for an encoder-decoder must have input_ids, which are divided in what it "
             f"reads and what it predicts; this one has {', '.join(batch) or 'nothing'}."
         )
+    if batch.get("decoder_attention_mask") is not None:
+        raise ValueError(
+            "decoder_attention_mask must come with the decoder_input_ids it belongs to; this batch "
+            "has none. Add them and their labels, or leave it out."
+        )
+    _check_shape(batch, "attention_mask", "input_ids", "It says which of them are no padding.")
+    _check_shape(
+        batch, "labels", "input_ids", "Add decoder_input_ids to labels of a length of their own."
+    )
     mask = batch.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) != 0
     features = torch.tensor(media_token_ids(config), dtype=ids.dtype, device=ids.device)
@@ -73,6 +111,15 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
     shifted = torch.cat([torch.full_like(ids[:, :1], start), targets[:, :-1]], dim=1)
     inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, padding)
     return SequencePairs(inputs, targets)
+
+
+def _check_shape(batch: Mapping[str, torch.Tensor], name: str, of: str, advice: str) -> None:
+    """Refuse a tensor of a batch that has another shape than the one called ``of``."""
+    tensor, wanted = batch.get(name), tuple(batch[of].shape)
+    if tensor is not None and tuple(tensor.shape) != wanted:
+        raise ValueError(
+            f"{name} must have the shape of {of}, {wanted}; got {tuple(tensor.shape)}. {advice}"
+        )
 
 
 def _to_the_left(ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,55 @@ def test_embeddings_alone_cannot_be_divided():
         sequence_pairs({"inputs_embeds": torch.zeros(1, 2, 4)}, CONFIG)
 
 
+GIVEN = {
+    "input_ids": torch.tensor([[10, 11, 12]]),
+    "decoder_input_ids": torch.tensor([[7, 20, 21, 22]]),
+    "labels": torch.tensor([[20, 21, 22, 23]]),
+}
+
+
+def test_given_ids_are_fed_and_their_labels_predicted():
+    mask = torch.tensor([[1, 1, 1, 0]])
+    pairs = sequence_pairs({**GIVEN, "decoder_attention_mask": mask}, CONFIG)
+    assert pairs.inputs.keys() == {"input_ids", "decoder_input_ids", "decoder_attention_mask"}
+    assert pairs.inputs["decoder_input_ids"].tolist() == [[7, 20, 21, 22]]
+    assert pairs.targets.tolist() == [[20, 21, 22, NONE]]
+
+
+SHORT = torch.tensor([[20, 21]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "rule"),
+    [
+        ({**GIVEN, "labels": None}, r"with decoder_input_ids must have labels.*none"),
+        (
+            {**GIVEN, "labels": SHORT},
+            r"labels must have the shape of decoder_input_ids, \(1, 4\); got \(1, 2\)",
+        ),
+        (
+            {**GIVEN, "decoder_attention_mask": SHORT},
+            r"decoder_attention_mask must have .* decoder_input_ids, \(1, 4\); got \(1, 2\)",
+        ),
+        (
+            {"input_ids": SHORT, "decoder_attention_mask": SHORT},
+            "must come with the decoder_input_ids",
+        ),
+        (
+            {"input_ids": GIVEN["input_ids"], "labels": SHORT},
+            r"labels must .* input_ids, \(1, 3\); got \(1, 2\)\. Add decoder_input_ids",
+        ),
+        (
+            {"input_ids": GIVEN["input_ids"], "attention_mask": SHORT},
+            r"attention_mask must .* input_ids, \(1, 3\); got \(1, 2\)",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(batch, rule):
+    with pytest.raises(ValueError, match=rule):
+        sequence_pairs(batch, CONFIG)
+
+
 @pytest.fixture(scope="module")
 def florence():
     return tiny_model(FLORENCE.model_type, FLORENCE.changes).eval()
@@ -102,6 +151,16 @@ def test_florence_perplexity_is_that_of_the_models_own_loss(florence, answered):
     with torch.no_grad():
         loss = float(florence(**inputs).loss)
     assert has.perplexity(florence, [answered]) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_florence_given_ids_are_scored_as_they_are(florence, answered):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(100, 160, (1, 6), generator=generator)
+    fed = torch.cat([torch.ones_like(labels[:, :1]), labels[:, :-1]], dim=1)
+    batch = {**answered, "decoder_input_ids": fed, "labels": labels}
+    with torch.no_grad():
+        loss = float(florence(**batch).loss)
+    assert has.perplexity(florence, [batch]) == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 def test_florence_the_cache_quantises_what_the_decoder_stores(florence, answered):
