@@ -1,7 +1,8 @@
 """Statistics of what flows into the prunable weights: norms per input feature, and Hessians.
 
 One context manager places the hooks and takes them away. Which tokens count, and how much, is given
-to the statistics for each batch (`InputStatistics.token_weights`), never looked up elsewhere.
+to the statistics for each batch (`InputStatistics.token_weights` and ``encoder_weights``), never
+looked up elsewhere.
 """
 
 from __future__ import annotations
@@ -12,64 +13,15 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
-from hf_adaptive_sparse.architecture import Prunable, media_token_ids
+from hf_adaptive_sparse.architecture import Prunable
 from hf_adaptive_sparse.calibration.expert_inputs import ExpertInputs, watched_experts
-from hf_adaptive_sparse.calibration.questions import IGNORED
-from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
 from hf_adaptive_sparse.experts import ExpertStack
 
 T = TypeVar("T")
 
 _CHUNK_ELEMENTS = 1 << 20
 _HESSIAN_ROWS = 1024
-
-
-def token_weights(
-    batch: Mapping[str, torch.Tensor], config: PretrainedConfig, image_weight: float = 1.0
-) -> torch.Tensor:
-    """Return how much each token of a batch counts.
-
-    Args:
-        batch: Inputs of the model's forward, with ``input_ids`` ``(batch, seq)`` or
-            ``inputs_embeds`` ``(batch, seq, hidden)``, and perhaps ``attention_mask``
-            ``(batch, seq)``.
-        config: Config of the model, which names the tokens of images, videos and sounds.
-        image_weight: Weight of such a token.
-
-    Returns:
-        ``(batch, seq)``, float32: 0 for padding, ``image_weight`` for tokens of images,
-        videos and sounds, 1 for text. Of an encoder-decoder those of the decoder's tokens.
-
-    Raises:
-        ValueError: If the batch has neither ids nor embeddings, or a mask of another shape.
-    """
-    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
-    if ids is not None:
-        shape, device = ids.shape, ids.device
-    elif embeds is not None:
-        shape, device = embeds.shape[:2], embeds.device
-    else:
-        raise ValueError(
-            "A calibration batch must hold input_ids (batch, seq) or inputs_embeds; it has "
-            f"{', '.join(sorted(batch)) or 'nothing'}."
-        )
-    if config.is_encoder_decoder:
-        return (sequence_pairs(batch, config).targets != IGNORED).float()
-    weights = torch.ones(shape, dtype=torch.float32, device=device)
-    if ids is not None:
-        media = torch.tensor(media_token_ids(config), dtype=ids.dtype, device=ids.device)
-        weights.masked_fill_(torch.isin(ids, media), image_weight)
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        if mask.shape != shape:
-            raise ValueError(
-                f"attention_mask must have the shape of the tokens, {tuple(shape)}, so that "
-                f"padding can be left out; got {tuple(mask.shape)}."
-            )
-        weights.masked_fill_(mask.to(device) == 0, 0.0)
-    return weights
 
 
 class InputStatistic:
@@ -170,12 +122,15 @@ class InputStatistics:
 
     Attributes:
         token_weights: ``(batch, seq)``, float32: how much each token of the batch now running
-            counts. ``None``: every row counts 1. Inputs with another number of rows than tokens
-            (experts, encoder states) count 1 each.
+            counts. ``None``: every row counts 1.
+        encoder_weights: Of an encoder-decoder the same of the tokens that its encoder reads, for
+            inputs with as many rows: what cross-attention makes keys and values of. Inputs with
+            the rows of neither count 1 each.
     """
 
     def __init__(self, weights: Mapping[str, Prunable], hessian: bool = False) -> None:
         self.token_weights: torch.Tensor | None = None
+        self.encoder_weights: torch.Tensor | None = None
         linears = {n: m for n, m in weights.items() if isinstance(m, nn.Linear)}
         self._names: dict[nn.Module, str] = {module: name for name, module in linears.items()}
         self._hessian = hessian
@@ -205,10 +160,10 @@ class InputStatistics:
 
     def row_weights(self, rows: torch.Tensor, copies: int = 1) -> torch.Tensor | None:
         """Return the weights ``(rows,)`` of the batch's tokens, if these are so many copies."""
-        weights = self.token_weights
-        if weights is None or weights.numel() * copies != rows.shape[0]:
-            return None
-        return weights.reshape(-1).to(rows.device).repeat(copies)
+        for weights in (self.token_weights, self.encoder_weights):
+            if weights is not None and weights.numel() * copies == rows.shape[0]:
+                return weights.reshape(-1).to(rows.device).repeat(copies)
+        return None
 
     def add(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None) -> None:
         """Add inputs of one expert's matrix; arguments as for `InputStatistic.add_`."""
@@ -274,8 +229,8 @@ def collect_inputs(
         experts: Experts whose inputs are collected; ``None``: all.
 
     Yields:
-        The statistics; set their ``token_weights`` before each batch. They stay readable after.
-        Those of expert ``e`` of a stack go by `expert_name`.
+        The statistics; set their ``token_weights`` and ``encoder_weights`` before each batch. They
+        stay readable after. Those of expert ``e`` of a stack go by `expert_name`.
     """
     statistics = InputStatistics(weights, hessian)
     handles: list[torch.utils.hooks.RemovableHandle] = []

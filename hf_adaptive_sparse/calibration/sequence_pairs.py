@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import PretrainedConfig
 
 from hf_adaptive_sparse.architecture import media_token_ids
@@ -24,7 +25,8 @@ class SequencePairs:
 
     Attributes:
         inputs: Arguments of the forward: those of the batch with what is predicted masked out, and
-            ``decoder_input_ids`` ``(batch, predicted)`` int64.
+            ``decoder_input_ids`` ``(batch, predicted)`` int64. There are never as many as
+            ``input_ids`` in a row: a sequence's length tells which of the two parts it is of.
         targets: ``(batch, predicted)`` int64: the token that the decoder has to predict at each of
             its positions, `IGNORED` behind the last.
     """
@@ -54,9 +56,9 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
         ValueError: If the batch has no input_ids to divide, or one that is divided no labels, or
             if shapes differ.
     """
-    if batch.get("decoder_input_ids") is None:
-        return _divided(batch, config)
-    return _given(batch)
+    given = batch.get("decoder_input_ids") is not None
+    pairs = _given(batch) if given else _divided(batch, config)
+    return _of_another_length(pairs, _special_tokens(config)[0])
 
 
 def _given(batch: Mapping[str, torch.Tensor]) -> SequencePairs:
@@ -111,6 +113,28 @@ def _divided(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) -> Seq
     shifted = torch.cat([torch.full_like(ids[:, :1], start), targets[:, :-1]], dim=1)
     inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, padding)
     return SequencePairs(inputs, targets)
+
+
+def _of_another_length(pairs: SequencePairs, padding: int) -> SequencePairs:
+    """Return the pairs with a position more or less, if both parts have one length.
+
+    The last position of the decoder goes where nothing is predicted there; else one of padding
+    comes behind it. What is predicted stays the same.
+    """
+    inputs, targets = dict(pairs.inputs), pairs.targets
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if ids is None or ids.shape[1] != targets.shape[1]:
+        return pairs
+    spare = targets.shape[1] > 1 and bool((targets[:, -1] == IGNORED).all())
+    added = -1 if spare else 1
+
+    def changed(tensor: torch.Tensor, value: int) -> torch.Tensor:
+        return functional.pad(tensor, (0, added), value=value)
+
+    inputs["decoder_input_ids"] = changed(inputs["decoder_input_ids"], padding)
+    if inputs.get("decoder_attention_mask") is not None:
+        inputs["decoder_attention_mask"] = changed(inputs["decoder_attention_mask"], 0)
+    return SequencePairs(inputs, changed(targets, IGNORED))
 
 
 def _check_shape(batch: Mapping[str, torch.Tensor], name: str, of: str, advice: str) -> None:

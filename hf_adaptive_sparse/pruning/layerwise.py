@@ -10,12 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable
-from hf_adaptive_sparse.calibration.activations import (
-    InputStatistics,
-    collect_inputs,
-    token_weights,
-)
+from hf_adaptive_sparse.calibration.activations import InputStatistics, collect_inputs
 from hf_adaptive_sparse.calibration.replay import DecoderReplay
+from hf_adaptive_sparse.calibration.token_weights import encoder_weights, token_weights
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.pruning.experts import expert_passes
 from hf_adaptive_sparse.pruning.method import PruningMethod
@@ -86,6 +83,7 @@ def layer_statistics(
             "Calibration needs at least one token that is not padding and has a weight above 0; "
             f"the {len(batches)} batches hold none."
         )
+    read = [encoder_weights(batch, model.config, image_weight) for batch in batches]
     turns = {index: _turns(index, found, method) for index, found in by_layer.items()}
     if not sequential and any(len(each) > 1 for each in turns.values()):
         raise ValueError(
@@ -112,6 +110,7 @@ def layer_statistics(
                     def weigh(batch: int, statistics: InputStatistics = statistics) -> None:
                         statistics.forget_inputs()
                         statistics.token_weights = weights[batch]
+                        statistics.encoder_weights = read[batch]
 
                     # One-shot: what the dense layer puts out is what the next layer is given.
                     replay.run_layer(index, advance=not sequential, on_batch=weigh)

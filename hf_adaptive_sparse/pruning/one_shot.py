@@ -8,12 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers, fused_rows, prunable_weights
-from hf_adaptive_sparse.calibration.activations import (
-    InputStatistics,
-    collect_inputs,
-    token_weights,
-)
+from hf_adaptive_sparse.calibration.activations import InputStatistics, collect_inputs
 from hf_adaptive_sparse.calibration.replay import evaluation_mode, run_decoder
+from hf_adaptive_sparse.calibration.token_weights import encoder_weights, token_weights
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
@@ -83,6 +80,7 @@ def rank_model(
             with collect_inputs(weights) as known, evaluation_mode(model):
                 for batch in batches or ():
                     known.token_weights = token_weights(batch, model.config, image_weight)
+                    known.encoder_weights = encoder_weights(batch, model.config, image_weight)
                     run_decoder(model, batch, stop_after=layers)
                     known.forget_inputs()
                     bar.update()

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.architecture import prunable_linears
-from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
+from hf_adaptive_sparse.calibration.activations import collect_inputs
+from hf_adaptive_sparse.calibration.token_weights import token_weights
 
 
 def test_token_weights(tiny_llava, image_batches):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,11 +11,13 @@ from transformers import BartConfig
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import decoder_layers, prunable_weights
-from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
+from hf_adaptive_sparse.calibration.activations import collect_inputs
 from hf_adaptive_sparse.calibration.replay import run_decoder
 from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
+from hf_adaptive_sparse.calibration.token_weights import encoder_weights, token_weights
 from hf_adaptive_sparse.evaluation.forward import new_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.pruning.one_shot import rank_model
 from tests.families.catalogue import FAMILIES
 from tests.families.matrix import make_batch
 from tests.families.tiny_models import tiny_model
@@ -172,23 +175,77 @@ def test_florence_the_cache_quantises_what_the_decoder_stores(florence, answered
     )
 
 
-def test_florence_calibration_sees_every_token_that_is_predicted(florence, answered):
-    weights = prunable_weights(florence)
-    with collect_inputs(weights) as statistics:
-        statistics.token_weights = token_weights(answered, florence.config)
-        run_decoder(florence, answered, stop_after=decoder_layers(florence)[1])
-    layer = "model.language_model.decoder.layers.0"
-    counts = {
-        name: statistics.statistic(f"{layer}.{name}").tokens
-        for name in ("self_attn.q_proj", "encoder_attn.q_proj", "encoder_attn.k_proj", "fc1")
-    }
-    tokens = answered["input_ids"].shape[1]
-    assert counts == {
+def statistics_of(model, batch):
+    with collect_inputs(prunable_weights(model)) as statistics:
+        statistics.token_weights = token_weights(batch, model.config)
+        statistics.encoder_weights = encoder_weights(batch, model.config)
+        run_decoder(model, batch, stop_after=decoder_layers(model)[1])
+    return statistics
+
+
+LAYER = "model.language_model.decoder.layers.0"
+
+
+def counts(model, batch):
+    statistics = statistics_of(model, batch)
+    names = ("self_attn.q_proj", "encoder_attn.q_proj", "encoder_attn.k_proj", "fc1")
+    return {name: statistics.statistic(f"{LAYER}.{name}").tokens for name in names}
+
+
+def test_florence_calibration_sees_what_is_predicted_and_what_is_read(florence, answered):
+    assert counts(florence, answered) == {
         "self_attn.q_proj": 4,
         "encoder_attn.q_proj": 4,
-        "encoder_attn.k_proj": tokens,
+        "encoder_attn.k_proj": answered["input_ids"].shape[1] - 4,
         "fc1": 4,
     }
+
+
+@pytest.mark.parametrize("predicted", [5, 8])
+def test_padding_and_lengths_that_are_alike_mislead_no_statistic(florence, predicted):
+    ids, fed = torch.randint(100, 160, (2, 8)), torch.randint(100, 160, (2, 8))
+    labels = fed.clone()
+    labels[:, predicted:] = NONE
+    labels[1, 2:] = NONE
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": fed, "labels": labels}
+    assert counts(florence, batch) == {
+        "self_attn.q_proj": predicted + 2,
+        "encoder_attn.q_proj": predicted + 2,
+        "encoder_attn.k_proj": 5 + 8,
+        "fc1": predicted + 2,
+    }
+
+
+def test_what_cross_attention_reads_is_that_of_the_rows_by_themselves(florence):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 160, (2, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    rows = [{"input_ids": ids[:1, :8]}, {"input_ids": ids[1:]}]
+    name = f"{LAYER}.encoder_attn.v_proj"
+    together = statistics_of(florence, {"input_ids": ids, "attention_mask": mask})
+    apart = [statistics_of(florence, row).input_norm(name) for row in rows]
+    torch.testing.assert_close(together.input_norm(name), torch.stack(apart).norm(dim=0))
+
+
+@pytest.mark.parametrize("how", ["layer by layer", "ranked"])
+def test_what_the_padding_is_does_not_matter(florence, how):
+    ids = torch.randint(100, 160, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    removed = []
+    for padding in (0, 120):
+        batch = {"input_ids": ids.masked_fill(mask == 0, padding), "attention_mask": mask}
+        if how == "ranked":
+            ranking = rank_model(florence, [batch], low=0.4, high=0.6, progress=False)
+            removed.append({name: found.mask(0.5) for name, found in ranking.items()})
+        else:
+            model = copy.deepcopy(florence)
+            has.prune(model, has.SparsityConfig(metric="lognorm"), [batch])
+            removed.append({n: w.weight == 0 for n, w in prunable_weights(model).items()})
+    assert all(torch.equal(found, removed[1][name]) for name, found in removed[0].items())
 
 
 def test_florence_search(florence, answered):

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_adaptive_sparse.architecture import prunable_linears
-from hf_adaptive_sparse.calibration.activations import collect_inputs, token_weights
+from hf_adaptive_sparse.calibration.activations import collect_inputs
+from hf_adaptive_sparse.calibration.token_weights import token_weights
 from hf_adaptive_sparse.pruning.apply import prune_model, rank_model, resolve_ratios
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.metrics import METRICS, get_metric
