@@ -7,6 +7,7 @@ looked up elsewhere.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -56,6 +57,13 @@ class InputStatistic:
         if hessian:
             known.hessian = torch.eye(width, device=device)
         return known
+
+    def parted(self, owner: str) -> InputStatistic:
+        """Return a copy of the sums, for a linear that goes on without the others."""
+        other = copy.copy(self)
+        other.owner, other.squares = owner, self.squares.clone()
+        other.hessian = None if self.hessian is None else self.hessian.clone()
+        return other
 
     @property
     def norm(self) -> torch.Tensor:
@@ -117,8 +125,8 @@ class InputStatistics:
     """Collects the statistics of a set of linears while the model runs; see `collect_inputs`.
 
     Linears that are handed the very same tensor one after the other (query, key and value; gate and
-    up) share one statistic. Each expert of a stack has one of its own, of the tokens that were sent
-    to it.
+    up) share one statistic, until one is handed another (merged self- and cross-attention). Each
+    expert of a stack has one of its own, of the tokens that were sent to it.
 
     Attributes:
         token_weights: ``(batch, seq)``, float32: how much each token of the batch now running
@@ -135,28 +143,41 @@ class InputStatistics:
         self._names: dict[nn.Module, str] = {module: name for name, module in linears.items()}
         self._hessian = hessian
         self._statistics: dict[str, InputStatistic] = {}
-        self._last: tuple[torch.Tensor, InputStatistic] | None = None
+        self._read: dict[str, int] = {}
+        # The tensor that was read last, and the statistic of its reader before and after that.
+        self._last: tuple[torch.Tensor, InputStatistic | None, InputStatistic] | None = None
 
     def hook(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Forward pre-hook that adds the input of one of the linears."""
+        """Forward pre-hook that adds the input of one of the linears.
+
+        Raises:
+            ValueError: If the input is not finite, or a statistic that was shared cannot be parted.
+        """
         name, inputs = self._names[module], args[0].detach()
-        known = self._statistics.get(name)
-        if self._last is not None and self._last[0] is args[0]:
-            shared = self._last[1]
+        before = known = self._statistics.get(name)
+        last = self._last
+        if last is not None and last[0] is args[0] and (before is last[1] or before is last[2]):
+            known = last[2]
+        else:
             if known is None:
-                known = self._statistics[name] = shared
-            if known is shared:
-                return
-        elif known is not None and known.owner != name:
-            raise RuntimeError(
-                f"{name!r} and {known.owner!r} read the same tensor in one batch and different "
-                "ones in another; their statistics cannot be told apart."
+                known = self._new(name, inputs)
+            elif known.owner != name:
+                known = self._parted(name, known)
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            known.add_(rows, self.row_weights(rows))
+            self._last = args[0], before, known
+        self._statistics[name] = known
+        self._read[name] = known.rows
+
+    def _parted(self, name: str, shared: InputStatistic) -> InputStatistic:
+        """Return a statistic for a linear that no longer reads what it shared one for."""
+        if shared.rows != self._read[name]:
+            raise ValueError(
+                f"{name!r} must read the tensors that {shared.owner!r} reads, in every batch or in "
+                "none; it was given others after a batch in which it was not called. Leave it "
+                "dense with modules_to_not_convert, or use metric='magnitude', which needs no data."
             )
-        if known is None:
-            known = self._statistics[name] = self._new(name, inputs)
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        known.add_(rows, self.row_weights(rows))
-        self._last = args[0], known
+        return shared.parted(name)
 
     def row_weights(self, rows: torch.Tensor, copies: int = 1) -> torch.Tensor | None:
         """Return the weights ``(rows,)`` of the batch's tokens, if these are so many copies."""
@@ -189,6 +210,7 @@ class InputStatistics:
     def release(self) -> None:
         """Let go of all sums: the Hessians of one layer must not outlive its pruning."""
         self._statistics.clear()
+        self._read.clear()
         self._last = None
 
     def statistic(self, name: str) -> InputStatistic:

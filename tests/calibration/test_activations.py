@@ -109,6 +109,40 @@ def test_linears_of_one_input_share_their_sums(tiny_llama, text_batches):
     assert q.tokens == 2 * 64
 
 
+def merged_attention(q, k, v, own, other):
+    for linear, inputs in ((q, own), (k, own), (v, own), (k, other), (v, other)):
+        linear(inputs)
+
+
+def test_a_linear_that_is_handed_another_tensor_parts_from_the_others():
+    linears = {name: nn.Linear(3, 2) for name in "qkv"}
+    batches = [(torch.randn(1, 4, 3), torch.randn(1, 6, 3)) for _ in range(2)]
+    with collect_inputs(linears, hessian=True) as statistics:
+        for own, other in batches:
+            statistics.token_weights = torch.tensor([[1.0, 1, 0, 0]])
+            statistics.encoder_weights = torch.tensor([[0.0, 1, 1, 1, 1, 1]])
+            merged_attention(*linears.values(), own, other)
+    q, k, v = (statistics.statistic(name) for name in "qkv")
+    assert k is v
+    own = torch.cat([own[0, :2] for own, _ in batches])
+    both = torch.cat([own, *(other[0, 1:] for _, other in batches)])
+    for found, rows in ((q, own), (k, both)):
+        assert found.tokens == found.rows == rows.shape[0]
+        torch.testing.assert_close(found.norm, rows.norm(dim=0))
+        torch.testing.assert_close(found.hessian, rows.t() @ rows)
+
+
+def test_what_was_shared_with_more_batches_cannot_be_parted():
+    linears = {name: nn.Linear(3, 2) for name in "qk"}
+    first, second, third = torch.randn(3, 4, 3)
+    with collect_inputs(linears):
+        linears["q"](first)
+        linears["k"](first)
+        linears["q"](second)
+        with pytest.raises(ValueError, match="'k' must read the tensors that 'q' reads"):
+            linears["k"](third)
+
+
 def test_no_tokens_is_an_error_and_hooks_go_after_exceptions():
     linear = nn.Linear(3, 2)
     with collect_inputs({"a": linear}) as statistics:

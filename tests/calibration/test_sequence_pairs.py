@@ -248,6 +248,20 @@ def test_what_the_padding_is_does_not_matter(florence, how):
     assert all(torch.equal(found, removed[1][name]) for name, found in removed[0].items())
 
 
+def test_merged_attention_makes_keys_of_what_both_parts_read():
+    """T5Gemma2 hands each key and value projection the decoder's tokens, then the encoder's."""
+    model = tiny_model("t5gemma2")
+    ids = torch.randint(100, 160, (2, 12), generator=torch.Generator().manual_seed(0))
+    statistics = statistics_of(model, {"input_ids": ids})
+    query, key, value = (
+        statistics.statistic(f"model.decoder.layers.0.self_attn.{name}_proj") for name in "qkv"
+    )
+    assert (query.tokens, key.tokens) == (2 * 6, 2 * 12)
+    assert key is value
+    report = has.prune(model, has.SparsityConfig(metric="alps"), [{"input_ids": ids}])
+    assert report.mean_sparsity == 0.5
+
+
 def test_florence_search(florence, answered):
     space = has.SearchSpace(kv_group_size=4, kv_residual_length=4)
     found = has.search(florence, [answered], [answered] * 2, space, n_trials=2, progress=False)
