@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_adaptive_sparse.pruning.sparsegpt import DAMPING, inverse_factor
+from hf_adaptive_sparse.pruning.sparsegpt import DAMPING, fill_dead_, inverse_factor
 
 _EIGEN_FLOOR = 1e-8
 
@@ -37,7 +37,7 @@ class OutputLoss:
         self._spectrum: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def hessian(self) -> torch.Tensor:
-        """Return the damped Hessian ``(in, in)``, float32, with ones where a feature is dead.
+        """Return the damped Hessian ``(in, in)``, float32; of dead features see `fill_dead_`.
 
         Raises:
             ValueError: If it was given up for its factor.
@@ -46,9 +46,8 @@ class OutputLoss:
             raise ValueError("The Hessian was overwritten by its factor; ask for it before that.")
         if not self._damped:
             self._damped = True
+            fill_dead_(self._hessian)
             diagonal = self._hessian.diagonal()
-            # Such a feature is tied to no other: any positive value leaves its weights as they are.
-            diagonal[self.dead] = 1.0
             diagonal.add_(self._damping * float(diagonal.mean(dtype=torch.float64)))
         return self._hessian
 

@@ -40,14 +40,32 @@ def inverse_factor(
     Raises:
         ValueError: If no damping makes the matrix positive definite.
     """
-    dead = hessian.diagonal() == 0
-    # Such a feature is tied to no other: any positive value keeps it apart from the rest.
-    hessian.diagonal()[dead] = 1.0
+    dead = fill_dead_(hessian)
     lower = _damped_cholesky(hessian, damping, upper=False)
     # Transposed, because LAPACK writes columns: into rows it would work on a copy.
     inverse: torch.Tensor = torch.cholesky_inverse(lower, out=hessian.mT)
     del lower
     return _damped_cholesky(inverse, 0.0, upper=True), dead
+
+
+def fill_dead_(hessian: torch.Tensor) -> torch.Tensor:
+    """Give features without any signal the mean diagonal of the others, or 1 if there are none.
+
+    Such a feature is tied to no other: any positive value keeps it apart from the rest, and this
+    one leaves the mean of the diagonal, which damping is measured by, as it is.
+
+    Args:
+        hessian: ``(in, in)``, float32, symmetric, positive semi-definite.
+
+    Returns:
+        ``(in,)``, bool: the features that were filled in.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if bool(dead.any()):
+        live = diagonal[~dead]
+        diagonal[dead] = float(live.mean(dtype=torch.float64)) if live.numel() else 1.0
+    return dead
 
 
 def _damped_cholesky(matrix: torch.Tensor, damping: float, upper: bool) -> torch.Tensor:

@@ -182,6 +182,16 @@ def test_dead_features_leave_their_weights_as_they_are(update):
     assert not torch.equal(updated[:, 26:], weight[:, 26:])
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_dead_features_do_not_change_the_damping(scale):
+    _, live = problem(1, 24)
+    live *= scale
+    inputs = torch.cat([torch.zeros(len(live), 8), live], dim=1)
+    torch.testing.assert_close(loss_of(inputs).hessian()[8:, 8:], loss_of(live).hessian())
+    factors = [loss_of(each).inverse_factor(keep_hessian=False) for each in (inputs, live)]
+    torch.testing.assert_close(factors[0][8:, 8:], factors[1], rtol=1e-4, atol=1e-4 / scale)
+
+
 def test_alps_gives_dead_features_up_first():
     weight, inputs = problem(4, 32)
     inputs[:, :8] = 0
