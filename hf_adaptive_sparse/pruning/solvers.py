@@ -15,7 +15,7 @@ from hf_adaptive_sparse.pruning.least_squares import least_squares
 from hf_adaptive_sparse.pruning.metrics import Metric
 from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import Pattern
-from hf_adaptive_sparse.pruning.sparsegpt import solve
+from hf_adaptive_sparse.pruning.sparsegpt import row_losses, solve
 
 Update = Callable[[torch.Tensor, torch.Tensor, OutputLoss], torch.Tensor]
 """From weight ``(out, in)``, what is removed of it (bool) and the loss to the new weight, float32
@@ -26,8 +26,16 @@ Solver = Callable[[torch.Tensor, OutputLoss, int, Pattern], tuple[torch.Tensor, 
 
 
 def _obs(weight: torch.Tensor, removed: torch.Tensor, loss: OutputLoss) -> torch.Tensor:
+    """Update by SparseGPT; rows keep their weights where that does not lower the output error.
+
+    It can raise it: what a removed weight hands on to one that goes after it is lost again.
+    """
     factor = loss.inverse_factor(keep_hessian=False)
-    return solve(weight, factor, loss.dead, 0, mask=removed)[0]
+    updated = solve(weight, factor, loss.dead, 0, mask=removed)[0]
+    dense = weight.detach().to(torch.float32)
+    masked = dense.masked_fill(removed, 0.0)
+    worse = row_losses(dense - updated, factor) > row_losses(dense - masked, factor)
+    return torch.where(worse.unsqueeze(1), masked, updated)
 
 
 def _sparsegpt(

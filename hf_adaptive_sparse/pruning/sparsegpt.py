@@ -139,6 +139,20 @@ def solve(
     return weight.masked_fill_(removed, 0.0), removed
 
 
+def row_losses(change: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return what a change of a weight does to each output, over all calibration tokens.
+
+    Args:
+        change: ``(out, in)``, float32.
+        factor: ``(in, in)``, float32: upper factor ``U`` of the inverse Hessian.
+
+    Returns:
+        ``(out,)``, float32: ``δ H δᵀ = ‖δ U⁻¹‖²`` of each row, damping included.
+    """
+    scaled: torch.Tensor = torch.linalg.solve_triangular(factor, change, upper=True, left=False)
+    return scaled.square_().sum(dim=1)
+
+
 def _saliency(block: torch.Tensor, inverse: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
     """Return ``w² / [U_jj]²`` (rows, columns), 0 where the feature is dead."""
     scores = (block / inverse.diagonal()).square_()

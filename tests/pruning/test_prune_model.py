@@ -17,8 +17,10 @@ from hf_adaptive_sparse.calibration.token_weights import token_weights
 from hf_adaptive_sparse.pruning.apply import prune_model, rank_model, resolve_ratios
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.metrics import METRICS, get_metric
+from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import parse_pattern
 from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
+from hf_adaptive_sparse.pruning.solvers import WEIGHT_UPDATES
 from hf_adaptive_sparse.pruning.sparsegpt import inverse_factor, solve
 from tests.families.tiny_models import tiny_model
 
@@ -212,9 +214,12 @@ def test_against_a_loop_by_hand(tiny_llama, text_batches, metric, update, sequen
             mask = None
             if not chosen.updates_weights:
                 mask = mask_from_scores(chosen.score(weight, norm), ratios[name])
-            if hessian:
+            if update is not None:
+                loss = OutputLoss(statistics.statistic(name).hessian.clone())
+                weight.copy_(WEIGHT_UPDATES[update](weight, mask, loss))
+            elif hessian:
                 factor, dead = inverse_factor(statistics.statistic(name).hessian.clone())
-                weight.copy_(solve(weight, factor, dead, count, mask=mask)[0])
+                weight.copy_(solve(weight, factor, dead, count)[0])
             else:
                 weight.masked_fill_(mask, 0)
     first, second = ours.state_dict(), theirs.state_dict()
