@@ -28,7 +28,7 @@ class SequencePairs:
             ``decoder_input_ids`` ``(batch, predicted)`` int64. There are never as many as
             ``input_ids`` in a row: a sequence's length tells which of the two parts it is of.
         targets: ``(batch, predicted)`` int64: the token that the decoder has to predict at each of
-            its positions, `IGNORED` behind the last.
+            its positions, `IGNORED` where there is none.
     """
 
     inputs: dict[str, Any]
@@ -53,8 +53,8 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
         config: Config of the model.
 
     Raises:
-        ValueError: If the batch has no input_ids to divide, or one that is divided no labels, or
-            if shapes differ.
+        ValueError: If the batch has neither input_ids nor decoder_input_ids, if there are no labels
+            to decoder_input_ids, or if shapes differ.
     """
     given = batch.get("decoder_input_ids") is not None
     pairs = _given(batch) if given else _divided(batch, config)
