@@ -20,6 +20,7 @@ ROWS = 2
 
 _THREADS = 32  # of a warp
 _WORD_BYTES = 4  # of values that are read at once
+_LONG_ROW = 64  # in a warp's tiles: shorter ones keep no eight warps busy
 _PACKED_BYTES = 16  # of x, or of the output, that are read or written at once
 
 
@@ -39,7 +40,10 @@ class Tile:
 def vector_tiles(weight: SparseWeight) -> list[Tile]:
     """Return tiles for a few tokens, the first of them where none can be measured."""
     least = _THREADS * _columns(weight) // BLOCK_COLUMNS
-    return [Tile(4 * least, 4), Tile(2 * least, 2), Tile(least, 1)]
+    tiles = [Tile(warps * least, warps) for warps in (4, 2, 1)]
+    if block_count(weight.shape[1]) >= _LONG_ROW * least:
+        tiles.append(Tile(8 * least, 8))
+    return tiles
 
 
 def vector_constants(weight: SparseWeight, x: torch.Tensor, tile: Tile) -> dict[str, int]:

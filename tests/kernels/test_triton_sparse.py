@@ -95,6 +95,15 @@ def test_whole_tiles_and_parts_of_them(device, monkeypatch, dtype, bits, group):
         check(make_x(next(tokens), columns, dtype), weight, device)
 
 
+def test_rows_that_keep_eight_warps_busy(device, monkeypatch):
+    tiles = triton_sparse.vector_tiles
+    assert len(tiles(make_sparse((3, 16_320), torch.float16))) == 3
+    weight = make_sparse((3, 16_384), torch.float16)
+    monkeypatch.setattr(triton_sparse, "vector_tiles", lambda weight: tiles(weight)[3:])
+    assert [tile.warps for tile in triton_sparse.vector_tiles(weight)] == [8]
+    check(make_x(1, 16_384, torch.float16), weight, device)
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_products_with_a_part_of_the_rows(device, bits):
     """Its offsets count from the first value of all rows, and 4-bit ones may start in a byte."""
