@@ -12,10 +12,10 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,10 @@ def staged_folder(
             finds there: what it needs to resume.
 
     Raises:
-        OutputError: As :func:`check_output`, if the folder cannot be made or renamed, or if another
-            job is writing it.
+        OutputError: As :func:`check_output`, also where that has come true since; if the folder
+            cannot be made, locked or renamed; or if another job is writing it.
     """
-    check_output(output, overwrite=overwrite)
-    with _partial_folder(output) as partial:
+    with _partial_folder(output, overwrite=overwrite) as partial:
         _clear(partial, keep)
         _make(partial)
         try:
@@ -103,8 +102,7 @@ def resumable_folder(
     Raises:
         OutputError: As `staged_folder`.
     """
-    check_output(output, overwrite=overwrite)
-    with _partial_folder(output) as partial:
+    with _partial_folder(output, overwrite=overwrite) as partial:
         if not any((partial / name).is_file() for name in state_names):
             _clear(partial, ())
         _make(partial)
@@ -112,14 +110,30 @@ def resumable_folder(
 
 
 @contextmanager
-def _partial_folder(output: Path) -> Iterator[Path]:
+def _partial_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield the path of the partial folder, this job's alone, and rename it if the body succeeds.
 
     The lock goes with the process that holds it, however that ends.
     """
+    check_output(output, overwrite=overwrite)
     output = output.resolve()
     _make(output.parent)
     path = _beside(output, "lock")
+    lock = _acquired(path, output)
+    try:
+        check_output(output, overwrite=overwrite)  # a job that has just ended may have filled it
+        partial = _beside(output, "partial")
+        yield partial
+        _replace_folder(partial, output, overwrite=overwrite)
+    finally:
+        # While it is locked, so that no other job locks a file that is gone. Windows removes no
+        # file that is open; there the release does.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquired(path: Path, output: Path) -> BaseFileLock:
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -128,13 +142,13 @@ def _partial_folder(output: Path) -> Iterator[Path]:
             f"Another job is writing the output folder {output}. Wait until it has ended, or "
             "choose another folder."
         ) from error
-    try:
-        partial = _beside(output, "partial")
-        yield partial
-        _replace_folder(partial, output)
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
+        raise OutputError(
+            f"The output folder {output} cannot be locked by {path}: "
+            f"{getattr(error, 'strerror', None) or error}. Choose a folder beside which files can "
+            "be made."
+        ) from error
+    return lock
 
 
 def is_partial(folder: Path) -> bool:
@@ -167,11 +181,16 @@ def _clear(partial: Path, keep: tuple[str, ...]) -> None:
         partial.rmdir()
 
 
-def _replace_folder(partial: Path, output: Path) -> None:
-    """Rename ``partial`` to ``output``; an old ``output`` is removed only once that is done."""
+def _replace_folder(partial: Path, output: Path, *, overwrite: bool) -> None:
+    """Rename ``partial`` to ``output``; an old ``output`` is removed only once that is done.
+
+    Without ``overwrite`` only an empty one is.
+    """
     previous = _beside(output, "previous")
     try:
-        if output.exists():
+        if output.exists() and not overwrite:
+            output.rmdir()  # fails if something was put there meanwhile
+        elif output.exists():
             if previous.exists():
                 shutil.rmtree(previous)
             output.rename(previous)

@@ -6,8 +6,10 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from hf_adaptive_sparse.staging import (
     OutputError,
@@ -159,6 +161,65 @@ def test_a_second_job_with_the_same_output_is_refused(tmp_path: Path) -> None:
             pass
     assert names(output) == ["a"]
     assert names(tmp_path) == ["out"]
+
+
+def test_an_output_that_fills_up_during_the_job_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with (
+        pytest.raises(OutputError, match=f"complete and lies in .*{PARTIAL}.*not empty"),
+        staged_folder(output) as folder,
+    ):
+        (folder / "a").write_text("1")
+        output.mkdir()
+        (output / "mine").write_text("here")
+    assert names(output) == ["mine"]
+    assert names(tmp_path / PARTIAL) == ["a"]
+
+
+def test_an_output_that_fills_up_before_the_lock_is_taken_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, acquire = tmp_path / "out", FileLock.acquire
+
+    def late(lock: FileLock, *args: Any, **kwargs: Any) -> Any:
+        output.mkdir()
+        (output / "mine").write_text("here")
+        return acquire(lock, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with pytest.raises(OutputError, match="must be empty"), staged_folder(output):
+        pytest.fail("the work began")
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_empty_output_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with staged_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert names(tmp_path / "out") == ["a"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_lock_that_cannot_be_had_says_so(tmp_path: Path) -> None:
+    (tmp_path / "out.adaptive-sparse.lock").mkdir()
+    with (
+        pytest.raises(OutputError, match=r"cannot be locked by .*Is a directory.*Choose"),
+        staged_folder(tmp_path / "out"),
+    ):
+        pytest.fail("the work began")
+
+
+def test_a_lock_file_that_cannot_be_removed_while_it_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_use(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "unlink", in_use)
+    for text in ("1", "2"):
+        with staged_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "a").write_text(text)
+    assert (tmp_path / "out" / "a").read_text() == "2"
 
 
 def test_what_a_killed_job_left_is_found_again(tmp_path: Path) -> None:
