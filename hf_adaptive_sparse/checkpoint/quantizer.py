@@ -219,8 +219,10 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             )
         return sparse
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
         """Make every weight plain: what ``model.dequantize()`` asks for."""
+        if isinstance(dtype, str):  # what save_pretrained leaves in the model's config
+            dtype = getattr(torch, dtype)
         decompress_(model)
         return model.to(dtype) if dtype is not None else model
 

@@ -339,10 +339,16 @@ def test_a_state_dict_is_loaded_into_it(tiny_llama: LlamaForCausalLM, tmp_path: 
     assert_same_weights(loaded, tiny_llama)
 
 
-def test_dequantize_makes_it_plain(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saves_first", [False, True])
+def test_dequantize_makes_it_plain(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, saves_first: bool
+) -> None:
     save(tiny_llama, tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, sparsity_config=SPARSE)
+    if saves_first:  # which makes config.dtype a string
+        loaded.save_pretrained(tmp_path / "again")
     loaded.dequantize()
+    assert not hasattr(loaded.config, "quantization_config")
     assert not sparse_linears(loaded)
     assert_same_weights(loaded, tiny_llama)
 
