@@ -23,7 +23,7 @@ from hf_adaptive_sparse.hub.push import folder_files
 from hf_adaptive_sparse.packing.bitmask import compress
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from tests.conftest import llama_config
-from tests.hub_server import READER, WRITER, HubServer, running_hub
+from tests.hub_server import READER, WRITER, Blob, HubServer, running_hub
 
 REPO = "user/tiny"
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +177,19 @@ def test_stale_weights_leave_in_the_same_commit(
         "notes.safetensors.txt",
     ]
     assert len(hub.repos[REPO].history()) == before + 1
+
+
+def test_what_a_sharded_save_left_beside_the_single_file_stays_behind(
+    hub: HubServer, tmp_path: Path, tiny_llama: LlamaForCausalLM
+) -> None:
+    folder = write_compressed(tmp_path / "model", tiny_llama, shards=2)
+    write_compressed(folder, tiny_llama, ratio=0.25)
+    with pytest.raises(ValueError, match=r"hold the weights once.*Remove the older"):
+        push(hub, folder)
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    push(hub, folder)
+    expected = {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert set(hub.files(REPO)) == expected
 
 
 def test_unfinished_and_hidden_files_stay_behind(hub: HubServer, folder: Path) -> None:
@@ -384,6 +397,21 @@ def test_inspect_local_folder(folder: Path) -> None:
     assert data["sparsity"] == 0.5
     assert data["kv_cache"]["key_bits"] == [8, 6, 6, 8]
     assert data["layer_ratios"]["3"] == 0.5
+
+
+def test_inspect_reads_the_weights_that_transformers_loads(
+    hub: HubServer, tmp_path: Path, tiny_llama: LlamaForCausalLM
+) -> None:
+    sharded = write_compressed(tmp_path / "sharded", tiny_llama, shards=2)
+    push(hub, sharded)
+    hub.repos[REPO].history()[0].files["model.safetensors"] = Blob(
+        (write_compressed(sharded, tiny_llama, ratio=0.25) / "model.safetensors").read_bytes(), True
+    )
+    loaded = LlamaForCausalLM.from_pretrained(sharded)
+    zeros = (loaded.model.layers[0].mlp.up_proj.weight == 0).float().mean()
+    assert float(zeros) == pytest.approx(0.25)
+    assert inspect(sharded).sparsity[0] == pytest.approx(0.25)
+    assert inspect(REPO, endpoint=hub.endpoint).sparsity[0] == pytest.approx(0.25)
 
 
 def test_inspect_renamed_weights(tmp_path: Path, tiny_llava: PreTrainedModel) -> None:

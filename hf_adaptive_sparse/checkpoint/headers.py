@@ -200,7 +200,7 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 
     Args:
         path: A safetensors file, or a folder with ``model.safetensors`` or the shards that
-            ``model.safetensors.index.json`` names.
+            ``model.safetensors.index.json`` names; of both, the former, as in transformers.
 
     Returns:
         Tensor name -> its header.
@@ -210,6 +210,8 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     """
     if path.is_file():
         return read_file_header(path)
+    if (path / WEIGHTS_NAME).is_file():
+        return read_file_header(path / WEIGHTS_NAME)
     if (path / INDEX_NAME).is_file():
         index_file = path / INDEX_NAME
         shards = shard_names(index_file.read_bytes(), str(index_file))
@@ -217,8 +219,6 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
             if not (path / shard).is_file():
                 raise CheckpointError(f"{index_file} names {shard}, which is not there.")
         return merge_headers(read_file_header(path / shard) for shard in shards)
-    if (path / WEIGHTS_NAME).is_file():
-        return read_file_header(path / WEIGHTS_NAME)
     raise CheckpointError(f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
 
 

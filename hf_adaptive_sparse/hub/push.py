@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+from hf_adaptive_sparse.checkpoint.headers import INDEX_NAME, WEIGHTS_NAME, shard_names
 from hf_adaptive_sparse.hub.errors import LOG_IN, HubError, check_repo_id, explained
 from hf_adaptive_sparse.hub.reading import inspect
 
@@ -45,9 +46,10 @@ def push_folder(
 ) -> str:
     """Push a compressed model's folder as one commit.
 
-    Hidden files and files still being written (``*.partial``) stay behind. Nothing is sent before
-    the folder has been found complete. A push that fails leaves the branch as it was; a repo or
-    branch that the push made first stays, without the model.
+    Hidden files, files still being written (``*.partial``) and what a sharded version left beside
+    ``model.safetensors`` stay behind. Nothing is sent before the folder has been found complete. A
+    push that fails leaves the branch as it was; a repo or branch that the push made first stays,
+    without the model.
 
     Args:
         folder: What ``save_pretrained`` or ``compress`` wrote.
@@ -63,7 +65,8 @@ def push_folder(
         The address of the commit.
 
     Raises:
-        ValueError: If the repo id is invalid or the folder is not a complete compressed model.
+        ValueError: If the repo id is invalid, or the folder is not a complete compressed model or
+            holds two.
         HubError: If the Hub cannot be reached or refuses; the message says what to do.
     """
     check_repo_id(repo_id)
@@ -76,7 +79,8 @@ def push_folder(
         raise HubError(
             f"Cannot push to {repo_id!r}: that needs a token with write access; {LOG_IN}."
         )
-    files = folder_files(folder)
+    leftovers = shard_leftovers(folder)
+    files = {name: path for name, path in folder_files(folder).items() if name not in leftovers}
     api = HfApi(endpoint=endpoint, token=token)
     with explained("push to", repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=exist_ok).repo_id
@@ -115,6 +119,27 @@ def folder_files(folder: Path) -> dict[str, Path]:
         if path.is_file() and not hidden and not temporary:
             found["/".join(parts)] = path
     return found
+
+
+def shard_leftovers(folder: Path) -> set[str]:
+    """Return what is left of a sharded version that ``model.safetensors`` took the place of.
+
+    ``save_pretrained`` removes neither the index of shards nor, before it writes shards, the single
+    file, which transformers goes on loading.
+
+    Raises:
+        ValueError: If the sharded version is complete, so that either may be the newer.
+    """
+    index = folder / INDEX_NAME
+    if not (folder / WEIGHTS_NAME).is_file() or not index.is_file():
+        return set()
+    shards = shard_names(index.read_bytes(), str(index))
+    if all((folder / shard).is_file() for shard in shards):
+        raise ValueError(
+            f"A folder must hold the weights once, {folder} holds both {WEIGHTS_NAME}, which "
+            f"transformers loads, and the shards of {INDEX_NAME}. Remove the older of the two."
+        )
+    return {INDEX_NAME, *shards}
 
 
 def stale_weights(present: list[str], pushed: dict[str, Path]) -> list[str]:

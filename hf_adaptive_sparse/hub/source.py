@@ -191,14 +191,16 @@ def read_config(source: Source) -> dict[str, Any]:
 def read_tensors(source: Source) -> dict[str, TensorHeader]:
     """Return the headers of all tensors of the checkpoint.
 
+    As in transformers, a single file has precedence over shards.
+
     Raises:
         ValueError: If there are no safetensors weights, a shard is missing or damaged, or index and
             shards disagree.
     """
-    if INDEX_NAME not in source.sizes:
-        if WEIGHTS_NAME not in source.sizes:
-            raise ValueError(f"{source.name} has neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
+    if WEIGHTS_NAME in source.sizes:
         return source.tensors(WEIGHTS_NAME)
+    if INDEX_NAME not in source.sizes:
+        raise ValueError(f"{source.name} has neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
     index = read_small(source, INDEX_NAME)
     shards = shard_names(index, INDEX_NAME)
     for shard in shards:
