@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.hub import HubError, inspect, push_folder
 from hf_adaptive_sparse.hub.push import folder_files
 from hf_adaptive_sparse.packing.bitmask import compress
@@ -397,6 +398,42 @@ def test_inspect_local_folder(folder: Path) -> None:
     assert data["sparsity"] == 0.5
     assert data["kv_cache"]["key_bits"] == [8, 6, 6, 8]
     assert data["layer_ratios"]["3"] == 0.5
+
+
+def test_inspect_of_a_model_that_is_not_pruned_says_what_is_there(
+    tmp_path: Path, tiny_llava: PreTrainedModel
+) -> None:
+    kv_cache = KVCacheConfig(key_bits=(8, 6, 6, 8), value_bits=4)
+    apply_config(tiny_llava, SparsityConfig(target_sparsity=0.0, kv_cache=kv_cache), progress=False)
+    tiny_llava.save_pretrained(tmp_path / "kv")
+    text = str(inspect(tmp_path / "kv"))
+    assert "lognorm" not in text
+    assert "linears" not in text
+    assert "pruned weights" not in text
+    assert "keys of 6 or 8 bits, values of 4, groups of 64" in text
+    rows = [line.split() for line in text.splitlines()[-5:]]
+    assert [row[:2] for row in rows[1:]] == [["0", "8"], ["1", "6"], ["2", "6"], ["3", "8"]]
+    config = SparsityConfig(target_sparsity=0.0, weight_bits=8)
+    apply_config(tiny_llava, config, progress=False)
+    tiny_llava.save_pretrained(tmp_path / "bits")
+    found = inspect(tmp_path / "bits")
+    assert [m.name for m in found.modules] == list(found.weight_bits)
+    assert "quantised weights" in str(found)
+    assert "8 bits in 28 linears" in str(found)
+
+
+def test_layers_without_a_ratio_have_their_kv_bits_shown(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM
+) -> None:
+    kv_cache = KVCacheConfig(bits=(8, 6, 6, 8))
+    config = SparsityConfig(
+        metric="magnitude", kv_cache=kv_cache, modules_to_not_convert=["model.layers.[023].*"]
+    )
+    apply_config(tiny_llama, config, progress=False)
+    tiny_llama.save_pretrained(tmp_path)
+    rows = [line.split() for line in str(inspect(tmp_path)).splitlines()[-4:]]
+    assert rows[1] == ["1", "50.00%", "6", "6"]
+    assert rows[3] == ["3", "–", "8", "8"]
 
 
 def test_inspect_reads_the_weights_that_transformers_loads(

@@ -294,6 +294,24 @@ def test_dense_format_says_that_it_loads_without_the_plugin(tmp_path: Path) -> N
     assert "initialised at random" not in body
 
 
+@pytest.mark.parametrize("weight_bits", [{}, {"model.layers.0.mlp.up_proj": 8}])
+def test_a_card_of_a_model_that_is_not_pruned_speaks_of_what_is_there(
+    tmp_path: Path, weight_bits: dict[str, int]
+) -> None:
+    metadata, body = card_of(
+        tmp_path, target_sparsity=0.0, achieved_sparsity=0.0, weight_bits=weight_bits
+    )
+    assert metadata["tags"] == ["adaptive-sparse", "kv-cache"]
+    assert "its KV cache quantised layer by layer at 7 bits on average" in body
+    assert "- Pruning: none" in body.splitlines()
+    for word in ("removed", "lognorm", "unstructured", "parsity", "pruned"):
+        assert word not in body
+    assert ("initialised at random" in body) == bool(weight_bits)
+    assert ("also loads without the plugin" in body) != bool(weight_bits)
+    assert ("weights of 8 bits and its KV cache" in body) == bool(weight_bits)
+    assert ("- Weight bits: 8" in body.splitlines()) == bool(weight_bits)
+
+
 def test_local_paths_are_not_published(tmp_path: Path) -> None:
     base = tmp_path / "secret" / "my-model"
     base.mkdir(parents=True)

@@ -182,6 +182,7 @@ def save_report(
             pattern=config.pattern,
             kv_cache=kv_cache,
             kv_mean_bits=None if kv_cache is None else kv_cache.mean_bits(widths),
+            weight_bits=bits or {},
             calibration=recipe.calibration,
             evaluation=recipe.evaluation,
             seed=recipe.seed,

@@ -121,18 +121,21 @@ class Inspection:
         share = f", {stored / dense:.1%} of dense" if dense else ""
         target = f" (target {self.target_sparsity:.2%})"
         revision = f" at {self.revision[:12]}" if self.revision else ""
+        prunes = any(module.recorded_ratio != 0 for module in self.modules)
+        sizes = (f"{kind} {format_bytes(n)}" for kind, n in self.size_bytes.items() if n)
         facts = {
             "checkpoint": f"{self.source}{revision}",
             "base model": self.base_model or "not recorded",
             "architecture": self.model_type or "not recorded",
             "format": f"{self.checkpoint_format}, version {self.format_version}",
-            "metric": f"{self.metric}, {self.pattern}",
-            "sparsity": f"{_percent(self.sparsity)} of {len(self.modules)} linears{target}",
-            "pruned weights": f"{format_bytes(stored)}{share}",
-            "all weights": format_bytes(sum(self.size_bytes.values()))
-            + " ("
-            + ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self.size_bytes.items())
-            + ")",
+            "metric": f"{self.metric}, {self.pattern}" if prunes else "none, nothing was pruned",
+        }
+        if self.modules:
+            linears = f"{_percent(self.sparsity)} of {len(self.modules)} linears{target}"
+            weights = "pruned weights" if prunes else "quantised weights"
+            facts |= {"sparsity": linears, weights: f"{format_bytes(stored)}{share}"}
+        facts |= {
+            "all weights": f"{format_bytes(sum(self.size_bytes.values()))} ({', '.join(sizes)})",
             "values": self._values_text(),
             "KV cache": self._kv_text(),
         }
@@ -153,25 +156,37 @@ class Inspection:
         if self.kv_cache is None:
             return "not quantised"
         cache = self.kv_cache
-        return f"groups of {cache.group_size}, {cache.residual_length} tokens per block"
+        keys, values = (_bits_text(cache.to_dict()[name]) for name in ("key_bits", "value_bits"))
+        return (
+            f"keys of {keys} bits, values of {values}, groups of {cache.group_size}, "
+            f"{cache.residual_length} tokens per block"
+        )
 
     def _layer_rows(self) -> list[dict[str, object]]:
+        """Return a row per layer: its ratio if it has linears, its KV bits if there is a list."""
         ratios = self.layer_ratios()
-        if not ratios:
-            return []
-        count = max(ratios) + 1
-        try:
-            kv = self.kv_cache.layer_bits(count) if self.kv_cache is not None else ()
-        except ValueError:
-            # A KV profile of another length than the pruned layers: not every layer is pruned.
-            kv = ()
+        profile = {} if self.kv_cache is None else self.kv_cache.to_dict()
+        bits = {
+            column: value if isinstance(value, list) else [value] * (max(ratios, default=-1) + 1)
+            for column, value in (
+                ("key bits", profile.get("key_bits", [])),
+                ("value bits", profile.get("value_bits", [])),
+            )
+        }
+        layers = sorted({*ratios, *(n for column in bits.values() for n in range(len(column)))})
         rows: list[dict[str, object]] = []
-        for layer, ratio in ratios.items():
-            row: dict[str, object] = {"layer": layer, "removed": f"{ratio:.2%}"}
-            if kv:
-                row |= {"key bits": kv[layer][0], "value bits": kv[layer][1]}
+        for layer in layers:
+            row: dict[str, object] = {"layer": layer}
+            if ratios:
+                row["removed"] = f"{ratios[layer]:.2%}" if layer in ratios else None
+            row |= {c: column[layer] for c, column in bits.items() if layer < len(column)}
             rows.append(row)
         return rows
+
+
+def _bits_text(bits: int | list[int]) -> str:
+    """Return the numbers of bits that occur, in words: ``"6 or 8"``."""
+    return str(bits) if isinstance(bits, int) else " or ".join(map(str, sorted(set(bits))))
 
 
 def _span(bounds: tuple[float, float]) -> float | list[float]:

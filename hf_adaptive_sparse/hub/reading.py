@@ -99,6 +99,7 @@ def _modules(
 ) -> tuple[ModuleInspection, ...]:
     """Return the linears whose ratio the config records, those of ratio 0 included."""
     recorded = config.sparsity or {}
+    stored_packed = set(config.compressed_modules)
     compressed = compressed_summary(tensors)
     for name in tensors:
         parsed = parse_tensor_name(name)
@@ -108,7 +109,7 @@ def _modules(
     by_ending = {True: _by_ending(compressed), False: _by_ending(plain)}
     unclaimed, modules = dict(compressed), []
     for name, ratio in recorded.items():
-        packed = ratio > 0 and config.checkpoint_format == "bitmask"
+        packed = name in stored_packed
         stem = _stored_name(name, by_ending[packed])
         if packed and stem in unclaimed:
             module = unclaimed.pop(stem)

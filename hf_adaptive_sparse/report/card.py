@@ -18,58 +18,21 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.files import replacing
+from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
 
 TAGS = ("adaptive-sparse", "sparsity", "pruning", "kv-cache")
+_TAGS_OF_PRUNING = ("sparsity", "pruning")
 
 PAPER = "https://arxiv.org/abs/2507.20613"
 
-_TEXT_SNIPPET = """\
-import hf_adaptive_sparse  # first: it teaches transformers to read this checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-repo = {repo}
-tokenizer = AutoTokenizer.from_pretrained(repo)
-model = AutoModelForCausalLM.from_pretrained(repo, dtype="auto")
-
-inputs = tokenizer({prompt}, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=32)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-"""
-
-_IMAGE_SNIPPET = """\
-import hf_adaptive_sparse as has  # first: it teaches transformers to read this checkpoint
-from PIL import Image
-from transformers import AutoProcessor
-
-repo = {repo}
-processor = AutoProcessor.from_pretrained(repo)
-model = has.AutoModelForVision2Seq.from_pretrained(repo, dtype="auto")
-
-image = Image.open("picture.png").convert("RGB")
-inputs = processor(images=image, text={prompt}, return_tensors="pt").to(dtype=model.dtype)
-output = model.generate(**inputs, max_new_tokens=32)
-print(processor.batch_decode(output, skip_special_tokens=True)[0])
-"""
-
-_SOUND_SNIPPET = """\
-import hf_adaptive_sparse  # first: it teaches transformers to read this checkpoint
-from transformers import AutoModelForMultimodalLM, AutoProcessor
-from transformers.audio_utils import load_audio
-
-repo = {repo}
-processor = AutoProcessor.from_pretrained(repo)
-model = AutoModelForMultimodalLM.from_pretrained(repo, dtype="auto")
-
-sound = load_audio("sound.wav", sampling_rate=16000)
-inputs = processor(audio=sound, text={prompt}, return_tensors="pt").to(dtype=model.dtype)
-output = model.generate(**inputs, max_new_tokens=32)
-print(processor.batch_decode(output, skip_special_tokens=True)[0])
-"""
-
 _WHY_IMPORT = """\
 The import comes first because transformers does not look for plugins by itself: without it the
-checkpoint still loads, with a warning, but its pruned weights are **initialised at random**."""
+checkpoint still loads, with a warning, but its compressed weights are **initialised at random**."""
+
+_PLAIN_WEIGHTS = """\
+The weights of this checkpoint are plain, so it also loads without the plugin; the import is what
+switches the quantised KV cache on."""
 
 _DENSE_FORMAT = """\
 This checkpoint stores the removed weights as zeros, so it also loads without the plugin; the
@@ -94,6 +57,7 @@ class CardFacts:
         pattern: "unstructured" or "n:m".
         kv_cache: KV profile, if there is one.
         kv_mean_bits: Its mean bits per element, weighted by width.
+        weight_bits: Bits of the values of each module whose values take fewer than 16.
         calibration: Calibration data, in words.
         evaluation: Evaluation data, in words.
         seed: Seed of the run.
@@ -120,6 +84,7 @@ class CardFacts:
     pattern: str = "unstructured"
     kv_cache: KVCacheConfig | None = None
     kv_mean_bits: float | None = None
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
     calibration: str | None = None
     evaluation: str | None = None
     seed: int | None = None
@@ -131,6 +96,11 @@ class CardFacts:
     plots: Mapping[str, str] = field(default_factory=dict)
     bound: str | None = None
     limits: Sequence[str] = ()
+
+    @property
+    def prunes(self) -> bool:
+        """Whether weights were removed."""
+        return self.target_sparsity != 0 or bool(self.achieved_sparsity)
 
 
 def write_model_card(folder: str | os.PathLike[str], *, facts: CardFacts) -> Path:
@@ -188,7 +158,7 @@ def _metadata(facts: CardFacts) -> str:
             library_name="transformers",
             license=facts.license,
             pipeline_tag=_usage(facts)[0],
-            tags=list(TAGS),
+            tags=[tag for tag in TAGS if facts.prunes or tag not in _TAGS_OF_PRUNING],
         ).to_yaml()
     )
 
@@ -217,8 +187,10 @@ def _summary(facts: CardFacts) -> str:
     if base is not None and _is_repo_id(facts.base_model):
         linked = f"[{linked}](https://huggingface.co/{base})"
     parts = []
-    if facts.achieved_sparsity is not None:
+    if facts.achieved_sparsity is not None and facts.prunes:
         parts.append(f"{100 * facts.achieved_sparsity:.2f} % of its prunable weights removed")
+    if facts.weight_bits:
+        parts.append(f"weights of {_widths(facts.weight_bits)} bits")
     if facts.kv_cache is not None:
         bits = f" at {facts.kv_mean_bits:.4g} bits on average" if facts.kv_mean_bits else ""
         parts.append(f"its KV cache quantised layer by layer{bits}")
@@ -237,23 +209,29 @@ def _snippet(facts: CardFacts) -> str:
 def _usage(facts: CardFacts) -> tuple[str, str, str]:
     """Return the Hub's name of what the model does, the snippet that does it, and its prompt."""
     if facts.accepts_images:
-        return "image-text-to-text", _IMAGE_SNIPPET, "<image>\nWhat is in the picture?"
+        return "image-text-to-text", IMAGE_SNIPPET, "<image>\nWhat is in the picture?"
     if facts.accepts_audio:
-        return "audio-text-to-text", _SOUND_SNIPPET, "<audio>\nWhat do you hear?"
-    return "text-generation", _TEXT_SNIPPET, "Once upon a time"
+        return "audio-text-to-text", SOUND_SNIPPET, "<audio>\nWhat do you hear?"
+    return "text-generation", TEXT_SNIPPET, "Once upon a time"
 
 
 def _why_import(facts: CardFacts) -> str:
-    return _DENSE_FORMAT if facts.checkpoint_format == "dense" else _WHY_IMPORT
+    if facts.prunes and facts.checkpoint_format == "dense":
+        return _DENSE_FORMAT
+    return _WHY_IMPORT if facts.prunes or facts.weight_bits else _PLAIN_WEIGHTS
 
 
 def _recipe(facts: CardFacts) -> str:
-    entries: list[tuple[str, object]] = [
-        ("Base model", _base_name(facts.base_model)),
+    pruning: list[tuple[str, object]] = [
         ("Metric", facts.metric),
         ("Pattern", facts.pattern),
         ("Target sparsity", facts.target_sparsity),
         ("Achieved sparsity", facts.achieved_sparsity),
+    ]
+    entries: list[tuple[str, object]] = [
+        ("Base model", _base_name(facts.base_model)),
+        *(pruning if facts.prunes else [("Pruning", "none")]),
+        ("Weight bits", _widths(facts.weight_bits) or None),
         ("Search", f"{facts.trials} trials" if facts.trials else "none"),
         ("Calibration", facts.calibration),
         ("Evaluation", facts.evaluation),
@@ -281,17 +259,26 @@ def _recipe(facts: CardFacts) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
-    general = [
-        "Sparsity counts the weights of the language model's decoder layers; vision tower, "
-        "projector, embeddings and output head are as dense as they were.",
+    lines = [escape_markdown(limit) for limit in facts.limits]
+    if facts.prunes:
+        lines.append(
+            "Sparsity counts the weights of the language model's decoder layers; vision tower, "
+            "projector, embeddings and output head are as dense as they were."
+        )
+    if facts.prunes and facts.checkpoint_format != "dense":
+        lines.append(
+            "The removed weights are gone from the files and are zeros in memory after loading."
+        )
+    lines += [
         "The figures above are of the data named with them; other tasks may lose more.",
         "The base model's intended uses, biases and license apply unchanged.",
     ]
-    if facts.checkpoint_format != "dense":
-        general.insert(
-            1, "The removed weights are gone from the files and are zeros in memory after loading."
-        )
-    return "\n".join(f"- {line}" for line in [*map(escape_markdown, facts.limits), *general])
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _widths(weight_bits: Mapping[str, int]) -> str:
+    """Return the numbers of bits that occur, in words: ``"4 and 8"``."""
+    return " and ".join(map(str, sorted(set(weight_bits.values()))))
 
 
 def _link(file: str) -> str:
