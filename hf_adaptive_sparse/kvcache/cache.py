@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 
 from hf_adaptive_sparse.architecture import cross_attention_layers
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
-from hf_adaptive_sparse.kvcache.saving import layer_state, restore_layer
+from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
 from hf_adaptive_sparse.profiles import FORMAT_VERSION, KVCacheConfig, check_format_version
 
@@ -129,11 +129,13 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the contents by those of another cache's ``state_dict``.
 
-        The tensors decide on the device: move them first (``map_location`` of ``torch.load``).
+        The tensors decide on the device: move them first (``map_location`` of ``torch.load``). A
+        state that is refused leaves the cache as it was.
 
         Raises:
-            ValueError: If it was written by a later version, or by a cache with another profile
-                or number of layers.
+            ValueError: If it was written by a later version, by a cache with another profile or
+                number of layers, or is damaged.
+            KeyError: If a part of it is missing.
         """
         check_format_version(state["format_version"], "the saved cache")
         profile = KVCacheConfig.from_dict(state["kv_cache"])
@@ -143,8 +145,8 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
                 f"one has {len(state['layers'])} layers and {profile.to_dict()}, this one "
                 f"{len(self)} layers and {self.kv_cache.to_dict()}."
             )
-        for layer, stored in zip(self.layers, state["layers"], strict=True):
-            restore_layer(layer, stored)
+        pairs = zip(self.layers, state["layers"], strict=True)
+        self.layers[:] = [restored_layer(layer, stored) for layer, stored in pairs]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Yield keys, values and sliding window of each layer, as ``DynamicCache`` does.

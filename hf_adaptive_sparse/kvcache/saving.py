@@ -7,6 +7,7 @@ tensors, numbers, text, None and lists and dicts of them, so that ``torch.load``
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,27 +38,30 @@ def layer_state(layer: Any) -> dict[str, Any]:
     }
 
 
-def restore_layer(layer: Any, state: Mapping[str, Any]) -> None:
-    """Make ``layer``, which is empty, hold what ``layer_state`` returned.
+def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
+    """Return a layer like ``layer`` that holds what ``layer_state`` returned, in copies.
 
     Raises:
         KeyError: If a part of it is missing.
         ValueError: If it does not fit the layer.
     """
-    if not isinstance(layer, AdaptiveQuantizedLayer):
+    made = copy.copy(layer)
+    if not isinstance(made, AdaptiveQuantizedLayer):
         for name, value in state.items():
-            if name == "device" and value is not None:
-                value = torch.device(value)
-            setattr(layer, name, value)
-        return
-    layer.reset()
-    layer.record_past = bool(state["record_past"])
+            own = _plain(value, name)
+            setattr(made, name, torch.device(own) if name == "device" and own else own)
+        return made
+    made.is_initialized = False  # so that nothing is zeroed of what it shares with the layer
+    made.reset()
+    made.record_past = bool(state["record_past"])
     if state["stores"]:
         keys, values = state["stores"]
-        layer.lazy_initialization(keys["raw"], values["raw"])
-        for store, stored in zip(layer.stores(), (keys, values), strict=True):
-            _restore_store(store, stored, layer.layer_idx)
-        layer.set_length(int(state["cumulative_length"]))
+        made.lazy_initialization(keys["raw"], values["raw"])
+        for store, stored in zip(made.stores(), (keys, values), strict=True):
+            _restore_store(store, stored, made.layer_idx)
+        _check_pair(made.stores(), made.layer_idx)
+        made.set_length(int(state["cumulative_length"]))
+    return made
 
 
 def _store_state(store: TokenStore) -> dict[str, Any]:
@@ -100,6 +104,16 @@ def _check_lengths(state: Mapping[str, Any], block_length: int, layer_idx: int) 
         raise ValueError(
             f"The saved layer {layer_idx} must have 0 to {raw.shape[2]} sinks, got {sinks}; the "
             "file is damaged."
+        )
+
+
+def _check_pair(stores: tuple[TokenStore, ...], layer_idx: int) -> None:
+    """Refuse keys and values that are not of the same sequences: kernels believe the keys."""
+    sizes = [(store.batch_size, store.kv_heads) for store in stores]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"The saved keys and values of layer {layer_idx} must have as many sequences and "
+            f"heads, got {sizes[0]} and {sizes[1]}; the file is damaged."
         )
 
 

@@ -81,10 +81,13 @@ def test_windows_and_layers_of_transformers_are_saved_too(kind):
     profile = KVCacheConfig(bits=8, residual_length=8)
     cache = AdaptiveQuantizedCache(config, profile)
     feed(model, cache, random_ids(2, 50))
-    loaded = AdaptiveQuantizedCache(config, profile)
-    loaded.load_state_dict(through_file(cache.state_dict()))
+    state = through_file(cache.state_dict())
     new = random_ids(2, 3, seed=1).split(1, dim=1)
-    assert torch.equal(feed(model, loaded, *new), feed(model, cache, *new))
+    expected = feed(model, cache, *new)
+    for _ in range(2):  # what one cache makes of a state does not change it
+        loaded = AdaptiveQuantizedCache(config, profile)
+        loaded.load_state_dict(state)
+        assert torch.equal(feed(model, loaded, *new), expected)
     assert loaded.get_mask_sizes(1, 1) == cache.get_mask_sizes(1, 1)
 
 
@@ -109,6 +112,30 @@ def test_what_does_not_fit_is_refused(tiny_llama):
     lossless = AdaptiveQuantizedCache(tiny_llama.config, KVCacheConfig(bits=16))
     with pytest.raises(ValueError, match="Layer 0 keeps 16 bits"):
         lossless.load_state_dict(state | {"kv_cache": lossless.kv_cache.to_dict()})
+
+
+def test_a_state_that_is_refused_leaves_the_cache_as_it_was(tiny_llama):
+    caches = [AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1]) for _ in range(3)]
+    for cache, tokens in zip(caches, (40, 23, 23), strict=True):
+        feed(tiny_llama, cache, random_ids(1, tokens))
+    broken = caches[0].state_dict()
+    broken["layers"][3]["stores"][1]["sinks"] = 400
+    with pytest.raises(ValueError, match="layer 3 must have"):
+        caches[1].load_state_dict(broken)
+    new = random_ids(1, 20, seed=1)
+    assert torch.equal(feed(tiny_llama, caches[1], new), feed(tiny_llama, caches[2], new))
+
+
+def test_keys_and_values_of_different_sequences_are_refused(tiny_llama):
+    """Kernels read as many values as there are keys."""
+    caches = [AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1]) for _ in range(2)]
+    for cache, batch in zip(caches, (2, 1), strict=True):
+        feed(tiny_llama, cache, random_ids(batch, 40))
+    states = [cache.state_dict() for cache in caches]
+    stores = [state["layers"][2]["stores"] for state in states]
+    stores[0][1] = stores[1][1]
+    with pytest.raises(ValueError, match=r"layer 2 must have as many sequences.*\(2, 2\) and"):
+        caches[0].load_state_dict(states[0])
 
 
 def test_what_is_not_plain_is_refused_by_name():
