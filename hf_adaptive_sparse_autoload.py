@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 PLUGIN = "hf_adaptive_sparse"
@@ -48,7 +47,11 @@ def _import_plugin() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the awaited modules as everyone else does, and has the plugin follow them."""
+    """Finds the awaited modules as everyone else does, and has the plugin follow them.
+
+    Nothing is removed from the list ``sys.meta_path``: other threads, which import other modules,
+    may be going through it, and would miss a finder.
+    """
 
     def __init__(self) -> None:
         self.executing: list[str] = []
@@ -62,12 +65,9 @@ class _Finder(MetaPathFinder):
         """Return the spec of an awaited module with a loader around its own; else None."""
         if fullname not in AWAITED:
             return None
-        position = sys.meta_path.index(self)
-        sys.meta_path.remove(self)
-        try:
-            spec = find_spec(fullname)
-        finally:
-            sys.meta_path.insert(position, self)
+        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)
         return spec
@@ -76,7 +76,7 @@ class _Finder(MetaPathFinder):
         """Import the plugin, unless an awaited module that imported this one still executes."""
         self.executing.remove(name)
         if not self.executing and self in sys.meta_path:
-            sys.meta_path.remove(self)
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
             _import_plugin()
 
 

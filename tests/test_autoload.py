@@ -88,6 +88,42 @@ def test_a_broken_plugin_stops_nobody() -> None:
     assert "cannot be imported, so compressed checkpoints cannot be read" in done.stderr
 
 
+SLOW_FINDER = """
+import sys, time
+from importlib.machinery import PathFinder
+
+class Slow:
+    def find_spec(name, path=None, target=None):
+        while name == "other" and any(type(f) is autoload._Finder for f in sys.meta_path):
+            time.sleep(0.01)
+
+sys.meta_path.insert(sys.meta_path.index(PathFinder), Slow)
+import transformers.quantizers
+transformers.quantizers.thread.join()
+print("hf_adaptive_sparse" in sys.modules)
+"""
+AWAITED_SOURCE = """
+import threading, time
+
+def find():
+    import other
+    print("found")
+
+thread = threading.Thread(target=find)
+thread.start()
+time.sleep(0.1)
+"""
+
+
+def test_another_thread_misses_no_finder_while_the_hook_leaves(tmp_path: Path) -> None:
+    for name in ("transformers/__init__", "transformers/quantizers", "hf_adaptive_sparse", "other"):
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(AWAITED_SOURCE if name == "transformers/quantizers" else "")
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    assert output(path + INSTALL + SLOW_FINDER) == "found\nTrue"
+
+
 def test_importing_the_plugin_first_is_the_same() -> None:
     script = INSTALL + "import hf_adaptive_sparse\n" + LOAD
     assert output(script) == "AdaptiveSparseQuantizer 0.4"
