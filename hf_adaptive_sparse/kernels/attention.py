@@ -8,7 +8,7 @@ and minima leave the inner products (``csrc/attention_body.h`` has the formulas)
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -108,7 +108,8 @@ def attend(
     Args:
         query: ``(batch, heads, queries, key head_dim)`` in the cache's dtype: float32, bfloat16 or
             float16; ``heads`` a multiple of the cache's KV heads.
-        cache: Keys and values, at most ``MAX_CODES`` tokens per block and channels per key.
+        cache: Keys and values, at most ``MAX_CODES`` tokens per block and channels per key, the
+            last dimension of each tensor contiguous.
         mask: Broadcastable to ``(batch, heads, queries, cache.length)``: bool, True where a query
             sees a token, or float32, bfloat16, float16, added to the scores.
         is_causal: Whether query ``i`` sees tokens 0 to ``i`` only, as torch has it.
@@ -119,14 +120,19 @@ def attend(
         ``(batch, queries, heads, value head_dim)``.
 
     Raises:
-        ValueError: If shapes, dtypes or devices are not those above, or there is no native library.
+        ValueError: If shapes, strides, dtypes or devices are not those above, or there is no native
+            library.
     """
-    if not is_supported(query, cache, mask):
+    # What a cache holds lies so; decoding does not ask for it once per token.
+    rows_lie_together = _rows_lie_together((cache.raw_keys, cache.raw_values))
+    if not rows_lie_together or not is_supported(query, cache, mask):
         raise ValueError(
             "The native attention takes float32, bfloat16 or float16 on the CPU, at most "
-            f"{MAX_CODES} tokens per block and channels per key, and needs the library (active "
-            f"path: {active_path()}); got {query.dtype} on {query.device}, blocks of "
-            f"{cache.blocks.block_length}, keys of {query.shape[-1]} channels."
+            f"{MAX_CODES} tokens per block and channels per key, tensors whose last dimension is "
+            f"contiguous, and needs the library (active path: {active_path()}); got {query.dtype} "
+            f"on {query.device}, blocks of {cache.blocks.block_length}, keys of "
+            f"{query.shape[-1]} channels, codes with strides {cache.blocks.keys.codes.stride()} "
+            f"and {cache.blocks.values.codes.stride()}."
         )
     cache.check_query(query)
     return compute(query, cache, mask, is_causal=is_causal, scale=scale)
@@ -195,6 +201,11 @@ class _Prepared(NamedTuple):
     path: int
 
 
+def _rows_lie_together(tensors: Iterable[torch.Tensor]) -> bool:
+    """Return whether the last dimension of each is contiguous: kernels are not told its stride."""
+    return all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in tensors)
+
+
 def _prepared(blocks: PackedBlocks) -> _Prepared | None:
     """Return the call for these blocks, made once; None where the kernels do not serve them.
 
@@ -221,6 +232,9 @@ def _prepare(blocks: PackedBlocks) -> _Prepared | None:
         # Described once for both; memory that was reserved for one only may differ.
         or keys.step.stride() != keys.minimum.stride()
         or values.step_codes.stride() != values.min_codes.stride()
+        or not _rows_lie_together(
+            (keys.codes, keys.step, values.codes, values.step_codes, values.scales)
+        )
     ):
         return None
     lengths = None

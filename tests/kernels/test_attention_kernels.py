@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from hf_adaptive_sparse.kernels import attention, library
+from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache
 from hf_adaptive_sparse.kernels.reference import attention as reference
 from hf_adaptive_sparse.kvcache.attention import pin_pair
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
@@ -370,6 +372,26 @@ def test_bad_arguments_are_refused(path):
     with pytest.raises(RuntimeError, match="expand"):
         pair = pinned(make_pair(200))
         attention.attend(query, pair.packed, torch.ones(1, 1, 1, 7, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("part", ["codes", "step", "scales", "raw"])
+def test_rows_that_do_not_lie_together_are_refused(path, part):
+    packed = pinned(make_pair(300)).packed  # two blocks
+    query = torch.ones(1, 2, 1, 64)
+
+    def spread(tensor):
+        return tensor.mT.contiguous().mT
+
+    keys, values = packed.blocks.keys, packed.blocks.values
+    if part in ("codes", "step"):
+        keys = replace(keys, **{part: spread(getattr(keys, part))})
+        keys = replace(keys, minimum=spread(keys.minimum)) if part == "step" else keys
+    if part == "scales":
+        values = replace(values, scales=spread(values.scales))
+    raw = spread(packed.raw_keys) if part == "raw" else packed.raw_keys
+    blocks = PackedBlocks(keys, values, packed.blocks.block_length)
+    with pytest.raises(ValueError, match="last dimension is contiguous"):
+        attention.attend(query, PackedCache(blocks, raw, packed.raw_values))
 
 
 FORKING = """
