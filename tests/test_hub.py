@@ -162,12 +162,9 @@ def test_stale_weights_leave_in_the_same_commit(
     hub: HubServer, tmp_path: Path, tiny_llama: LlamaForCausalLM
 ) -> None:
     push(hub, write_compressed(tmp_path / "three", tiny_llama, shards=3))
-    hub.repos[REPO].history()[0].files["pytorch_model.bin"] = (
-        hub.repos[REPO].history()[0].files["config.json"]
-    )
-    hub.repos[REPO].history()[0].files["notes.safetensors.txt"] = (
-        hub.repos[REPO].history()[0].files["config.json"]
-    )
+    files = hub.repos[REPO].history()[0].files
+    for name in ("pytorch_model.bin", "notes.safetensors.txt", "models/draft.safetensors"):
+        files[name] = files["config.json"]
     before = len(hub.repos[REPO].history())
     push(hub, write_compressed(tmp_path / "one", tiny_llama))
     assert sorted(hub.files(REPO)) == [
@@ -175,6 +172,7 @@ def test_stale_weights_leave_in_the_same_commit(
         "README.md",
         "config.json",
         "model.safetensors",
+        "models/draft.safetensors",
         "notes.safetensors.txt",
     ]
     assert len(hub.repos[REPO].history()) == before + 1

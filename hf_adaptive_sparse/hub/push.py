@@ -147,5 +147,7 @@ def stale_weights(present: list[str], pushed: dict[str, Path]) -> list[str]:
     return [
         path
         for path in present
-        if path not in pushed and any(fnmatchcase(path, pattern) for pattern in WEIGHT_PATTERNS)
+        if path not in pushed
+        and "/" not in path  # which a * matches, too
+        and any(fnmatchcase(path, pattern) for pattern in WEIGHT_PATTERNS)
     ]
