@@ -45,17 +45,25 @@ def load_processor(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Any:
     """Load a model's processor, or its tokenizer where it has no processor.
 
-    Code from the repo is never run.
+    Code from the repo is never run. Arguments are those of ``from_pretrained``.
 
     Raises:
         OSError: If the repo or folder has neither.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
-    settings = {"revision": revision or "main", "token": token, "trust_remote_code": False}
+    settings = {
+        "revision": revision or "main",
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "trust_remote_code": False,
+    }
     try:
         return AutoProcessor.from_pretrained(name_or_path, **settings)
     except ImportError as error:

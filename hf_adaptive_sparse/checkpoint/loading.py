@@ -44,7 +44,7 @@ __all__ = ["AutoModelForVision2Seq", "Calibration", "apply_config", "attach", "r
 logger = logging.getLogger(__name__)
 
 _WRAPPED = "_hf_adaptive_sparse_wrapped"
-_HUB_ARGUMENTS = ("revision", "token")
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 class AutoModelForVision2Seq(_BaseAutoModelClass):

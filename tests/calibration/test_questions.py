@@ -148,3 +148,13 @@ def test_load_processor(tmp_path) -> None:
     assert load_processor(str(tmp_path / "text"))("a")["input_ids"] == [7]
     with pytest.raises((OSError, ValueError)):
         load_processor(str(tmp_path / "missing"))
+
+
+def test_load_processor_from_a_cache_of_the_callers(tmp_path) -> None:
+    repo, commit = tmp_path / "models--user--tiny", "a" * 40
+    make_llava_processor().save_pretrained(repo / "snapshots" / commit)
+    (repo / "snapshots" / commit / "config.json").write_text('{"model_type": "llava"}')
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(commit)
+    processor = load_processor("user/tiny", cache_dir=tmp_path, local_files_only=True)
+    assert processor.image_processor is not None

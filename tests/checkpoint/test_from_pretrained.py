@@ -144,11 +144,17 @@ def test_calibration_data_are_read_with_the_repos_own_processor(
     )
     config = has.SparsityConfig(metric="wanda", calibration=calibration)
     model = AutoModelForCausalLM.from_pretrained(
-        dense_llama, sparsity_config=config, token="secret", revision="main"
+        dense_llama,
+        sparsity_config=config,
+        token="secret",
+        revision="main",
+        cache_dir="elsewhere",
+        local_files_only=True,
     )
     assert ratio(model) == 0.5
     assert seen["name"] == str(dense_llama)
     assert seen["token"] == "secret"
+    assert (seen["cache_dir"], seen["local_files_only"]) == ("elsewhere", True)
     assert (seen["source"], seen["processor"]) == ("some/data", "processor")
     assert (seen["num_samples"], seen["sequence_length"], seen["batch_size"]) == (7, 32, 2)
     provenance = model.config.quantization_config.provenance
