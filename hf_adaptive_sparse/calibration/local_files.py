@@ -23,11 +23,7 @@ def local_table(path: Path, split: str) -> Table:
         DataError: If there is no such file, or not one that can be read.
     """
     if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-        if not files:
-            raise DataError(f"A folder of data must hold parquet files; {path} holds none.")
-        files = [f for f in files if f.name.startswith(split)] or files
-        return _parquet_table(files, str(path), path)
+        return _parquet_table(data_files(path, split), str(path), path)
     if not path.is_file():
         raise DataError(
             f"{path} does not exist. Give a local {', '.join(FILE_TYPES)} file, or a Hub dataset "
@@ -43,6 +39,24 @@ def local_table(path: Path, split: str) -> Table:
         first = next(iter(read(path)), {})
         return Table(str(path), list(first), lambda _: read(path), path.parent)
     raise DataError(f"Data files must be {', '.join(FILE_TYPES)}; got {path.name}.")
+
+
+def data_files(path: Path, split: str) -> list[Path]:
+    """Return the files that `local_table` reads: itself, or of a folder its parquet files.
+
+    Args:
+        path: File or folder.
+        split: As for `local_table`.
+
+    Raises:
+        DataError: If a folder holds no parquet file.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("*.parquet"))
+    if not files:
+        raise DataError(f"A folder of data must hold parquet files; {path} holds none.")
+    return [f for f in files if f.name.startswith(split)] or files
 
 
 def _parquet_table(files: Sequence[Path], name: str, folder: Path) -> Table:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.evaluation.digests import weights_digest
 from hf_adaptive_sparse.evaluation.tasks.run import run_task
 from hf_adaptive_sparse.evaluation.tasks.task import Setting, TaskResult, find_task
 from hf_adaptive_sparse.report.files import replacing
@@ -54,6 +55,7 @@ def evaluate_tasks(
             )
     processor = model.load_processor()
     loaded = model.load()
+    weights = None if results is None else weights_digest(loaded)
     found: list[TaskResult] = []
     for task in tasks:
         result = run_task(
@@ -66,6 +68,7 @@ def evaluate_tasks(
             num_samples=num_samples,
             results=results,
             model_name=os.fspath(model.name) + (f"@{model.revision}" if model.revision else ""),
+            weights=weights,
             progress=progress,
         )
         found.append(result)

@@ -14,6 +14,10 @@ import pytest
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.cli import main
+from hf_adaptive_sparse.compressor import tasks as job
+from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.evaluation.tasks import run
+from hf_adaptive_sparse.evaluation.tasks.task import Setting
 from tests.processors import make_tokenizer
 
 HARNESS_TASK = """\
@@ -86,6 +90,24 @@ def test_tasks_resume_and_write_results(
     assert main(arguments) == 0
     assert "wikitext2" in capsys.readouterr().out
     assert (tmp_path / "results/vqav2.jsonl").read_text() == before
+
+
+def test_the_weights_are_read_once_for_all_tasks(
+    llava_folder: Path, text_file: Path, question_file: Path, tmp_path: Path, monkeypatch
+) -> None:
+    read: list[str] = []
+    for module in (job, run):
+        monkeypatch.setattr(module, "weights_digest", lambda model: read.append("") or "digest")
+    settings = {"setting": Setting(sequence_length=64), "num_samples": 1, "progress": False}
+    data = {"vqav2": str(question_file), "wikitext2": str(text_file)}
+    rows = [json.loads(line) for line in question_file.read_text().splitlines()]
+    lines = [json.dumps({**row, "answers": [row["answer"]]}) for row in rows]
+    question_file.write_text("\n".join(lines))
+    for results, count in ((None, 0), (tmp_path / "results", 1)):
+        job.evaluate_tasks(
+            ModelSource(llava_folder), list(data), data=data, results=results, **settings
+        )
+        assert len(read) == count
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ from hf_adaptive_sparse.evaluation.tasks.task import (
 )
 from hf_adaptive_sparse.profiles import KVCacheConfig, check_count
 
+SPLIT = "validation"
+"""Split of data that name none themselves."""
+
 
 def run_task(
     name: str,
@@ -41,6 +44,7 @@ def run_task(
     num_samples: int | None = None,
     results: str | os.PathLike[str] | None = None,
     model_name: str | None = None,
+    weights: str | None = None,
     token: str | bool | None = None,
     progress: bool = False,
 ) -> TaskResult:
@@ -59,6 +63,7 @@ def run_task(
             again.
         model_name: What tells the model from others in that folder; ``None`` is the name it was
             loaded by.
+        weights: What `weights_digest` returned for the model, where several tasks share it.
         token: Token for private or gated Hub datasets.
         progress: Show a progress bar.
 
@@ -81,16 +86,17 @@ def run_task(
         require_processor(processor, "image", name)
     if data is not None and not isinstance(data, str | os.PathLike):
         data = list(data)
-    table = open_table(task.default_data if data is None else data, "validation", token=token)
+    table = open_table(task.default_data if data is None else data, SPLIT, token=token)
     task.check_columns(table)
-    about = {
+    about: dict[str, Any] = {
         "task": name,
         "data": _label(data, task),
-        "content": source_digest(data),
         "model": model.config.name_or_path if model_name is None else model_name,
-        "weights": None if results is None else weights_digest(model),
         "setting": _plain(setting),
     }
+    if results is not None:
+        about["content"] = source_digest(data, SPLIT)
+        about["weights"] = weights_digest(model) if weights is None else weights
     outcomes = Outcomes(None if results is None else Path(results) / f"{name}.jsonl", about)
     keys: list[str] = []
     items = itertools.islice(task.items(table, processor, model, setting), num_samples)
