@@ -107,6 +107,18 @@ class TestPage:
         with pytest.raises(ValueError, match="no finished trial yet"):
             write_study_report(facts([row(0, state="running")]), tmp_path)
 
+    def test_a_baseline_of_0_is_compared_with_in_no_percent(self, tmp_path):
+        rows = [row(n, 0.05 * (n == 3), uniform=n == 0, key_bits=[4] * 6) for n in range(15)]
+        study = facts(rows, labels=("questions missed",))
+        assert "best questions missed, trial 0" in page_of(study, tmp_path).text
+        assert failure_signs(study) == ["The search found nothing better than the uniform profile."]
+
+    def test_a_page_that_cannot_be_made_leaves_no_folder(self, tmp_path):
+        broken = facts([row(0, 1.0, uniform=True)], space={"kv_bits": 8, "fit_bytes": "much"})
+        with pytest.raises(TypeError):
+            write_study_report(broken, tmp_path / "report")
+        assert not (tmp_path / "report").exists()
+
     def test_sizes_that_vary_give_a_front(self, tmp_path):
         rows = [row(n, 10.0 + (n - 3) ** 2, mean_kv_bits=4.0 + n, uniform=n == 0) for n in range(6)]
         page = page_of(facts(rows), tmp_path)
@@ -289,6 +301,18 @@ class TestReading:
             assert getattr(from_json, field) == getattr(from_folder, field), field
         assert from_folder.workers == 1
         assert from_folder.held_out["windows"] == 2
+
+    def test_questions_missed_are_called_so(self, study_folder):
+        (study_folder / "search.journal").unlink()
+        path = study_folder / "search.json"
+        for objective, labels in (
+            ("accuracy", ("questions missed",)),
+            ({"accuracy": 2, "kl": 1}, ("2 questions missed + 1 kl",)),
+            (["accuracy", "bytes"], ("questions missed", "bytes")),
+            ("another", ("another",)),
+        ):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"objective": objective}))
+            assert read_study(study_folder).labels == labels
 
     def test_the_command_writes_the_page(self, study_folder, capsys):
         out = study_folder / "report"

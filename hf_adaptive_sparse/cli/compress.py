@@ -27,6 +27,7 @@ from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
 from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.report import text_table
 from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.trials import evaluated
 
 
 def add_compress(commands: Any) -> None:
@@ -87,7 +88,7 @@ def run_compress(options: argparse.Namespace) -> Answer:
         lines.insert(
             1,
             f"Search: one-shot {found.goal.labels[0]} {found.best_value:.3f}, "
-            f"uniform {found.baseline:.3f}, {len(found.history)} trials.",
+            f"uniform {found.baseline:.3f}, {len(evaluated(found.history))} trials.",
         )
     if result.within is not None:
         lines[1:1] = str(result.within).splitlines()

@@ -23,6 +23,7 @@ from hf_adaptive_sparse.report import text_table
 from hf_adaptive_sparse.search.loss_budgets import budget_text
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.trials import evaluated
 
 
 def add_search(commands: Any) -> None:
@@ -77,12 +78,16 @@ def run_search(options: argparse.Namespace) -> Answer:
     uniform = "failed" if result.baseline is None else f"{result.baseline:.3f}"
     text = (
         f"Best {result.goal.labels[0]} {result.best_value:.3f} (one-shot masks; uniform: "
-        f"{uniform}) in {len(result.history)} trials.\n{where}"
+        f"{uniform}) in {len(evaluated(result.history))} trials.\n{where}"
     )
     if result.narrowing is not None:
         text += "".join(f"\n{line}" for line in result.narrowing.lines)
     if result.goal.is_front:
-        front = [{"trial": point.trial, **point.values} for point in result.pareto]
+        labels = result.goal.labels
+        front = [
+            {"trial": point.trial, **dict(zip(labels, point.values.values(), strict=True))}
+            for point in result.pareto
+        ]
         text += "\n\n" + text_table(front)
     return Answer(text, result.to_dict())
 

@@ -28,6 +28,7 @@ from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
 from hf_adaptive_sparse.report.tables import format_bytes
 from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
+from hf_adaptive_sparse.search.trials import evaluated
 from hf_adaptive_sparse.staging import OutputError
 from hf_adaptive_sparse.version import __version__
 
@@ -110,10 +111,15 @@ def save_model(
 def save_search(result: SearchResult, folder: Path) -> None:
     """Write profile, history and plots of a search into ``folder``."""
     result.save(folder)
-    plot_search_history(result.history, folder / "search.png")
+    _plot_history(result, folder)
     plot_profile(
         result.best_profile, folder / "profile.png", target_sparsity=result.target_sparsity
     )
+
+
+def _plot_history(result: SearchResult, folder: Path) -> None:
+    measure = result.goal.labels[0]
+    plot_search_history(result.history, folder / "search.png", measure=measure)
 
 
 def save_report(
@@ -149,7 +155,7 @@ def save_report(
     plots = {}
     if result is not None:
         result.save(folder)
-        plot_search_history(result.history, folder / "search.png")
+        _plot_history(result, folder)
         plots["Search history"] = "search.png"
     widths = kv_widths(model)
     if sparsity is not None or kv_cache is not None:
@@ -186,7 +192,7 @@ def save_report(
             calibration=recipe.calibration,
             evaluation=recipe.evaluation,
             seed=recipe.seed,
-            trials=None if result is None else len(result.history),
+            trials=None if result is None else len(evaluated(result.history)),
             versions=library_versions(),
             measurements=table_rows(measurements),
             plots=plots,

@@ -248,7 +248,7 @@ def _nearly_uniform(best: Row, facts: StudyFacts) -> bool:
 
 def _low_bits(facts: StudyFacts) -> list[str]:
     uniform = facts.uniform
-    if uniform is None:
+    if uniform is None or not uniform["value"]:
         return []
     lost: dict[int, int] = {}
     for row in facts.evaluated:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.search.comparison import held_out_of
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.objectives import objective_label
 from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.result import HISTORY_FILE, SearchResult
 from hf_adaptive_sparse.search.storage import open_storage, quiet_optuna, storage_errors
-from hf_adaptive_sparse.search.trials import history
+from hf_adaptive_sparse.search.trials import evaluated, history, is_set_aside
 from hf_adaptive_sparse.search.width_steps import Narrowing, narrowing_of
 from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
 
@@ -71,8 +72,7 @@ class StudyFacts:
     @property
     def evaluated(self) -> list[Row]:
         """Trials with a value or an estimate, one per distinct profile."""
-        states = ("complete", "pruned")
-        return [row for row in self.rows if row["state"] in states and not _set_aside(row)]
+        return evaluated(self.rows)
 
     @property
     def complete(self) -> list[Row]:
@@ -82,7 +82,7 @@ class StudyFacts:
     @property
     def failed(self) -> list[Row]:
         """Trials that failed for a reason of their own."""
-        return [row for row in self.rows if row["failure"] is not None and not _set_aside(row)]
+        return [row for row in self.rows if row["failure"] is not None and not is_set_aside(row)]
 
     @property
     def best(self) -> Row | None:
@@ -93,10 +93,6 @@ class StudyFacts:
     def uniform(self) -> Row | None:
         """The complete trial of the uniform profile."""
         return next((row for row in self.complete if row["uniform"]), None)
-
-
-def _set_aside(row: Row) -> bool:
-    return row["duplicate_of"] is not None or bool(row.get("withdrawn"))
 
 
 def read_study(source: str | os.PathLike[str], name: str | None = None) -> StudyFacts:
@@ -218,9 +214,9 @@ def _labels(objective: Any) -> tuple[str, ...]:
     """Return names for the figures of an objective's JSON form: a name, weights, or a list."""
     parts = objective if isinstance(objective, list) else [objective or "perplexity"]
     return tuple(
-        " + ".join(f"{weight:g} {name}" for name, weight in part.items())
+        " + ".join(f"{weight:g} {objective_label(name)}" for name, weight in part.items())
         if isinstance(part, Mapping)
-        else str(part)
+        else objective_label(str(part))
         for part in parts
     )
 

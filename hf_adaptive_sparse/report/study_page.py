@@ -52,12 +52,11 @@ def write_study_report(facts: StudyFacts, directory: str | os.PathLike[str]) -> 
         raise ValueError(
             f"The study {facts.name!r} has no finished trial yet; there is nothing to report."
         )
+    top = [_head(facts), *map(_warning, failure_signs(facts)), _figures(facts)]
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [
-        _head(facts),
-        *map(_warning, failure_signs(facts)),
-        _figures(facts),
+        *top,
         *(section(facts, folder) for section in SECTIONS),
         _foot(facts),
     ]
@@ -101,7 +100,7 @@ def _figures(facts: StudyFacts) -> str:
         entries.append((f"{best['value']:.5g}", f"best {facts.labels[0]}, trial {best['number']}"))
     if uniform is not None:
         entries.append((f"{uniform['value']:.5g}", "uniform profile"))
-        if best is not None:
+        if best is not None and uniform["value"]:
             change = 100 * (best["value"] / uniform["value"] - 1)
             entries.append((f"{change:+.2f} %", "best against uniform, searched data"))
     if facts.held_out is not None:

@@ -39,7 +39,8 @@ def plot_history(facts: StudyFacts, path: str | os.PathLike[str]) -> None:
     everything = sorted([r["value"] for r in complete] + [r["estimate"] for r in stopped])
     low = everything[0]
     middle = everything[int(0.9 * (len(everything) - 1))]
-    top = max(middle + 0.6 * (middle - low), low * 1.0005)
+    # Where nearly all are 0, as questions missed may be, there is no other scale.
+    top = max(middle + 0.6 * (middle - low), low * 1.0005) or everything[-1]
     best, running = [], float("inf")
     for row in complete:
         running = min(running, row["value"])

@@ -105,7 +105,7 @@ def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
     values = {trial.values[0] for trial in count.completed}
     if len(count.completed) > 1 and len(values) == 1:
         logger.warning(
-            "All %d profiles have the %s %r: the evaluation data cannot tell them apart.",
+            "All %d profiles have the same %s, %r: the evaluation data cannot tell them apart.",
             len(count.completed),
             goal.labels[0],
             values.pop(),

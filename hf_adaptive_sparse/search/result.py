@@ -40,7 +40,7 @@ class ParetoPoint:
 
     Attributes:
         trial: Number of its trial.
-        values: Its figures by name.
+        values: Its figures by the name of the objective.
         profile: The profile.
         config: The profile as the config that prunes a model with it.
     """
@@ -151,7 +151,7 @@ class SearchResult:
         return tuple(
             ParetoPoint(
                 trial=trial.number,
-                values=dict(zip(self.goal.labels, trial.values, strict=True)),
+                values=dict(zip(self.goal.names, trial.values, strict=True)),
                 profile=self._profile(trial),
                 config=self._config(trial),
             )
@@ -191,13 +191,14 @@ class SearchResult:
         )
 
     def _provenance(self, trial: FrozenTrial) -> dict[str, Any]:
+        figure = f"one_shot_{self.goal.labels[0].replace(' ', '_')}"
         return {
             "search": {
                 "trials": tally(self.study).attempts,
                 "seed": self.seed,
                 "best_trial": trial.number,
-                f"one_shot_{self.goal.labels[0]}": float(trial.values[0]),
-                f"one_shot_{self.goal.labels[0]}_uniform": self.baseline,
+                figure: float(trial.values[0]),
+                f"{figure}_uniform": self.baseline,
             },
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +151,17 @@ def leaves_something(trial: FrozenTrial) -> bool:
 
 def _value(trial: FrozenTrial) -> float:
     return float("inf") if trial.values is None else trial.values[0]
+
+
+def evaluated(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of a `history` with a value or an estimate, one per distinct profile."""
+    states = ("complete", "pruned")
+    return [row for row in rows if row["state"] in states and not is_set_aside(row)]
+
+
+def is_set_aside(row: Mapping[str, Any]) -> bool:
+    """Whether a row of a `history` repeats another one, or was drawn and not evaluated."""
+    return row["duplicate_of"] is not None or bool(row.get("withdrawn"))
 
 
 def history(study: Study) -> list[dict[str, Any]]:

@@ -81,6 +81,25 @@ def test_search_then_prune_by_its_profile(
     assert config["metric"] == "ria"
 
 
+def test_the_objective_and_the_trials_are_called_what_they_are(
+    capsys, llava_folder: Path, text_file: Path, question_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    few = ["--blocks", 2, "--sparsity-range", 0.025, "--kv-bits", "none", "--trials", 4]
+    code, stdout, _ = run(
+        capsys, "compress", llava_folder, "--output", out, "--objective", "accuracy", *few,
+        "--quality", "paper", "--metric", "magnitude",
+        "--evaluation", question_file, "--no-progress", *small(text_file),
+    )  # fmt: skip
+    assert code == 0
+    rows = json.loads((out / "search.json").read_text())["history"]
+    distinct = sum(row["duplicate_of"] is None for row in rows)
+    assert distinct < len(rows)
+    assert "one-shot questions missed " in stdout
+    assert f", {distinct} trials." in stdout
+    assert f"- Search: {distinct} trials\n" in (out / "README.md").read_text()
+
+
 def test_prune_by_globs_without_data(capsys, llava_folder: Path, tmp_path: Path) -> None:
     code, stdout, _ = run(
         capsys, "prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude",

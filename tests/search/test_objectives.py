@@ -173,6 +173,8 @@ class TestSearches:
     def test_errors_lie_between_none_and_all(self, run, questions):
         result = run(questions, objective="accuracy")
         assert 0.0 <= result.best_value <= 1.0
+        provenance = result.best_config.provenance["search"]
+        assert provenance["one_shot_questions_missed"] == result.best_value
 
     @pytest.mark.parametrize("name", ["answers", "accuracy"])
     def test_text_has_no_answers(self, run, name):
@@ -194,7 +196,7 @@ class TestSearches:
         monkeypatch.setattr(OBJECTIVES["answers"], "score", lambda *_: (1.0, 1))
         with caplog.at_level(logging.WARNING):
             run(questions, objective="answers")
-        assert "profiles have the answers 1.0" in caplog.text
+        assert "profiles have the same answers, 1.0" in caplog.text
 
 
 def perplexity_of(result, run, questions):
@@ -207,6 +209,8 @@ class TestGoal:
         [
             ("kl", ("kl",)),
             ({"perplexity": 0.5, "kl": 2}, ("0.5 perplexity + 2 kl",)),
+            ("accuracy", ("questions missed",)),
+            ({"accuracy": 0.5, "kl": 1}, ("0.5 questions missed + 1 kl",)),
             (("perplexity", "bytes"), ("perplexity", "bytes")),
             ([{"kl": 1.0, "answers": 3.0}, "bytes"], ("1 kl + 3 answers", "bytes")),
         ],
@@ -215,6 +219,11 @@ class TestGoal:
         goal = Goal.of(spec)
         assert goal.labels == labels
         assert Goal.of(goal.to_json()) == goal
+
+    def test_programs_read_the_names(self):
+        goal = Goal.of(["accuracy", {"accuracy": 0.5, "kl": 1}])
+        assert goal.names == ("accuracy", "0.5 accuracy + 1 kl")
+        assert goal.to_json()[0] == "accuracy"
 
     @pytest.mark.parametrize(
         ("spec", "message"),

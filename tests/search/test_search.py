@@ -401,7 +401,7 @@ def test_when_no_trial_succeeds_it_is_an_error(run, monkeypatch):
 def test_equal_values_are_remarked_on(run, monkeypatch, caplog):
     monkeypatch.setattr(Evaluator, "measure", lambda *_: valued(42.0))
     result = run()
-    assert "All 6 profiles have the perplexity 42.0" in caplog.text
+    assert "All 6 profiles have the same perplexity, 42.0" in caplog.text
     assert result.best_trial.number == 0
 
 

@@ -5,6 +5,7 @@ from hf_adaptive_sparse.search.objectives.base import (
     OBJECTIVES,
     Objective,
     get_objective,
+    objective_label,
     register_objective,
 )
 from hf_adaptive_sparse.search.objectives.goal import BYTES, Goal, ObjectiveSpec
@@ -17,6 +18,7 @@ __all__ = [
     "ObjectiveSpec",
     "divergence",
     "get_objective",
+    "objective_label",
     "register_objective",
     "tokens",
 ]

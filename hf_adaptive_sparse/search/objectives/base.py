@@ -21,11 +21,13 @@ class Objective(ABC):
 
     Attributes:
         name: What ``search(objective=...)`` calls it.
+        label: What people call its figure; the name unless it says otherwise.
         needs_dense: Whether `observe` is to be shown what the dense model predicts, before any
             weight is masked.
     """
 
     name: ClassVar[str]
+    label: ClassVar[str] = ""
     needs_dense: ClassVar[bool] = False
 
     def check(self, batches: Sequence[Batch]) -> None:  # noqa: B027 - most take any data
@@ -61,6 +63,12 @@ def register_objective(kind: type[Objective]) -> type[Objective]:
         raise ValueError(f"An objective named {kind.name!r} is registered already.")
     OBJECTIVES[kind.name] = kind
     return kind
+
+
+def objective_label(name: str) -> str:
+    """Return what people call the figure of an objective; of one that is not known, its name."""
+    kind = OBJECTIVES.get(name)
+    return (kind.label if kind is not None else "") or name
 
 
 def get_objective(name: str) -> Objective:

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from hf_adaptive_sparse.search.objectives.base import OBJECTIVES, Objective, get_objective
+from hf_adaptive_sparse.search.objectives.base import (
+    OBJECTIVES,
+    Objective,
+    get_objective,
+    objective_label,
+)
 
 BYTES = "bytes"
 """Name of the objective that is a profile's size; it needs no evaluation."""
@@ -31,9 +36,18 @@ class Quality:
     @property
     def label(self) -> str:
         """Its name for people: ``perplexity``, or ``0.5 perplexity + 0.5 kl``."""
+        return self._joined([objective_label(name) for name, _ in self.terms])
+
+    @property
+    def name(self) -> str:
+        """Its name for programs: the same of the objectives' names."""
+        return self._joined([name for name, _ in self.terms])
+
+    def _joined(self, names: Sequence[str]) -> str:
         if self._single:
-            return self.terms[0][0]
-        return " + ".join(f"{weight:g} {name}" for name, weight in self.terms)
+            return names[0]
+        weights = [weight for _, weight in self.terms]
+        return " + ".join(f"{w:g} {name}" for w, name in zip(weights, names, strict=True))
 
     @property
     def _single(self) -> bool:
@@ -113,13 +127,13 @@ class Goal:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Name of each part."""
+        """Name of each part for people."""
         return tuple(part if isinstance(part, str) else part.label for part in self.parts)
 
     @property
-    def label(self) -> str:
-        """Name of the whole: what the first part, or each of them, is."""
-        return " and ".join(self.labels)
+    def names(self) -> tuple[str, ...]:
+        """Name of each part for programs."""
+        return tuple(part if isinstance(part, str) else part.name for part in self.parts)
 
     def objectives(self) -> dict[str, Objective]:
         """Return a new objective for each name that occurs."""
@@ -133,7 +147,7 @@ class Goal:
         parts = [
             part
             if isinstance(part, str)
-            else part.label
+            else part.name
             if len(part.terms) == 1
             else dict(part.terms)
             for part in self.parts

@@ -71,6 +71,7 @@ class AnswerErrors(_OnAnswers):
     """
 
     name = "accuracy"
+    label = "questions missed"
 
     def score(self, index: int, predictions: Predictions) -> tuple[float, int]:
         """Return the questions missed and the questions asked."""
