@@ -9,6 +9,7 @@ unquantised until their block is full, so the figure errs on the side of caution
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -18,8 +19,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.questions import IGNORED
-from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, NonFiniteError
+from hf_adaptive_sparse.evaluation.forward import (
+    KVCacheChoice,
+    NonFiniteError,
+    resolve_kv_cache,
+)
 from hf_adaptive_sparse.evaluation.scoring import predict
+
+logger = logging.getLogger(__name__)
 
 
 def perplexity(
@@ -30,6 +37,8 @@ def perplexity(
     progress: bool = False,
 ) -> float:
     """Return the perplexity of the model on the batches.
+
+    Windows that are all too short for the KV cache to quantise anything are remarked on in the log.
 
     Args:
         model: A model with a language head. Its mode (train, eval) is restored.
@@ -51,7 +60,7 @@ def perplexity(
             "batches must be an iterable of batches, each a dict of tensors, got "
             f"{type(batches).__name__}. Make them from a name or a path with load_batches()."
         )
-    total, count, seen = 0.0, 0, 0
+    total, count, seen, longest = 0.0, 0, 0, 0
     bar = tqdm(batches, desc="Perplexity", unit="batch", disable=not progress)
     for index, batch in enumerate(bar):
         seen += 1
@@ -64,6 +73,7 @@ def perplexity(
             )
         total += loss
         count += tokens
+        longest = max(longest, _window_tokens(batch))
     if seen == 0:
         raise ValueError("Perplexity needs at least one batch; there are none.")
     if count == 0:
@@ -71,10 +81,31 @@ def perplexity(
             "Perplexity needs at least one scored token; all are padding, image tokens, labelled "
             f"{IGNORED}, or first in their row."
         )
+    _warn_of_short_windows(model, kv_cache, longest)
     try:
         return math.exp(total / count)
     except OverflowError:
         return math.inf
+
+
+def _window_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    return next((batch[k].shape[1] for k in ("input_ids", "inputs_embeds") if k in batch), 0)
+
+
+def _warn_of_short_windows(model: PreTrainedModel, kv_cache: KVCacheChoice, longest: int) -> None:
+    """Log that no window filled a block of the KV cache, so that its bits made no difference."""
+    config = resolve_kv_cache(model.config, kv_cache)
+    if config is None or longest >= config.sink_length + config.residual_length:
+        return
+    sinks = f" and sink_length={config.sink_length}" if config.sink_length else ""
+    logger.warning(
+        "No window (longest: %d tokens) fills a block of the KV cache (residual_length=%d%s), so "
+        "nothing is quantised and the perplexity is that of an unquantised cache. Use longer "
+        "windows or a shorter residual.",
+        longest,
+        config.residual_length,
+        sinks,
+    )
 
 
 def negative_log_likelihood(

@@ -202,3 +202,25 @@ def test_names_and_single_batches_are_refused(tiny_llama, batches: object) -> No
 def test_overflow_is_infinite(tiny_llama, monkeypatch) -> None:
     monkeypatch.setattr(module, "negative_log_likelihood", lambda *_: (1e6, 1))
     assert perplexity(tiny_llama, [single([5, 6])]) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes", "said"),
+    [
+        (31, {}, "longest: 31 tokens) fills a block of the KV cache (residual_length=32)"),
+        (32, {}, ""),
+        (35, {"sink_length": 4}, "(residual_length=32 and sink_length=4), so nothing is quantised"),
+        (36, {"sink_length": 4}, ""),
+    ],
+)
+def test_windows_that_fill_no_block_are_remarked_on(
+    tiny_llama, caplog, tokens: int, changes: dict[str, int], said: str
+) -> None:
+    config = KVCacheConfig(bits=2, residual_length=32, **changes)
+    batches = [single(row) for row in random_rows(tokens, 9)]
+    plain = perplexity(tiny_llama, batches, False)
+    assert not caplog.records
+    quantised = perplexity(tiny_llama, batches, config)
+    assert (quantised == pytest.approx(plain, rel=1e-6)) == bool(said)
+    assert len(caplog.records) == bool(said)
+    assert said in caplog.text
