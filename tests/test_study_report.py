@@ -28,6 +28,7 @@ from hf_adaptive_sparse.report.study_page import write_study_report
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.width_steps import Narrowing
 from tests.report_rows import facts, linear_rows, row
 
 HELD_OUT = {
@@ -118,6 +119,23 @@ class TestPage:
         with pytest.raises(TypeError):
             write_study_report(broken, tmp_path / "report")
         assert not (tmp_path / "report").exists()
+
+    def test_one_width_for_all_layers_is_shown_for_each(self, tmp_path):
+        names = [f"model.layers.{layer}.mlp.up_proj" for layer in (0, 2)]
+        sparsity = dict.fromkeys(names, 0.5)
+        for cache in ({"bits": 8}, {"key_bits": 8, "value_bits": 8}):
+            profile = {"format_version": 1, "sparsity": sparsity, "kv_cache": cache}
+            text = page_of(facts(linear_rows(3), profile=profile), tmp_path).text
+            assert "0 50.00 % 8 8 1 – 8 8 2 50.00 % 8 8" in text
+
+    @pytest.mark.parametrize(("target", "masks"), [(0.5, True), ("free", True), (0.0, False)])
+    def test_masks_are_told_of_where_weights_go(self, tmp_path, target, masks):
+        narrowing = Narrowing(3, 9, (), None, False, 0.0, 0, "", failure="Out of memory.")
+        space = {"target_sparsity": target, "kv_bits": [6, 8]}
+        study = facts(linear_rows(5), space=space, held_out=HELD_OUT, narrowing=narrowing)
+        text = page_of(study, tmp_path).text
+        assert text.count("with the one-shot masks of the search") == 2 * masks
+        assert "9 windows of the evaluation data" in text
 
     def test_sizes_that_vary_give_a_front(self, tmp_path):
         rows = [row(n, 10.0 + (n - 3) ** 2, mean_kv_bits=4.0 + n, uniform=n == 0) for n in range(6)]

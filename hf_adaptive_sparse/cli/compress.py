@@ -85,9 +85,10 @@ def run_compress(options: argparse.Namespace) -> Answer:
     if found is not None and found.narrowing is not None:
         lines[1:1] = found.narrowing.lines
     if found is not None and found.baseline is not None:
+        masks = "one-shot " if found.space.prunes else ""
         lines.insert(
             1,
-            f"Search: one-shot {found.goal.labels[0]} {found.best_value:.3f}, "
+            f"Search: {masks}{found.goal.labels[0]} {found.best_value:.3f}, "
             f"uniform {found.baseline:.3f}, {len(evaluated(found.history))} trials.",
         )
     if result.within is not None:

@@ -76,8 +76,9 @@ def run_search(options: argparse.Namespace) -> Answer:
     else:
         raise ValueError("Give --output DIR, or --storage for a study, or both; got neither.")
     uniform = "failed" if result.baseline is None else f"{result.baseline:.3f}"
+    masks = "one-shot masks; " if result.space.prunes else ""
     text = (
-        f"Best {result.goal.labels[0]} {result.best_value:.3f} (one-shot masks; uniform: "
+        f"Best {result.goal.labels[0]} {result.best_value:.3f} ({masks}uniform: "
         f"{uniform}) in {len(evaluated(result.history))} trials.\n{where}"
     )
     if result.narrowing is not None:

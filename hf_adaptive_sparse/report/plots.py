@@ -7,7 +7,7 @@ nothing of matplotlib is imported before the first plot.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -110,7 +110,7 @@ def plot_profile(
             layers = by_stack[largest_stack(by_stack, ratios)]
     kv: tuple[tuple[int, int], ...] = ()
     if profile.kv_cache is not None:
-        kv = profile.kv_cache.layer_bits(_layer_count(profile, num_layers, layers))
+        kv = profile.kv_cache.layer_bits(layer_count(profile, num_layers, layers))
     panels: list[Callable[[Axes], None]] = []
     if layers:
         panels.append(lambda axes: _draw_ratios(axes, layers, target_sparsity))
@@ -135,9 +135,19 @@ def plot_profile(
     save_figure(draw, path, (6.4, 1.2 + 2.4 * len(panels)))
 
 
-def _layer_count(
-    profile: CompressionProfile, num_layers: int | None, layers: Mapping[int, float]
+def layer_count(
+    profile: CompressionProfile, num_layers: int | None, layers: Collection[int]
 ) -> int:
+    """Return the decoder layers of a profile with a KV cache.
+
+    Args:
+        profile: The profile.
+        num_layers: Decoder layers where they are known.
+        layers: Positions of the layers that are known to be there.
+
+    Raises:
+        ValueError: If nothing tells how many there are.
+    """
     if num_layers is not None:
         return num_layers
     cache = profile.kv_cache

@@ -70,6 +70,11 @@ class StudyFacts:
         return float(target) if isinstance(target, int | float) and target else None
 
     @property
+    def prunes(self) -> bool:
+        """Whether profiles remove weights, and not only bits."""
+        return bool(self.space.get("target_sparsity"))
+
+    @property
     def evaluated(self) -> list[Row]:
         """Trials with a value or an estimate, one per distinct profile."""
         return evaluated(self.rows)

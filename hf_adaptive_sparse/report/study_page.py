@@ -84,7 +84,7 @@ def _head(facts: StudyFacts) -> str:
     for key, label in (("fit_bytes", "in memory"), ("size_bytes", "on disk")):
         if space.get(key):
             parts.append(f"at most {format_bytes(space[key])} {label}")
-    if space.get("target_sparsity"):
+    if facts.prunes:
         parts.append(f"ranked by {facts.metric}")
     return f"<h1>{escape(facts.name)}</h1>\n<p class=note>{escape('; '.join(parts))}</p>"
 

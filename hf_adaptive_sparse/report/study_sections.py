@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.report.layers import largest_stack, mean_by_layer
 from hf_adaptive_sparse.report.markup import duration, plot, section, table
-from hf_adaptive_sparse.report.plots import plot_profile
+from hf_adaptive_sparse.report.plots import layer_count, plot_profile
 from hf_adaptive_sparse.report.study_analysis import (
     importance,
     measured_effects,
@@ -43,9 +43,13 @@ def _held_out(facts: StudyFacts, folder: Path) -> str:
         f"{held['uniform_perplexity']:.5g} (uniform): <b>{held['change_percent']:+.2f} %</b>, "
         f"{100 * held['confidence']:.0f} % interval {held['low_percent']:+.2f} to "
         f"{held['high_percent']:+.2f} % (paired bootstrap over {held['windows']} windows, "
-        f"{held['tokens']:,} tokens), with the one-shot masks of the search."
+        f"{held['tokens']:,} tokens){_masks(facts)}."
     )
     return section("Against uniform, on held-out data", f"<p>{text}</p>")
+
+
+def _masks(facts: StudyFacts) -> str:
+    return ", with the one-shot masks of the search" if facts.prunes else ""
 
 
 def _history(facts: StudyFacts, folder: Path) -> str:
@@ -80,10 +84,9 @@ def _profile_rows(profile: CompressionProfile, numel: Mapping[str, int]) -> list
             layers.setdefault(layer, {})["weight bits"] = f"{mean:.4g}"
     cache = profile.kv_cache
     if cache is not None:
-        for label, bits in (("key bits", cache.key_bits), ("value bits", cache.value_bits)):
-            per_layer = bits if isinstance(bits, Sequence) else [bits] * len(layers)
-            for layer, width in enumerate(per_layer):
-                layers.setdefault(layer, {})[label] = width
+        pairs = cache.layer_bits(layer_count(profile, None, layers))
+        for layer, (keys, values) in enumerate(pairs):
+            layers.setdefault(layer, {}).update({"key bits": keys, "value bits": values})
     return [{"layer": layer, **cells} for layer, cells in sorted(layers.items())]
 
 
@@ -93,7 +96,7 @@ def _widths(facts: StudyFacts, folder: Path) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in facts.narrowing.lines)
     note = (
         f"The best profile against the same with narrower bits, on {facts.narrowing.windows} "
-        "windows of the evaluation data, with the one-shot masks of the search."
+        f"windows of the evaluation data{_masks(facts)}."
     )
     return section("Whether its widths are needed", f'{lines}<p class="note">{note}</p>')
 

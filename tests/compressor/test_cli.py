@@ -81,6 +81,18 @@ def test_search_then_prune_by_its_profile(
     assert config["metric"] == "ria"
 
 
+def test_a_search_of_kv_bits_alone_speaks_of_no_masks(
+    capsys, llava_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    code, stdout, _ = run(
+        capsys, "search", llava_folder, "--output", tmp_path / "found", "--trials", 2,
+        "--target-sparsity", 0, "--kv-bits", "6,8", "--evaluation", text_file,
+        "--sequence-length", 128, "--evaluation-samples", 4, "--no-progress",
+    )  # fmt: skip
+    assert code == 0
+    assert "(uniform: " in stdout
+
+
 def test_the_objective_and_the_trials_are_called_what_they_are(
     capsys, llava_folder: Path, text_file: Path, question_file: Path, tmp_path: Path
 ) -> None:
