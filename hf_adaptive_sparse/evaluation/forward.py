@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.generation import AdaptiveEncoderDecoderCache, kv_cache_config
@@ -62,6 +68,14 @@ def new_cache(model: PreTrainedModel, kv_cache: KVCacheChoice) -> Cache | None:
     cache = AdaptiveQuantizedCache(model.config, config)
     if model.config.is_encoder_decoder:
         return AdaptiveEncoderDecoderCache(cache, DynamicCache())
+    return cache
+
+
+def plain_cache(model: PreTrainedModel) -> Cache:
+    """Return a fresh cache that quantises nothing, as transformers makes it."""
+    cache = DynamicCache(config=model.config)
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCache(cache, DynamicCache())
     return cache
 
 

@@ -24,7 +24,7 @@ from hf_adaptive_sparse.evaluation.forward import (
     NonFiniteError,
     resolve_kv_cache,
 )
-from hf_adaptive_sparse.evaluation.scoring import predict
+from hf_adaptive_sparse.evaluation.scoring import perplexity_of, predict
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,7 @@ def perplexity(
             f"{IGNORED}, or first in their row."
         )
     _warn_of_short_windows(model, kv_cache, longest)
-    try:
-        return math.exp(total / count)
-    except OverflowError:
-        return math.inf
+    return perplexity_of(total / count)
 
 
 def _window_tokens(batch: Mapping[str, torch.Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,14 @@ from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, evaluating, new
 
 CHUNK_LOGITS = 1 << 24
 """Logits converted to float32 at once: 64 MiB of them."""
+
+
+def perplexity_of(loss: float) -> float:
+    """Return ``exp`` of a mean negative log-likelihood in nats, infinite where it overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)

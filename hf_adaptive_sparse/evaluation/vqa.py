@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_adaptive_sparse.architecture import cache_argument
 from hf_adaptive_sparse.calibration.media import (
@@ -37,6 +37,7 @@ from hf_adaptive_sparse.evaluation.forward import (
     KVCacheChoice,
     evaluating,
     new_cache,
+    plain_cache,
     to_model,
 )
 from hf_adaptive_sparse.evaluation.vqa_answers import mean_agreement, normalize_answer
@@ -249,13 +250,15 @@ def generate_answers(
         cache = new_cache(model, kv_cache)
         if cache is None and kv_cache_config(model.config) is not None:
             # Without a cache of ours, generate() would make one from the config's profile.
-            cache = DynamicCache(config=model.config)
+            cache = plain_cache(model)
         inputs[cache_argument(model)] = cache
         output = model.generate(**inputs, generation_config=settings)
     ends = settings.eos_token_id
     stops = set(ends) if isinstance(ends, Sequence) else {ends}
+    # A decoder alone repeats the prompt; one with an encoder begins with its start token.
+    begin = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     answers = []
-    for tokens in output[:, inputs["input_ids"].shape[1] :].tolist():
+    for tokens in output[:, begin:].tolist():
         length = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
         ids = tuple(tokens[:length])
         lines = tokenizer.decode(list(ids), skip_special_tokens=True).strip().splitlines()

@@ -10,10 +10,14 @@ from transformers import AutoModelForImageTextToText
 from hf_adaptive_sparse.architecture import cache_argument
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.calibration.records import DataError
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.evaluation import vqa
 from hf_adaptive_sparse.evaluation.vqa import GeneratedAnswer, generate_answers, vqa_accuracy
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from tests.families.catalogue import FAMILIES
+from tests.families.matrix import make_batch
+from tests.families.tiny_models import tiny_model
 from tests.processors import make_llava_processor, make_tokenizer
 
 
@@ -53,6 +57,24 @@ def test_batch_size_changes_no_answer(tiny_llava) -> None:
         result = vqa_accuracy(tiny_llava, processor, data, batch_size=size, keep_predictions=True)
         assert result.predictions == expected
     assert processor.tokenizer.padding_side == make_tokenizer().padding_side
+
+
+@pytest.mark.parametrize("kv_cache", [None, False, KVCacheConfig(bits=4, residual_length=2)])
+def test_an_encoder_decoder_answers_with_what_its_decoder_says(kv_cache, monkeypatch) -> None:
+    family = next(family for family in FAMILIES if family.model_type == "florence2")
+    model = tiny_model(family.model_type, family.changes).eval()
+    model.config.quantization_config = SparsityConfig(target_sparsity=0, kv_cache=8)
+    batch = make_batch(family, model)
+    monkeypatch.setattr(vqa, "encode_questions", lambda *_: batch)
+    (answer,) = generate_answers(
+        model, make_tokenizer(), rows(1), kv_cache=kv_cache, max_new_tokens=5
+    )
+    assert len(answer.ids) == 5 or answer.ended
+    if kv_cache is False:
+        del model.config.quantization_config
+        settings = vqa._greedy(model, make_tokenizer(), 5)
+        said = model.generate(**batch, generation_config=settings)[0, 1:].tolist()
+        assert list(answer.ids) == said[: len(answer.ids)]
 
 
 def test_greedy_whatever_the_generation_config_says(tiny_llava) -> None:

@@ -14,6 +14,7 @@ from hf_adaptive_sparse.calibration.records import TEXT, Records, Table
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
+from hf_adaptive_sparse.evaluation.scoring import perplexity_of
 from hf_adaptive_sparse.evaluation.tasks.task import (
     Figures,
     Item,
@@ -74,6 +75,6 @@ class WikiText2(Task):
     def figures(self, outcomes: Sequence[Outcome]) -> Figures:
         """Return ``exp(sum of nll / sum of tokens)``; its error by the delta method."""
         tokens = sum(outcome["tokens"] for outcome in outcomes)
-        value = math.exp(sum(outcome["nll"] for outcome in outcomes) / tokens)
+        value = perplexity_of(sum(outcome["nll"] for outcome in outcomes) / tokens)
         error = mean_figures([o["nll"] / o["tokens"] for o in outcomes]).standard_error
         return Figures(value, None if error is None else error * value, {"tokens": tokens})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from hf_adaptive_sparse.evaluation.scoring import Predictions
+from hf_adaptive_sparse.evaluation.scoring import Predictions, perplexity_of
 from hf_adaptive_sparse.search.objectives.base import Batch, Objective, register_objective
 
 
@@ -21,10 +20,7 @@ class Perplexity(Objective):
 
     def value(self, loss: float) -> float:
         """Return the perplexity."""
-        try:
-            return math.exp(loss)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(loss)
 
 
 class _OnAnswers(Objective):

@@ -106,6 +106,10 @@ def test_perplexity_is_weighted_by_tokens() -> None:
     assert WikiText2().figures(outcomes[:1]).standard_error is None
 
 
+def test_a_loss_that_overflows_is_an_infinite_perplexity() -> None:
+    assert WikiText2().figures([{"nll": 8000.0, "tokens": 10}]).value == math.inf
+
+
 def test_unknown_and_taken_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one of scienceqa, textvqa, vqav2, wikitext2; got 'vqa'"):
         find_task("vqa")
