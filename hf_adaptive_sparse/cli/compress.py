@@ -88,8 +88,8 @@ def run_compress(options: argparse.Namespace) -> Answer:
         masks = "one-shot " if found.space.prunes else ""
         lines.insert(
             1,
-            f"Search: {masks}{found.goal.labels[0]} {found.best_value:.3f}, "
-            f"uniform {found.baseline:.3f}, {len(evaluated(found.history))} trials.",
+            f"Search: {masks}{found.goal.labels[0]} {found.best_value:.5g}, "
+            f"uniform {found.baseline:.5g}, {len(evaluated(found.history))} trials.",
         )
     if result.within is not None:
         lines[1:1] = str(result.within).splitlines()

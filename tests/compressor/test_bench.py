@@ -116,6 +116,7 @@ def test_prune_quantises_by_glob_and_says_so_in_its_profile(
     assert all((bits == 4) == ("down" in name) for name, bits in config["weight_bits"].items())
     profile = has.CompressionProfile.load(tmp_path / "a/profile.json")
     assert profile.weight_bits == config["weight_bits"]
+    assert "- Weight bits: 4 and 8" in (tmp_path / "a/README.md").read_text().splitlines()
     again = ["--output", str(tmp_path / "b"), "--profile", str(tmp_path / "a/profile.json")]
     assert main([*arguments, *again]) == 0
     for file in (tmp_path / "a").glob("*.safetensors"):

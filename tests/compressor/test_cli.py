@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -81,16 +82,21 @@ def test_search_then_prune_by_its_profile(
     assert config["metric"] == "ria"
 
 
-def test_a_search_of_kv_bits_alone_speaks_of_no_masks(
+def test_a_search_of_kv_bits_alone_speaks_of_no_masks_and_shows_small_figures(
     capsys, llava_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     code, stdout, _ = run(
         capsys, "search", llava_folder, "--output", tmp_path / "found", "--trials", 2,
-        "--target-sparsity", 0, "--kv-bits", "6,8", "--evaluation", text_file,
+        "--target-sparsity", 0, "--kv-bits", "6,8", "--objective", "kl", "--evaluation", text_file,
         "--sequence-length", 128, "--evaluation-samples", 4, "--no-progress",
     )  # fmt: skip
     assert code == 0
-    assert "(uniform: " in stdout
+    shown = re.search(r"^Best kl (\S+) \(uniform: (\S+)\) in 2 trials", stdout)
+    assert shown is not None
+    history = json.loads((tmp_path / "found/search.json").read_text())
+    figures = (history["best_value"], history["uniform_value"])
+    assert tuple(map(float, shown.groups())) == pytest.approx(figures, rel=1e-3)
+    assert max(figures) < 1e-3
 
 
 def test_the_objective_and_the_trials_are_called_what_they_are(
