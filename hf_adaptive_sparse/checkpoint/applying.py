@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -81,6 +82,8 @@ def prune_and_resolve(
 
     Returns:
         The report, and the config with every ratio, every layer's KV bits, and the provenance.
+        Where the config asks nothing of the weights it is the one that the model carries, with
+        other KV bits.
 
     Raises:
         ValueError: If the config does not fit the model, or calibration data are needed and
@@ -134,6 +137,17 @@ def prune_and_resolve(
     else:
         report = _nothing_removed(weights, config)
     quantiser.rest_()
+    provenance = {
+        **_provenance(model, config, source, settings, batches, hub_arguments or {}),
+        **_starved(report),
+    }
+    carried = getattr(model.config, "quantization_config", None)
+    if not ratios and isinstance(carried, SparsityConfig) and carried.sparsity:
+        # The weights stay what they were pruned to, and are to be stored so.
+        resolved = copy.deepcopy(carried)
+        resolved.kv_cache = kv_cache
+        resolved.provenance = {**provenance, **carried.provenance, **config.provenance}
+        return report, resolved
     resolved = SparsityConfig(
         target_sparsity=_target(weights, config, ratios),
         metric=config.metric,
@@ -142,10 +156,7 @@ def prune_and_resolve(
         kv_cache=kv_cache,
         modules_to_not_convert=config.modules_to_not_convert,
         checkpoint_format=config.checkpoint_format,
-        provenance={
-            **_provenance(model, config, source, settings, batches, hub_arguments or {}),
-            **_starved(report),
-        },
+        provenance=provenance,
         **_optional_fields(config, weight_bits),
     )
     return report, resolved

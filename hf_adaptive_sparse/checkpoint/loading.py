@@ -65,7 +65,7 @@ def apply_config(
     The model then consists of plain weights as before (with ``runtime="sparse"`` of linears and
     experts that are compressed in memory), saves in the config's form, and reloads and generates
     exactly as one loaded with ``sparsity_config=config``. A config that it carried before is
-    replaced.
+    replaced; by one that asks nothing of the weights, its KV profile alone.
 
     Args:
         model: A `transformers` model with plain weights.

@@ -161,8 +161,9 @@ def _group_mask(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     full = columns // width * width
     removed = torch.zeros_like(scores, dtype=torch.bool)
     for part in _row_chunks(rows, columns):
-        groups = scores[part, :full].reshape(-1, width)
-        removed[part, :full] = _lowest(groups, pattern).view(-1, full)
+        if full:
+            groups = scores[part, :full].reshape(-1, width)
+            removed[part, :full] = _lowest(groups, pattern).view(-1, full)
         removed[part, full:] = _lowest(scores[part, full:], pattern)
     return removed
 

@@ -76,7 +76,8 @@ def removal_counts(ratios: Sequence[float | Fraction], numels: Sequence[int]) ->
     """Round ``ratio * numel`` to whole weights so that the total is exact.
 
     Each linear removes its share rounded down or up; the total is the rounded sum of the shares.
-    The linears whose shares lost most by rounding down are rounded up, earlier ones first.
+    The linears whose shares lost most by rounding down are rounded up, earlier ones first; none
+    that would lose its last weight by that, as long as another can take it on.
 
     Args:
         ratios: Exact ratio of each linear.
@@ -90,8 +91,12 @@ def removal_counts(ratios: Sequence[float | Fraction], numels: Sequence[int]) ->
     total = sum(shares, Fraction(0))
     owed = round(total) - sum(counts)
     order = sorted(range(len(shares)), key=lambda index: (counts[index] - shares[index], index))
-    for index in order[:owed]:
-        counts[index] += 1
+    while owed > 0:
+        # A ratio is below 1: what a tiny linear cannot lose, others do.
+        able = [index for index in order if counts[index] + 1 < numels[index]] or order
+        for index in able[:owed]:
+            counts[index] += 1
+        owed -= len(able[:owed])
     return counts
 
 

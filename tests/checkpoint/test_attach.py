@@ -40,6 +40,25 @@ def test_the_report_and_the_carried_config_describe_the_model(
     assert config.sparsity == {"*.mlp.*": 0.5, "*.q_proj": 0.25}
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_config_of_the_kv_cache_alone_leaves_what_is_known_of_the_weights(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, pattern: str
+) -> None:
+    config = has.SparsityConfig(metric="magnitude", pattern=pattern, weight_bits=8)
+    apply_config(tiny_llama, config, progress=False)
+    before = tiny_llama.config.quantization_config
+    tiny_llama.save_pretrained(tmp_path / "before")
+    apply_config(tiny_llama, has.SparsityConfig(target_sparsity=0, kv_cache=6), progress=False)
+    carried = tiny_llama.config.quantization_config
+    assert carried.kv_cache.key_bits == (6, 6, 6, 6)
+    assert before.kv_cache is None
+    changed = {k for k, v in carried.to_dict().items() if v != before.to_dict().get(k)}
+    assert changed == {"kv_cache"}
+    tiny_llama.save_pretrained(tmp_path / "after")
+    files = [tmp_path / folder / "model.safetensors" for folder in ("before", "after")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_the_model_stays_plain(tiny_llama: LlamaForCausalLM, text_batches: Batches) -> None:
     apply_config(tiny_llama, has.SparsityConfig(), text_batches, progress=False)
     assert type(tiny_llama.model.layers[0].mlp.up_proj) is torch.nn.Linear

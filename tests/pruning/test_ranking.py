@@ -130,6 +130,13 @@ def test_n_of_m(pattern, columns):
             assert found == sorted(expected)
 
 
+def test_rows_narrower_than_a_group():
+    scores = torch.tensor([[3.0, 1.0], [2.0, 4.0]])
+    for pattern in map(parse_pattern, ("1:3", "64:128")):
+        removed = mask_from_scores(scores, pattern.ratio, pattern=pattern)
+        assert removed.tolist() == [[False, True], [True, False]]
+
+
 def test_memory_of_a_ranking():
     scores = torch.rand(256, 1024, generator=torch.Generator().manual_seed(0))
     ranked = Ranking(scores, 0.45, 0.55)

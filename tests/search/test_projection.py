@@ -95,7 +95,7 @@ def test_lengths_must_agree():
 @given(sampled_blocks(), st.data())
 def test_whole_weights_sum_to_the_rounded_target(blocks, data):
     ratios, _ = blocks
-    numels = [data.draw(st.integers(1, 10**7)) for _ in ratios]
+    numels = [data.draw(st.integers(10, 10**7)) for _ in ratios]
     projected = project_ratios(ratios, numels, 0.5, 0.45, 0.55)
     counts = removal_counts(projected, numels)
     assert sum(counts) == round(sum(numels) * 0.5)
@@ -108,3 +108,10 @@ def test_whole_weights_sum_to_the_rounded_target(blocks, data):
 def test_left_over_weights_go_to_the_largest_remainders_earlier_first():
     assert removal_counts([0.5, 0.5, 0.5, 0.5], [3, 3, 4, 5]) == [2, 2, 2, 2]
     assert removal_counts([0.25, 0.25], [7, 9]) == [2, 2]
+
+
+def test_a_tiny_linear_keeps_a_weight_if_another_can_lose_it():
+    assert removal_counts([0.95, 0.95], [10, 30]) == [9, 29]
+    assert removal_counts([0.99, 0.97], [64, 100]) == [63, 97]
+    assert removal_counts([0.5, 0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1, 9]) == [0, 0, 0, 0, 6]
+    assert removal_counts([0.9], [3]) == [3]
