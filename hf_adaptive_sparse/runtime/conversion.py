@@ -108,9 +108,10 @@ def decompress_(model: nn.Module, names: Collection[str] | None = None) -> None:
         model: A model.
         names: Of linears, and of stacks of experts; ``None``: all.
     """
-    for name, stack in sparse_stacks(model).items():
+    stacks = sparse_stacks(model)
+    for name in list(stacks):
         if names is None or name in names:
-            release_(stack)
+            release_(stacks.pop(name), stacks.values())
     for name, module in sparse_linears(model).items():
         if names is None or name in names:
             model.set_submodule(name, module.to_linear())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -76,8 +76,15 @@ def _hold_(
     return held
 
 
-def release_(held: SparseStack) -> None:
-    """Put the decompressed parameter back."""
+def release_(held: SparseStack, rest: Iterable[SparseStack]) -> None:
+    """Put the decompressed parameter back.
+
+    The model's experts implementation comes back with its last compressed stack.
+
+    Args:
+        held: The stack that stood for it.
+        rest: Stacks of the model that stay compressed, for now or for good.
+    """
     module, key, dense = held.owner, held.key, held.to_dense()
     for name in (*leaf_names(key), offsets_name(key), key):
         delattr(module, name)
@@ -85,8 +92,14 @@ def release_(held: SparseStack) -> None:
     if not stacks_of(module):
         for name in _OVERRIDES:
             delattr(module, name)
-    if held.implementation is not None:
-        module.config._experts_implementation = held.implementation  # type: ignore[union-attr]
+    if held.implementation is None:
+        return
+    config: Any = module.config
+    for other in rest:
+        if other.owner.config is config:
+            other.implementation = held.implementation
+            return
+    config._experts_implementation = held.implementation
 
 
 def _apply(

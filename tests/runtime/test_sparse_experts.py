@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.kernels import sparse_linear
+from hf_adaptive_sparse.runtime.conversion import decompress_
 from hf_adaptive_sparse.runtime.parameters import FrozenParameter
 from hf_adaptive_sparse.runtime.sparse_experts import ExpertView, SparseStack, sparse_stacks
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
@@ -142,6 +143,27 @@ def test_experts_of_12_bits(tmp_path):
     stack = wide.model.layers[0].mlp.experts.gate_up_proj
     assert (stack.weight.bits, stack.dtype) == (32, torch.float32)
     assert logits(wide).isfinite().all()
+
+
+def test_experts_run_one_by_one_while_any_of_them_is_compressed(tmp_path):
+    whole = {"model.layers.0": 0.0, "model.layers.1": 0.5}
+    model = saved(tmp_path, dtype=torch.bfloat16, sparsity=whole, weight_bits=12)
+    dense, sparse = (
+        type(model).from_pretrained(
+            tmp_path, sparsity_config=has.SparsityConfig(runtime=runtime), dtype=torch.float32
+        )
+        for runtime in ("dense", "sparse")
+    )
+    before = dense.config._experts_implementation
+    first, second = (layer.mlp.experts for layer in sparse.model.layers[:2])
+    assert isinstance(first.down_proj, torch.nn.Parameter)  # nothing is removed from it
+    assert isinstance(second.down_proj, SparseStack)
+    torch.testing.assert_close(logits(sparse), logits(dense), rtol=2e-3, atol=2e-3)
+    for name in list(sparse_stacks(sparse)):
+        assert sparse.config._experts_implementation != before
+        decompress_(sparse, [name])
+        torch.testing.assert_close(logits(sparse), logits(dense), rtol=2e-3, atol=2e-3)
+    assert sparse.config._experts_implementation == before
 
 
 def test_another_dtype(tmp_path):
