@@ -17,8 +17,13 @@ from hf_adaptive_sparse.architecture import Prunable, prunable_weights
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.profile import per_layer_kv_cache, resolve_weight_bits
+from hf_adaptive_sparse.checkpoint.profile import (
+    per_layer_kv_cache,
+    resolve_weight_bits,
+    runtime_formats,
+)
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
+from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES
 from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, SparsityProfile
 from hf_adaptive_sparse.pruning.apply import (
     ModuleReport,
@@ -27,6 +32,7 @@ from hf_adaptive_sparse.pruning.apply import (
     resolve_ratios,
 )
 from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
+from hf_adaptive_sparse.runtime.choice import check_multiplies
 from hf_adaptive_sparse.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -47,12 +53,12 @@ def check_before_loading(model: PreTrainedModel, config: SparsityConfig) -> dict
 
     Raises:
         ValueError: If a name or glob matches nothing, the list of KV bits has the wrong length,
-            weights have no dtype for their bits, or the metric needs calibration data and the
-            config names none.
+            weights have no dtype for their bits or runtime, or the metric needs calibration data
+            and the config names none.
     """
     ratios = _ratios(model, config)
     per_layer_kv_cache(model, config)
-    _check_dtypes(model, resolve_weight_bits(config, ratios))
+    _check_dtypes(model, config, ratios, resolve_weight_bits(config, ratios))
     if any(ratios.values()):
         _check_calibration(config, config.calibration)
     return ratios
@@ -92,7 +98,7 @@ def prune_and_resolve(
     ratios = _ratios(model, config)
     kv_cache = per_layer_kv_cache(model, config)
     weight_bits = resolve_weight_bits(config, ratios)
-    _check_dtypes(model, weight_bits)
+    _check_dtypes(model, config, ratios, weight_bits)
     source = config.calibration if calibration is None else calibration
     settings = _settings(source, config.calibration)
     batches = None
@@ -174,17 +180,31 @@ def _ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
     )
 
 
-def _check_dtypes(model: PreTrainedModel, weight_bits: Mapping[str, int]) -> None:
-    """Refuse values of 12 bits where weights are not in bfloat16."""
-    named = [name for name, bits in weight_bits.items() if bits == UPPER_BYTE_BITS]
-    weights = prunable_weights(model) if named else {}
-    for name in named:
-        dtype = weights[name].weight.dtype
-        if dtype != torch.bfloat16:
+def _check_dtypes(
+    model: PreTrainedModel,
+    config: SparsityConfig,
+    ratios: Mapping[str, float],
+    weight_bits: Mapping[str, int],
+) -> None:
+    """Refuse weights in a dtype that their bits, or the sparse runtime, do not take."""
+    weights = prunable_weights(model) if ratios else {}
+    dtypes = {name: held.weight.dtype for name, held in weights.items()}
+    for name, bits in weight_bits.items():
+        dtype = dtypes[name]
+        if bits in CODE_BITS and dtype not in SCALE_DTYPES:
+            raise ValueError(
+                f"weight_bits={bits} quantises float32, bfloat16 or float16; {name!r} is {dtype}. "
+                "Load the model with another dtype, or choose weight_bits=16."
+            )
+        if bits == UPPER_BYTE_BITS and dtype != torch.bfloat16:
             raise ValueError(
                 f"weight_bits={UPPER_BYTE_BITS} stores bfloat16 without loss; {name!r} is {dtype}. "
                 "Load the model with dtype=torch.bfloat16, or choose weight_bits of 16, 8 or 4."
             )
+    if config.runtime == "sparse":
+        stored = SparsityConfig(sparsity=ratios, **_optional_fields(config, weight_bits))
+        for name in runtime_formats(model, stored):
+            check_multiplies(dtypes[name])
 
 
 def _optional_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> dict[str, Any]:

@@ -100,6 +100,19 @@ def main_device(device_map: Any) -> torch.device:
     return torch.device("cpu")
 
 
+def check_multiplies(dtype: torch.dtype) -> None:
+    """Refuse the sparse runtime for weights that it cannot multiply with.
+
+    Raises:
+        ValueError: If it cannot in this dtype.
+    """
+    if dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"runtime='sparse' multiplies in float32, bfloat16 or float16, got {dtype}. "
+            "Load the model with another dtype, or pass runtime='dense'."
+        )
+
+
 def choose_runtime(
     asked: str, weights: CompressedWeights, device: torch.device | None
 ) -> RuntimeChoice:
@@ -117,17 +130,13 @@ def choose_runtime(
         ValueError: If the sparse runtime was asked for and cannot multiply in the weights' dtype.
     """
     device = device or torch.device("cpu")
-    supported = weights.dtype in SCALE_DTYPES
-    if asked == "sparse" and not supported and weights.shapes:
-        raise ValueError(
-            f"runtime='sparse' multiplies in float32, bfloat16 or float16, got {weights.dtype}. "
-            "Pass another dtype, or runtime='dense'."
-        )
     if not weights.shapes:
         return RuntimeChoice("dense", "no weight is stored compressed")
+    if asked == "sparse":
+        check_multiplies(weights.dtype)
     if asked != "auto":
         return RuntimeChoice(asked, "it was asked for")
-    if not supported:
+    if weights.dtype not in SCALE_DTYPES:
         return RuntimeChoice("dense", f"sparse weights do not multiply in {weights.dtype}")
     dense, sparse = weights.dense_bytes, weights.sparse_bytes(device)
     free = available_bytes(device)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import hf_adaptive_sparse as has
+from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.packing.stored_names import KINDS
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
@@ -297,6 +298,47 @@ def test_a_model_that_is_not_bfloat16_is_not_stored_in_12_bits(
     loaded.float()
     with pytest.raises(ValueError, match=r"bfloat16 ones, got torch.float32. Cast the model"):
         loaded.save_pretrained(tmp_path / "cast")
+
+
+QUANTISES = r"weight_bits={} quantises .*'model.layers.{}.*' is torch.float64. Load the model"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"runtime": "sparse"}, r"runtime='sparse' multiplies in .* got torch.float64"),
+        ({"weight_bits": 8}, QUANTISES.format(8, 0)),
+        ({"weight_bits": {"model.layers.1.*": 4}}, QUANTISES.format(4, 1)),
+    ],
+    ids=["sparse", "8", "4"],
+)
+def test_a_dtype_that_weights_cannot_have_is_refused_before_they_are_pruned(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, fields: dict[str, object], message: str
+) -> None:
+    model = tiny_llama.double()
+    model.save_pretrained(tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    config = has.SparsityConfig(metric="magnitude", **fields)
+    with pytest.raises(ValueError, match=message):
+        apply_config(model, config, progress=False)
+    assert all(torch.equal(model.state_dict()[name], kept) for name, kept in before.items())
+    with pytest.raises(ValueError, match=message):
+        check_before_loading(model.to("meta"), config)
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM.from_pretrained(tmp_path, sparsity_config=config, dtype=torch.float64)
+
+
+def test_float64_is_pruned_where_nothing_computes_with_it_compressed(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    model = tiny_llama.double()
+    profile = {"model.layers.1": 0.0, "model.layers.2": 0.0}
+    config = has.SparsityConfig(sparsity=profile, metric="magnitude", runtime="sparse")
+    apply_config(model, config, progress=False)  # nothing is compressed
+    save(model, tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float64
+    assert_same_weights(loaded, model)
 
 
 def test_values_that_became_plain_are_saved_in_12_bits_again(
