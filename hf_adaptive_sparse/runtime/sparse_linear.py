@@ -339,8 +339,9 @@ def dtype_after(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) 
     after = fn(torch.empty(0, dtype=dtype)).dtype
     if after not in SCALE_DTYPES:
         raise ValueError(
-            f"A sparse weight multiplies in float32, bfloat16 or float16, got {after}. Load "
-            "the model with sparsity_config=SparsityConfig(runtime='dense') for that dtype."
+            f"A sparse weight multiplies in float32, bfloat16 or float16, got {after}. Other parts "
+            "of the model may be cast by now. Load it again; with "
+            "sparsity_config=SparsityConfig(runtime='dense') it takes any dtype."
         )
     return after
 
