@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
@@ -167,8 +165,7 @@ def _measure(
 
 
 def _is_ours(source: ModelSource) -> bool:
-    config = AutoConfig.from_pretrained(source.name, revision=source.revision)
-    ours = getattr(config, "quantization_config", None) or {}
+    ours = getattr(source.load_config(), "quantization_config", None) or {}
     return bool(ours.get("quant_method") == QUANT_METHOD)
 
 

@@ -6,10 +6,12 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -27,9 +29,19 @@ from hf_adaptive_sparse.calibration.data import Batch, Records, Source, load_bat
 from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
 from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_
+from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config
 
 logger = logging.getLogger(__name__)
+
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+"""Files of which every folder with a tokenizer or a processor that transformers saved has one."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +78,47 @@ class ModelSource:
             sparsity_config: How a compressed model is loaded (runtime, KV profile).
 
         Raises:
-            ValueError: If the config is of neither kind, or the device cannot be used.
-            OSError: If there is no such model, or the Hub cannot be reached.
+            ValueError: If there is no such folder or no model in it, the config is of neither kind,
+                or the device cannot be used.
+            CheckpointError: If the weights are damaged, or some of the model's are not there.
+            OSError: If there is no such repo, or the Hub cannot be reached.
         """
         if self.device_map is not None:
             _check_device(self.device_map)
-        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        config = self.load_config()
         device_map = self.device_map
         if device_map is None and torch.cuda.is_available():
             device_map = "auto"
-        model: PreTrainedModel = _auto_class(config).from_pretrained(
-            self.name,
-            revision=self.revision,
-            dtype=self.dtype,
-            device_map=device_map,
-            sparsity_config=sparsity_config,
-        )
+        model: PreTrainedModel
+        try:
+            model, found = _auto_class(config).from_pretrained(
+                self.name,
+                revision=self.revision,
+                dtype=self.dtype,
+                device_map=device_map,
+                sparsity_config=sparsity_config,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise self._damaged(error) from error
+        missing = sorted(found["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{self.name} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. "
+                f"They would be random numbers: give a complete {type(model).__name__}."
+            )
         return model.eval()
+
+    def load_config(self) -> PreTrainedConfig:
+        """Load the model's config.
+
+        Raises:
+            ValueError: If there is no such folder, or no model in it.
+            OSError: If there is no such repo, or the Hub cannot be reached.
+        """
+        self._check_folder()
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        return config
 
     def load_dense(self) -> PreTrainedModel:
         """Load the model, which must not be compressed yet.
@@ -118,7 +154,7 @@ class ModelSource:
         return model.eval()
 
     def _dense_config(self) -> PreTrainedConfig:
-        config = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        config = self.load_config()
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(
                 f"A dense model is needed, {self.name} is compressed or quantised already. Give "
@@ -127,8 +163,42 @@ class ModelSource:
         return config
 
     def load_processor(self) -> Any:
-        """Load the processor, or the tokenizer where the model has no processor."""
-        return load_processor(os.fspath(self.name), revision=self.revision)
+        """Load the processor, or the tokenizer where the model has no processor.
+
+        Raises:
+            ValueError: If there is no such folder, no model in it, or neither of them.
+            OSError: If there is no such repo, or the Hub cannot be reached.
+        """
+        folder = self._check_folder()
+        try:
+            return load_processor(os.fspath(self.name), revision=self.revision)
+        except (OSError, ValueError) as error:
+            if folder is None or any((folder / file).is_file() for file in PROCESSOR_FILES):
+                raise
+            raise ValueError(
+                f"{self.name} has no tokenizer or processor. Save the model's own there: "
+                "processor.save_pretrained(folder)."
+            ) from error
+
+    def _check_folder(self) -> Path | None:
+        """Return the folder of a local model, after a look at its config."""
+        folder = local_folder(self.name)
+        if folder is not None:
+            read_config(FolderSource(folder))
+        return folder
+
+    def _damaged(self, error: SafetensorError) -> CheckpointError:
+        """Return what is wrong with the weights, by file where the headers tell."""
+        folder = local_folder(self.name)
+        try:
+            if folder is not None:
+                read_headers(folder)
+        except CheckpointError as found:
+            return found
+        return CheckpointError(
+            f"The weights of {self.name} cannot be read ({error}). A file is truncated or damaged; "
+            "download or save it again."
+        )
 
 
 @dataclass(frozen=True)

@@ -147,13 +147,26 @@ def open_source(
         HubError: If the repo cannot be read.
     """
     text = os.fspath(repo_or_folder)
-    if not Path(text).is_dir():
-        if Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
-            raise ValueError(f"There is no folder {text!r}. Name a folder or a repo 'owner/name'.")
+    folder = local_folder(text)
+    if folder is None:
         return RepoSource(text, revision, token, endpoint)
     if revision is not None:
         raise ValueError(f"{text!r} is a local folder: only a Hub repo has revision {revision!r}.")
     return FolderSource(text)
+
+
+def local_folder(repo_or_folder: str | os.PathLike[str]) -> Path | None:
+    """Return the folder where there is one of that name; ``None``: it can only be a repo.
+
+    Raises:
+        ValueError: If it is a path, and there is no folder.
+    """
+    text = os.fspath(repo_or_folder)
+    if Path(text).is_dir():
+        return Path(text)
+    if Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise ValueError(f"There is no folder {text!r}. Name a folder or a repo 'owner/name'.")
+    return None
 
 
 def read_small(source: Source, file: str) -> bytes:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
@@ -168,6 +170,58 @@ def test_a_model_that_does_not_exist(capsys, tmp_path: Path) -> None:
     assert code == 2
     assert "nothing" in stderr
     assert "Traceback" not in stderr
+
+
+def lose_a_layer(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    kept = {n: tensor for n, tensor in weights.items() if not re.search(r"1\.mlp\..*_proj", n)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def lose_the_processor(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("command", ["prune", "compress", "evaluate"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_a_layer, "dense lacks 3 of the model's tensors, such as "),
+        (truncate, "dense/model.safetensors: the header declares "),
+        (lambda folder: (folder / "config.json").unlink(), "dense has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "dense is not valid JSON"),
+        (lose_the_processor, "dense has no tokenizer or processor"),
+        (lambda folder: folder.rename(folder.with_name("away")), "There is no folder "),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused_in_one_line(
+    capsys, llava_folder: Path, tmp_path: Path, command: str, damage, message: str
+) -> None:
+    damage(llava_folder)
+    output = [] if command == "evaluate" else ["--output", tmp_path / "out"]
+    code, stdout, stderr = run(capsys, command, llava_folder, *output)
+    assert (code, stdout) == (2, "")
+    assert message in stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_the_head_is_refused(capsys, llava_folder: Path, tmp_path: Path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
+    headless = BertModel(BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    headless.save_pretrained(llava_folder)
+    code, _, stderr = run(
+        capsys, "prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude"
+    )
+    assert code == 2
+    assert "such as 'cls.predictions." in stderr
+    assert "give a complete BertLMHeadModel" in stderr
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(llava_folder: Path, tmp_path: Path) -> None:
