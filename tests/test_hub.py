@@ -304,6 +304,12 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
+def test_offline_mode_is_named_before_the_folder_is_read(hub, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="offline mode is on"):
+        push_folder(tmp_path / "absent", REPO, token=WRITER, endpoint=hub.endpoint)
+
+
 def test_no_network(hub: HubServer, folder: Path) -> None:
     endpoint = closed_port()
     with pytest.raises(HubError, match="no connection to the Hub") as error:

@@ -10,7 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from hf_adaptive_sparse.cli.arguments import build_parser
 
@@ -29,15 +36,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
     try:
-        answer = options.run(options)
+        with _hidden_bars(getattr(options, "no_progress", False)):
+            answer = options.run(options)
     except KeyboardInterrupt:
         print("hf-adaptive-sparse: interrupted.", file=sys.stderr)
         return 130
     except INPUT_ERRORS as error:
         if options.traceback:
             raise
-        line = " ".join(str(error).split()) or type(error).__name__
-        print(f"hf-adaptive-sparse {options.command}: {line}", file=sys.stderr)
-        return 2
+        return _complain(options.command, str(error).strip() or type(error).__name__)
     print(json.dumps(answer.data, indent=2) if options.json else answer.text)
-    return 0
+    return 0 if answer.error is None else _complain(options.command, answer.error)
+
+
+def _complain(command: str, message: str) -> int:
+    """Print what the caller has to mend as one line, and return the exit code."""
+    print(f"hf-adaptive-sparse {command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _hidden_bars(hidden: bool) -> Iterator[None]:
+    """Show no bars of transformers and the Hub in the body, if so asked."""
+    if not hidden or not is_progress_bar_enabled():
+        yield
+        return
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        enable_progress_bar()

@@ -8,7 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command prints: ``text`` for a person, ``data`` (plain JSON types) for ``--json``."""
+    """What a command prints.
+
+    Attributes:
+        text: For a person.
+        data: For ``--json``, of plain JSON types.
+        error: What the caller has to mend after all (exit code 2); ``None``: nothing.
+    """
 
     text: str
     data: dict[str, Any]
+    error: str | None = None

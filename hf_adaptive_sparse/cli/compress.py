@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
@@ -22,7 +23,12 @@ from hf_adaptive_sparse.cli.options import (
     add_questions,
 )
 from hf_adaptive_sparse.cli.space_arguments import space_of
-from hf_adaptive_sparse.compressor import compress, search_space
+from hf_adaptive_sparse.compressor import (
+    CompressionResult,
+    PushError,
+    compress,
+    search_space,
+)
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
 from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.report import text_table
@@ -55,8 +61,17 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(options: argparse.Namespace) -> Answer:
     """Search, prune, save, and push if asked."""
+    try:
+        return _answer(_compress(options))
+    except PushError as error:
+        if options.traceback:
+            raise
+        return replace(_answer(error.result), error=str(error))
+
+
+def _compress(options: argparse.Namespace) -> CompressionResult:
     config = config_of(options)
-    result = compress(
+    return compress(
         model_of(options),
         options.output,
         config=config,
@@ -80,6 +95,9 @@ def run_compress(options: argparse.Namespace) -> Answer:
         private=options.private,
         progress=not options.no_progress,
     )
+
+
+def _answer(result: CompressionResult) -> Answer:
     lines = [text_table(table_rows(result.measurements)), "", f"Saved to {result.output}"]
     found = result.search
     if found is not None and found.narrowing is not None:

@@ -21,7 +21,7 @@ from hf_adaptive_sparse.compressor.jobs import (
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.offload import prune_offloaded
-from hf_adaptive_sparse.compressor.pipeline import CompressionResult, compress
+from hf_adaptive_sparse.compressor.pipeline import CompressionResult, PushError, compress
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
 from hf_adaptive_sparse.compressor.within import search_within_to_folder
@@ -33,6 +33,7 @@ __all__ = [
     "DataSource",
     "Measurement",
     "ModelSource",
+    "PushError",
     "bench",
     "compress",
     "evaluate",

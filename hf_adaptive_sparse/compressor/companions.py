@@ -12,6 +12,7 @@ from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.profiles import check_count
@@ -93,6 +94,7 @@ def _work(job: Job, model: ModelSource, threads: int) -> None:
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
     torch.set_num_threads(threads)
+    disable_progress_bar()  # what the first worker shows is enough
     job(model)
 
 

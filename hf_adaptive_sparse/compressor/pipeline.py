@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +33,7 @@ from hf_adaptive_sparse.compressor.search_plan import JOURNAL, Loaded, SearchPla
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.compressor.within import save_bound
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
-from hf_adaptive_sparse.hub import push_folder
+from hf_adaptive_sparse.hub import push_folder, push_token
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
@@ -77,6 +78,25 @@ class CompressionResult:
             "max_loss": None if self.within is None else self.within.to_dict(),
             "commit_url": self.commit_url,
         }
+
+
+class PushError(OSError):
+    """The model was compressed and is complete in its folder, but could not be pushed.
+
+    Attributes:
+        result: What `compress` did before.
+    """
+
+    def __init__(
+        self, result: CompressionResult, repo_id: str, *, private: bool, reason: Exception
+    ) -> None:
+        command = ["hf-adaptive-sparse", "push", str(result.output), repo_id]
+        command += ["--private"] if private else []
+        super().__init__(
+            f"{reason} The model is complete in {result.output}; push it later by "
+            f"`{shlex.join(command)}`."
+        )
+        self.result = result
 
 
 def compress(
@@ -150,9 +170,13 @@ def compress(
     Raises:
         ValueError: If an argument or the data are invalid; before any weight is touched.
         OSError: If the model cannot be found, or the output cannot be written.
+        HubError: If ``push_to_hub`` is given and there is no token; before any work is done.
+        PushError: If the model is complete but the Hub did not take it.
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
+    if push_to_hub is not None:
+        push_token(push_to_hub)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
     preset = get_quality(quality)
     config = preset.config(config)
@@ -227,10 +251,14 @@ def compress(
         result = None if result is None else result.detached()
         if within is not None and result is not None:
             within = replace(within, search=result)
-    commit_url = None
-    if push_to_hub is not None:
+    compressed = CompressionResult(target, config, report, tuple(rows), result, within, None)
+    if push_to_hub is None:
+        return compressed
+    try:
         commit_url = push_folder(target, push_to_hub, private=private)
-    return CompressionResult(target, config, report, tuple(rows), result, within, commit_url)
+    except (OSError, ValueError) as error:
+        raise PushError(compressed, push_to_hub, private=private, reason=error) from error
+    return replace(compressed, commit_url=commit_url)
 
 
 def _default_space(preset: Quality, config: SparsityConfig, max_loss: float | None) -> SearchSpace:

@@ -25,6 +25,9 @@ _TRANSPORT_ERROR: type[BaseException] = next(
 LOG_IN = "run `hf auth login`, set HF_TOKEN, or pass token="
 
 
+OFFLINE = "offline mode is on. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE."
+
+
 class HubError(OSError):
     """The Hub could not be reached, or refused what was asked of it."""
 
@@ -70,7 +73,7 @@ def explained(action: str, repo_id: str, revision: str | None = None) -> Iterato
 def _reason(error: BaseException, repo_id: str, revision: str | None) -> str | None:
     """Return why it failed and what to do, or None if the error is not the Hub's."""
     if isinstance(error, OfflineModeIsEnabled):
-        return "offline mode is on. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE."
+        return OFFLINE
     if isinstance(error, HfHubHTTPError):
         return _reason_of_answer(error, repo_id, revision)
     if isinstance(error, _TRANSPORT_ERROR | ConnectionError):

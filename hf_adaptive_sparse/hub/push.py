@@ -11,10 +11,16 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+)
 
 from hf_adaptive_sparse.checkpoint.headers import INDEX_NAME, WEIGHTS_NAME, shard_names
-from hf_adaptive_sparse.hub.errors import LOG_IN, HubError, check_repo_id, explained
+from hf_adaptive_sparse.hub.errors import LOG_IN, OFFLINE, HubError, check_repo_id, explained
 from hf_adaptive_sparse.hub.reading import inspect
 
 logger = logging.getLogger(__name__)
@@ -69,16 +75,11 @@ def push_folder(
             holds two.
         HubError: If the Hub cannot be reached or refuses; the message says what to do.
     """
-    check_repo_id(repo_id)
+    token = push_token(repo_id, token)
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r} to push.")
     inspect(folder)
-    token = token or get_token()
-    if not token:
-        raise HubError(
-            f"Cannot push to {repo_id!r}: that needs a token with write access; {LOG_IN}."
-        )
     leftovers = shard_leftovers(folder)
     files = {name: path for name, path in folder_files(folder).items() if name not in leftovers}
     api = HfApi(endpoint=endpoint, token=token)
@@ -107,6 +108,28 @@ def push_folder(
             parent_commit=info.sha,
         )
     return str(commit.commit_url)
+
+
+def push_token(repo_id: str, token: str | None = None) -> str:
+    """Return the token to push with, after all that can be checked without asking the Hub.
+
+    Args:
+        repo_id: ``owner/name``.
+        token: As for `push_folder`.
+
+    Raises:
+        ValueError: If the repo id is invalid.
+        HubError: If there is no token, or offline mode is on.
+    """
+    check_repo_id(repo_id)
+    token = token or get_token()
+    if not token:
+        raise HubError(
+            f"Cannot push to {repo_id!r}: that needs a token with write access; {LOG_IN}."
+        )
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"Cannot push to {repo_id!r}: {OFFLINE}")
+    return token
 
 
 def folder_files(folder: Path) -> dict[str, Path]:

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
+from transformers.utils.logging import is_progress_bar_enabled
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.space_arguments import space_of, widths
-from hf_adaptive_sparse.compressor import search_space
+from hf_adaptive_sparse.compressor import pipeline, search_space
+from hf_adaptive_sparse.hub import HubError
 from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
 from hf_adaptive_sparse.version import __version__
@@ -61,6 +64,56 @@ def test_compress_inspect_evaluate(
         capsys, "evaluate", out, "--sequence-length", 32, "--kv-bits", "none", *evaluation
     )
     assert json.loads(stdout)["kv_bytes_per_token"] > own["kv_bytes_per_token"]
+
+
+def test_a_failed_push_shows_what_was_done_and_how_to_finish_it(
+    capsys, monkeypatch, llava_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise HubError("The Hub is closed.")
+
+    monkeypatch.setattr(pipeline, "push_token", lambda repo_id: "token")
+    monkeypatch.setattr(pipeline, "push_folder", refuse)
+    out = tmp_path / "out"
+    code, stdout, stderr = run(
+        capsys, "compress", llava_folder, "--output", out, "--quality", "paper", "--metric",
+        "magnitude", "--pattern", "2:4", "--kv-bits", 8, "--evaluation", text_file,
+        "--evaluation-samples", 4, "--sequence-length", 32, "--no-progress",
+        "--push-to-hub", "me/half", "--private",
+    )  # fmt: skip
+    assert code == 2
+    assert re.search("^compressed .*\n\nSaved to ", stdout, re.MULTILINE)
+    last = stderr.splitlines()[-1]
+    assert last.startswith("hf-adaptive-sparse compress: The Hub is closed. The model is complete")
+    assert f"`hf-adaptive-sparse push {out} me/half --private`" in last
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("repo", ["me/half", "me/too/many"])
+def test_a_push_that_cannot_be_is_refused_before_the_work(
+    capsys, monkeypatch, tmp_path: Path, repo: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, stderr = run(
+        capsys, "compress", tmp_path / "unread", "--output", tmp_path / "out", "--push-to-hub", repo
+    )
+    assert code == 2
+    assert ("needs a token" if repo == "me/half" else "A repo id must be") in stderr
+
+
+def test_no_progress_hides_the_bars_of_transformers_for_one_command(
+    capsys, llava_folder: Path, tmp_path: Path
+) -> None:
+    capsys.readouterr()  # what saving the model showed
+    arguments = ["prune", llava_folder, "--metric", "magnitude", "--output"]
+    for name, hidden in (("hidden", ["--no-progress"]), ("shown", [])):
+        code, _, stderr = run(capsys, *arguments, tmp_path / name, *hidden)
+        assert code == 0
+        assert ("Loading weights" in stderr) == ("Writing model shards" in stderr) == (not hidden)
+    run(capsys, "prune", "--no-progress", "--output", tmp_path / "fails", tmp_path / "absent")
+    assert is_progress_bar_enabled()
 
 
 def test_search_then_prune_by_its_profile(
