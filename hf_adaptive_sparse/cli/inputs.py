@@ -50,6 +50,7 @@ def config_of(
     sparsity: dict[str, float] | None = None,
     kv_cache: KVCacheConfig | None = None,
     weight_bits: Mapping[str, int] | None = None,
+    target_sparsity: float | None = None,
 ) -> SparsityConfig:
     """Return the config of the final prune: what the options ask for, or else what is given.
 
@@ -58,6 +59,7 @@ def config_of(
         sparsity: Ratios by module name or glob.
         kv_cache: The KV profile.
         weight_bits: Bits by module name, where no option says otherwise.
+        target_sparsity: Mean ratio, likewise.
 
     Raises:
         ValueError: If a field is invalid, or nothing takes the group size.
@@ -67,8 +69,9 @@ def config_of(
     _check_group_size(options.weight_group_size, wanted)
     if wanted is not None:
         fields |= {"weight_bits": wanted, "weight_group_size": options.weight_group_size}
-    if options.target_sparsity is not None:
-        fields["target_sparsity"] = options.target_sparsity
+    target = options.target_sparsity if options.target_sparsity is not None else target_sparsity
+    if target is not None:
+        fields["target_sparsity"] = target
     if options.metric is not None:
         fields["metric"] = options.metric
     if options.weight_update is not None:

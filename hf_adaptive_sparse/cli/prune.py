@@ -41,19 +41,27 @@ def add_prune(commands: Any) -> None:
 def run_prune(options: argparse.Namespace) -> Answer:
     """Prune at uniform ratios, by globs, or by a profile, and save."""
     sparsity = sparsity_globs(options.sparsity)
-    kv_cache, weight_bits = None, None
+    kv_cache, weight_bits, target = None, None, None
     if options.profile is not None:
         if sparsity is not None:
             raise ValueError("Give --profile or --sparsity, not both.")
         profile = CompressionProfile.load(options.profile)
         sparsity = None if profile.sparsity is None else dict(profile.sparsity.ratios)
         kv_cache, weight_bits = profile.kv_cache, profile.weight_bits
+        if sparsity is None and options.pattern == "unstructured":
+            target = 0.0  # a profile without ratios leaves the weights in
     if sparsity is not None and options.target_sparsity is not None:
         raise ValueError(
             "The ratios of --profile or --sparsity fix their own mean, got --target-sparsity "
             f"{options.target_sparsity}, too. Leave it out."
         )
-    config = config_of(options, sparsity=sparsity, kv_cache=kv_cache, weight_bits=weight_bits)
+    config = config_of(
+        options,
+        sparsity=sparsity,
+        kv_cache=kv_cache,
+        weight_bits=weight_bits,
+        target_sparsity=target,
+    )
     prune = prune_offloaded if options.offload else prune_to_folder
     result = prune(
         model_of(options),

@@ -24,6 +24,7 @@ from hf_adaptive_sparse.compressor import pipeline, search_space
 from hf_adaptive_sparse.hub import HubError
 from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
+from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.version import __version__
 
 
@@ -135,6 +136,34 @@ def test_search_then_prune_by_its_profile(
     config = json.loads((tmp_path / "pruned/config.json").read_text())["quantization_config"]
     assert config["sparsity"] == json.loads(profile.read_text())["sparsity"]
     assert config["metric"] == "ria"
+
+
+@pytest.mark.parametrize(
+    ("profile", "ratios"),
+    [
+        (CompressionProfile(kv_cache=KVCacheConfig(8)), set()),
+        (CompressionProfile(weight_bits={"*.mlp.*": 8}), {0.0}),
+    ],
+    ids=["kv bits", "weight bits"],
+)
+def test_a_profile_without_ratios_removes_nothing(
+    capsys, llava_folder: Path, tmp_path: Path, profile: CompressionProfile, ratios: set[float]
+) -> None:
+    profile.save(tmp_path / "profile.json")
+    arguments = [
+        "prune", llava_folder, "--profile", tmp_path / "profile.json", "--metric", "magnitude",
+        "--no-progress",
+    ]  # fmt: skip
+    code, stdout, _ = run(capsys, *arguments, "--output", tmp_path / "out")
+    assert code == 0
+    assert "Removed 0.0000%" in stdout
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["target_sparsity"] == 0
+    assert set(config["sparsity"].values()) == ratios
+    code, stdout, _ = run(
+        capsys, *arguments, "--output", tmp_path / "half", "--target-sparsity", 0.5
+    )
+    assert "Removed 50.0" in stdout
 
 
 def test_a_search_of_kv_bits_alone_speaks_of_no_masks_and_shows_small_figures(
