@@ -158,11 +158,12 @@ def save_report(
         _plot_history(result, folder)
         plots["Search history"] = "search.png"
     widths = kv_widths(model)
+    weights = {} if sparsity is None else prunable_weights(model)
     if sparsity is not None or kv_cache is not None:
         plot_profile(
             profile,
             folder / "profile.png",
-            numel={name: weight.weight.numel() for name, weight in prunable_weights(model).items()},
+            numel={name: weight.weight.numel() for name, weight in weights.items()},
             target_sparsity=config.target_sparsity,
             num_layers=len(widths),
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
@@ -16,6 +16,7 @@ from hf_adaptive_sparse.compressor import DataSource, compress, finishing
 from hf_adaptive_sparse.compressor.checks import check_goal
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.staging import OutputError
+from tests.processors import make_tokenizer
 
 
 @pytest.fixture
@@ -136,6 +137,24 @@ def test_nothing_to_search_prunes_uniformly(
     assert result.search is None
     assert result.config.kv_cache.layer_bits(4) == ((8, 8),) * 4
     assert set(result.report.ratios.values()) == {0.5}
+
+
+def test_a_model_without_prunable_weights_takes_the_cache(data: DataSource, tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    result = compress(
+        tmp_path / "gpt2",
+        tmp_path / "out",
+        config=SparsityConfig(target_sparsity=0.0),
+        space=SearchSpace(target_sparsity=0.0, kv_bits=(8,)),
+        evaluation=data,
+        progress=False,
+    )
+    assert result.config.kv_cache.layer_bits(2) == ((8, 8),) * 2
+    assert (tmp_path / "out/profile.png").exists()
 
 
 def test_sparsegpt_prunes_what_another_metric_searched(
