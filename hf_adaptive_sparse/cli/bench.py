@@ -52,4 +52,9 @@ def run_bench(options: argparse.Namespace) -> Answer:
         f"Prompt of {result.prompt_tokens} tokens, {result.new_tokens} decoded. A plain read of "
         f"memory reaches {format_bytes(round(result.bytes_per_second))} per second here."
     )
+    if any(row.decode_tokens_per_second is None for row in result.rows):
+        text += (
+            f"\nNo decode speed where {result.new_tokens} tokens took less time than the "
+            "measurement varies by: raise --new-tokens."
+        )
     return Answer(text, result.to_dict())

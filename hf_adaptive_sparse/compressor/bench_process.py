@@ -56,7 +56,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     ids = torch.randint(min(5, vocabulary - 1), vocabulary, (1, prompt), generator=generator)
     prefill = _best(lambda: _generate(model, ids, 1))
     whole = _best(lambda: _generate(model, ids, 1 + new))
-    decode = max(whole - prefill, 1e-9) / new
+    decoded = whole - prefill
+    speed = new / decoded if decoded > 0 else None
     bandwidth = _bytes_per_second(model.device)
     length = prompt + new // 2
     read = decoder_bytes(model) + round(length * kv_bytes_per_token(model.config, length=length))
@@ -70,9 +71,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "first_token_seconds": first,
         "load_peak_bytes": load.peak_cuda_bytes or peak,
         "prefill_tokens_per_second": prompt / prefill,
-        "decode_tokens_per_second": 1 / decode,
+        "decode_tokens_per_second": speed,
         "read_bytes_per_token": read,
-        "bandwidth_share": read / decode / bandwidth,
+        "bandwidth_share": None if speed is None else read * speed / bandwidth,
         "bytes_per_second": bandwidth,
     }
 

@@ -39,9 +39,11 @@ class BenchRow:
         load_peak_bytes: Highest resident memory until that token, above what the process had
             before; on a GPU the memory that torch allocated.
         prefill_tokens_per_second: Tokens of the prompt per second.
-        decode_tokens_per_second: Tokens generated after it per second, one at a time.
+        decode_tokens_per_second: Tokens generated after it per second, one at a time; ``None``
+            where they took less time than the measurement varies by.
         read_bytes_per_token: Bytes of weights and KV cache that one decoded token reads.
-        bandwidth_share: Those bytes per second, as a share of what a plain read of memory reaches.
+        bandwidth_share: Those bytes per second, as a share of what a plain read of memory reaches;
+            ``None`` likewise.
     """
 
     name: str
@@ -54,9 +56,9 @@ class BenchRow:
     first_token_seconds: float
     load_peak_bytes: int
     prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
     read_bytes_per_token: int
-    bandwidth_share: float
+    bandwidth_share: float | None
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class BenchResult:
                 "load s": f"{row.load_seconds:.2f}",
                 "first token s": f"{row.first_token_seconds:.2f}",
                 "prefill tok/s": f"{row.prefill_tokens_per_second:,.1f}",
-                "decode tok/s": f"{row.decode_tokens_per_second:,.1f}",
-                "of bandwidth": f"{row.bandwidth_share:.0%}",
+                "decode tok/s": _shown(row.decode_tokens_per_second, ",.1f"),
+                "of bandwidth": _shown(row.bandwidth_share, ".0%"),
             }
             for row in self.rows
         ]
@@ -138,9 +140,18 @@ def bench(
         bandwidth = max(bandwidth, found.pop("bytes_per_second"))
         rows.append(BenchRow(name=str(source.name), disk_bytes=_disk_bytes(source), **found))
     # The share of one figure for all: what the machine reached at best.
-    shares = [r.decode_tokens_per_second * r.read_bytes_per_token / bandwidth for r in rows]
-    rows = [replace(r, bandwidth_share=share) for r, share in zip(rows, shares, strict=True)]
+    rows = [replace(row, bandwidth_share=_share(row, bandwidth)) for row in rows]
     return BenchResult(tuple(rows), prompt_tokens, new_tokens, bandwidth)
+
+
+def _share(row: BenchRow, bandwidth: float) -> float | None:
+    if row.decode_tokens_per_second is None:
+        return None
+    return row.decode_tokens_per_second * row.read_bytes_per_token / bandwidth
+
+
+def _shown(figure: float | None, form: str) -> str:
+    return "-" if figure is None else format(figure, form)
 
 
 def _measure(

@@ -79,19 +79,39 @@ def test_the_child_measures_what_it_was_asked_for(
     assert sparse["load_peak_bytes"] >= 0
 
 
+def measure_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_process, "_READ_BYTES", 1 << 16)
+
+    def run(_command: object, *, input: str, **_options: object) -> object:
+        found = json.dumps(bench_process.measure(json.loads(input)))
+        return subprocess.CompletedProcess([], 0, found)
+
+    monkeypatch.setattr(benching.subprocess, "run", run)
+
+
+def test_no_decode_speed_is_made_up_where_decoding_took_no_measurable_time(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    measure_in_this_process(monkeypatch)
+    monkeypatch.setattr(bench_process, "_best", lambda function: 0.5)
+    arguments = ["bench", str(folders[1]), "--prompt-tokens", "4", "--new-tokens", "2"]
+    assert main([*arguments, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["decode_tokens_per_second"], row["bandwidth_share"]) == (None, None)
+    assert row["prefill_tokens_per_second"] == 8
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "raise --new-tokens" in table
+    assert table.splitlines()[2].split()[-2:] == ["-", "-"]
+
+
 def test_a_model_that_compresses_only_its_cache_is_measured_with_and_without_its_profile(
     tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     config = has.SparsityConfig(0.0, kv_cache=has.KVCacheConfig(4, residual_length=16))
     apply_config(tiny_llama, config, progress=False)
     tiny_llama.save_pretrained(tmp_path / "kv")
-    monkeypatch.setattr(bench_process, "_READ_BYTES", 1 << 16)
-
-    def in_this_process(_command: object, *, input: str, **_options: object) -> object:
-        found = json.dumps(bench_process.measure(json.loads(input)))
-        return subprocess.CompletedProcess([], 0, found)
-
-    monkeypatch.setattr(benching.subprocess, "run", in_this_process)
+    measure_in_this_process(monkeypatch)
     arguments = ["bench", str(tmp_path / "kv"), "--prompt-tokens", "64", "--new-tokens", "2"]
     assert main([*arguments, "--json"]) == 0
     own, plain = json.loads(capsys.readouterr().out)["rows"]
