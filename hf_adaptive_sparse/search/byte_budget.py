@@ -211,16 +211,20 @@ class ByteBudget:
 
     def refuse(self, smallest: Spent) -> ValueError:
         """Return the error for limits that even the smallest profile passes."""
-        passed = []
+        passed, in_memory = [], False
         for name in ("fit_bytes", "size_bytes"):
             limit, count = getattr(self, name), getattr(smallest, name)
             if limit is not None and count > limit:
                 least = format_bytes(count)
                 passed.append(f"{name} is {format_bytes(limit)}, the smallest reachable {least}")
+                in_memory |= name == "fit_bytes"
+        # The cache takes memory, and nothing of the files.
+        smaller = "narrower weight_bits"
+        if in_memory:
+            smaller += " or kv_bits, or a shorter context"
         return ValueError(
             f"No profile of this space meets the budget: {' and '.join(passed)}. Allow higher "
-            "ratios (target_sparsity='free', sparsity_high), narrower weight_bits or kv_bits, or a "
-            "shorter context; or raise the limit."
+            f"ratios (target_sparsity='free', sparsity_high), {smaller}; or raise the limit."
         )
 
 

@@ -276,11 +276,19 @@ def test_an_impossible_limit_is_refused_with_the_smallest_reachable_figure(tiny_
         ValueError, match=r"size_bytes is 50,000 bytes, the smallest reachable"
     ) as e:
         uniform_candidate(space, shape)
+    assert "kv_bits" not in str(e.value)  # files hold no cache
+    assert "context" not in str(e.value)
     smallest = int(str(e.value).split("smallest reachable ")[1].split(" bytes")[0].replace(",", ""))
     least = SearchSpace(target_sparsity="free", size_bytes=smallest, kv_bits=None)
     found = uniform_candidate(least, ModelShape.of(tiny_llama, least))
     assert found.spent.size_bytes == smallest
     assert found.mean_sparsity == pytest.approx(least.high, abs=1e-3)
+
+
+def test_a_limit_of_memory_that_is_refused_may_be_met_by_a_smaller_cache(tiny_llama):
+    space = SearchSpace(target_sparsity="free", fit_bytes=50_000, context_length=64)
+    with pytest.raises(ValueError, match="narrower weight_bits or kv_bits, or a shorter context"):
+        uniform_candidate(space, ModelShape.of(tiny_llama, space))
 
 
 def test_an_exact_mean_and_a_limit_that_contradict_each_other_are_refused(tiny_llama):
