@@ -41,12 +41,15 @@ Calibration = str | CalibrationConfig | Sequence[Mapping[str, torch.Tensor]] | N
 """Where calibration data come from: a dataset's name, a path, a config, or ready batches."""
 
 
-def check_before_loading(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
+def check_before_loading(
+    model: PreTrainedModel, config: SparsityConfig, calibration: Calibration = None
+) -> dict[str, float]:
     """Check what can be checked of a config before the model has weights.
 
     Args:
         model: The model, possibly on the meta device.
         config: How it will be pruned.
+        calibration: Calibration data; ``None``: what the config names.
 
     Returns:
         Module name -> ratio, of every prunable linear; empty if nothing is to be pruned.
@@ -54,13 +57,13 @@ def check_before_loading(model: PreTrainedModel, config: SparsityConfig) -> dict
     Raises:
         ValueError: If a name or glob matches nothing, the list of KV bits has the wrong length,
             weights have no dtype for their bits or runtime, or the metric needs calibration data
-            and the config names none.
+            and there are none.
     """
     ratios = _ratios(model, config)
     per_layer_kv_cache(model, config)
     _check_dtypes(model, config, ratios, resolve_weight_bits(config, ratios))
     if any(ratios.values()):
-        _check_calibration(config, config.calibration)
+        _check_calibration(config, config.calibration if calibration is None else calibration)
     return ratios
 
 

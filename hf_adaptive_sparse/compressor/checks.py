@@ -37,6 +37,19 @@ def check_offloadable(max_loss: float | None) -> None:
         )
 
 
+def check_pushed(push_to_hub: str | None, private: bool) -> None:
+    """Check that there is a repo to make private.
+
+    Raises:
+        ValueError: If nothing is pushed.
+    """
+    if private and push_to_hub is None:
+        raise ValueError(
+            "private is about the repo that is pushed to, got no push_to_hub. Give the repo "
+            "(--push-to-hub REPO), or leave it out."
+        )
+
+
 def check_bounded(
     max_loss: float | None, objective: ObjectiveSpec, timeout_seconds: float | None
 ) -> None:

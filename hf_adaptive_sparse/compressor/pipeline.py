@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.checks import (
     check_bounded,
     check_goal,
     check_offloadable,
+    check_pushed,
     on_cpu,
 )
 from hf_adaptive_sparse.compressor.companions import companions, thread_count
@@ -175,6 +177,7 @@ def compress(
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
+    check_pushed(push_to_hub, private)
     if push_to_hub is not None:
         push_token(push_to_hub)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
@@ -208,6 +211,7 @@ def compress(
         plan = replace(plan, storage=storage or str(folder / JOURNAL))
         with companions(origin, plan.work, workers) as own:
             loaded = plan.load(own)
+            check_before_loading(loaded.model, config, loaded.calibration)
             measured = Measuring(loaded, asked, progress)
             rows = [measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))]
             started = perf_counter()

@@ -192,6 +192,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"one target_sparsity, got 0\.5 and 0\.4"):
             compress(llava_folder, tmp_path / "out", space=SearchSpace(target_sparsity=0.4))
 
+    def test_a_private_repo_that_is_not_pushed(self, llava_folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"no push_to_hub.*--push-to-hub REPO"):
+            compress(llava_folder, tmp_path / "out", private=True)
+
+    def test_bits_that_the_weights_do_not_take_before_the_search(
+        self, llava_folder: Path, data: DataSource, tmp_path: Path
+    ) -> None:
+        arguments = {"calibration": data, "evaluation": data, "progress": False}
+        with pytest.raises(ValueError, match=r"weight_bits=12 .* is torch\.float32"):
+            compress(
+                llava_folder, tmp_path / "out", config=SparsityConfig(weight_bits=12), **arguments
+            )
+        assert not list(tmp_path.glob("*.partial"))  # where a search leaves its journal
+
     def test_data_that_are_too_short(
         self, llava_folder: Path, tmp_path: Path, data: DataSource
     ) -> None:
