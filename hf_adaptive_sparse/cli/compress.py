@@ -76,7 +76,7 @@ def _compress(options: argparse.Namespace) -> CompressionResult:
         options.output,
         config=config,
         quality=options.quality,
-        space=space_of(options, config, search_space(config, options.kv_bits, options.quality)),
+        space=space_of(options, config, search_space(config, quality=options.quality)),
         trials=options.trials,
         objective=Goal.parse(options.objective).to_json(),
         timeout_seconds=options.timeout,

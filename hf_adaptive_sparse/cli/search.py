@@ -44,7 +44,7 @@ def run_search(options: argparse.Namespace) -> Answer:
     """Search a profile and write it."""
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target, metric=options.metric)
-    space = space_of(options, config, search_space(config, options.kv_bits))
+    space = space_of(options, config, search_space(config))
     if options.max_loss is not None:
         return _run_within(options, space)
     settings: SearchSettings = {

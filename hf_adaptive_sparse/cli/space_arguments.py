@@ -108,8 +108,8 @@ def add_space(parser: argparse.ArgumentParser) -> None:
         "--search-weight-bits",
         type=widths,
         metavar="BITS",
-        help="widths of the kept weights to search, such as 16,8,4, one per block; one width fixes "
-        "them (default: the model's dtype)",
+        help="widths of the kept weights to search, such as 16,8,4, one per block, which takes a "
+        "--search-weight-mean or a budget; one width fixes them (default: the model's dtype)",
     )
     bits.add_argument(
         "--search-weight-mean", type=float, metavar="BITS", help="their mean, held exactly"
@@ -156,6 +156,8 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
     """
     if options.max_loss is not None:
         check_max_loss(options)
+    check_left_to_search(options, config)
+    check_weight_widths(options)
     in_bytes = options.fit is not None or options.size is not None
     target: float | str | None = config.target_sparsity
     if config.pattern != "unstructured":
@@ -190,6 +192,41 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
         size_bytes=size_bytes,
         **limits,
     )
+
+
+def check_left_to_search(options: argparse.Namespace, config: SparsityConfig) -> None:
+    """Refuse a pattern n:m, which fixes the ratios, where no bits are searched either.
+
+    Raises:
+        ValueError: If nothing is left to search.
+    """
+    fixed = config.pattern != "unstructured"
+    if fixed and options.kv_bits is None and options.search_weight_bits is None:
+        raise ValueError(
+            f"--pattern {config.pattern} fixes every ratio, which with --kv-bits none leaves "
+            "nothing to search. Prune without a search (the command prune), or give KV bits, such "
+            "as --kv-bits 6,8."
+        )
+
+
+def check_weight_widths(options: argparse.Namespace) -> None:
+    """Refuse weight bits to search without their mean, and the mean without the bits.
+
+    Raises:
+        ValueError: If one is given without the other.
+    """
+    palette, mean = options.search_weight_bits, options.search_weight_mean
+    if palette is None and mean is not None:
+        raise ValueError(
+            f"--search-weight-mean {mean:g} needs the widths to search: give --search-weight-bits, "
+            "too, such as 16,8,4."
+        )
+    budgets = (mean, options.fit, options.size, options.max_loss)
+    if palette is not None and len(palette) > 1 and all(budget is None for budget in budgets):
+        raise ValueError(
+            f"--search-weight-bits {','.join(map(str, palette))} leaves the mean open. Give "
+            "--search-weight-mean BITS, or a budget: --size, or --fit with --context."
+        )
 
 
 def check_max_loss(options: argparse.Namespace) -> None:

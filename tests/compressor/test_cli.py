@@ -398,6 +398,19 @@ def test_module_is_runnable() -> None:
             {"kv_mean_bits": 4.0, "kv_apart": True, "kv_split": "free"},
         ),
         (
+            [
+                "--target-sparsity",
+                "0",
+                "--kv-bits",
+                "none",
+                "--search-weight-bits",
+                "16,8",
+                "--search-weight-mean",
+                "12",
+            ],
+            {"target_sparsity": 0.0, "kv_bits": None, "weight_bits": (8, 16)},
+        ),
+        (
             ["--granularity", "layer-projection", "--sparsity-high", "0.7"],
             {"granularity": "layer-projection", "high": 0.7, "low": 0.45},
         ),
@@ -407,7 +420,7 @@ def test_options_make_the_space(flags, expected):
     options = build_parser().parse_args(["search", "m", "--output", "o", *flags])
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target)
-    space = space_of(options, config, search_space(config, options.kv_bits))
+    space = space_of(options, config, search_space(config))
     assert {name: getattr(space, name) for name in expected} == expected
 
 
@@ -418,6 +431,8 @@ def test_options_make_the_space(flags, expected):
         (["--fit", "4GiB"], "fit_bytes needs context_length"),
         (["--context", "8"], "need fit_bytes"),
         (["--kv-mean-bits", "9"], "kv_mean_bits must lie between"),
+        (["--search-weight-bits", "16,8,4"], "16,8,4 leaves the mean open. Give --search-weight"),
+        (["--search-weight-mean", "8"], "--search-weight-mean 8 needs the widths"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(flags, message, capsys, demo_checkpoint):
@@ -428,6 +443,15 @@ def test_options_that_contradict_each_other_are_refused(flags, message, capsys, 
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pattern_without_bits_to_search_is_refused_with_the_way_out(capsys, demo_checkpoint):
+    arguments = ["compress", demo_checkpoint, "--output", "o", "--pattern", "2:4"]
+    for more in ([], ["--target-sparsity", "0.5"]):
+        code, _, error = run(capsys, *arguments, "--kv-bits", "none", *more)
+        assert code == 2
+        assert "--pattern 2:4 fixes every ratio" in error
+        assert "the command prune" in error
 
 
 @pytest.mark.parametrize("command", ["prune", "compress"])
