@@ -210,6 +210,13 @@ class SparsityConfig(QuantizationConfigMixin):
         return PruningMethod.of(self.metric, self.weight_update).needs_calibration
 
     @property
+    def removes_weights(self) -> bool:
+        """Whether any ratio is above 0."""
+        if self.sparsity is None:
+            return bool(self.target_sparsity > 0.0)
+        return any(self.sparsity.values())
+
+    @property
     def quantises_weights(self) -> bool:
         """Whether any weight is stored in fewer than 16 bits, 12 without loss among them."""
         return any(bits < 16 for bits in self.widths)

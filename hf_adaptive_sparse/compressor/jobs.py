@@ -102,7 +102,7 @@ def prune_to_folder(
     dense_bytes = parameter_bytes(dense)
     data = calibration or DataSource()
     batches = None
-    if config.needs_calibration:
+    if config.removes_weights and config.needs_calibration:
         batches = data.batches(processor, dense.config, "train")
     with staged_folder(target, overwrite=overwrite) as folder:
         report = apply_config(dense, config, batches, processor, progress=progress)

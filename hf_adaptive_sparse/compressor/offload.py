@@ -68,7 +68,7 @@ def prune_offloaded(
     processor = model.load_processor()
     data = calibration or DataSource()
     batches = None
-    if config.needs_calibration:
+    if config.removes_weights and config.needs_calibration:
         batches = data.batches(processor, empty.config, "train")
     with resumable_folder(target, (STATE_NAME,), overwrite=overwrite) as folder:
         report = prune_into(
