@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.hub import push_token
 from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.space import SearchSpace
 
@@ -38,12 +39,15 @@ def check_offloadable(max_loss: float | None) -> None:
 
 
 def check_pushed(push_to_hub: str | None, private: bool) -> None:
-    """Check that there is a repo to make private.
+    """Check what can be checked of a push without asking the Hub.
 
     Raises:
-        ValueError: If nothing is pushed.
+        ValueError: If the repo id is invalid, or nothing is pushed that could be private.
+        HubError: If there is no token, or offline mode is on.
     """
-    if private and push_to_hub is None:
+    if push_to_hub is not None:
+        push_token(push_to_hub)
+    elif private:
         raise ValueError(
             "private is about the repo that is pushed to, got no push_to_hub. Give the repo "
             "(--push-to-hub REPO), or leave it out."

@@ -35,7 +35,7 @@ from hf_adaptive_sparse.compressor.search_plan import JOURNAL, Loaded, SearchPla
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.compressor.within import save_bound
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
-from hf_adaptive_sparse.hub import push_folder, push_token
+from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
@@ -178,8 +178,6 @@ def compress(
     target = Path(output)
     check_output(target, overwrite=overwrite)
     check_pushed(push_to_hub, private)
-    if push_to_hub is not None:
-        push_token(push_to_hub)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
     preset = get_quality(quality)
     config = preset.config(config)

@@ -118,7 +118,7 @@ class SearchPlan:
             return True
         if self.final is None or not self.final.needs_calibration:
             return False
-        return self.space.prunes or bool(self.final.target_sparsity or self.final.sparsity)
+        return self.space.prunes or self.final.removes_weights
 
     def search(self, loaded: Loaded, *, progress: bool = True) -> SearchResult:
         """Carry the search out, together with whoever else works on its study."""

@@ -94,9 +94,10 @@ def removal_counts(ratios: Sequence[float | Fraction], numels: Sequence[int]) ->
     while owed > 0:
         # A ratio is below 1: what a tiny linear cannot lose, others do.
         able = [index for index in order if counts[index] + 1 < numels[index]] or order
-        for index in able[:owed]:
+        raised = able[:owed]
+        for index in raised:
             counts[index] += 1
-        owed -= len(able[:owed])
+        owed -= len(raised)
     return counts
 
 

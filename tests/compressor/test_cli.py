@@ -20,7 +20,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.space_arguments import space_of, widths
-from hf_adaptive_sparse.compressor import pipeline, search_space
+from hf_adaptive_sparse.compressor import checks, pipeline, search_space
 from hf_adaptive_sparse.hub import HubError
 from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
@@ -73,7 +73,7 @@ def test_a_failed_push_shows_what_was_done_and_how_to_finish_it(
     def refuse(*_: object, **__: object) -> str:
         raise HubError("The Hub is closed.")
 
-    monkeypatch.setattr(pipeline, "push_token", lambda repo_id: "token")
+    monkeypatch.setattr(checks, "push_token", lambda repo_id: "token")
     monkeypatch.setattr(pipeline, "push_folder", refuse)
     out = tmp_path / "out"
     code, stdout, stderr = run(
