@@ -59,7 +59,7 @@ def check_before_loading(
             weights have no dtype for their bits or runtime, or the metric needs calibration data
             and there are none.
     """
-    ratios = _ratios(model, config)
+    ratios = asked_ratios(model, config)
     per_layer_kv_cache(model, config)
     _check_dtypes(model, config, ratios, resolve_weight_bits(config, ratios))
     if any(ratios.values()):
@@ -98,7 +98,7 @@ def prune_and_resolve(
         ValueError: If the config does not fit the model, or calibration data are needed and
             missing or unusable.
     """
-    ratios = _ratios(model, config)
+    ratios = asked_ratios(model, config)
     kv_cache = per_layer_kv_cache(model, config)
     weight_bits = resolve_weight_bits(config, ratios)
     _check_dtypes(model, config, ratios, weight_bits)
@@ -171,7 +171,16 @@ def prune_and_resolve(
     return report, resolved
 
 
-def _ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
+def asked_ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
+    """Return the ratio of every prunable linear; nothing where a config asks nothing of weights.
+
+    Args:
+        model: The model, possibly on the meta device.
+        config: How it will be pruned.
+
+    Raises:
+        ValueError: As `resolve_ratios`.
+    """
     if config.target_sparsity == 0.0 and not config.sparsity and not config.quantises_weights:
         return {}
     return resolve_ratios(

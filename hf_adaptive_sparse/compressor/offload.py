@@ -17,7 +17,7 @@ from hf_adaptive_sparse.architecture import (
     prunable_weights,
 )
 from hf_adaptive_sparse.calibration.data import Batch
-from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
+from hf_adaptive_sparse.checkpoint.applying import asked_ratios, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import attach
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
@@ -31,7 +31,6 @@ from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.pruning.experts import experts_without_data
-from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
 from hf_adaptive_sparse.staging import check_output, resumable_folder
 
@@ -104,13 +103,7 @@ def prune_into(
     Raises:
         ValueError: As `prune_offloaded`.
     """
-    ratios = resolve_ratios(
-        empty,
-        config.target_sparsity,
-        config.sparsity,
-        config.modules_to_not_convert,
-        config.pattern,
-    )
+    ratios = asked_ratios(empty, config)
     layers = OffloadedLayers(
         empty,
         files,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import hf_adaptive_sparse as has
@@ -31,7 +31,7 @@ from hf_adaptive_sparse.staging import OutputError
 from tests.families.catalogue import FAMILIES
 from tests.families.matrix import make_batch
 from tests.families.tiny_models import tiny_model
-from tests.processors import make_llava_processor
+from tests.processors import make_llava_processor, make_tokenizer
 
 CONFIG = has.SparsityConfig(
     sparsity={"*.mlp.*": 0.6, "*.layers.0.self_attn.*": 0.3},
@@ -117,6 +117,18 @@ def test_the_result_is_that_of_memory_bit_for_bit(source, questions, tmp_path, c
 def tokens() -> DataSource:
     ids = torch.randint(100, 160, (1, 40), generator=torch.Generator().manual_seed(0))
     return DataSource([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+
+
+def test_a_model_without_prunable_weights_takes_the_cache(tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    config = has.SparsityConfig(target_sparsity=0.0, kv_cache=has.KVCacheConfig(bits=8))
+    offload(ModelSource(tmp_path / "gpt2"), tmp_path / "disk", None, config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+    assert model.config.quantization_config.kv_cache.layer_bits(2) == ((8, 8),) * 2
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["tensor per expert", "stacked"])
