@@ -24,6 +24,15 @@ START, END = "<!-- table: quality -->\n", "<!-- end -->"
 RUNTIME_START = "<!-- table: runtime -->\n"
 FAMILIES_START = "<!-- table: families -->\n"
 FAMILIES = RESULTS / "families.json"
+OFFLOAD_START = "<!-- table: offload -->\n"
+OFFLOAD = RESULTS / "offload.json"
+JOBS = {
+    "memory": "prune",
+    "offload": "prune --offload",
+    "compress": "compress",
+    "compress-offload": "compress --offload",
+}
+"""Modes of ``offload.json``, as a person types them."""
 
 
 def readme_table() -> str:
@@ -98,6 +107,29 @@ def runtime_table() -> str:
     )
 
 
+def offload_table() -> str:
+    """Return the time and memory that each job takes for a model of 7 B parameters."""
+    result = json.loads(OFFLOAD.read_text(encoding="utf-8"))
+    machine = result["environment"]
+    lines: list[dict[str, object]] = [
+        {
+            "job": JOBS[row["mode"]],
+            "peak memory": f"{row['peak_anonymous_bytes'] / 1e9:.1f} GB",
+            "minutes": f"{row['seconds'] / 60:.0f}",
+            "calibration": f"{row['samples']} x {row['tokens']} tokens",
+        }
+        for row in result["rows"]
+        if row["size"] == "7b"
+    ]
+    return (
+        f"{markdown_table(lines)}\n\n"
+        f"<sub>Random bfloat16 weights, `lognorm` at 50 %; {machine['processor']}, "
+        f"{machine['cores']} cores. Data are few and searches short here: time grows with the "
+        f"tokens of calibration, and with trials times tokens of evaluation. From "
+        f"[offload.md](benchmarks/results/offload.md), which has 1 B and 13 B, too.</sub>\n"
+    )
+
+
 def families_table() -> str:
     """Return which families work, which with a limit, and which are refused."""
     rows = json.loads(FAMILIES.read_text(encoding="utf-8"))["rows"]
@@ -117,6 +149,7 @@ def updated(text: str) -> str:
     tables = {
         START: readme_table(),
         RUNTIME_START: runtime_table(),
+        OFFLOAD_START: offload_table(),
         FAMILIES_START: families_table(),
     }
     for start, table in tables.items():
