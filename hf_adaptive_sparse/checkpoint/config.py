@@ -15,7 +15,6 @@ from typing import Any, Concatenate, ParamSpec, cast
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_adaptive_sparse.checkpoint.fields import (
-    FOUR_BIT_GROUP_SIZE,
     calibration_config,
     choice,
     kv_cache_config,
@@ -25,6 +24,7 @@ from hf_adaptive_sparse.checkpoint.fields import (
 )
 from hf_adaptive_sparse.checkpoint.fields import weight_bits as _weight_bits
 from hf_adaptive_sparse.checkpoint.fields import weight_group_size as _weight_group_size
+from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.profiles import (
     FORMAT_VERSION,
     LOSSLESS_BITS,
@@ -283,7 +283,7 @@ class SparsityConfig(QuantizationConfigMixin):
         """Return the columns that share a scale where values take so many bits."""
         if bits in LOSSLESS_BITS:
             return None
-        return self.weight_group_size or (FOUR_BIT_GROUP_SIZE if bits == 4 else None)
+        return self.weight_group_size or default_group_size(bits)
 
     @classmethod
     def from_dict(

@@ -8,16 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from hf_adaptive_sparse.packing.weight_codes import GROUP_MULTIPLE
+from hf_adaptive_sparse.packing.weight_codes import GROUP_MULTIPLE, default_group_size
 from hf_adaptive_sparse.profiles import (
     CalibrationConfig,
     KVCacheConfig,
     check_ratio,
     check_weight_bits,
 )
-
-FOUR_BIT_GROUP_SIZE = 64
-"""Columns that share a scale at 4 bits, where nothing else was asked for. At 8 bits a row does."""
 
 
 def choice(value: object, valid: tuple[str, ...], what: str) -> str:
@@ -71,7 +68,7 @@ def weight_group_size(size: object) -> int | None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % GROUP_MULTIPLE:
         raise ValueError(
             "weight_group_size must be None (8 bits: one scale per row; 4 bits: one per "
-            f"{FOUR_BIT_GROUP_SIZE} columns) or a multiple of {GROUP_MULTIPLE} above 0, got "
+            f"{default_group_size(4)} columns) or a multiple of {GROUP_MULTIPLE} above 0, got "
             f"{size!r}."
         )
     return size

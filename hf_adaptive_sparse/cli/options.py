@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.space_arguments import add_space
+from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 
@@ -103,7 +104,8 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
         "--weight-group-size",
         type=int,
         metavar="N",
-        help="columns that share a scale at 8 and 4 bits (default: the whole row at 8, 64 at 4)",
+        help="columns that share a scale at 8 and 4 bits (default: the whole row at 8, "
+        f"{default_group_size(4)} at 4)",
     )
 
 

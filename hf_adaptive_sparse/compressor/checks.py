@@ -7,6 +7,7 @@ from dataclasses import replace
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.hub import push_token
+from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.space import SearchSpace
 
@@ -90,9 +91,10 @@ def check_goal(
         )
     if space.weight_bits is not None and config.weight_group_size is not None:
         raise ValueError(
-            "Searched weight bits have groups of their own (a row at 8 bits, 64 columns at 4), got "
-            f"weight_group_size={config.weight_group_size}. Leave it out, or give weight_bits in "
-            "the config instead of searching them."
+            "Searched weight bits have groups of their own (a row at 8 bits, "
+            f"{default_group_size(4)} columns at 4), got weight_group_size="
+            f"{config.weight_group_size}. Leave it out, or give weight_bits in the config instead "
+            "of searching them."
         )
     if space.size_bytes is not None:
         if config.checkpoint_format == "dense":

@@ -46,6 +46,11 @@ def code_limit(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
+def default_group_size(bits: int) -> int | None:
+    """Return the columns that share a scale unless told otherwise; ``None``: one scale per row."""
+    return 64 if bits == 4 else None
+
+
 def group_count(columns: int, group_size: int | None) -> int:
     """Return the scales of a row: ``ceil(columns / group_size)``, 1 without groups.
 

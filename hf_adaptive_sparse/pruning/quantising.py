@@ -14,7 +14,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hf_adaptive_sparse.architecture import weight_place
-from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, decode, encode
+from hf_adaptive_sparse.packing.weight_codes import (
+    CODE_BITS,
+    decode,
+    default_group_size,
+    encode,
+)
 from hf_adaptive_sparse.pruning.covering import uncovered_after
 
 
@@ -36,12 +41,11 @@ class _Codes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bits: int | None = None
-        self.group_size: int | None = None
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.bits is None:
             return weight
-        return through_codes(weight, self.bits, self.group_size)
+        return through_codes(weight, self.bits, default_group_size(self.bits))
 
 
 class QuantisedModel:
@@ -50,12 +54,11 @@ class QuantisedModel:
     def __init__(self, codes: Mapping[str, _Codes]) -> None:
         self._codes = codes
 
-    def apply(self, weight_bits: Mapping[str, int], group_sizes: Mapping[int, int | None]) -> None:
-        """Put widths in force.
+    def apply(self, weight_bits: Mapping[str, int]) -> None:
+        """Set the bits of every weight; their groups have the default size.
 
         Args:
             weight_bits: Module name -> bits; 16, or not named: the weight as it is.
-            group_sizes: Bits -> columns that share a scale, ``None``: one scale per row.
 
         Raises:
             ValueError: If a name is not one of the linears; then nothing has changed.
@@ -69,7 +72,6 @@ class QuantisedModel:
         for name, codes in self._codes.items():
             bits = weight_bits.get(name)
             codes.bits = bits if bits in CODE_BITS else None
-            codes.group_size = None if codes.bits is None else group_sizes.get(codes.bits)
 
 
 @contextmanager

@@ -22,12 +22,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, parameter_name, prunable_weights
-from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
 from hf_adaptive_sparse.packing.sparse_weight import size_bytes
 from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import stored_kinds
-from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.packing.weight_codes import default_group_size, group_count
 from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks
 from hf_adaptive_sparse.search.byte_sizes import format_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
@@ -91,7 +90,7 @@ class LinearBytes:
     def _groups(self, bits: int) -> int:
         if bits == OWN_DTYPE:
             return 0
-        return group_count(self.columns, FOUR_BIT_GROUP_SIZE if bits == 4 else None)
+        return group_count(self.columns, default_group_size(bits))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers
-from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES, ReusingModel
@@ -36,9 +35,6 @@ from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
-
-GROUP_SIZES = {8: None, 4: FOUR_BIT_GROUP_SIZE}
-"""Columns that share a scale in a checkpoint, by bits; ``None``: one scale per row."""
 
 ORDER_SEED = 0
 """Seed of the order that every trial takes the batches in; the same for all workers."""
@@ -156,7 +152,7 @@ class Evaluator:
             self.mask.apply(candidate.ratios)
             release_freed()  # small masks lie between what large ones were made from
         if self.codes is not None:
-            self.codes.apply(candidate.weight_bits, GROUP_SIZES)
+            self.codes.apply(candidate.weight_bits)
 
     def score(
         self, index: int, candidate: Candidate, settings: Sequence[Hashable]

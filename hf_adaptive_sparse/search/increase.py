@@ -15,7 +15,6 @@ from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.pruning.apply import masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import quantised
-from hf_adaptive_sparse.search.evaluator import GROUP_SIZES
 from hf_adaptive_sparse.search.losses import Loss
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
@@ -122,5 +121,5 @@ def losses_under(
             stack.enter_context(masked(model, rankings)).apply(ratios)
         if profile.weight_bits:
             codes = stack.enter_context(quantised(model, profile.weight_bits))
-            codes.apply(profile.weight_bits, GROUP_SIZES)
+            codes.apply(profile.weight_bits)
         return [negative_log_likelihood(model, batch, kv_cache) for batch in batches]

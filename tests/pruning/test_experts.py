@@ -283,7 +283,7 @@ def test_codes_are_seen_expert_by_expert(mixtral):
     stack = stacks(mixtral)[DOWN]
     weight = stack.weight.detach().clone()
     with quantised(mixtral, [GATE_UP, DOWN]) as handle:
-        handle.apply({DOWN: 8}, {8: None})
+        handle.apply({DOWN: 8})
         seen = mixtral.model.layers[0].mlp.experts.down_proj
         assert torch.equal(seen[1], through_codes(weight[1], 8, None))
     assert torch.equal(stacks(mixtral)[DOWN].weight, weight)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.pruning.apply import masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import quantised, through_codes
 
-GROUPS = {8: None, 4: 64}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -16,8 +16,8 @@ UP = "model.layers.0.mlp.up_proj"
 def test_a_weight_is_seen_as_a_checkpoint_gives_it_back(bits, dtype):
     weight = torch.randn(24, 100).to(dtype)
     weight[torch.rand(24, 100) < 0.5] = 0
-    stored = SparseWeight.from_dense(weight, bits, GROUPS[bits])
-    assert torch.equal(through_codes(weight, bits, GROUPS[bits]), stored.to_dense())
+    stored = SparseWeight.from_dense(weight, bits, default_group_size(bits))
+    assert torch.equal(through_codes(weight, bits, default_group_size(bits)), stored.to_dense())
 
 
 def test_codes_lie_over_masks_and_both_come_off(tiny_llama):
@@ -28,10 +28,10 @@ def test_codes_lie_over_masks_and_both_come_off(tiny_llama):
     with masked(tiny_llama, rankings) as mask, quantised(tiny_llama, rankings) as codes:
         mask.apply({UP: 0.5})
         plain = linear.weight.clone()
-        codes.apply({UP: 4}, GROUPS)
+        codes.apply({UP: 4})
         assert torch.equal(linear.weight, through_codes(plain, 4, 64))
         assert int((linear.weight == 0).sum()) >= before.numel() // 2
-        codes.apply({UP: 16}, GROUPS)
+        codes.apply({UP: 16})
         assert torch.equal(linear.weight, plain)
     assert linear.weight is parameter
     assert torch.equal(parameter, before)
@@ -42,7 +42,7 @@ def test_codes_work_without_masks_and_come_off_after_an_exception(tiny_llama):
     linear = tiny_llama.get_submodule(UP)
     parameter = linear.weight
     with pytest.raises(KeyboardInterrupt), quantised(tiny_llama, [UP]) as codes:
-        codes.apply({UP: 8}, GROUPS)
+        codes.apply({UP: 8})
         assert torch.equal(linear.weight, through_codes(parameter, 8, None))
         raise KeyboardInterrupt
     assert linear.weight is parameter
@@ -52,4 +52,4 @@ def test_unknown_names_are_refused(tiny_llama):
     with pytest.raises(ValueError, match="'model' is none"), quantised(tiny_llama, ["model"]):
         pass
     with quantised(tiny_llama, [UP]) as codes, pytest.raises(ValueError, match="'lm_head' was not"):
-        codes.apply({"lm_head": 8}, GROUPS)
+        codes.apply({"lm_head": 8})
