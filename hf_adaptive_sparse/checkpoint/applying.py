@@ -109,7 +109,7 @@ def prune_and_resolve(
     quantiser = LayerQuantiser(
         model,
         {
-            name: (bits, config.group_size_at(bits))
+            name: config.format_at(bits)
             for name, bits in weight_bits.items()
             if bits not in LOSSLESS_BITS
         },

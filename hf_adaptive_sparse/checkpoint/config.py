@@ -24,6 +24,7 @@ from hf_adaptive_sparse.checkpoint.fields import (
 )
 from hf_adaptive_sparse.checkpoint.fields import weight_bits as _weight_bits
 from hf_adaptive_sparse.checkpoint.fields import weight_group_size as _weight_group_size
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.profiles import (
     FORMAT_VERSION,
@@ -247,10 +248,9 @@ class SparsityConfig(QuantizationConfigMixin):
         ]
 
     @property
-    def value_formats(self) -> dict[str, tuple[int, int | None]]:
-        """Bits of the values, and columns that share a scale, of every compressed module."""
-        names = self.compressed_modules
-        return {name: (self.value_bits(name), self.group_size(name)) for name in names}
+    def value_formats(self) -> dict[str, ValueFormat]:
+        """How the values of every compressed module are stored."""
+        return {name: self.value_format(name) for name in self.compressed_modules}
 
     def value_bits(self, name: str) -> int:
         """Return the bits of a module's values, of a config that names each module by itself."""
@@ -275,15 +275,15 @@ class SparsityConfig(QuantizationConfigMixin):
             self._passed -= set(WEIGHT_FIELDS)
             self.weight_group_size = None
 
-    def group_size(self, name: str) -> int | None:
-        """Return the columns that share a scale in a module; ``None``: one per row, or no scale."""
-        return self.group_size_at(self.value_bits(name))
+    def value_format(self, name: str) -> ValueFormat:
+        """Return how a module's values are stored, of a config that names each module by itself."""
+        return self.format_at(self.value_bits(name))
 
-    def group_size_at(self, bits: int) -> int | None:
-        """Return the columns that share a scale where values take so many bits."""
+    def format_at(self, bits: int) -> ValueFormat:
+        """Return how this config stores values of so many bits."""
         if bits in LOSSLESS_BITS:
-            return None
-        return self.weight_group_size or default_group_size(bits)
+            return ValueFormat(bits)
+        return ValueFormat(bits, self.weight_group_size or default_group_size(bits))
 
     @classmethod
     def from_dict(

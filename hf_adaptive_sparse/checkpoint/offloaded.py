@@ -31,6 +31,7 @@ from hf_adaptive_sparse.checkpoint.weight_files import (
 )
 from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import (
+    ValueFormat,
     restored_weight,
     stored_kinds,
     stored_tensors,
@@ -60,7 +61,7 @@ class OffloadedLayers(LayerResidence):
         model: PreTrainedModel,
         source: WeightFiles,
         folder: Path,
-        formats: Mapping[str, tuple[int, int | None]],
+        formats: Mapping[str, ValueFormat],
         fingerprint: Mapping[str, Any],
         *,
         sequential: bool = True,
@@ -71,8 +72,8 @@ class OffloadedLayers(LayerResidence):
             model: The model, on the meta device; it is filled.
             source: The dense checkpoint.
             folder: Folder to write to; a state of an earlier run in it is continued.
-            formats: Parameter name -> bits of its values (16, 12, 8 or 4) and columns per scale, of
-                the parameters that are stored compressed.
+            formats: Parameter name -> how its values are stored, of the parameters that are stored
+                compressed.
             fingerprint: What a run depends on, plain JSON types. An earlier state with another one
                 is not used.
             sequential: Layers that are done run as they are pruned; False: as they were.
@@ -189,9 +190,10 @@ class OffloadedLayers(LayerResidence):
                 key = self._key(name)
                 if name in self._formats:
                     columns = self._model.get_parameter(name).shape[-1]
-                    bits, group_size = self._formats[name]
-                    stored = {k: file.get_tensor(tensor_name(key, k)) for k in stored_kinds(bits)}
-                    tensors[name] = restored_weight(stored, columns, bits, group_size)
+                    form = self._formats[name]
+                    kinds = stored_kinds(form.bits)
+                    stored = {kind: file.get_tensor(tensor_name(key, kind)) for kind in kinds}
+                    tensors[name] = restored_weight(stored, columns, *form)
                 else:
                     tensors[name] = file.get_tensor(key).clone()
         fill_(self._model, tensors)

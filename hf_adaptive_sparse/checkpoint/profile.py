@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import match_names, num_decoder_layers, prunable_weights
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks, sparse_stacks
 
@@ -40,15 +41,13 @@ def storable_weights(model: nn.Module) -> dict[str, str]:
     }
 
 
-def parameter_formats(
-    model: nn.Module, config: SparsityConfig
-) -> dict[str, tuple[int, int | None]]:
+def parameter_formats(model: nn.Module, config: SparsityConfig) -> dict[str, ValueFormat]:
     """Return the value formats of a config by the names of a model's parameters."""
     keys = storable_weights(model)
     return {keys.get(n, f"{n}.weight"): form for n, form in config.value_formats.items()}
 
 
-def runtime_formats(model: nn.Module, config: SparsityConfig) -> dict[str, tuple[int, int | None]]:
+def runtime_formats(model: nn.Module, config: SparsityConfig) -> dict[str, ValueFormat]:
     """Return the value formats of what the sparse runtime keeps compressed.
 
     That is linears, by the names of the modules, and the stacks of experts that it can, by theirs.

@@ -39,6 +39,7 @@ from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
 from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names, tensor_name, weight_name
 from hf_adaptive_sparse.packing.stored_weight import (
+    ValueFormat,
     restored_weight,
     stored_kinds,
     stored_tensors,
@@ -197,9 +198,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         model.hf_quantizer.runtime_choice = choice
         return model
 
-    def _runs_sparse(
-        self, model: PreTrainedModel, formats: Mapping[str, tuple[int, int | None]]
-    ) -> bool:
+    def _runs_sparse(self, model: PreTrainedModel, formats: Mapping[str, ValueFormat]) -> bool:
         """Decide the runtime of a model with these `runtime_formats`, once, and say why."""
         config = self.quantization_config
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -257,7 +256,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         became_plain = {
             tensor_name(key, "bitmask"): key
             for key in sparse & formats.keys()
-            if formats[key][0] == UPPER_BYTE_BITS and tensor_name(key, "codebook") not in dense
+            if formats[key].bits == UPPER_BYTE_BITS and tensor_name(key, "codebook") not in dense
         }
         # In the model's order, so that equal models make equal shards.
         state = {}
@@ -300,8 +299,8 @@ def _store_plain_what_was_cast_(model: PreTrainedModel, config: SparsityConfig) 
     cast = []
     sparse = sparse_weights(model)
     held = {parameter_name(name, weight): weight for name, weight in sparse.items()}
-    for key, (bits, _) in parameter_formats(model, config).items():
-        if bits != UPPER_BYTE_BITS:
+    for key, form in parameter_formats(model, config).items():
+        if form.bits != UPPER_BYTE_BITS:
             continue
         weight = held.get(key)
         dtype = model.get_parameter(key).dtype if weight is None else weight.dtype
@@ -368,11 +367,11 @@ class DecompressWeight(ConversionOps):
         empty = kwargs["model"].get_parameter(name)
         *leading, columns = empty.shape
         config, module = self.hf_quantizer.quantization_config, weight_name(name)
-        bits = config.value_bits(module)
+        form = config.value_format(module)
         try:
             tensors = {
                 kind: _only(input_dict[tensor_name(name.rpartition(".")[2], kind)])
-                for kind in stored_kinds(bits)
+                for kind in stored_kinds(form.bits)
             }
             shape = list(tensors["bitmask"].shape)
             # The model's shape first: it bounds what is allocated.
@@ -381,7 +380,7 @@ class DecompressWeight(ConversionOps):
                     f"the bitmask of a weight {[*leading, columns]} must be "
                     f"{[*leading, row_bytes(columns)]}, got {shape}."
                 )
-            weight = restored_weight(tensors, columns, bits, config.group_size(module))
+            weight = restored_weight(tensors, columns, *form)
             # transformers casts what it reads; bfloat16 that it read as bytes is not cast yet.
             return {name: weight.to(empty.dtype) if "codebook" in tensors else weight}
         except KeyError as missing:

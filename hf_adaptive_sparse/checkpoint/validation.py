@@ -30,7 +30,7 @@ from hf_adaptive_sparse.kernels.sparse_linear import count_row_offsets
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, row_bytes
 from hf_adaptive_sparse.packing.sparse_weight import stored_count
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name
-from hf_adaptive_sparse.packing.stored_weight import stored_kinds
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat, stored_kinds
 from hf_adaptive_sparse.packing.upper_bytes import (
     BOOK_WORDS,
     UPPER_BYTE_BITS,
@@ -39,8 +39,8 @@ from hf_adaptive_sparse.packing.upper_bytes import (
 )
 from hf_adaptive_sparse.packing.weight_codes import group_count
 
-Formats = Mapping[str, tuple[int, int | None]]
-"""Parameter name -> bits of its values (16, 12, 8 or 4), and columns that share a scale."""
+Formats = Mapping[str, ValueFormat]
+"""Parameter name -> how its values are stored."""
 
 _CODES = {UPPER_BYTE_BITS: "U8", 8: "I8", 4: "U8"}
 _UNITS = {UPPER_BYTE_BITS: " bytes, three for two", 4: " bytes of two"}
@@ -163,7 +163,7 @@ def _assign(
 
 
 def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
-    wanted = {name: bits for name, (bits, _) in formats.items()}
+    wanted = {name: form.bits for name, form in formats.items()}
     for name in sorted(wanted):
         for kind in stored_kinds(wanted[name]):
             if name in stored.kinds[kind]:
@@ -302,7 +302,7 @@ def _check_bitmasks(
         bitmask, values = bitmask.flatten(0, -2), stored.values[name]
         offsets[name] = count_row_offsets(bitmask)
         kept = int(offsets[name][-1])
-        bits, _ = formats[name]
+        bits = formats[name].bits
         if stored_count(kept, bits) != values.numel:
             raise CheckpointError(
                 f"{header.file}: tensor {header.name!r} keeps {kept} weights, but {values.name!r} "

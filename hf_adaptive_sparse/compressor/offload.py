@@ -29,6 +29,7 @@ from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.pruning.experts import experts_without_data
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
@@ -172,7 +173,7 @@ def weight_files(model: ModelSource, empty: PreTrainedModel) -> WeightFiles:
 
 def _formats(
     model: PreTrainedModel, config: SparsityConfig, ratios: Mapping[str, float]
-) -> dict[str, tuple[int, int | None]]:
+) -> dict[str, ValueFormat]:
     """Return how weights are stored, by the config that the result will carry."""
     bits = resolve_weight_bits(config, ratios)
     coded: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +11,18 @@ from hf_adaptive_sparse.packing.bitmask import compress, decompress
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, tensor_name
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
+
+
+class ValueFormat(NamedTuple):
+    """How the values of a weight are stored.
+
+    Attributes:
+        bits: 16 (the weight's own dtype), 12 (bfloat16 without loss), 8 or 4 (codes).
+        group_size: Columns that share a scale, of codes; ``None``: one scale per row, or no scale.
+    """
+
+    bits: int
+    group_size: int | None = None
 
 
 def stored_tensors(

@@ -13,6 +13,7 @@ from hf_adaptive_sparse.architecture import (
     parameter_name,
     prunable_weights,
 )
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.pruning.storage import check_finite, stored_weight
 from hf_adaptive_sparse.runtime.conversion import quantise_
 
@@ -24,14 +25,12 @@ class LayerQuantiser:
     will be given.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, formats: Mapping[str, tuple[int, int | None]]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, formats: Mapping[str, ValueFormat]) -> None:
         """Round nothing yet.
 
         Args:
             model: The model.
-            formats: Name of a weight -> bits of its values (8 or 4), and columns per scale.
+            formats: Name of a weight -> how its values of 8 or 4 bits are stored.
         """
         self._weights = prunable_weights(model) if formats else {}
         self._layers_name, _ = decoder_layers(model)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, size_bytes
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES, group_count
 
@@ -49,13 +50,13 @@ class CompressedWeights:
 
     Attributes:
         shapes: Module name -> ``(out, in)``.
-        formats: Module name -> bits of its values, and columns per scale.
+        formats: Module name -> how its values are stored.
         ratios: Module name -> fraction of its weights removed.
         dtype: Dtype of the weights.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    formats: Mapping[str, tuple[int, int | None]]
+    formats: Mapping[str, ValueFormat]
     ratios: Mapping[str, float]
     dtype: torch.dtype
 

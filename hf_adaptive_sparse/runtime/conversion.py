@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.runtime.expert_modules import hold_, hold_empty_, release_
 from hf_adaptive_sparse.runtime.sparse_experts import (
     SparseStack,
@@ -58,13 +59,13 @@ def replace_by_empty_(model: nn.Module, weights: Mapping[str, StoredWeight]) -> 
 
 
 @torch.no_grad()
-def compress_(model: nn.Module, weights: Mapping[str, tuple[int, int | None]]) -> None:
+def compress_(model: nn.Module, weights: Mapping[str, ValueFormat]) -> None:
     """Compress weights in memory, one after the other.
 
     Args:
         model: A model with weights.
-        weights: Name of a linear, or of a stack of experts that can be kept compressed -> bits of
-            its values (16, 12, 8 or 4), and columns per scale.
+        weights: Name of a linear, or of a stack of experts that can be kept compressed -> how its
+            values are stored.
 
     Raises:
         ValueError: If a weight is not in memory, or cannot be quantised.

@@ -104,7 +104,7 @@ def test_a_quantised_checkpoint_loads_bit_exactly_into_both_runtimes(tmp_path: P
         config = model.config.quantization_config
         assert config.format_version == 2
         assert config.value_bits("model.layers.1.self_attn.q_proj") == 8
-        assert config.group_size("model.layers.1.mlp.up_proj") == 64
+        assert config.value_format("model.layers.1.mlp.up_proj").group_size == 64
         tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
         assert tokens.shape[0] == 1
         model.save_pretrained(tmp_path, max_shard_size="40KB")

@@ -147,10 +147,10 @@ def test_weight_bits_are_version_two_and_nothing_else_is() -> None:
     data = quantised.to_dict()
     assert data["format_version"] == 2
     assert data["weight_bits"] == bits
-    assert quantised.group_size("model.layers.0.mlp") is None
-    assert quantised.group_size("model.layers.1.mlp") == 64
-    assert quantised.group_size("elsewhere") is None
-    assert checkpoint(weight_bits=4, weight_group_size=32).group_size("any") == 32
+    assert quantised.value_format("model.layers.0.mlp").group_size is None
+    assert quantised.value_format("model.layers.1.mlp").group_size == 64
+    assert quantised.value_format("elsewhere").group_size is None
+    assert checkpoint(weight_bits=4, weight_group_size=32).value_format("any").group_size == 32
     whole = checkpoint(weight_bits={"model.layers.0.mlp": 16})
     assert whole.to_dict()["format_version"] == 1
     assert not whole.quantises_weights

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.runtime import choice
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
@@ -31,7 +32,7 @@ def weights(rows: int = 4096, count: int = 16, **changes: object) -> CompressedW
     names = [f"layers.{index}" for index in range(count)]
     fields: dict[str, object] = {
         "shapes": dict.fromkeys(names, (rows, 4096)),
-        "formats": dict.fromkeys(names, (16, None)),
+        "formats": dict.fromkeys(names, ValueFormat(16)),
         "ratios": dict.fromkeys(names, 0.5),
         "dtype": torch.bfloat16,
     }
@@ -101,7 +102,9 @@ def test_the_bytes_that_are_foretold_are_those_that_it_takes(bits: int, group: i
     for row in dense:
         row[torch.randperm(256)[:128]] = 0.0
     made = SparseWeight.from_dense(dense.bfloat16(), None if bits == 16 else bits, group)
-    one = weights(shapes={"a": (64, 256)}, formats={"a": (bits, group)}, ratios={"a": 0.5})
+    one = weights(
+        shapes={"a": (64, 256)}, formats={"a": ValueFormat(bits, group)}, ratios={"a": 0.5}
+    )
     assert one.sparse_bytes(torch.device("cpu")) == made.nbytes
     blocks = count_block_offsets(made.bitmask, 256)
     assert one.sparse_bytes(torch.device("cuda")) == made.nbytes + blocks.nbytes

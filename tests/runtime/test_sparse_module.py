@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.conversion import compress_, decompress_, sparse_linears
 from hf_adaptive_sparse.runtime.parameters import FrozenParameter
@@ -372,12 +373,12 @@ def test_conversion_there_and_back_is_exact() -> None:
     model = nn.Sequential(pruned(), nn.ReLU(), pruned(40, 24)).eval()
     weights = [model[0].weight.clone(), model[2].weight.clone()]
     bias = model[0].bias
-    compress_(model, {"0": (16, None), "2": (16, None)})
+    compress_(model, {"0": ValueFormat(16), "2": ValueFormat(16)})
     assert list(sparse_linears(model)) == ["0", "2"]
     assert model[0].bias is bias
     assert not model[0].training
     with pytest.raises(ValueError, match=r"'0' must be a plain nn.Linear, it is SparseLinear"):
-        compress_(model, {"0": (16, None)})
+        compress_(model, {"0": ValueFormat(16)})
     decompress_(model)
     assert type(model[0]) is nn.Linear
     assert torch.equal(model[0].weight, weights[0])
@@ -386,7 +387,7 @@ def test_conversion_there_and_back_is_exact() -> None:
 
 def test_a_weight_that_is_not_there_is_not_compressed() -> None:
     with pytest.raises(ValueError, match=r"'0' is offloaded"):
-        compress_(nn.Sequential(nn.Linear(4, 4, device="meta")), {"0": (16, None)})
+        compress_(nn.Sequential(nn.Linear(4, 4, device="meta")), {"0": ValueFormat(16)})
 
 
 def test_another_shape_is_refused() -> None:
