@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hf_adaptive_sparse.pruning.metrics import METRICS, Metric, register_metric
+from hf_adaptive_sparse.pruning.metrics import METRICS, ScoringMetric, register_metric
 
 Parts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From |W| (out, in) over the norms of its rows (out, 1) and columns (in,) to f(|W|)."""
@@ -44,7 +44,7 @@ def register_variants() -> list[str]:
     return list(VARIANTS)
 
 
-def _variant(name: str, parts: Parts, exponent: float) -> type[Metric]:
+def _variant(name: str, parts: Parts, exponent: float) -> type[ScoringMetric]:
     def score(self: Any, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
         if input_norm is None:
             raise ValueError(f"Metric {name!r} needs the norms of the inputs.")
@@ -55,4 +55,4 @@ def _variant(name: str, parts: Parts, exponent: float) -> type[Metric]:
         )
         return parts(magnitudes, row, column) * input_norm.pow(exponent)
 
-    return type("Variant", (Metric,), {"name": name, "score": score})
+    return type("Variant", (ScoringMetric,), {"name": name, "score": score})

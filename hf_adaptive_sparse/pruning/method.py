@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_adaptive_sparse.calibration.activations import InputStatistic
-from hf_adaptive_sparse.pruning.metrics import Metric, get_metric, score_stacked
+from hf_adaptive_sparse.pruning.metrics import Metric, ScoringMetric, get_metric, score_stacked
 from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import Pattern
 from hf_adaptive_sparse.pruning.ranking import count_mask, mask_from_scores
@@ -78,7 +78,7 @@ class PruningMethod:
         Raises:
             ValueError: If statistics are missing, or the updated weight is not finite in its dtype.
         """
-        if self.metric.updates_weights:
+        if not isinstance(self.metric, ScoringMetric):
             solver = SOLVERS[self.metric.name]
             updated, removed = solver(weight, _loss(inputs, name), count, pattern)
         else:

@@ -1,7 +1,8 @@
 """What a weight is worth: the pruning metrics, one class each, behind one registry.
 
-A new metric is one class with ``@register_metric`` here and one line in the test matrix. Scores are
-computed in float32 and are >= 0; what scores lowest goes first.
+A new metric is one class with ``@register_metric`` here: a `ScoringMetric`, or a `SolvedMetric`
+with its solver in `pruning.solvers`. Scores are computed in float32 and are >= 0; what scores
+lowest goes first.
 """
 
 from __future__ import annotations
@@ -21,21 +22,26 @@ _CHUNK_ELEMENTS = 1 << 20
 """Elements that are scored at once, so that temporaries stay at a few megabytes."""
 
 
-class Metric(ABC):
-    """How the weights of one linear are scored, and among which of them scores are compared.
+class Metric:
+    """How it is decided which weights of one linear go.
 
     Attributes:
         name: Name in configs and on the command line.
-        needs_calibration: Whether `score` needs the norms of the inputs.
-        grouping: Scores compare within each output ``"row"`` or over the whole ``"tensor"``.
-        updates_weights: Whether the kept weights change too. Such a metric needs the Hessian of
-            the inputs and has no scores apart from its solver.
+        needs_calibration: Whether it needs calibration data.
+        grouping: Weights compete within each output ``"row"`` or over the whole ``"tensor"``.
+        updates_weights: Whether the kept weights change too.
     """
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = True
     grouping: ClassVar[Grouping] = "row"
-    updates_weights: ClassVar[bool] = False
+    updates_weights: ClassVar[bool]
+
+
+class ScoringMetric(Metric, ABC):
+    """A metric that scores every weight; the kept weights stay as they are."""
+
+    updates_weights = False
 
     @abstractmethod
     def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
@@ -52,6 +58,15 @@ class Metric(ABC):
         Raises:
             ValueError: If the metric needs ``input_norm`` and it is missing or has another size.
         """
+
+
+class SolvedMetric(Metric):
+    """A metric that is a solver of `pruning.solvers`: mask and weights come out together.
+
+    It needs the Hessian of the inputs.
+    """
+
+    updates_weights = True
 
 
 MetricClass = TypeVar("MetricClass", bound=type[Metric])
@@ -83,8 +98,27 @@ def get_metric(name: str) -> Metric:
     return METRICS[name]()
 
 
+def check_scores(metric: Metric) -> ScoringMetric:
+    """Return a metric that scores weights, so that it can rank them.
+
+    Raises:
+        ValueError: If it does not; the metrics that do are listed.
+    """
+    if not isinstance(metric, ScoringMetric):
+        scoring = sorted(name for name, m in METRICS.items() if issubclass(m, ScoringMetric))
+        raise ValueError(
+            f"Metric {metric.name!r} updates the weights that stay, so it cannot rank weights once "
+            f"for all ratios of a search. Search with one of {', '.join(scoring)}; the profile "
+            f"found can be pruned with {metric.name!r}."
+        )
+    return metric
+
+
 def score_stacked(
-    metric: Metric, weight: torch.Tensor, input_norm: torch.Tensor | None, rows: Sequence[int]
+    metric: ScoringMetric,
+    weight: torch.Tensor,
+    input_norm: torch.Tensor | None,
+    rows: Sequence[int],
 ) -> torch.Tensor:
     """Score matrices that are stacked along their outputs, each as if it were alone.
 
@@ -93,7 +127,7 @@ def score_stacked(
     Args:
         metric: The metric.
         weight: ``(out, in)``.
-        input_norm: ``(in,)`` or ``None``, as for `Metric.score`.
+        input_norm: ``(in,)`` or ``None``, as for `ScoringMetric.score`.
         rows: Rows of each matrix; they add up to ``out``.
 
     Returns:
@@ -138,7 +172,7 @@ def _by_row_chunks_(
 
 
 @register_metric
-class LogNorm(Metric):
+class LogNorm(ScoringMetric):
     """``S_ij = log(1 + |W_ij|/‖W_i,:‖₂ + |W_ij|/‖W_:,j‖₂) · ‖X_j‖₂^{1/2}``.
 
     The metric of arXiv:2507.20613 (section "metric"), evaluated in the order in which it is
@@ -148,7 +182,7 @@ class LogNorm(Metric):
     name = "lognorm"
 
     def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
-        """See `Metric.score`."""
+        """See `ScoringMetric.score`."""
         scale = _required(input_norm, weight, self.name).sqrt()
         values = _magnitudes(weight)
         row = _never_zero(torch.linalg.vector_norm(values, dim=1, keepdim=True))
@@ -159,18 +193,18 @@ class LogNorm(Metric):
 
 
 @register_metric
-class Wanda(Metric):
+class Wanda(ScoringMetric):
     """``S_ij = |W_ij| · ‖X_j‖₂`` (arXiv:2306.11695, equation 1)."""
 
     name = "wanda"
 
     def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
-        """See `Metric.score`."""
+        """See `ScoringMetric.score`."""
         return _magnitudes(weight).mul_(_required(input_norm, weight, self.name))
 
 
 @register_metric
-class RIA(Metric):
+class RIA(ScoringMetric):
     """``S_ij = (|W_ij|/Σ|W_i,:| + |W_ij|/Σ|W_:,j|) · ‖X_j‖₂^{1/2}``.
 
     Relative importance and activations (ICLR 2024, "Plug-and-Play", equation 4, with a = 1/2). A
@@ -180,7 +214,7 @@ class RIA(Metric):
     name = "ria"
 
     def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
-        """See `Metric.score`."""
+        """See `ScoringMetric.score`."""
         scale = _required(input_norm, weight, self.name).sqrt()
         values = _magnitudes(weight)
         row = _never_zero(values.sum(dim=1, keepdim=True))
@@ -189,7 +223,7 @@ class RIA(Metric):
 
 
 @register_metric
-class Magnitude(Metric):
+class Magnitude(ScoringMetric):
     """``S_ij = |W_ij|``, compared over the whole tensor; needs no data."""
 
     name = "magnitude"
@@ -197,37 +231,19 @@ class Magnitude(Metric):
     grouping: ClassVar[Grouping] = "tensor"
 
     def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
-        """See `Metric.score`."""
+        """See `ScoringMetric.score`."""
         return _magnitudes(weight)
 
 
-class _Solved(Metric):
-    """A metric that is a solver: mask and weights come out together."""
-
-    updates_weights = True
-
-    def score(self, weight: torch.Tensor, input_norm: torch.Tensor | None) -> torch.Tensor:
-        """Not defined: which weights go depends on how the others are updated.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            f"Metric {self.name!r} has no scores apart from its weight update: it prunes once, and "
-            "cannot rank weights for a search. Rank with "
-            f"{', '.join(sorted(n for n, m in METRICS.items() if not m.updates_weights))}."
-        )
-
-
 @register_metric
-class SparseGPT(_Solved):
+class SparseGPT(SolvedMetric):
     """Optimal brain surgeon with weight update (arXiv:2301.00774); see `pruning.sparsegpt`."""
 
     name = "sparsegpt"
 
 
 @register_metric
-class ALPS(_Solved):
+class ALPS(SolvedMetric):
     """Mask and weights by ADMM, then least squares (arXiv:2406.07831); see `pruning.alps`."""
 
     name = "alps"

@@ -17,7 +17,12 @@ from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.pruning.expert_ranking import ExpertRanking
 from hf_adaptive_sparse.pruning.experts import expert_inputs, experts_without_data
 from hf_adaptive_sparse.pruning.method import PruningMethod
-from hf_adaptive_sparse.pruning.metrics import Metric, get_metric, score_stacked
+from hf_adaptive_sparse.pruning.metrics import (
+    ScoringMetric,
+    check_scores,
+    get_metric,
+    score_stacked,
+)
 from hf_adaptive_sparse.pruning.preparation import (
     Batches,
     check_batches,
@@ -50,7 +55,7 @@ def rank_model(
         batches: Calibration batches; ``None`` only for data-free metrics.
         low: Lowest ratio that a mask will be asked for.
         high: Highest ratio.
-        metric: Name of a registered metric that scores weights (not ``sparsegpt``).
+        metric: Name of a metric that scores weights.
         modules_to_not_convert: Names or globs left out.
         image_weight: Weight of an image token in the statistics.
         min_expert_tokens: Experts that saw fewer calibration tokens are scored without data.
@@ -62,10 +67,8 @@ def rank_model(
     Raises:
         ValueError: If an argument is invalid, or weights or activations are NaN or infinite.
     """
-    chosen = get_metric(metric)
+    chosen = check_scores(get_metric(metric))
     weights = prunable_weights(model, modules_to_not_convert)
-    if chosen.updates_weights:
-        chosen.score(next(iter(weights.values())).weight, None)
     check_batches(PruningMethod(chosen), batches)
     warn_of_experts(model)
     for name, weight in weights.items():
@@ -108,7 +111,7 @@ class _ExpertScores:
         stack: ExpertStack,
         stored: torch.Tensor,
         name: str,
-        metric: Metric,
+        metric: ScoringMetric,
         known: InputStatistics | None,
         min_tokens: int,
     ) -> None:

@@ -1,7 +1,7 @@
 """What may happen to the weights that stay: updates on a given mask, and solvers of both at once.
 
 An update (`WEIGHT_UPDATES`) follows the mask of any metric; a solver (`SOLVERS`) is the whole of a
-metric whose ``updates_weights`` is true, and has the metric's name.
+`SolvedMetric`, and has its name.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import nn
 from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.pruning.covering import check_in_memory
-from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.pruning.metrics import check_scores, get_metric
 from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED
@@ -32,12 +32,9 @@ def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -
     check_count(seed, "seed", least=0)
     if not isinstance(space, SearchSpace):
         raise TypeError(f"space must be a SearchSpace, got {type(space).__name__}.")
-    if get_metric(metric).updates_weights and space.prunes:
-        raise ValueError(
-            f"{metric!r} updates the weights that stay, so it cannot rank weights once for all "
-            "trials. Search with 'lognorm' or 'wanda'; the profile found can be pruned with "
-            f"{metric!r}."
-        )
+    chosen = get_metric(metric)
+    if space.prunes:
+        check_scores(chosen)
 
 
 def check_limits(timeout_seconds: object, goal: Goal, space: SearchSpace) -> None:
