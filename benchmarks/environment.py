@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from hf_adaptive_sparse.files import replacing
+
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 """Evaluation data and model; they lie beside the project and are not part of it."""
@@ -63,9 +65,8 @@ def write_result(name: str, result: Mapping[str, Any], table: str | None = None)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {"environment": describe(), **result}
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if table is not None:
         path.with_suffix(".md").write_text(table.rstrip() + "\n", encoding="utf-8")
     return path

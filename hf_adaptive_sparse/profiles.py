@@ -14,6 +14,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from hf_adaptive_sparse.files import replacing
+
 FORMAT_VERSION = 1
 """Version of the JSON forms in this module and of the checkpoint's config, where none is named."""
 
@@ -427,11 +429,9 @@ class CompressionProfile:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form to ``path``: under a temporary name first, then renamed."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(target)
+        """Write the JSON form to ``path``, whole or not at all."""
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CompressionProfile:

@@ -127,6 +127,12 @@ class TestCompressionProfile:
         )
         assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
 
+    def test_a_save_that_fails_leaves_nothing_behind(self, tmp_path) -> None:
+        (tmp_path / "profile.json").mkdir()
+        with pytest.raises(OSError, match=r"profile\.json"):
+            CompressionProfile().save(tmp_path / "profile.json")
+        assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
+
     def test_empty_profile(self) -> None:
         assert CompressionProfile.from_dict(CompressionProfile().to_dict()) == CompressionProfile()
 

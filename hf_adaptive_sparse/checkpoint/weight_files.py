@@ -30,6 +30,7 @@ from hf_adaptive_sparse.checkpoint.headers import (
     TensorHeader,
     read_headers,
 )
+from hf_adaptive_sparse.files import replacing
 
 
 @dataclass(frozen=True)
@@ -261,22 +262,19 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, in
     Returns:
         Name of each tensor -> its bytes.
     """
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"format": "pt"})
-    with partial.open("r+b") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"format": "pt"})
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
 def write_json(path: Path, data: object) -> None:
     """Write a JSON file, complete or not at all, and onto the disk."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(data, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def write_index(folder: Path, shards: Mapping[str, Mapping[str, int]]) -> None:

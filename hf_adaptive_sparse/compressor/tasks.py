@@ -11,7 +11,7 @@ from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.digests import weights_digest
 from hf_adaptive_sparse.evaluation.tasks.run import run_task
 from hf_adaptive_sparse.evaluation.tasks.task import Setting, TaskResult, find_task
-from hf_adaptive_sparse.report.files import replacing
+from hf_adaptive_sparse.files import replacing
 
 RESULTS = "results.json"
 

@@ -16,8 +16,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.profiles import KVCacheConfig
-from hf_adaptive_sparse.report.files import replacing
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
 

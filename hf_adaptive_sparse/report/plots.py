@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.report.files import replacing
 from hf_adaptive_sparse.report.layers import largest_stack, mean_by_layer
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from hf_adaptive_sparse.report.files import replacing
+from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.report.markup import duration
 from hf_adaptive_sparse.report.study_analysis import failure_signs
 from hf_adaptive_sparse.report.study_facts import StudyFacts

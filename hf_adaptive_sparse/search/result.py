@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
 from hf_adaptive_sparse.pruning.apply import PruningReport
 from hf_adaptive_sparse.search.comparison import HELD_OUT, held_out_of
@@ -270,9 +271,8 @@ class SearchResult:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         self.best_profile.save(folder / PROFILE_FILE)
-        partial = folder / (HISTORY_FILE + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / HISTORY_FILE)
+        with replacing(folder / HISTORY_FILE) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     @staticmethod
     def load_profile(directory: str | os.PathLike[str]) -> CompressionProfile:

@@ -340,6 +340,13 @@ def test_saving_writes_profile_and_history_and_nothing_else(run, tmp_path):
     assert stored["uniform_value"] == result.baseline
 
 
+def test_a_save_that_fails_leaves_no_temporary_file(run, tmp_path):
+    (tmp_path / "search.json").mkdir()
+    with pytest.raises(OSError, match=r"search\.json"):
+        run().save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["profile.json", "search.json"]
+
+
 def test_a_history_from_the_future_is_refused(run, tmp_path):
     (tmp_path / "search.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match="Upgrade"):
