@@ -16,6 +16,9 @@ from typing import Any
 
 from hf_adaptive_sparse.files import replacing
 
+QUANT_METHOD = "adaptive_sparse"
+"""``quant_method`` of the ``quantization_config`` of a model that carries our config."""
+
 FORMAT_VERSION = 1
 """Version of the JSON forms in this module and of the checkpoint's config, where none is named."""
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import Prunable, prunable_weights
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
-from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.profile import (
     per_layer_kv_cache,
     resolve_weight_bits,
@@ -150,8 +150,8 @@ def prune_and_resolve(
         **_provenance(model, config, source, settings, batches, hub_arguments or {}),
         **_starved(report),
     }
-    carried = getattr(model.config, "quantization_config", None)
-    if not ratios and isinstance(carried, SparsityConfig) and carried.sparsity:
+    carried = our_config(model)
+    if not ratios and carried is not None and carried.sparsity:
         # The weights stay what they were pruned to, and are to be stored so.
         resolved = copy.deepcopy(carried)
         resolved.kv_cache = kv_cache
@@ -290,8 +290,8 @@ def _provenance(
         calibration = {**settings.to_dict(), "dataset": _public_name(settings.dataset)}
         if not isinstance(source, str | CalibrationConfig):
             calibration = {"batches": len(batches), "sequential": settings.sequential}
-    earlier = getattr(model.config, "quantization_config", None)
-    known = earlier.provenance if isinstance(earlier, SparsityConfig) else {}
+    earlier = our_config(model)
+    known = {} if earlier is None else earlier.provenance
     return {
         "base_model": _public_name(model.config.name_or_path),
         "revision": hub_arguments.get("revision"),

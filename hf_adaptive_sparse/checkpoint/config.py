@@ -30,6 +30,7 @@ from hf_adaptive_sparse.profiles import (
     FORMAT_VERSION,
     LOSSLESS_BITS,
     LOSSLESS_BITS_VERSION,
+    QUANT_METHOD,
     CalibrationConfig,
     KVCacheConfig,
     check_format_version,
@@ -39,7 +40,6 @@ from hf_adaptive_sparse.profiles import (
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.patterns import parse_pattern
 
-QUANT_METHOD = "adaptive_sparse"
 CHECKPOINT_FORMATS = ("bitmask", "dense")
 RUNTIMES = ("auto", "dense", "sparse")
 
@@ -223,6 +223,11 @@ class SparsityConfig(QuantizationConfigMixin):
         return any(bits < 16 for bits in self.widths)
 
     @property
+    def kv_profile(self) -> KVCacheConfig | None:
+        """The KV profile, if there is one."""
+        return self.kv_cache if isinstance(self.kv_cache, KVCacheConfig) else None
+
+    @property
     def widths(self) -> Collection[int]:
         """The bits that are named, of whichever modules."""
         bits = self.weight_bits
@@ -323,7 +328,6 @@ class SparsityConfig(QuantizationConfigMixin):
         the config of a compressed model has the first three only where they say something, and no
         other.
         """
-        kv = self.kv_cache
         data: dict[str, Any] = {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
@@ -333,7 +337,7 @@ class SparsityConfig(QuantizationConfigMixin):
             "checkpoint_format": self.checkpoint_format,
             "sparsity": None if self.sparsity is None else dict(self.sparsity),
             "modules_to_not_convert": list(self.modules_to_not_convert),
-            "kv_cache": kv.to_dict() if isinstance(kv, KVCacheConfig) else kv,
+            "kv_cache": self.kv_cache if self.kv_profile is None else self.kv_profile.to_dict(),
             "provenance": plain_json(self.provenance),
         }
         if "weight_bits" in self._passed:
@@ -365,3 +369,34 @@ class SparsityConfig(QuantizationConfigMixin):
         return self.to_dict() == other.to_dict() and self.runtime == other.runtime
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def our_config(carrier: Any) -> SparsityConfig | None:
+    """Return the config of ours that something carries; ``None`` if it carries none.
+
+    Args:
+        carrier: A model, a model's config, or the dict of a ``config.json``.
+
+    Raises:
+        ValueError: If it is ours and invalid.
+    """
+    config = getattr(carrier, "config", carrier)
+    if isinstance(config, Mapping):
+        return as_our_config(config.get("quantization_config"))
+    return as_our_config(getattr(config, "quantization_config", None))
+
+
+def as_our_config(quantization_config: Any) -> SparsityConfig | None:
+    """Return a ``quantization_config``, which may be a dict, as a config; ``None`` if not ours.
+
+    Raises:
+        ValueError: If it is ours and invalid.
+    """
+    if isinstance(quantization_config, SparsityConfig):
+        return quantization_config
+    if isinstance(quantization_config, Mapping):
+        if quantization_config.get("quant_method") != QUANT_METHOD:
+            return None
+        made: SparsityConfig = SparsityConfig.from_dict(quantization_config)
+        return made
+    return None

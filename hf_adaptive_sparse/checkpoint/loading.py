@@ -26,7 +26,7 @@ from transformers.quantizers.auto import (
 )
 
 from hf_adaptive_sparse.checkpoint.applying import Calibration, prune_and_resolve
-from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig, as_our_config
 from hf_adaptive_sparse.checkpoint.merging import merge_configs
 from hf_adaptive_sparse.checkpoint.profile import runtime_formats
 from hf_adaptive_sparse.checkpoint.quantizer import (
@@ -36,6 +36,7 @@ from hf_adaptive_sparse.checkpoint.quantizer import (
     hub_arguments,
 )
 from hf_adaptive_sparse.kvcache.generation import install
+from hf_adaptive_sparse.profiles import QUANT_METHOD
 from hf_adaptive_sparse.pruning.apply import PruningReport
 from hf_adaptive_sparse.runtime.conversion import compress_
 
@@ -148,8 +149,8 @@ def _from_pretrained(
         )
     if sparsity_config is not None:
         quantization_config = _as_config(sparsity_config)
-    elif _is_our_dict(quantization_config):
-        quantization_config = SparsityConfig.from_dict(quantization_config)
+    else:
+        quantization_config = as_our_config(quantization_config) or quantization_config
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     given = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
@@ -171,10 +172,6 @@ def _as_config(config: SparsityConfig | Mapping[str, Any]) -> SparsityConfig:
     )
 
 
-def _is_our_dict(config: Any) -> bool:
-    return isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD
-
-
 def _merge_quantization_configs(
     original: Callable[..., Any],
     cls: type,
@@ -184,8 +181,7 @@ def _merge_quantization_configs(
     """Merge a passed `SparsityConfig` into a checkpoint's; transformers would drop it."""
     passed = quantization_config_from_args
     if isinstance(passed, SparsityConfig):
-        if _is_our_dict(quantization_config):
-            quantization_config = SparsityConfig.from_dict(quantization_config)
-        if isinstance(quantization_config, SparsityConfig):
-            return merge_configs(quantization_config, passed)
+        checkpoint = as_our_config(quantization_config)
+        if checkpoint is not None:
+            return merge_configs(checkpoint, passed)
     return original(cls, quantization_config, passed)

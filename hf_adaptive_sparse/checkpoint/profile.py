@@ -184,8 +184,8 @@ def per_layer_kv_cache(model: PreTrainedModel, config: SparsityConfig) -> KVCach
     Raises:
         ValueError: If a list of bits has another length than the model has layers.
     """
-    kv_cache = config.kv_cache
-    if not isinstance(kv_cache, KVCacheConfig):
+    kv_cache = config.kv_profile
+    if kv_cache is None:
         return None
     keys, values = zip(*kv_cache.layer_bits(num_decoder_layers(model.config)), strict=True)
     return replace(kv_cache, key_bits=keys, value_bits=values)

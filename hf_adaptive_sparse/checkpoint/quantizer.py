@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_adaptive_sparse.architecture import parameter_name
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
-from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.profile import (
     parameter_formats,
@@ -238,7 +238,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        config = getattr(model.config, "quantization_config", None)
+        config = our_config(model)
         if config is None:
             return _plain_state_dict(model), {}
         if not config.compressed_modules:
@@ -466,8 +466,8 @@ def check_unquantized(model: PreTrainedModel) -> None:
         ValueError: If there is one; names it.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    method = QUANT_METHOD if quantizer is None else quantizer.quantization_config.quant_method
-    if method != QUANT_METHOD:
+    if quantizer is not None and not isinstance(quantizer.quantization_config, SparsityConfig):
+        method = quantizer.quantization_config.quant_method
         raise ValueError(
             f"The model is quantized with {getattr(method, 'value', method)!r}; "
             "hf_adaptive_sparse works on plain weights. Load it unquantized."

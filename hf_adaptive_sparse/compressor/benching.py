@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD
+from hf_adaptive_sparse.checkpoint.config import our_config
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.profiles import check_count
@@ -176,8 +176,7 @@ def _measure(
 
 
 def _is_ours(source: ModelSource) -> bool:
-    ours = getattr(source.load_config(), "quantization_config", None) or {}
-    return bool(ours.get("quant_method") == QUANT_METHOD)
+    return our_config(source.load_config()) is not None
 
 
 def _disk_bytes(source: ModelSource) -> int | None:

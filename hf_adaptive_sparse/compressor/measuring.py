@@ -134,14 +134,13 @@ class Measuring:
             config: The config that it carries, with its KV profile.
             match: As for `measure`.
         """
-        kv_cache = None if config is None else config.kv_cache
         return measure(
             name,
             model,
             self._held_out,
             sparsity=sparsity,
             weight_bytes=size,
-            kv_cache=kv_cache if isinstance(kv_cache, KVCacheConfig) else None,
+            kv_cache=None if config is None else config.kv_profile,
             processor=self._processor,
             questions=self._records,
             num_questions=self._asked.num_samples,

@@ -23,7 +23,7 @@ from hf_adaptive_sparse.calibration.media import takes
 from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.measuring import Measurement
-from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig, SparsityProfile
+from hf_adaptive_sparse.profiles import CompressionProfile, SparsityProfile
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
 from hf_adaptive_sparse.report.tables import format_bytes
@@ -146,7 +146,7 @@ def save_report(
         bound: What is known of the loss, in words, where a bound on it was asked for.
     """
     config: SparsityConfig = model.config.quantization_config
-    kv_cache = config.kv_cache if isinstance(config.kv_cache, KVCacheConfig) else None
+    kv_cache = config.kv_profile
     sparsity = SparsityProfile(config.sparsity) if config.sparsity else None
     # A carried config names each quantised module; one that quantises none says 16.
     bits = None if isinstance(config.weight_bits, int) else config.weight_bits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from hf_adaptive_sparse.architecture import (
     parameter_name,
     prunable_weights,
 )
-from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
@@ -128,7 +127,7 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
     Raises:
         ValueError: If the model has no prunable linears, or weights that are not in memory.
     """
-    config = _our_config(model)
+    config = our_config(model)
     formats = {} if config is None else config.value_formats
     reports, counted = [], set()
     for name, module in _counted_weights(model, config).items():
@@ -195,14 +194,6 @@ def _stored_bytes(weight: torch.Tensor, bits: int, group_size: int | None) -> in
         return compressed_size_bytes(rows, columns, nnz, width)
     index = compressed_size_bytes(rows, columns, nnz, 0)
     return index + (nnz * bits + 7) // 8 + rows * group_count(columns, group_size) * width
-
-
-def _our_config(model: nn.Module) -> SparsityConfig | None:
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD:
-        made: SparsityConfig = SparsityConfig.from_dict(config)
-        return made
-    return config if isinstance(config, SparsityConfig) else None
 
 
 def weight_bytes_on_disk(folder: str | os.PathLike[str]) -> int:

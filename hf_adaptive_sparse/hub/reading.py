@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.headers import (
     CompressedModule,
     TensorHeader,
@@ -28,7 +28,7 @@ from hf_adaptive_sparse.hub.source import (
     read_tensors,
 )
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, weight_name
-from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.profiles import QUANT_METHOD
 
 
 def inspect(
@@ -53,7 +53,7 @@ def inspect(
     """
     source = open_source(repo_or_folder, revision, token, endpoint)
     model_config = read_config(source)
-    config = _our_config(model_config, source)
+    config = _read_our_config(model_config, source)
     tensors = read_tensors(source)
     modules = _modules(tensors, config, frozenset(_widths(model_config)), source)
     return Inspection(
@@ -68,7 +68,7 @@ def inspect(
         target_sparsity=config.target_sparsity,
         sparsity=_mean(modules),
         modules=modules,
-        kv_cache=config.kv_cache if isinstance(config.kv_cache, KVCacheConfig) else None,
+        kv_cache=config.kv_profile,
         size_bytes=_size_by_kind(tensors),
         tensors=len(tensors),
         provenance=config.provenance,
@@ -76,18 +76,16 @@ def inspect(
     )
 
 
-def _our_config(model_config: Mapping[str, Any], source: Source) -> SparsityConfig:
-    ours = model_config.get("quantization_config")
-    if not isinstance(ours, dict) or ours.get("quant_method") != QUANT_METHOD:
+def _read_our_config(model_config: Mapping[str, Any], source: Source) -> SparsityConfig:
+    try:
+        config = our_config(model_config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{CONFIG_NAME} of {source.name}: {error}") from error
+    if config is None:
         raise ValueError(
             f"{source.name} was not compressed by hf_adaptive_sparse: its {CONFIG_NAME} has no "
             f"quantization_config with quant_method {QUANT_METHOD!r}."
         )
-    try:
-        config = SparsityConfig.from_dict(ours)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{CONFIG_NAME} of {source.name}: {error}") from error
-    assert isinstance(config, SparsityConfig)  # from_dict returns a pair only where asked to
     return config
 
 

@@ -19,10 +19,12 @@ from hf_adaptive_sparse.architecture import cross_attention_layers
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
-from hf_adaptive_sparse.profiles import FORMAT_VERSION, KVCacheConfig, check_format_version
-
-QUANT_METHOD = "adaptive_sparse"
-"""``quant_method`` of a ``quantization_config`` that may carry a KV profile."""
+from hf_adaptive_sparse.profiles import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    KVCacheConfig,
+    check_format_version,
+)
 
 
 def kv_cache_config(config: PretrainedConfig) -> KVCacheConfig | None:
