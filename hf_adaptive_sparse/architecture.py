@@ -10,8 +10,8 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_adaptive_sparse.experts import ExpertStack, expert_stacks
+
+_Value = TypeVar("_Value")
 
 Prunable = nn.Linear | ExpertStack
 """What is pruned as a whole: a linear's matrix, or one kind of matrix of a layer's experts."""
@@ -281,6 +283,34 @@ def match_names(pattern: str, names: Iterable[str], what: str) -> list[str]:
             f"{pattern!r} matches none. Names look like: {', '.join(known[:4])}."
         )
     return matched
+
+
+def spread_by_name(
+    entries: Mapping[str, _Value], names: Iterable[str], default: _Value, what: str
+) -> dict[str, _Value]:
+    """Return the value of every name, from entries by name or glob.
+
+    An exact name wins over a glob or the name of a containing module, and among those a later entry
+    over an earlier one.
+
+    Args:
+        entries: Module name, name of a containing module, or glob -> value.
+        names: Known module names.
+        default: The value of a name that no entry matches.
+        what: Where the entries came from, for the message.
+
+    Returns:
+        Name -> value, in the order of ``names``.
+
+    Raises:
+        ValueError: As `match_names`.
+    """
+    values = dict.fromkeys(names, default)
+    exact = {name: value for name, value in entries.items() if name in values}
+    for pattern, value in entries.items():
+        if pattern not in exact:
+            values |= dict.fromkeys(match_names(pattern, values, what), value)
+    return values | exact
 
 
 def dense_expert_weights(model: nn.Module) -> list[str]:

@@ -11,7 +11,12 @@ from itertools import takewhile
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import match_names, num_decoder_layers, prunable_weights
+from hf_adaptive_sparse.architecture import (
+    match_names,
+    num_decoder_layers,
+    prunable_weights,
+    spread_by_name,
+)
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
@@ -102,10 +107,7 @@ def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
 
 
 def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[str, int]:
-    """Return the bits of every module whose values take fewer than 16.
-
-    An exact module name wins over a glob or the name of a containing module, and a later entry
-    over an earlier one.
+    """Return the bits of every module whose values take fewer than 16, as `spread_by_name` has it.
 
     Args:
         config: The config.
@@ -117,17 +119,10 @@ def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[
     Raises:
         ValueError: If a name or glob matches no module.
     """
-    names = list(modules)
     if isinstance(config.weight_bits, int):
-        bits = dict.fromkeys(names, config.weight_bits)
+        bits = dict.fromkeys(modules, config.weight_bits)
     else:
-        bits, exact = dict.fromkeys(names, 16), {}
-        for key, width in config.weight_bits.items():
-            if key in bits:
-                exact[key] = width
-            else:
-                bits.update(dict.fromkeys(match_names(key, names, "weight_bits"), width))
-        bits |= exact
+        bits = spread_by_name(config.weight_bits, modules, 16, "weight_bits")
     return {name: width for name, width in bits.items() if width < 16}
 
 

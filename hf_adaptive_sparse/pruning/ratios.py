@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from hf_adaptive_sparse.architecture import match_names, prunable_weights
+from hf_adaptive_sparse.architecture import prunable_weights, spread_by_name
 from hf_adaptive_sparse.profiles import check_ratio
 from hf_adaptive_sparse.pruning.patterns import Pattern, parse_pattern
 
@@ -21,9 +21,9 @@ def resolve_ratios(
     """Return the ratio of every prunable linear and stack of experts.
 
     Without ``sparsity`` every linear takes ``target_sparsity``. With it, ``sparsity`` alone
-    decides: an exact module name wins over a glob or the name of a containing module, among those
-    a later entry over an earlier one, and a linear that nothing names stays dense (ratio 0). The
-    mean that results is whatever the entries give; it is not stretched to ``target_sparsity``.
+    decides, by the precedence of `spread_by_name`, and a linear that nothing names stays dense
+    (ratio 0). The mean that results is whatever the entries give; it is not stretched to
+    ``target_sparsity``.
 
     Args:
         model: The model.
@@ -44,13 +44,5 @@ def resolve_ratios(
         ratio = parsed.check(target_sparsity, "target_sparsity")
         return dict.fromkeys(weights, ratio)
     check_ratio(target_sparsity, "target_sparsity")
-    ratios = dict.fromkeys(weights, 0.0)
-    exact: dict[str, float] = {}
-    for key, value in sparsity.items():
-        ratio = parsed.check(value, f"sparsity of {key!r}")
-        if key in weights:
-            exact[key] = ratio
-        else:
-            for name in match_names(key, weights, "sparsity"):
-                ratios[name] = ratio
-    return ratios | exact
+    ratios = {key: parsed.check(ratio, f"sparsity of {key!r}") for key, ratio in sparsity.items()}
+    return spread_by_name(ratios, weights, 0.0, "sparsity")
