@@ -23,11 +23,8 @@ from hf_adaptive_sparse.kernels.packed import (
     PackedValues,
 )
 from hf_adaptive_sparse.kernels.triton_device import say_what_failed
-from hf_adaptive_sparse.kvcache.channel import ChannelCodec
-from hf_adaptive_sparse.kvcache.grouped import GroupCodec
 from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
 from hf_adaptive_sparse.kvcache.store import TokenStore
-from hf_adaptive_sparse.kvcache.transposed import TransposedCodec
 
 logger = logging.getLogger(__name__)
 
@@ -84,24 +81,14 @@ def packed_blocks(keys: TokenStore, values: TokenStore) -> PackedBlocks | None:
 
 
 def _pack(keys: Blocks, values: Blocks, key_dim: int, value_dim: int) -> PackedBlocks | None:
-    if keys.lengths != values.lengths or not isinstance(values.codec, TransposedCodec):
+    if keys.codec is None or values.codec is None or keys.lengths != values.lengths:
         return None
-    group = None
-    if isinstance(keys.codec, GroupCodec):
-        group = min(keys.codec.group_size, key_dim)
-    elif not isinstance(keys.codec, ChannelCodec):
+    packed_keys = keys.codec.packed(keys.parts, key_dim)
+    packed_values = values.codec.packed(values.parts, value_dim)
+    if not isinstance(packed_keys, PackedKeys) or not isinstance(packed_values, PackedValues):
         return None
-    value_group = min(values.codec.group_size, value_dim)
-    codes, step, minimum = keys.parts
-    value_codes, step_codes, min_codes, scales = values.parts
-    return PackedBlocks(
-        keys=PackedKeys(keys.codec.bits, codes, step, minimum, group),
-        values=PackedValues(
-            values.codec.bits, value_codes, step_codes, min_codes, scales, value_group
-        ),
-        block_length=keys.block_length,
-        lengths=keys.lengths if keys.has_short_ones else None,
-    )
+    lengths = keys.lengths if keys.has_short_ones else None
+    return PackedBlocks(packed_keys, packed_values, keys.block_length, lengths)
 
 
 def attend(

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
+from hf_adaptive_sparse.kernels.packed import PackedKeys
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import KEY_FITS, scale_ends
 from hf_adaptive_sparse.kvcache.rounding import (
@@ -71,6 +72,11 @@ class ChannelCodec(Codec):
         packed, step, minimum = parts
         codes = unpack(packed, self.bits, shape[1])
         return from_codes(codes, step.unsqueeze(-2), minimum.unsqueeze(-2), dtype)
+
+    def packed(self, parts: Parts, width: int) -> PackedKeys:
+        """See ``Codec.packed``."""
+        codes, step, minimum = parts
+        return PackedKeys(self.bits, codes, step, minimum)
 
     def block_size_bytes(self, tokens: int, head_dim: int) -> int:
         """Return ``tokens * ceil(head_dim * bits / 8) + 4 * head_dim``."""

@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
+from hf_adaptive_sparse.kernels.packed import PackedKeys, PackedValues
 
 Parts = tuple[torch.Tensor, ...]
 """Named tuples in truth; each codec has its own."""
@@ -75,6 +76,17 @@ class Codec(ABC):
             parts: What ``encode`` returned, or a selection of it along batch or blocks.
             shape: Tokens per block and elements per head.
             dtype: The model's dtype.
+        """
+
+    @abstractmethod
+    def packed(self, parts: Parts, width: int) -> PackedKeys | PackedValues | None:
+        """Return ``parts`` as attention kernels read them.
+
+        ``None`` where they cannot: then all of the cache is decoded at every step, which is slow.
+
+        Args:
+            parts: What ``encode`` returned.
+            width: Elements per head.
         """
 
     @abstractmethod

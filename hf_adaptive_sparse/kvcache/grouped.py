@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
+from hf_adaptive_sparse.kernels.packed import PackedKeys
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import scale_ends
 from hf_adaptive_sparse.kvcache.rounding import (
@@ -73,6 +74,11 @@ class GroupCodec(Codec):
         return from_codes(
             codes, self._spread(step, shape[1]), self._spread(minimum, shape[1]), dtype
         )
+
+    def packed(self, parts: Parts, width: int) -> PackedKeys:
+        """See ``Codec.packed``."""
+        codes, step, minimum = parts
+        return PackedKeys(self.bits, codes, step, minimum, min(self.group_size, width))
 
     def block_size_bytes(self, tokens: int, head_dim: int) -> int:
         """Return the bytes of one head of one block, by the formula of the module."""

@@ -26,6 +26,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
+from hf_adaptive_sparse.kernels.packed import PackedValues
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.fitting import VALUE_FITS
 from hf_adaptive_sparse.kvcache.grouped import group_count, group_ends, spread_groups
@@ -121,6 +122,12 @@ class TransposedCodec(Codec):
             spread_groups(minimum, self.group_size, width),
             dtype,
         )
+
+    def packed(self, parts: Parts, width: int) -> PackedValues:
+        """See ``Codec.packed``."""
+        codes, step_codes, min_codes, scales = parts
+        group = min(self.group_size, width)
+        return PackedValues(self.bits, codes, step_codes, min_codes, scales, group)
 
     def block_size_bytes(self, tokens: int, head_dim: int) -> int:
         """Return the bytes of one head of one block, by the formula of the module."""
