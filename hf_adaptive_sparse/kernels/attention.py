@@ -13,16 +13,19 @@ from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.kernels.library import DTYPES, PATHS, active_path, library
+from hf_adaptive_sparse.kernels.library import (
+    DTYPES,
+    MAX_CODES,
+    PATHS,
+    active_path,
+    check_status,
+    library,
+)
 from hf_adaptive_sparse.kernels.packed import PackedBlocks, PackedCache
-
-MAX_CODES = 1024
-"""Codes in a packed row, that is tokens of a block and channels of a key, which kernels can sum."""
 
 _MASK_DTYPES = {**DTYPES, torch.bool: 3}
 _NO_MASK = -1
 _KERNEL = "native"
-_STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
 
 _Int = ctypes.c_int64
 _Address = ctypes.c_void_p
@@ -178,8 +181,7 @@ def compute(
         call.mask_strides = mask.stride()
     _describe_raw(call, cache)
     status = prepared.function(prepared.path, ctypes.byref(call))
-    if status:
-        raise RuntimeError(f"The attention kernel failed: {_STATUS.get(status, status)}.")
+    check_status(status, "attention")
     return output
 
 

@@ -12,11 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.kernels.library import DTYPES, PATHS, active_path, library
+from hf_adaptive_sparse.kernels.library import (
+    DTYPES,
+    MAX_CODES,
+    PATHS,
+    active_path,
+    check_status,
+    library,
+)
 from hf_adaptive_sparse.packing.bits import packed_size_bytes
-
-MAX_CODES = 1024
-"""Tokens of a block and channels of a head that kernels take at most."""
 
 _LAYOUTS = {"channel": 0, "group": 1, "transposed": 2}
 _METADATA_DTYPES = {
@@ -24,7 +28,6 @@ _METADATA_DTYPES = {
     torch.bfloat16: torch.bfloat16,
     torch.float16: torch.float16,
 }
-_STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
 _REFUSED = 4
 
 _Int = ctypes.c_int64
@@ -237,5 +240,5 @@ def _run(function: str, call: _Call) -> bool:
         return False
     status: int = getattr(loaded, function)(PATHS[path], ctypes.byref(call))
     if status not in (0, _REFUSED):
-        raise RuntimeError(f"The encoding kernel failed: {_STATUS.get(status, status)}.")
+        check_status(status, "encoding")
     return status == 0

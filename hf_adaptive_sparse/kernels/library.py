@@ -23,15 +23,18 @@ ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
 LIBRARY = "_kernels.so"
 ABI_VERSION = 6
 
-PATHS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3, "amx": 4, "avx512f": 5}
-"""Names of the paths and their numbers in the library."""
+PATHS = {"amx": 4, "avx512": 2, "avx512f": 5, "avx2": 1, "neon": 3, "portable": 0}
+"""Names of the paths, fastest first, and their numbers in the library."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes that it knows and their numbers in it."""
 
-_IMPORTED_BY = os.getpid()
+MAX_CODES = 1024
+"""Codes in a packed row, tokens of a block or channels of a head, that kernels take at most."""
 
-_FASTEST_FIRST = ("amx", "avx512", "avx512f", "avx2", "neon", "portable")
+_FAILURES = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
+
+_IMPORTED_BY = os.getpid()
 
 
 class KernelError(OSError):
@@ -68,7 +71,7 @@ def available_paths() -> tuple[str, ...]:
     loaded = library()
     if loaded is None:
         return ()
-    return tuple(name for name in _FASTEST_FIRST if loaded.has_supports(PATHS[name]))
+    return tuple(name for name in PATHS if loaded.has_supports(PATHS[name]))
 
 
 @functools.cache
@@ -90,6 +93,20 @@ def active_path() -> str | None:
             here.
     """
     return _chosen(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+
+
+def check_status(status: int, kernel: str) -> None:
+    """Check what a kernel of the library returned.
+
+    Args:
+        status: Its status; 0: it did what it was asked for.
+        kernel: What it is called in the message.
+
+    Raises:
+        RuntimeError: If it failed.
+    """
+    if status:
+        raise RuntimeError(f"The {kernel} kernel failed: {_FAILURES.get(status, status)}.")
 
 
 def describe() -> str:

@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.kernels.library import DTYPES, PATHS, active_path, library
+from hf_adaptive_sparse.kernels.library import (
+    DTYPES,
+    PATHS,
+    active_path,
+    check_status,
+    library,
+)
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype
 from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS
 
@@ -22,8 +28,6 @@ MAX_TOKENS = 32
 _TOKENS, _REGISTER_TOKENS, _AMX_TOKENS = 8, 32, 128
 _IN_REGISTERS, _LEAVES_X = 1, 2  # traits of a path
 _AMX_GROUPS = 64  # columns: groups are to be a multiple
-
-_STATUS = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
 
 _Int = ctypes.c_int64
 _Address = ctypes.c_void_p
@@ -206,7 +210,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         call.x = x.data_ptr() + start * columns * x.element_size()
         call.output = output.data_ptr() + start * rows * x.element_size()
         call.tokens = min(tokens - start, MAX_TOKENS)
-        _check(prepared.multiply(prepared.number, ctypes.byref(call)))
+        check_status(prepared.multiply(prepared.number, ctypes.byref(call)), "sparse")
     return output
 
 
@@ -230,7 +234,7 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
     call.first_row, call.last_row = start, stop
     call.widens = output.dtype == torch.float32
     call.output, call.output_stride = output.data_ptr(), output.stride(0)
-    _check(prepared.decompress(prepared.number, ctypes.byref(call)))
+    check_status(prepared.decompress(prepared.number, ctypes.byref(call)), "sparse")
 
 
 def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor | None:
@@ -247,7 +251,7 @@ def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor | None:
         _Address(offsets.data_ptr()),
         _Int(torch.get_num_threads()),
     )
-    _check(status)
+    check_status(status, "sparse")
     return offsets.to(offset_dtype(int(offsets[-1])))
 
 
@@ -273,8 +277,3 @@ def _call(prepared: _Prepared, weight: SparseWeight) -> _Call:
         call.exceptions = codebook.numel() - BOOK_WORDS
     call.threads = torch.get_num_threads()
     return call
-
-
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"The sparse kernel failed: {_STATUS.get(status, status)}.")
