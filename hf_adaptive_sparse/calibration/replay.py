@@ -68,14 +68,13 @@ class DecoderReplay:
 
     Attributes:
         hidden_states: Per batch, the hidden states ``(batch, seq, hidden)`` that the next layer
-            takes, on ``hidden_states_device``.
+            takes, in CPU memory.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         batches: Sequence[Mapping[str, torch.Tensor]],
-        hidden_states_device: str | torch.device = "cpu",
         on_batch: Callable[[int], None] | None = None,
         *,
         stand_ins: bool = False,
@@ -85,7 +84,6 @@ class DecoderReplay:
         Args:
             model: The model; it is put into evaluation mode while it runs.
             batches: Inputs of its forward.
-            hidden_states_device: Where hidden states wait between layers.
             on_batch: Called with the index of a batch before it is run.
             stand_ins: Let stand-ins run in place of the layers, of which only the first is in
                 memory (`standing_in`).
@@ -96,7 +94,6 @@ class DecoderReplay:
         if not batches:
             raise ValueError("Calibration needs at least one batch, got none.")
         self._name, self._layers = decoder_layers(model)
-        self._device = torch.device(hidden_states_device)
         self._pool: dict[tuple[Any, ...], list[torch.Tensor]] = {}
         self._calls: list[list[_Call | None]] = []
         self.hidden_states: list[torch.Tensor] = []
@@ -127,7 +124,7 @@ class DecoderReplay:
             rest = tuple(self._kept(a) for a in (args if keyword else args[1:]))
             call = record.calls[index] = _Call(rest, others, keyword)
             if record.first_input is None:
-                record.first_input = hidden.detach().to(self._device, copy=True)
+                record.first_input = hidden.detach().to("cpu", copy=True)
             elif record.previous is not None:
                 call.change = self._change(record.previous, hidden)
 
@@ -147,7 +144,7 @@ class DecoderReplay:
         places = (previous != hidden).any(dim=-1).nonzero()
         index = tuple(places.unbind(1))
         difference = hidden[index].double() - previous[index].double()
-        return _Change(places.to(self._device), difference.to(self._device))
+        return _Change(places.cpu(), difference.cpu())
 
     def _kept(self, value: Any) -> Any:
         """Return ``value`` with tensors replaced by equal ones that are held already."""
@@ -191,7 +188,7 @@ class DecoderReplay:
                 else:
                     output = layer(hidden, *call.args, **call.kwargs)
                 if advance:
-                    self.hidden_states[batch] = _hidden(output).to(self._device)
+                    self.hidden_states[batch] = _hidden(output).cpu()
         if advance:
             for calls in self._calls:
                 calls[index] = None

@@ -1,7 +1,7 @@
 """Prune a model in place, layer by layer.
 
-Besides the model, memory holds one layer's statistics and one set of hidden states, which can wait
-in CPU memory while the layers are on an accelerator.
+Besides the model, memory holds one layer's statistics and one set of hidden states, which wait in
+CPU memory while the layers are on an accelerator.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import (
@@ -22,7 +21,7 @@ from hf_adaptive_sparse.architecture import (
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.pruning.experts import experts_without_data, prune_experts_
-from hf_adaptive_sparse.pruning.layerwise import layer_statistics
+from hf_adaptive_sparse.pruning.layerwise import Turn, layer_statistics
 from hf_adaptive_sparse.pruning.masking import MaskedModel, masked
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.one_shot import rank_model
@@ -62,7 +61,6 @@ def prune_model(
     sequential: bool = True,
     image_weight: float = 1.0,
     min_expert_tokens: int = MIN_EXPERT_TOKENS,
-    hidden_states_device: str | torch.device = "cpu",
     progress: bool = True,
     residence: LayerResidence = EVERYWHERE,
     on_layer: Callable[[int], None] | None = None,
@@ -88,7 +86,6 @@ def prune_model(
             on that of the dense ones ("one-shot").
         image_weight: Weight of an image token in the statistics; a text token weighs 1.
         min_expert_tokens: Experts that saw fewer calibration tokens are scored without data.
-        hidden_states_device: Where hidden states wait between layers.
         progress: Show a progress bar.
         residence: Brings each layer into memory for its turn, and keeps it when it is pruned.
             Weights are then checked in their turn, not before any is modified.
@@ -125,7 +122,6 @@ def prune_model(
             batches,
             sequential=sequential,
             image_weight=image_weight,
-            hidden_states_device=hidden_states_device,
             bar=bar,
             residence=residence,
         ):
@@ -133,13 +129,12 @@ def prune_model(
                 for name, weight in turn.weights.items():
                     check_sound(weight, name)
             for name, weight in turn.weights.items():
-                stored, ratio = stored_weight(weight, name), targets[name]
                 if isinstance(weight, ExpertStack):
                     gone, without = prune_experts_(
                         weight,
-                        stored,
+                        stored_weight(weight, name),
                         name,
-                        ratio,
+                        targets[name],
                         method,
                         parsed,
                         turn.statistics,
@@ -148,14 +143,7 @@ def prune_model(
                     )
                     starved[name] = (*starved.get(name, ()), *without)
                 else:
-                    gone = method.prune_(
-                        stored,
-                        parameter_name(name, weight),
-                        removal_count(stored.numel(), ratio),
-                        parsed,
-                        None if turn.statistics is None else turn.statistics.statistic(name),
-                        fused_rows(model, name),
-                    )
+                    gone = _prune_linear_(model, name, targets[name], method, parsed, turn)
                 removed[name] += gone
             if turn.statistics is not None:
                 turn.statistics.release()
@@ -183,4 +171,25 @@ def prune_model(
         weight_update=weight_update,
         experts_without_data=experts_without_data(starved),
         seconds=time.perf_counter() - started,
+    )
+
+
+def _prune_linear_(
+    model: PreTrainedModel,
+    name: str,
+    ratio: float,
+    method: PruningMethod,
+    pattern: Pattern,
+    turn: Turn,
+) -> int:
+    """Prune the weight of one linear in place, and return how many of its elements went."""
+    weight = turn.weights[name]
+    stored = stored_weight(weight, name)
+    return method.prune_(
+        stored,
+        parameter_name(name, weight),
+        removal_count(stored.numel(), ratio),
+        pattern,
+        None if turn.statistics is None else turn.statistics.statistic(name),
+        fused_rows(model, name),
     )

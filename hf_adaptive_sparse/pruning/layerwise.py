@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable
@@ -58,7 +57,6 @@ def layer_statistics(
     *,
     sequential: bool,
     image_weight: float,
-    hidden_states_device: str | torch.device,
     bar: Any,
     residence: LayerResidence,
 ) -> Iterator[Turn]:
@@ -93,9 +91,7 @@ def layer_statistics(
         )
     bar.set_postfix_str("dense forward")
     with residence.resident(0):
-        replay = DecoderReplay(
-            model, batches, hidden_states_device, stand_ins=residence is not EVERYWHERE
-        )
+        replay = DecoderReplay(model, batches, stand_ins=residence is not EVERYWHERE)
     last = max(by_layer)
     for index in range(last + 1):
         with residence.resident(index):
