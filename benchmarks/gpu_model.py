@@ -28,7 +28,7 @@ from kv_bytes import stock_nbytes
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.architecture import cache_argument, prunable_linears
+from hf_adaptive_sparse.architecture import cache_argument, prunable_weights
 from hf_adaptive_sparse.report import markdown_table
 from hf_adaptive_sparse.runtime.conversion import compress_
 
@@ -44,13 +44,13 @@ def make_models(
     with torch.device(device):
         dense = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     with torch.no_grad():
-        for linear in prunable_linears(dense).values():
+        for linear in prunable_weights(dense).values():
             linear.weight.normal_(0.0, linear.in_features**-0.5)
             linear.weight.masked_fill_(torch.rand_like(linear.weight) < 0.5, 0.0)
     models = {PLAIN: dense, ADAPTIVE: dense}
     for form, stored in SPARSE.items():
         models[form] = copy.deepcopy(dense)
-        compress_(models[form], dict.fromkeys(prunable_linears(dense), stored))
+        compress_(models[form], dict.fromkeys(prunable_weights(dense), stored))
     return models
 
 

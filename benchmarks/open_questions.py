@@ -26,7 +26,7 @@ from inputs import Inputs, add_inputs, read_inputs
 from paired import Bootstrap, Losses, held_out_losses
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, layer_index, prunable_linears
+from hf_adaptive_sparse.architecture import decoder_layers, layer_index, prunable_weights
 from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.compressor import DataSource
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -111,7 +111,7 @@ def one_shot_masks(
 ) -> Iterator[OneShot]:
     """Rank the model's weights, and yield it under masks; dense until a ratio is set."""
     rankings = rank_model(model, calibration, low=0.0, high=0.95, metric=metric, progress=False)
-    weights = {name: m.weight.data for name, m in prunable_linears(model).items()}
+    weights = {name: m.weight.data for name, m in prunable_weights(model).items()}
     with masked(model, rankings) as handle:
         yield OneShot(model, weights, handle)
 
@@ -286,7 +286,7 @@ def layer_ratios(model: PreTrainedModel, ratios: Mapping[str, float]) -> list[fl
     """Return the mean ratio of each decoder layer, weighted by parameters."""
     name, layers = decoder_layers(model)
     removed, total = [0.0] * len(layers), [0] * len(layers)
-    for linear, module in prunable_linears(model).items():
+    for linear, module in prunable_weights(model).items():
         index = layer_index(linear, name)
         removed[index] += ratios[linear] * module.weight.numel()
         total[index] += module.weight.numel()

@@ -59,7 +59,7 @@ def measure(metric: str) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hf_adaptive_sparse.architecture import decoder_layers, prunable_linears
+    from hf_adaptive_sparse.architecture import decoder_layers, prunable_weights
     from hf_adaptive_sparse.pruning.apply import prune_model, resolve_ratios
 
     torch.set_num_threads(1)
@@ -113,7 +113,7 @@ def measure(metric: str) -> dict[str, float]:
     return {
         "metric": metric,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "prunable": sum(m.weight.numel() for m in prunable_linears(model).values()),
+        "prunable": sum(m.weight.numel() for m in prunable_weights(model).values()),
         "mean_sparsity": report.mean_sparsity,
         "model_bytes": bytes_of(model),
         "largest_layer_bytes": largest_layer,

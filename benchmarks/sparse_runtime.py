@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from turns import in_turns
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.architecture import cache_argument, prunable_linears
+from hf_adaptive_sparse.architecture import cache_argument, prunable_weights
 from hf_adaptive_sparse.evaluation.measurement import Measurement
 from hf_adaptive_sparse.kernels import library
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -83,7 +83,7 @@ def shards(config: LlamaConfig, seed: int) -> Iterator[tuple[dict[str, torch.Ten
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    pruned = {f"{name}.weight" for name in prunable_linears(model)}
+    pruned = {f"{name}.weight" for name in prunable_weights(model)}
     groups: dict[str, dict[str, torch.Size]] = {}
     for name, parameter in model.named_parameters():
         key = ".".join(name.split(".")[:3]) if ".layers." in name else name
@@ -317,7 +317,7 @@ def main() -> None:
         return
     config = model_config(options.layers)
     with torch.device("meta"):
-        linears = prunable_linears(LlamaForCausalLM(config))
+        linears = prunable_weights(LlamaForCausalLM(config))
         parameters = sum(module.weight.numel() for module in linears.values())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

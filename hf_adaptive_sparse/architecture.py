@@ -199,14 +199,6 @@ def _nothing_prunable(model: nn.Module, layers_name: str, layers: nn.ModuleList)
     )
 
 
-def prunable_linears(
-    model: nn.Module, modules_to_not_convert: Iterable[str] | None = ()
-) -> dict[str, nn.Linear]:
-    """Return those of the `prunable_weights` that are linears; arguments and errors are its own."""
-    weights = prunable_weights(model, modules_to_not_convert)
-    return {name: module for name, module in weights.items() if isinstance(module, nn.Linear)}
-
-
 def parameter_name(name: str, weight: object) -> str:
     """Return the name of the parameter of a weight that goes by ``name``.
 

@@ -30,7 +30,6 @@ from hf_adaptive_sparse.architecture import (
     layer_index,
     linear_role,
     num_decoder_layers,
-    prunable_linears,
     prunable_weights,
 )
 from tests.families.catalogue import PHI
@@ -67,7 +66,7 @@ def test_finds_the_language_model_and_nothing_else(family, auto, name, per_layer
     assert found == name
     assert model.get_submodule(name) is layers
     assert len(layers) == num_decoder_layers(model) == len(kv_widths(model))
-    linears = prunable_linears(model)
+    linears = prunable_weights(model)
     assert len(linears) == per_layer * len(layers)
     for key, module in linears.items():
         assert model.get_submodule(key) is module
@@ -104,7 +103,7 @@ def test_context_length(tiny_llava):
 def test_tied_weights_are_left_out(tiny_llama):
     layers = tiny_llama.model.layers
     layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
-    found = prunable_linears(tiny_llama)
+    found = prunable_weights(tiny_llama)
     assert "model.layers.0.mlp.up_proj" not in found
     assert "model.layers.1.mlp.up_proj" not in found
     assert len(found) == 26
@@ -112,9 +111,9 @@ def test_tied_weights_are_left_out(tiny_llama):
 
 
 def test_exclusions_by_name_parent_and_glob(tiny_llama):
-    everything = prunable_linears(tiny_llama)
+    everything = prunable_weights(tiny_llama)
     assert len(everything) == 28
-    kept = prunable_linears(
+    kept = prunable_weights(
         tiny_llama, ["model.layers.0", "*.k_proj", "model.layers.3.mlp.up_proj"]
     )
     assert len(kept) == 28 - 7 - 3 - 1
@@ -123,7 +122,7 @@ def test_exclusions_by_name_parent_and_glob(tiny_llama):
 
 def test_an_exclusion_that_matches_nothing_lists_names(tiny_llama):
     with pytest.raises(ValueError, match=r"'\*\.kproj' matches none.*self_attn\.q_proj"):
-        prunable_linears(tiny_llama, ["*.kproj"])
+        prunable_weights(tiny_llama, ["*.kproj"])
 
 
 def test_models_without_decoder_layers_are_refused():
@@ -139,19 +138,19 @@ def test_models_without_decoder_layers_are_refused():
 
 def test_conv1d_models_are_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"'transformer\.h' of GPT2LMHeadModel .* Conv1D"):
-        prunable_linears(on_meta("gpt2", AutoModelForCausalLM, n_layer=2))
+        prunable_weights(on_meta("gpt2", AutoModelForCausalLM, n_layer=2))
     with torch.device("meta"):
         bare = tiny_model("llama")
     for layer in bare.model.layers:
         layer.self_attn = layer.mlp = nn.Identity()
     with pytest.raises(ValueError, match="No prunable linears"):
-        prunable_linears(bare)
+        prunable_weights(bare)
 
 
 def test_experts_are_prunable_where_their_layout_is_known():
     model = on_meta("mixtral", AutoModelForCausalLM, num_hidden_layers=2)
-    assert len(prunable_linears(model)) == 8
     weights = prunable_weights(model)
+    assert len(weights) == 12
     assert list(weights)[4:6] == [
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.experts.down_proj",
@@ -172,7 +171,7 @@ def test_routers_that_are_linears_by_descent_are_left_alone():
     with torch.device("meta"):
         model = tiny_model("phimoe")
     assert isinstance(model.model.layers[0].mlp.router, nn.Linear)
-    assert not [name for name in prunable_linears(model) if "router" in name]
+    assert not [name for name in prunable_weights(model) if "router" in name]
 
 
 def test_encoders_inside_the_decoder_are_not_its_layers():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.calibration.activations import collect_inputs
 from hf_adaptive_sparse.calibration.token_weights import token_weights
 
@@ -96,7 +96,7 @@ def test_rows_that_are_no_tokens_count_one_each():
 
 
 def test_linears_of_one_input_share_their_sums(tiny_llama, text_batches):
-    linears = prunable_linears(tiny_llama)
+    linears = prunable_weights(tiny_llama)
     with collect_inputs(linears) as statistics:
         for batch in text_batches[:2]:
             tiny_llama(**batch)

@@ -9,7 +9,7 @@ import torch
 from accelerate import dispatch_model
 from torch import nn
 
-from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.packing.bitmask import pack_mask
 from hf_adaptive_sparse.pruning.apply import prune_model, rank_model
 from hf_adaptive_sparse.pruning.masking import mask_table, masked, zeroed
@@ -74,7 +74,7 @@ def test_zeroed_equals_masked_fill_bit_for_bit(dtype, columns):
 
 def test_masked_weights_are_kept_within_the_bound_until_the_mask_changes(tiny_llama, text_batches):
     rankings = rank_model(tiny_llama, None, low=0.4, high=0.6, metric="magnitude", progress=False)
-    sizes = [module.weight.nbytes for module in prunable_linears(tiny_llama).values()]
+    sizes = [module.weight.nbytes for module in prunable_weights(tiny_llama).values()]
     expected = []
     with masked(tiny_llama, rankings) as handle:
         for ratio in (0.5, 0.45, 0.5):
@@ -96,7 +96,7 @@ def test_masked_weights_are_kept_within_the_bound_until_the_mask_changes(tiny_ll
 
 
 def test_it_leaves_no_trace(tiny_llama, text_batches):
-    for module in prunable_linears(tiny_llama).values():
+    for module in prunable_weights(tiny_llama).values():
         module.bias = nn.Parameter(torch.randn(module.out_features))
     tiny_llama.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     rankings = rank_model(tiny_llama, None, low=0.4, high=0.6, metric="magnitude", progress=False)

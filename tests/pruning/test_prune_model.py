@@ -11,7 +11,7 @@ from accelerate import cpu_offload, dispatch_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.calibration.activations import collect_inputs
 from hf_adaptive_sparse.calibration.token_weights import token_weights
 from hf_adaptive_sparse.pruning.apply import prune_model, rank_model, resolve_ratios
@@ -59,7 +59,7 @@ class TestContract:
         assert tiny_llava.training
         assert {name: id(p) for name, p in tiny_llava.named_parameters()} == objects
         assert {name: p.requires_grad for name, p in tiny_llava.named_parameters()} == grads
-        linears = prunable_linears(tiny_llava)
+        linears = prunable_weights(tiny_llava)
         assert [m.name for m in report.modules] == list(linears)
         for entry in report.modules:
             weight = linears[entry.name].weight
@@ -92,7 +92,7 @@ class TestContract:
 
     def test_zero_rows_and_columns(self, tiny_llama, text_batches, metric, update, sequential):
         with torch.no_grad():
-            for module in prunable_linears(tiny_llama).values():
+            for module in prunable_weights(tiny_llama).values():
                 module.weight[3] = 0
                 module.weight[:, 5] = 0
         ratios = resolve_ratios(tiny_llama, 0.5)
@@ -105,7 +105,7 @@ class TestContract:
             sequential=sequential,
         )
         assert report.mean_sparsity == pytest.approx(0.5, abs=1e-4)
-        for module in prunable_linears(tiny_llama).values():
+        for module in prunable_weights(tiny_llama).values():
             assert module.weight.isfinite().all()
 
     def test_n_of_m(self, tiny_llama, text_batches, metric, update, sequential):
@@ -121,7 +121,7 @@ class TestContract:
         )
         assert report.mean_sparsity == 0.5
         assert report.pattern == "2:4"
-        for module in prunable_linears(tiny_llama).values():
+        for module in prunable_weights(tiny_llama).values():
             groups = (module.weight == 0).view(-1, 4).sum(1)
             assert (groups == 2).all()
 
@@ -141,7 +141,7 @@ class TestContract:
             prune(
                 model, ratios, batches, metric=metric, weight_update=update, sequential=sequential
             )
-            masks.append([m.weight == 0 for m in prunable_linears(model).values()])
+            masks.append([m.weight == 0 for m in prunable_weights(model).values()])
         differing = sum(int((a != b).sum()) for a, b in zip(*masks, strict=True))
         # sparsegpt works in float32, where near-ties may fall either way
         assert differing <= (
@@ -160,7 +160,7 @@ class TestContract:
             sequential=sequential,
         )
         assert report.mean_sparsity == 0.5
-        assert {m.weight.dtype for m in prunable_linears(tiny_llama).values()} == {torch.bfloat16}
+        assert {m.weight.dtype for m in prunable_weights(tiny_llama).values()} == {torch.bfloat16}
 
     def test_weights_that_are_not_finite_are_named_before_anything_changes(
         self, tiny_llama, text_batches, metric, update, sequential
@@ -183,7 +183,7 @@ class TestContract:
 
 
 def report_size(model):
-    return sum(m.weight.numel() for m in prunable_linears(model).values())
+    return sum(m.weight.numel() for m in prunable_weights(model).values())
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -198,7 +198,7 @@ def test_against_a_loop_by_hand(tiny_llama, text_batches, metric, update, sequen
     prune(ours, ratios, text_batches, metric=metric, weight_update=update, sequential=sequential)
     chosen = get_metric(metric)
     hessian = chosen.updates_weights or update is not None
-    linears = prunable_linears(theirs)
+    linears = prunable_weights(theirs)
     for index in range(4):
         mine = {n: m for n, m in linears.items() if n.startswith(f"model.layers.{index}.")}
         source = theirs if sequential else tiny_llama
@@ -294,7 +294,7 @@ def test_rankings_give_the_one_shot_masks(tiny_llava, image_batches, metric):
     ratios = resolve_ratios(tiny_llava, 0.475)
     assert list(rankings) == list(ratios)
     prune(tiny_llava, ratios, image_batches, metric=metric, sequential=False)
-    for name, module in prunable_linears(tiny_llava).items():
+    for name, module in prunable_weights(tiny_llava).items():
         assert torch.equal(rankings[name].mask(0.475), module.weight == 0)
 
 
@@ -334,11 +334,11 @@ def test_accelerate_dispatch_and_offload(tiny_llama, text_batches, metric):
     for device_map in ({"": "cpu"}, split):
         model = dispatch_model(copy.deepcopy(tiny_llama), device_map, force_hooks=True)
         prune(model, ratios, text_batches, metric=metric)
-        for name, module in prunable_linears(model).items():
+        for name, module in prunable_weights(model).items():
             assert torch.equal(module.weight, expected.get_submodule(name).weight)
     state = {key: tensor.clone() for key, tensor in tiny_llama.state_dict().items()}
     model = cpu_offload(copy.deepcopy(tiny_llama), torch.device("cpu"), state_dict=state)
-    assert next(iter(prunable_linears(model).values())).weight.is_meta
+    assert next(iter(prunable_weights(model).values())).weight.is_meta
     prune(model, ratios, text_batches, metric=metric)
     for name in ratios:
         assert torch.equal(state[name + ".weight"], expected.get_submodule(name).weight)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 
 
 def test_uniform(tiny_llama):
     ratios = resolve_ratios(tiny_llama, 0.5)
-    assert list(ratios) == list(prunable_linears(tiny_llama))
+    assert list(ratios) == list(prunable_weights(tiny_llama))
     assert set(ratios.values()) == {0.5}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_adaptive_sparse.architecture import prunable_linears
+from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.pruning.apply import prune_model
@@ -43,7 +43,7 @@ def test_a_trials_figure_is_that_of_the_weights_as_stored(run, tiny_llama, text_
         sequential=False,
         progress=False,
     )
-    for name, linear in prunable_linears(tiny_llama).items():
+    for name, linear in prunable_weights(tiny_llama).items():
         if profile.weight_bits[name] < 16:
             stored = SparseWeight.from_dense(linear.weight.data, profile.weight_bits[name], 64)
             linear.weight.data.copy_(stored.to_dense())

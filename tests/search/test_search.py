@@ -11,7 +11,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import LlamaForCausalLM
 
-from hf_adaptive_sparse.architecture import kv_widths, prunable_linears
+from hf_adaptive_sparse.architecture import kv_widths, prunable_weights
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.pruning.apply import prune_model
@@ -91,7 +91,7 @@ def test_every_profile_meets_the_budget_as_counted_on_the_masks(run, tiny_llama,
 
     monkeypatch.setattr(Evaluator, "score", counting)
     run(n_trials=8, warm_start=False)
-    total = sum(m.weight.numel() for m in prunable_linears(tiny_llama).values())
+    total = sum(m.weight.numel() for m in prunable_weights(tiny_llama).values())
     assert len(removed) == 8 * 2  # batches
     assert set(removed) == {round(total * 0.5)}
     assert set(bits) == {7.0}
@@ -100,7 +100,7 @@ def test_every_profile_meets_the_budget_as_counted_on_the_masks(run, tiny_llama,
 @pytest.mark.parametrize("target", [0.3, 0.37, 0.61])
 def test_any_target_is_met_to_the_weight(run, tiny_llama, target):
     result = run(space=SearchSpace(target_sparsity=target, blocks=3, kv_bits=None), n_trials=4)
-    numel = {name: m.weight.numel() for name, m in prunable_linears(tiny_llama).items()}
+    numel = {name: m.weight.numel() for name, m in prunable_weights(tiny_llama).items()}
     for trial in result.study.trials:
         ratios = trial.user_attrs["profile"]["sparsity"]
         counts = [round(ratios[name] * n) for name, n in numel.items()]
@@ -180,7 +180,7 @@ def test_what_is_held_besides_the_model_is_within_its_bound(tiny_llama, run, mon
 
     monkeypatch.setattr(evaluator_module, "masked", Watched)
     run(n_trials=3)
-    numels = [m.weight.numel() for m in prunable_linears(tiny_llama).values()]
+    numels = [m.weight.numel() for m in prunable_weights(tiny_llama).values()]
     margin = 2 / min(numels)
     bound = sum(4 * math.ceil((0.1 + margin) * n) + 2 * math.ceil(n / 8) for n in numels)
     assert held == [pytest.approx(bound, rel=0.01)]
@@ -260,11 +260,11 @@ def test_ratios_are_shared_by_what_the_granularity_says(
 ):
     space = SearchSpace(blocks=2, granularity=granularity, kv_bits=None, sparsity_high=0.6)
     result = run(space=space, n_trials=3)
-    total = sum(m.weight.numel() for m in prunable_linears(tiny_llama).values())
+    total = sum(m.weight.numel() for m in prunable_weights(tiny_llama).values())
     for row, trial in zip(result.history, result.study.trials, strict=True):
         assert len(row["block_ratios"]) == groups
         ratios = trial.user_attrs["profile"]["sparsity"]
-        numel = {n: m.weight.numel() for n, m in prunable_linears(tiny_llama).items()}
+        numel = {n: m.weight.numel() for n, m in prunable_weights(tiny_llama).items()}
         assert sum(round(ratios[n] * numel[n]) for n in numel) == round(total / 2)
     ratios = result.study.trials[1].user_attrs["profile"]["sparsity"]
     by_layer = {
@@ -301,8 +301,8 @@ def test_excluded_modules_stay_dense_and_do_not_count(run, tiny_llama):
     excluded = ["*.mlp.down_proj"]
     result = run(modules_to_not_convert=excluded)
     ratios = result.best_profile.sparsity.ratios
-    assert list(ratios) == list(prunable_linears(tiny_llama, excluded))
-    numel = {n: m.weight.numel() for n, m in prunable_linears(tiny_llama, excluded).items()}
+    assert list(ratios) == list(prunable_weights(tiny_llama, excluded))
+    numel = {n: m.weight.numel() for n, m in prunable_weights(tiny_llama, excluded).items()}
     assert result.best_profile.sparsity.mean(numel) == pytest.approx(0.5, abs=1e-5)
     assert result.best_config.modules_to_not_convert == excluded
 
