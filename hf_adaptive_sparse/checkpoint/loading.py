@@ -28,11 +28,11 @@ from transformers.quantizers.auto import (
 from hf_adaptive_sparse.checkpoint.applying import Calibration, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, as_our_config
 from hf_adaptive_sparse.checkpoint.merging import merge_configs
+from hf_adaptive_sparse.checkpoint.plain_models import check_plain
 from hf_adaptive_sparse.checkpoint.profile import runtime_formats
 from hf_adaptive_sparse.checkpoint.quantizer import (
     AdaptiveSparseQuantizer,
     attach,
-    check_plain,
     hub_arguments,
 )
 from hf_adaptive_sparse.kvcache.generation import install

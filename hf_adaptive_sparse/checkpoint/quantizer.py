@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import astuple
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
 from hf_adaptive_sparse.architecture import parameter_name
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
-from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.decompression import DecompressWeight, decompresses
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.checkpoint.plain_models import check_unquantized
 from hf_adaptive_sparse.checkpoint.profile import (
     parameter_formats,
     per_layer_kv_cache,
@@ -33,18 +34,13 @@ from hf_adaptive_sparse.checkpoint.profile import (
     runtime_formats,
     storable_weights,
 )
+from hf_adaptive_sparse.checkpoint.state_dict import stored_state_dict
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
-from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
-from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
-from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names, tensor_name, weight_name
-from hf_adaptive_sparse.packing.stored_weight import (
-    ValueFormat,
-    restored_weight,
-    stored_kinds,
-    stored_tensors,
-)
-from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS, encode
+from hf_adaptive_sparse.packing.bitmask import BitmaskError
+from hf_adaptive_sparse.packing.stored_names import leaf_names, weight_name
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
     RuntimeChoice,
@@ -169,7 +165,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             )
         self.row_offsets = {name: weight.row_offsets for name, weight in found.items()}
         direct = [["weight"], *([name.rpartition(".")[2]] for name in sparse_stacks(model))]
-        return [c for c in conversions if not (_is_ours(c) and c.target_patterns in direct)]
+        return [c for c in conversions if not (decompresses(c) and c.target_patterns in direct)]
 
     def _process_model_after_weight_loading(
         self,
@@ -228,65 +224,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
-        """Return the state dict with compressed weights, under runtime names.
-
-        That of a part of a model, whose own config says of no compression, has plain weights. A
-        ``state_dict`` that ``save_pretrained`` was given is not used: transformers passes none on.
-
-        Raises:
-            CheckpointError: If a weight that the config names is not there.
-        """
-        if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}
-        config = our_config(model)
-        if config is None:
-            return _plain_state_dict(model), {}
-        if not config.compressed_modules:
-            return None, {}
-        dense: dict[str, torch.Tensor] = model.state_dict()
-        formats = parameter_formats(model, config)
-        sparse = {parameter_name(n, weight) for n, weight in sparse_weights(model).items()}
-        for key in sorted(formats.keys() - sparse - dense.keys()):
-            raise CheckpointError(
-                f"The model's sparsity profile names {key!r}, which it does not have. If modules "
-                "were renamed or replaced, call hf_adaptive_sparse.prune again."
-            )
-        if self.consumes_model:
-            _copy_from_files_(model, dense, formats.keys())
-        became_plain = {
-            tensor_name(key, "bitmask"): key
-            for key in sparse & formats.keys()
-            if formats[key].bits == UPPER_BYTE_BITS and tensor_name(key, "codebook") not in dense
-        }
-        # In the model's order, so that equal models make equal shards.
-        state = {}
-        for key in list(dense):
-            weight = dense.pop(key)
-            if key not in formats:
-                state[key] = weight
-                if key in became_plain:  # its values came before
-                    values, book = (
-                        tensor_name(became_plain[key], kind) for kind in ("values", "codebook")
-                    )
-                    state[values], state[book] = encode(state[values])
-                continue
-            if weight.device.type == "meta":
-                weight = load_offloaded_parameter(model, key)
-            state |= stored_tensors(key, weight, *formats[key])
-            if self.consumes_model and key not in sparse:
-                empty_(model, [key])
-        return state, {}
-
-
-def _plain_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the state dict with plain weights for those that are compressed in memory."""
-    state: dict[str, torch.Tensor] = model.state_dict()
-    for name, weight in sparse_weights(model).items():
-        key = parameter_name(name, weight)
-        for kind in KINDS:
-            state.pop(tensor_name(key, kind), None)
-        state[key] = weight.to_dense()
-    return state
+        """Return what ``save_pretrained`` writes: see `stored_state_dict`."""
+        return stored_state_dict(model, consume=self.consumes_model), {}
 
 
 def _store_plain_what_was_cast_(model: PreTrainedModel, config: SparsityConfig) -> None:
@@ -309,89 +248,6 @@ def _store_plain_what_was_cast_(model: PreTrainedModel, config: SparsityConfig) 
     ratios = config.sparsity or {}
     decompress_(model, [name for name in cast if name in sparse and not ratios.get(name)])
     config.store_plain(cast)
-
-
-def _copy_from_files_(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], letting_go: Collection[str]
-) -> None:
-    """Copy what stays of a model, in place and in its state dict.
-
-    Weights are mapped from their files, and a norm that stays mapped keeps the pages of a whole
-    file, changed ones of weights that were let go among them.
-
-    Args:
-        model: The model.
-        state: Its state dict.
-        letting_go: Names that do not stay.
-    """
-    copied: set[int] = set()  # tied ones are one tensor by several names
-    for key in state.keys() - letting_go:
-        if state[key].device.type != "cpu":
-            continue
-        tensor = model.get_parameter_or_buffer(key)
-        if id(tensor) not in copied:
-            tensor.data = tensor.data.clone()
-            copied.add(id(tensor))
-        state[key] = tensor.detach()
-
-
-class DecompressWeight(ConversionOps):
-    """Values, bitmask, scales or codebook to the weight; `packing.stored_names` names them."""
-
-    def __init__(self, hf_quantizer: AdaptiveSparseQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DecompressWeight:
-        # transformers copies the converter for every tensor; the quantizer need not be.
-        return self
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,  # transformers passes what it knows; name and model are needed
-    ) -> dict[str, torch.Tensor]:
-        """Decompress one weight.
-
-        Args:
-            input_dict: Values, bitmask and scales or codebook, if any, one tensor each.
-            source_patterns: Their names.
-            target_patterns: The name of the weight.
-            kwargs: ``full_layer_name``, the weight's runtime name, and ``model``.
-
-        Raises:
-            CheckpointError: If one is missing, or they do not make this weight.
-        """
-        name: str = kwargs["full_layer_name"]
-        empty = kwargs["model"].get_parameter(name)
-        *leading, columns = empty.shape
-        config, module = self.hf_quantizer.quantization_config, weight_name(name)
-        form = config.value_format(module)
-        try:
-            tensors = {
-                kind: _only(input_dict[tensor_name(name.rpartition(".")[2], kind)])
-                for kind in stored_kinds(form.bits)
-            }
-            shape = list(tensors["bitmask"].shape)
-            # The model's shape first: it bounds what is allocated.
-            if shape != [*leading, row_bytes(columns)]:
-                raise BitmaskError(
-                    f"the bitmask of a weight {[*leading, columns]} must be "
-                    f"{[*leading, row_bytes(columns)]}, got {shape}."
-                )
-            weight = restored_weight(tensors, columns, *form)
-            # transformers casts what it reads; bfloat16 that it read as bytes is not cast yet.
-            return {name: weight.to(empty.dtype) if "codebook" in tensors else weight}
-        except KeyError as missing:
-            raise CheckpointError(f"{name}: {missing} is missing.") from missing
-        except BitmaskError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Never asked for: `attach` takes the conversion off, and the state dict is saved."""
-        raise NotImplementedError
 
 
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
@@ -426,7 +282,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
-        model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+        model._weight_conversions = [c for c in conversions if not decompresses(c)]
     if sparse:
         # By these transformers' Trainer refuses to train the model without adapters.
         model.hf_quantizer.runtime_choice = RuntimeChoice("sparse", "it was asked for")
@@ -443,40 +299,3 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.__dict__.pop("_is_quantized", None)
-
-
-def check_plain(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights are not plain tensors.
-
-    Raises:
-        ValueError: If another quantizer holds it, or its weights are compressed in memory.
-    """
-    check_unquantized(model)
-    for name in sparse_weights(model):
-        raise ValueError(
-            f"The model must have plain weights; that of {name!r} is compressed in memory (sparse "
-            "runtime). Load it with sparsity_config=SparsityConfig(runtime='dense')."
-        )
-
-
-def check_unquantized(model: PreTrainedModel) -> None:
-    """Refuse a model that another quantizer holds.
-
-    Raises:
-        ValueError: If there is one; names it.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not isinstance(quantizer.quantization_config, SparsityConfig):
-        method = quantizer.quantization_config.quant_method
-        raise ValueError(
-            f"The model is quantized with {getattr(method, 'value', method)!r}; "
-            "hf_adaptive_sparse works on plain weights. Load it unquantized."
-        )
-
-
-def _is_ours(conversion: Any) -> bool:
-    return any(isinstance(op, DecompressWeight) for op in getattr(conversion, "operations", ()))
-
-
-def _only(tensors: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if isinstance(tensors, list) else tensors

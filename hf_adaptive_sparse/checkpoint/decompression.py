@@ -1,0 +1,82 @@
+"""The conversion by which transformers makes a weight of its stored tensors while it loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
+from hf_adaptive_sparse.packing.stored_names import tensor_name, weight_name
+from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_kinds
+
+
+class DecompressWeight(ConversionOps):
+    """Values, bitmask, scales or codebook to the weight; `packing.stored_names` names them."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecompressWeight:
+        # transformers copies the converter for every tensor; the quantizer need not be.
+        return self
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,  # transformers passes what it knows; name and model are needed
+    ) -> dict[str, torch.Tensor]:
+        """Decompress one weight.
+
+        Args:
+            input_dict: Values, bitmask and scales or codebook, if any, one tensor each.
+            source_patterns: Their names.
+            target_patterns: The name of the weight.
+            kwargs: ``full_layer_name``, the weight's runtime name, and ``model``.
+
+        Raises:
+            CheckpointError: If one is missing, or they do not make this weight.
+        """
+        name: str = kwargs["full_layer_name"]
+        empty = kwargs["model"].get_parameter(name)
+        *leading, columns = empty.shape
+        config, module = self.hf_quantizer.quantization_config, weight_name(name)
+        form = config.value_format(module)
+        try:
+            tensors = {
+                kind: _only(input_dict[tensor_name(name.rpartition(".")[2], kind)])
+                for kind in stored_kinds(form.bits)
+            }
+            shape = list(tensors["bitmask"].shape)
+            # The model's shape first: it bounds what is allocated.
+            if shape != [*leading, row_bytes(columns)]:
+                raise BitmaskError(
+                    f"the bitmask of a weight {[*leading, columns]} must be "
+                    f"{[*leading, row_bytes(columns)]}, got {shape}."
+                )
+            weight = restored_weight(tensors, columns, *form)
+            # transformers casts what it reads; bfloat16 that it read as bytes is not cast yet.
+            return {name: weight.to(empty.dtype) if "codebook" in tensors else weight}
+        except KeyError as missing:
+            raise CheckpointError(f"{name}: {missing} is missing.") from missing
+        except BitmaskError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never asked for: `attach` takes the conversion off, and the state dict is saved."""
+        raise NotImplementedError
+
+
+def decompresses(conversion: Any) -> bool:
+    """Whether one of a model's weight conversions is `DecompressWeight`."""
+    return any(isinstance(op, DecompressWeight) for op in getattr(conversion, "operations", ()))
+
+
+def _only(tensors: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if isinstance(tensors, list) else tensors

@@ -1,0 +1,115 @@
+"""The state dict of a compressed model as ``save_pretrained`` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from transformers import PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
+
+from hf_adaptive_sparse.architecture import parameter_name
+from hf_adaptive_sparse.checkpoint.config import our_config
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.checkpoint.profile import parameter_formats
+from hf_adaptive_sparse.checkpoint.weight_files import empty_
+from hf_adaptive_sparse.packing.stored_names import KINDS, tensor_name
+from hf_adaptive_sparse.packing.stored_weight import stored_tensors
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS, encode
+from hf_adaptive_sparse.runtime.conversion import sparse_weights
+
+
+def stored_state_dict(
+    model: PreTrainedModel, *, consume: bool = False
+) -> dict[str, torch.Tensor] | None:
+    """Return the state dict with compressed weights, under runtime names.
+
+    That of a part of a model, whose own config names no compression, has plain weights. A
+    ``state_dict`` that ``save_pretrained`` was given is not used: transformers passes none on.
+
+    Args:
+        model: The model.
+        consume: Let go of each weight when it is compressed: the model is of no use after, and
+            never in memory twice.
+
+    Returns:
+        The state dict; ``None``: the one that transformers makes, which is right as it is.
+
+    Raises:
+        CheckpointError: If a weight that the config names is not there.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    config = our_config(model)
+    if config is None:
+        return _plain_state_dict(model)
+    if not config.compressed_modules:
+        return None
+    dense: dict[str, torch.Tensor] = model.state_dict()
+    formats = parameter_formats(model, config)
+    sparse = {parameter_name(n, weight) for n, weight in sparse_weights(model).items()}
+    for key in sorted(formats.keys() - sparse - dense.keys()):
+        raise CheckpointError(
+            f"The model's sparsity profile names {key!r}, which it does not have. If modules "
+            "were renamed or replaced, call hf_adaptive_sparse.prune again."
+        )
+    if consume:
+        _copy_from_files_(model, dense, formats.keys())
+    became_plain = {
+        tensor_name(key, "bitmask"): key
+        for key in sparse & formats.keys()
+        if formats[key].bits == UPPER_BYTE_BITS and tensor_name(key, "codebook") not in dense
+    }
+    # In the model's order, so that equal models make equal shards.
+    state = {}
+    for key in list(dense):
+        weight = dense.pop(key)
+        if key not in formats:
+            state[key] = weight
+            if key in became_plain:  # its values came before
+                values, book = (
+                    tensor_name(became_plain[key], kind) for kind in ("values", "codebook")
+                )
+                state[values], state[book] = encode(state[values])
+            continue
+        if weight.device.type == "meta":
+            weight = load_offloaded_parameter(model, key)
+        state |= stored_tensors(key, weight, *formats[key])
+        if consume and key not in sparse:
+            empty_(model, [key])
+    return state
+
+
+def _plain_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the state dict with plain weights for those that are compressed in memory."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name, weight in sparse_weights(model).items():
+        key = parameter_name(name, weight)
+        for kind in KINDS:
+            state.pop(tensor_name(key, kind), None)
+        state[key] = weight.to_dense()
+    return state
+
+
+def _copy_from_files_(
+    model: PreTrainedModel, state: dict[str, torch.Tensor], letting_go: Collection[str]
+) -> None:
+    """Copy what stays of a model, in place and in its state dict.
+
+    Weights are mapped from their files, and a norm that stays mapped keeps the pages of a whole
+    file, changed ones of weights that were let go among them.
+
+    Args:
+        model: The model.
+        state: Its state dict.
+        letting_go: Names that do not stay.
+    """
+    copied: set[int] = set()  # tied ones are one tensor by several names
+    for key in state.keys() - letting_go:
+        if state[key].device.type != "cpu":
+            continue
+        tensor = model.get_parameter_or_buffer(key)
+        if id(tensor) not in copied:
+            tensor.data = tensor.data.clone()
+            copied.add(id(tensor))
+        state[key] = tensor.detach()
