@@ -148,7 +148,7 @@ def prune_and_resolve(
     quantiser.rest_()
     provenance = {
         **_provenance(model, config, source, settings, batches, hub_arguments or {}),
-        **_starved(report),
+        **_experts_without_data(report),
     }
     carried = our_config(model)
     if not ratios and carried is not None and carried.sparsity:
@@ -229,10 +229,10 @@ def _optional_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> 
     return fields
 
 
-def _starved(report: PruningReport) -> dict[str, Any]:
+def _experts_without_data(report: PruningReport) -> dict[str, Any]:
     """Return what the provenance says of experts that too few calibration tokens reached."""
-    starved = {name: list(experts) for name, experts in report.experts_without_data.items()}
-    return {"experts_without_data": starved} if starved else {}
+    found = {name: list(experts) for name, experts in report.experts_without_data.items()}
+    return {"experts_without_data": found} if found else {}
 
 
 def _nothing_removed(weights: Mapping[str, Prunable], config: SparsityConfig) -> PruningReport:

@@ -1,4 +1,4 @@
-"""What a user may give for a field of `SparsityConfig`, brought to one form or refused."""
+"""Validation and normalisation of the fields of `SparsityConfig`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what is stored, in which dtype and shape, reading none of it.
+"""Headers of safetensors files: names, dtypes and shapes of tensors, without reading the tensors.
 
 A file is ``u64 length | JSON header of that length | data``; the header names each tensor's dtype,
 shape and place in the data. Everything read here is untrusted: lengths are bounded by the file's

@@ -1,4 +1,4 @@
-"""A config that is passed while a compressed checkpoint is loaded, against the checkpoint's own."""
+"""Merging the config passed to ``from_pretrained`` with a compressed checkpoint's own."""
 
 from __future__ import annotations
 

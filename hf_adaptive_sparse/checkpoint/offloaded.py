@@ -1,4 +1,4 @@
-"""Decoder layers that stay on disk: read for their turn, and written as a shard when pruned.
+"""Decoder layers that stay on disk: each is read for its turn, and written as a shard when pruned.
 
 The folder that is written holds what a run needs to go on after it was interrupted: the shards of
 the layers that are done, and a state file that names them. A layer counts as done when the state
@@ -52,7 +52,7 @@ class OffloadedLayers(LayerResidence):
 
     Attributes:
         removed: Name of a weight -> weights that went, of all layers that are done.
-        starved: Name of a stack of experts -> those that were pruned without data, likewise.
+        without_data: Name of a stack of experts -> those that were pruned without data, likewise.
         most_resident_bytes: The most bytes of layers that were in memory at once.
     """
 
@@ -88,7 +88,7 @@ class OffloadedLayers(LayerResidence):
         self._done: set[int] = set()
         self._resident: int | None = None
         self.removed: dict[str, int] = {}
-        self.starved: dict[str, list[int]] = {}
+        self.without_data: dict[str, list[int]] = {}
         self.most_resident_bytes = 0
         self._resume()
         inside = self._prefix + "."
@@ -125,7 +125,7 @@ class OffloadedLayers(LayerResidence):
             self._resident = None
 
     def keep(
-        self, index: int, removed: Mapping[str, int], starved: Mapping[str, Sequence[int]]
+        self, index: int, removed: Mapping[str, int], without_data: Mapping[str, Sequence[int]]
     ) -> None:
         """See `LayerResidence.keep`: write the layer's shard, then the state."""
         tensors: dict[str, torch.Tensor] = {}
@@ -140,7 +140,7 @@ class OffloadedLayers(LayerResidence):
             else:
                 self._source.check_own_name(name)
                 tensors[key] = tensor
-        self.starved |= {name: list(experts) for name, experts in starved.items()}
+        self.without_data |= {name: list(experts) for name, experts in without_data.items()}
         self._done.add(index)
         self._write(index + 1, tensors)
 
@@ -207,7 +207,7 @@ class OffloadedLayers(LayerResidence):
                 "fingerprint": self._fingerprint,
                 "done": sorted(self._done),
                 "removed": self.removed,
-                "starved": self.starved,
+                "starved": self.without_data,
                 "shards": self._shards,
             },
         )
@@ -219,7 +219,7 @@ class OffloadedLayers(LayerResidence):
                 left.unlink()
             return
         self._shards, self.removed = state["shards"], state["removed"]
-        self.starved = state.get("starved", {})
+        self.without_data = state.get("starved", {})
         self._done = set(state["done"])
         logger.info("Going on with layer %d of %d.", len(self._done), self._count)
 

@@ -1,4 +1,4 @@
-"""What a config says of modules and layers, brought to one model: names, and bits per layer."""
+"""A config resolved against a model: module names, value formats, and KV bits per layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holding a compressed checkpoint against the model it claims to be, before any of it is loaded.
+"""Checking a compressed checkpoint against its model, before any of it is loaded.
 
 transformers turns a failing conversion into a table in the log and gives missing tensors random
 values. What is wrong is found here instead, from the files' headers and the bitmasks, while the

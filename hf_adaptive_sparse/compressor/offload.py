@@ -147,7 +147,7 @@ def _prune_rest(
     return replace(
         report,
         modules=tuple(modules),
-        experts_without_data=experts_without_data(layers.starved, warn=False),
+        experts_without_data=experts_without_data(layers.without_data, warn=False),
     )
 
 

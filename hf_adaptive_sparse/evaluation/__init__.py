@@ -1,1 +1,1 @@
-"""What a compressed model is worth: perplexity, answers, and bytes."""
+"""Evaluation of compressed models: perplexity, answers, and bytes."""

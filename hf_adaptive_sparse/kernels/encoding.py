@@ -1,4 +1,4 @@
-"""Blocks of keys and values into bytes and back, in native code, to the last bit as in torch.
+"""Encoding and decoding blocks of keys and values in native code, bit for bit as in torch.
 
 The formats and their readable references are ``kvcache/channel.py``, ``grouped.py`` and
 ``transposed.py``. Only shapes, dtypes and addresses pass to the library (see ``csrc/encode.h``).

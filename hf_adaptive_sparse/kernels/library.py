@@ -1,4 +1,4 @@
-"""The compiled library: found and loaded once, absent without complaint, and which path it takes.
+"""The compiled library, which is optional: loading it once, and choosing the path that it takes.
 
 The library is an optional part of the package: without it, or with a processor it does not know,
 everything works in torch. ``HF_ADAPTIVE_SPARSE_KERNEL`` chooses a path: ``portable``, ``avx2``,

@@ -1,4 +1,4 @@
-"""Where Triton's kernels can run, and what becomes of those that cannot be had."""
+"""Which devices run Triton's kernels, and what is done where a kernel cannot be compiled."""
 
 from __future__ import annotations
 

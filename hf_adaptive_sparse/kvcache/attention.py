@@ -1,8 +1,8 @@
 """Attention over what a cache layer holds: straight from the packed blocks, or decoded.
 
 ``attend`` has the arguments of torch's ``scaled_dot_product_attention`` with the cache in place of
-keys and values, and computes from the packed blocks where a kernel serves the call. Where none does
-the caller decodes both for torch, to the same result within the kernels' error bound.
+keys and values, and computes from the packed blocks where a kernel supports the call. Where none
+does, the caller decodes both for torch, to the same result within the kernels' error bound.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _say_why_not(device: str, dtype: torch.dtype) -> None:
     if device == "cpu" and active_path() is None:
         why = "the native kernels are not built or switched off"
     else:
-        why = f"no kernel serves {dtype} on {device}"
+        why = f"no kernel supports {dtype} on {device}"
     logger.warning(
         "Attention over the quantised cache decodes all of it at every step, which is slow: %s "
         "(hf-adaptive-sparse env shows what there is).",

@@ -1,4 +1,4 @@
-"""What states a layer of the cache refuses, and what it says then."""
+"""Checks of the states that a cache layer is given."""
 
 from __future__ import annotations
 

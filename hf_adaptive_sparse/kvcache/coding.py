@@ -1,4 +1,4 @@
-"""Blocks encoded and decoded by kernels where these serve, by the codec where not.
+"""Encoding and decoding blocks: by a kernel where one supports them, else by the codec.
 
 Native ones serve the CPU, Triton's a GPU. All give the same bits; the codecs, in torch,
 are the readable form of it.

@@ -1,4 +1,4 @@
-"""Where the scale of a group begins and ends: at its extremes, or at few bits a little inside.
+"""The range that the scale of a group covers: all of it, or at 2 and 3 bits a little less.
 
 With 2 or 3 bits a scale from minimum to maximum spends its few codes on rare extremes. A step of
 least squares keeps the codes of that scale and fits the step and the minimum to the elements::

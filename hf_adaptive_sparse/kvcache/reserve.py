@@ -1,4 +1,4 @@
-"""Address space for tensors that grow where they are: only what they cover takes memory."""
+"""Reserved address space for tensors that grow in place: only the part in use takes memory."""
 
 from __future__ import annotations
 

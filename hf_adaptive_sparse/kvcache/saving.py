@@ -1,4 +1,4 @@
-"""What a cache holds as plain tensors and numbers, and back: for files, not for copies.
+"""A cache as plain tensors and numbers, and back: for files, not for copies.
 
 A cache may be pickled and deep-copied like any object. The form made here holds nothing but
 tensors, numbers, text, None and lists and dicts of them, so that ``torch.load`` reads it with

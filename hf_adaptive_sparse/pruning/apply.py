@@ -113,7 +113,7 @@ def prune_model(
                 check_sound(weight, name)
             by_layer.setdefault(layer_index(name, layers_name), {})[name] = weight
     removed = dict.fromkeys(weights, 0)
-    starved: dict[str, tuple[int, ...]] = {}
+    without_data: dict[str, tuple[int, ...]] = {}
     with progress_bar(len(by_layer), f"Pruning ({method})", progress) as bar:
         for turn in layer_statistics(
             model,
@@ -130,7 +130,7 @@ def prune_model(
                     check_sound(weight, name)
             for name, weight in turn.weights.items():
                 if isinstance(weight, ExpertStack):
-                    gone, without = prune_experts_(
+                    gone, experts = prune_experts_(
                         weight,
                         stored_weight(weight, name),
                         name,
@@ -141,7 +141,7 @@ def prune_model(
                         min_expert_tokens,
                         turn.experts,
                     )
-                    starved[name] = (*starved.get(name, ()), *without)
+                    without_data[name] = (*without_data.get(name, ()), *experts)
                 else:
                     gone = _prune_linear_(model, name, targets[name], method, parsed, turn)
                 removed[name] += gone
@@ -157,7 +157,7 @@ def prune_model(
             residence.keep(
                 turn.index,
                 {name: removed[name] for name in members},
-                {name: starved[name] for name in members if starved.get(name)},
+                {name: without_data[name] for name in members if without_data.get(name)},
             )
             bar.set_postfix(layer=turn.index, sparsity=f"{gone / size:.4f}")
             bar.update()
@@ -169,7 +169,7 @@ def prune_model(
         metric=metric,
         pattern=str(parsed),
         weight_update=weight_update,
-        experts_without_data=experts_without_data(starved),
+        experts_without_data=experts_without_data(without_data),
         seconds=time.perf_counter() - started,
     )
 

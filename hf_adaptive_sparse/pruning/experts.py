@@ -83,7 +83,7 @@ def prune_experts_(
     Returns:
         How many weights went, and the experts that were pruned without data though there are some.
     """
-    removed, starved = 0, []
+    removed, without_data = 0, []
     for expert, count in enumerate(expert_counts(stack, ratio)):
         if experts is not None and expert not in experts:
             continue
@@ -99,14 +99,14 @@ def prune_experts_(
                 device=stored.device,
             )
             if not known:
-                starved.append(expert)
+                without_data.append(expert)
         matrix = stack.read(stored, expert)
         key = expert_name(name, expert)
         removed += method.prune_(matrix, key, count, pattern, inputs, stack.fused_rows)
         stack.write_(stored, expert, matrix)
         if statistics is not None:
             statistics.forget(key)
-    return removed, tuple(starved)
+    return removed, tuple(without_data)
 
 
 def expert_passes(stacks: Iterable[ExpertStack]) -> list[range]:
@@ -123,16 +123,16 @@ def expert_passes(stacks: Iterable[ExpertStack]) -> list[range]:
 
 
 def experts_without_data(
-    starved: Mapping[str, Sequence[int]], *, warn: bool = True
+    without_data: Mapping[str, Sequence[int]], *, warn: bool = True
 ) -> dict[str, list[int]]:
     """Return module of experts -> experts pruned without data.
 
     Args:
-        starved: Name of a stack -> its experts that were.
+        without_data: Name of a stack -> its experts that were.
         warn: Name them in the log.
     """
     found: dict[str, list[int]] = {}
-    for name, experts in starved.items():
+    for name, experts in without_data.items():
         if experts:
             found.setdefault(name.rpartition(".")[0], sorted(experts))
     if found and warn:

@@ -1,6 +1,6 @@
-"""Masks laid over a model and taken off again: what a search evaluates, without changing a weight.
+"""Masks applied to a model and removed again: what a search evaluates, without changing a weight.
 
-Besides the rankings, one bit per weight is held: the mask in force. It is unpacked where a weight
+Besides the rankings, one bit per weight is held: the current mask. It is unpacked where a weight
 is used, one linear at a time, and once per forward; of as many linears as a bound allows, the
 masked weight is kept until the mask changes.
 """
@@ -16,7 +16,10 @@ from torch.nn.utils import parametrize
 
 from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.packing.bitmask import pack_mask, unpack_mask
-from hf_adaptive_sparse.pruning.covering import check_in_memory, uncovered_after
+from hf_adaptive_sparse.pruning.parametrizations import (
+    check_in_memory,
+    remove_parametrizations_after,
+)
 from hf_adaptive_sparse.pruning.ranking import Ranking
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -104,12 +107,12 @@ class MaskedModel:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The ratios in force; linears not named yet are dense."""
+        """The ratios of the current masks; linears not named yet are dense."""
         return dict(self._ratios)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the rankings and the masks in force; without masked weights kept."""
+        """Bytes held by the rankings and the current masks; without masked weights kept."""
         held = sum(ranking.nbytes for ranking in self._rankings.values())
         return held + sum(m.removed.nbytes for m in self._masks.values() if m.removed is not None)
 
@@ -119,7 +122,7 @@ class MaskedModel:
         return sum(mask.kept.nbytes for mask in self._masks.values() if mask.kept is not None)
 
     def apply(self, ratios: Mapping[str, float]) -> None:
-        """Put the masks of ``ratios`` in force.
+        """Apply the masks of ``ratios``.
 
         Only what lies between a linear's last ratio and its new one is touched. Linears that
         ``ratios`` does not name keep what they have.
@@ -153,7 +156,7 @@ class MaskedModel:
 def masked(
     model: nn.Module, rankings: Mapping[str, Ranking], keep_bytes: int = 0
 ) -> Iterator[MaskedModel]:
-    """Lay masks over the weights of a model while the context is open.
+    """Mask the weights of a model while the context is open.
 
     The weights themselves do not change: a parametrization zeroes the masked ones at use, for
     evaluation only (no gradient reaches them once a ratio is set). On exit, also by an exception,
@@ -177,7 +180,7 @@ def masked(
     }
     masks: dict[str, _Mask] = {}
     handles: list[torch.utils.hooks.RemovableHandle] = []
-    with uncovered_after(places.values()):
+    with remove_parametrizations_after(places.values()):
         try:
             for name, (module, key) in places.items():
                 weight, mask = getattr(module, key), _Mask()

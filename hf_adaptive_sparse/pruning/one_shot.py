@@ -76,7 +76,7 @@ def rank_model(
     _, layers = decoder_layers(model)
     steps = len(weights) + (len(batches or ()) if chosen.needs_calibration else 0)
     rankings: dict[str, Ranking] = {}
-    starved: dict[str, tuple[int, ...]] = {}
+    without_data: dict[str, tuple[int, ...]] = {}
     with progress_bar(steps, f"Ranking ({metric})", progress) as bar:
         known: InputStatistics | None = None
         if chosen.needs_calibration:
@@ -92,14 +92,14 @@ def rank_model(
             if isinstance(weight, ExpertStack):
                 scores = _ExpertScores(weight, stored, name, chosen, known, min_expert_tokens)
                 rankings[name] = ExpertRanking(weight, scores, low, high, chosen.grouping)
-                starved[name] = tuple(scores.starved)
+                without_data[name] = tuple(scores.without_data)
             else:
                 norm = None if known is None else known.input_norm(name)
                 found = score_stacked(chosen, stored, norm, fused_rows(model, name))
                 rankings[name] = Ranking(found, low, high, chosen.grouping)
             release_freed()  # a ranking takes a tenth of what it is made from
             bar.update()
-    experts_without_data(starved)
+    experts_without_data(without_data)
     return rankings
 
 
@@ -117,7 +117,7 @@ class _ExpertScores:
     ) -> None:
         self._stack, self._stored, self._name = stack, stored, name
         self._metric, self._known, self._min_tokens = metric, known, min_tokens
-        self.starved: list[int] = []
+        self.without_data: list[int] = []
 
     def __call__(self, expert: int) -> torch.Tensor:
         norm = None
@@ -133,6 +133,6 @@ class _ExpertScores:
             )
             norm = inputs.norm
             if not of_data:
-                self.starved.append(expert)
+                self.without_data.append(expert)
         matrix = self._stack.read(self._stored, expert)
         return score_stacked(self._metric, matrix, norm, self._stack.fused_rows)

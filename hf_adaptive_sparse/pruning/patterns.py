@@ -1,4 +1,4 @@
-"""Which weights may go together: unstructured, or n kept of every m neighbours in a row."""
+"""Sparsity patterns: unstructured, or n kept of every m neighbours in a row."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights seen through their codes of 8 or 4 bits, without changing them: what a search evaluates.
+"""Simulated quantisation of weights to 8 or 4 bits, without changing them: what a search evaluates.
 
 What a weight is used as is ``decode(encode(weight))`` of the very codes that a checkpoint stores,
-worked out where the weight is used, under the masks that lie over it.
+computed where the weight is used, after the masks are applied to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_adaptive_sparse.packing.weight_codes import (
     default_group_size,
     encode,
 )
-from hf_adaptive_sparse.pruning.covering import uncovered_after
+from hf_adaptive_sparse.pruning.parametrizations import remove_parametrizations_after
 
 
 def through_codes(weight: torch.Tensor, bits: int, group_size: int | None) -> torch.Tensor:
@@ -49,7 +49,7 @@ class _Codes(nn.Module):
 
 
 class QuantisedModel:
-    """Handle of a model seen through codes; made by `quantised`."""
+    """Handle of a model with simulated quantisation; made by `quantised`."""
 
     def __init__(self, codes: Mapping[str, _Codes]) -> None:
         self._codes = codes
@@ -66,8 +66,8 @@ class QuantisedModel:
         for name in weight_bits:
             if name not in self._codes:
                 raise ValueError(
-                    f"weight_bits must name linears that were laid open; {name!r} was not. Known: "
-                    f"{', '.join(list(self._codes)[:4])}, ..."
+                    f"weight_bits must name weights given to quantised(); {name!r} was not. "
+                    f"Known: {', '.join(list(self._codes)[:4])}, ..."
                 )
         for name, codes in self._codes.items():
             bits = weight_bits.get(name)
@@ -76,10 +76,10 @@ class QuantisedModel:
 
 @contextmanager
 def quantised(model: nn.Module, names: Iterable[str]) -> Iterator[QuantisedModel]:
-    """See weights through codes while the context is open.
+    """Let weights be used as their codes decode to while the context is open.
 
     May be opened inside `masked`, not around it. On exit the weights have no parametrization left,
-    masks included; the parameters are the objects that they were.
+    not even masks; the parameters are the same objects as before.
 
     Args:
         model: The model.
@@ -98,7 +98,7 @@ def quantised(model: nn.Module, names: Iterable[str]) -> Iterator[QuantisedModel
             raise ValueError(f"names must be those of linears of the model; {name!r} is none.")
         places[name] = place
     codes = {name: _Codes() for name in places}
-    with uncovered_after(places.values()):
+    with remove_parametrizations_after(places.values()):
         for name, (module, key) in places.items():
             parametrize.register_parametrization(module, key, codes[name], unsafe=True)
         yield QuantisedModel(codes)

@@ -16,14 +16,14 @@ class LayerResidence(ABC):
 
     @abstractmethod
     def keep(
-        self, index: int, removed: Mapping[str, int], starved: Mapping[str, Sequence[int]]
+        self, index: int, removed: Mapping[str, int], without_data: Mapping[str, Sequence[int]]
     ) -> None:
         """Take a resident layer as it is now: it is pruned.
 
         Args:
             index: The layer.
             removed: Name of a weight -> weights that went.
-            starved: Name of a stack of experts -> those that were pruned without data.
+            without_data: Name of a stack of experts -> those that were pruned without data.
         """
 
 
@@ -32,7 +32,7 @@ class _Everywhere(LayerResidence):
         return nullcontext()
 
     def keep(
-        self, index: int, removed: Mapping[str, int], starved: Mapping[str, Sequence[int]]
+        self, index: int, removed: Mapping[str, int], without_data: Mapping[str, Sequence[int]]
     ) -> None:
         """Nothing to do: the model holds it."""
 

@@ -1,4 +1,4 @@
-"""Weights rounded to what their codes of 8 or 4 bits give back, each layer when it is pruned."""
+"""Rounding weights to what their codes of 8 or 4 bits decode to, each layer when it is pruned."""
 
 from __future__ import annotations
 

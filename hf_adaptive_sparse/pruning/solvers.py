@@ -1,4 +1,4 @@
-"""What may happen to the weights that stay: updates on a given mask, and solvers of both at once.
+"""Updates of the kept weights on a given mask, and solvers that choose mask and weights together.
 
 An update (`WEIGHT_UPDATES`) follows the mask of any metric; a solver (`SOLVERS`) is the whole of a
 `SolvedMetric`, and has its name.

@@ -1,4 +1,4 @@
-"""Where a prunable weight really lies, and whether it is sound."""
+"""The tensor that stores a prunable weight, and the check that it is finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a weight is stored, as far as its empty tensors must know before they are loaded into."""
+"""The stored form of a weight: what it takes to allocate its tensors before they are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``SparseLinear.weight`` returns: something that looks like the dense weight, and holds none.
+"""What ``SparseLinear.weight`` returns: it looks like the dense weight, and holds no values.
 
 Code around a linear asks its weight for dtype, device and shape (PEFT places its adapters by
 them), and now and then computes with it. The first costs nothing here; the second decompresses,

@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.profiles import check_count
-from hf_adaptive_sparse.pruning.covering import check_in_memory
 from hf_adaptive_sparse.pruning.metrics import check_scores, get_metric
+from hf_adaptive_sparse.pruning.parametrizations import check_in_memory
 from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED

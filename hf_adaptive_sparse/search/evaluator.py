@@ -115,7 +115,7 @@ class Evaluator:
         reference = None
         if reporter is not None and not is_uniform:
             reference = self._reference_losses()
-        self.put_in_force(candidate)
+        self.apply(candidate)
         settings = layer_settings(candidate, self.layers_name, self.num_layers)
         before = self.reusing.layers_run, self.reusing.layers_skipped
         losses = Losses()
@@ -141,13 +141,13 @@ class Evaluator:
     def losses(self, candidate: Candidate, batches: Batches) -> list[tuple[float, int]]:
         """Return summed loss in nats and tokens of each of any batches, under a profile."""
         with failures():
-            self.put_in_force(candidate)
+            self.apply(candidate)
             return [
                 negative_log_likelihood(self.model, batch, candidate.kv_cache) for batch in batches
             ]
 
-    def put_in_force(self, candidate: Candidate) -> None:
-        """Lay a profile's masks over the model."""
+    def apply(self, candidate: Candidate) -> None:
+        """Apply the masks and the weight bits of a profile to the model."""
         if self.mask is not None:
             self.mask.apply(candidate.ratios)
             release_freed()  # small masks lie between what large ones were made from
@@ -161,7 +161,7 @@ class Evaluator:
 
         Args:
             index: The batch.
-            candidate: The profile in force.
+            candidate: The profile, which was applied.
             settings: Its `layer_settings`.
 
         Raises:
@@ -185,7 +185,7 @@ class Evaluator:
         A uniform profile that cannot be evaluated leaves every batch's loss as it is.
         """
         if self._reference is None:
-            self.put_in_force(self.uniform)
+            self.apply(self.uniform)
             settings = layer_settings(self.uniform, self.layers_name, self.num_layers)
             losses = Losses()
             try:

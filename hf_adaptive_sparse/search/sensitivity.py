@@ -196,7 +196,7 @@ def probe_losses(evaluator: Evaluator, candidate: Candidate, batches: Sequence[i
     settings = layer_settings(candidate, evaluator.layers_name, evaluator.num_layers)
     losses = Losses()
     with failures():
-        evaluator.put_in_force(candidate)
+        evaluator.apply(candidate)
         for index in batches:
             losses.add(index, evaluator.score(index, candidate, settings))
     return losses

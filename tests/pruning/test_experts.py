@@ -177,10 +177,10 @@ def test_a_matrix_read_and_written_is_in_its_place(model_type):
         assert torch.equal(stored[others], stack.weight.detach()[others])
 
 
-def test_starved_experts_are_scored_without_data_and_named(mixtral, batches, caplog):
+def test_experts_with_too_little_data_are_scored_without_any_and_named(mixtral, batches, caplog):
     _, _, count = brute_force_norms(mixtral, batches)
     fewest = min(count.values())
-    starved = sorted(expert for expert in range(4) if count[expert] == fewest)
+    without_data = sorted(expert for expert in range(4) if count[expert] == fewest)
     before = stacks(mixtral)[DOWN].weight.detach().clone()
     with caplog.at_level(logging.WARNING, logger="hf_adaptive_sparse"):
         report = prune_model(
@@ -191,11 +191,11 @@ def test_starved_experts_are_scored_without_data_and_named(mixtral, batches, cap
             progress=False,
         )
     module = DOWN.rpartition(".")[0]
-    assert report.experts_without_data == {module: starved}
-    assert report.to_dict()["experts_without_data"] == {module: starved}
-    assert f"{module}: {', '.join(map(str, starved))}" in caplog.text
-    scores = get_metric("lognorm").score(before[starved[0]], torch.ones(48))
-    after = stacks(mixtral)[DOWN].weight[starved[0]]
+    assert report.experts_without_data == {module: without_data}
+    assert report.to_dict()["experts_without_data"] == {module: without_data}
+    assert f"{module}: {', '.join(map(str, without_data))}" in caplog.text
+    scores = get_metric("lognorm").score(before[without_data[0]], torch.ones(48))
+    after = stacks(mixtral)[DOWN].weight[without_data[0]]
     assert torch.equal(after == 0, mask_from_scores(scores, 0.5))
 
 

@@ -174,12 +174,10 @@ def test_where_a_probe_fails_the_search_starts_from_uniform(
 
 
 def test_masks_that_find_no_memory_are_a_probe_that_failed():
-    def put_in_force(candidate):
+    def apply(candidate):
         raise RuntimeError("CUDA out of memory.")
 
-    evaluator = SimpleNamespace(
-        put_in_force=put_in_force, layers_name="model.layers", num_layers=1, order=[0, 1]
-    )
+    evaluator = SimpleNamespace(apply=apply, layers_name="model.layers", num_layers=1, order=[0, 1])
     evaluator.uniform = Candidate((), {}, {}, None, None)
     assert measure_sensitivity(evaluator, {}, low=0.4, high=0.6, target=0.5) is None
 

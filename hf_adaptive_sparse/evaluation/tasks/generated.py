@@ -1,4 +1,4 @@
-"""What the benchmarks that generate an answer share: how they ask, and how they note answers."""
+"""Shared by the benchmarks that generate answers: how they prompt, and how they record answers."""
 
 from __future__ import annotations
 

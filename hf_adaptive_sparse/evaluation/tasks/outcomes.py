@@ -1,4 +1,4 @@
-"""Outcomes written down as they come, so that a run that was stopped goes on where it was.
+"""Outcomes, written to a file as they come, so that an interrupted run resumes where it stopped.
 
 One file per benchmark, JSON lines: what the run is about, then a line per item. A last line that a
 killed run left torn is cut off; a file of another run is refused.

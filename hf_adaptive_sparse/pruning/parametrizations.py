@@ -1,4 +1,4 @@
-"""Which weights take parametrizations, and taking them off again, so that a module is as it was."""
+"""Parametrizations of weights: which weights can have them, and removing them without a trace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 
 def check_in_memory(weight: torch.Tensor, name: str) -> None:
-    """Refuse a weight that is elsewhere between forwards, where nothing can be laid over it.
+    """Refuse an offloaded weight, which cannot have a parametrization.
 
     Raises:
         ValueError: If it is.
@@ -24,8 +24,8 @@ def check_in_memory(weight: torch.Tensor, name: str) -> None:
 
 
 @contextmanager
-def uncovered_after(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Leave no parametrization on some weights when the context ends, also by an exception.
+def remove_parametrizations_after(places: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Remove all parametrizations of some weights when the context ends, also by an exception.
 
     The parameters are the objects that they were, in the order that they had: optimizers and state
     dicts go by it.
