@@ -200,7 +200,7 @@ def _nothing_prunable(model: nn.Module, layers_name: str, layers: nn.ModuleList)
 
 
 def parameter_name(name: str, weight: object) -> str:
-    """Return the name of the parameter of a weight that goes by ``name``.
+    """Return the name of the parameter of the weight called ``name``.
 
     Args:
         name: The name.
@@ -210,7 +210,7 @@ def parameter_name(name: str, weight: object) -> str:
 
 
 def weight_place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """Return where the weight lies that goes by a name, whether it may be pruned or not.
+    """Return the place of the weight called ``name``, whether it may be pruned or not.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""What a compression consists of, as values: sparsity, KV bits, and how to calibrate.
+"""Value objects that describe a compression: sparsity, KV bits, and how to calibrate.
 
 Frozen dataclasses, validated when made, with a versioned JSON form. Nothing here imports torch, so
 profiles can be read, compared and written anywhere.

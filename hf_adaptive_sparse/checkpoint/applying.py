@@ -172,7 +172,7 @@ def prune_and_resolve(
 
 
 def asked_ratios(model: PreTrainedModel, config: SparsityConfig) -> dict[str, float]:
-    """Return the ratio of every prunable linear; nothing where a config asks nothing of weights.
+    """Return the ratio of every prunable weight; empty if the config leaves the weights alone.
 
     Args:
         model: The model, possibly on the meta device.

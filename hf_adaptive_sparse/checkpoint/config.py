@@ -266,7 +266,7 @@ class SparsityConfig(QuantizationConfigMixin):
         )
 
     def store_plain(self, names: Collection[str]) -> None:
-        """Let the values of modules take 16 bits from now on.
+        """Set the bits of the values of modules to 16.
 
         Args:
             names: Modules that ``sparsity`` names.
@@ -372,7 +372,7 @@ class SparsityConfig(QuantizationConfigMixin):
 
 
 def our_config(carrier: Any) -> SparsityConfig | None:
-    """Return the config of ours that something carries; ``None`` if it carries none.
+    """Return the `SparsityConfig` that something carries; ``None`` if it carries none.
 
     Args:
         carrier: A model, a model's config, or the dict of a ``config.json``.
@@ -387,7 +387,7 @@ def our_config(carrier: Any) -> SparsityConfig | None:
 
 
 def as_our_config(quantization_config: Any) -> SparsityConfig | None:
-    """Return a ``quantization_config``, which may be a dict, as a config; ``None`` if not ours.
+    """Return a ``quantization_config`` as a `SparsityConfig`; ``None`` if it is not ours.
 
     Raises:
         ValueError: If it is ours and invalid.

@@ -63,7 +63,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class CompressedModule:
-    """What headers alone tell of one compressed weight.
+    """What the headers alone say about one compressed weight.
 
     Attributes:
         name: The name in the file of a linear, or of a stack of experts.
@@ -240,7 +240,7 @@ def shard_names(index: bytes, file: str) -> list[str]:
 
 
 def compressed_summary(headers: Mapping[str, TensorHeader]) -> dict[str, CompressedModule]:
-    """Return what the headers tell of each compressed weight, by its name in the file.
+    """Return what the headers say about each compressed weight, by its name in the file.
 
     Raises:
         CheckpointError: If values, bitmask or scales are missing or of the wrong kind.

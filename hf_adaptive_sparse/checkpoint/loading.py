@@ -61,7 +61,7 @@ def apply_config(
     processor: Any = None,
     progress: bool = True,
 ) -> PruningReport:
-    """Prune a model in place, layer by layer, and let it carry what was done.
+    """Prune a model in place, layer by layer, and attach a config that describes the result.
 
     The model then consists of plain weights as before (with ``runtime="sparse"`` of linears and
     experts that are compressed in memory), saves in the config's form, and reloads and generates

@@ -15,7 +15,7 @@ _RATIO_TOLERANCE = 1e-4
 
 
 def merge_configs(checkpoint: SparsityConfig, passed: SparsityConfig) -> SparsityConfig:
-    """Return the checkpoint's config as ``passed`` asks to load it.
+    """Return the checkpoint's config with the loading options of ``passed``.
 
     ``runtime`` and ``kv_cache`` may differ from the checkpoint; ``kv_cache=False`` switches the
     adaptive cache off, ``None`` keeps the checkpoint's. All else that was passed must agree, since

@@ -66,7 +66,7 @@ class OffloadedLayers(LayerResidence):
         *,
         sequential: bool = True,
     ) -> None:
-        """Load what lies outside the layers, write it as the first shard, and look what is done.
+        """Load and write what lies outside the layers, as the first shard, and see what is done.
 
         Args:
             model: The model, on the meta device; it is filled.

@@ -141,7 +141,7 @@ def _local_name(name: str, weights: Collection[str], prefix: str) -> str | None:
 def _local_patterns(
     patterns: Iterable[str], names: Mapping[str, str], weights: Collection[str]
 ) -> list[str]:
-    """Return what matches in a model what patterns matched in the class that was saved.
+    """Translate patterns for the class that was saved into patterns for the model.
 
     A pattern that does already stays; others become the names they stand for, if there are any.
 

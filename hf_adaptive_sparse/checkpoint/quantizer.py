@@ -139,7 +139,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel
     ) -> list[Any]:
-        """Add our conversion to the model's, hold the files against both, and choose the runtime.
+        """Add our conversion to the model's, check the files against both, and choose the runtime.
 
         This is the last call before devices are assigned, and the first at which a model's own
         renamings are known; so it is here that linears become sparse ones, still empty.
@@ -184,7 +184,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             except BitmaskError as error:
                 raise CheckpointError(f"{parameter_name(name, weight)}: {error}") from error
         if self.pre_quantized:
-            _store_plain_what_was_cast_(model, config)
+            _store_cast_weights_plain_(model, config)
         if not loaded:
             formats = runtime_formats(model, config)
             if self._runs_sparse(model, formats):
@@ -228,8 +228,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         return stored_state_dict(model, consume=self.consumes_model), {}
 
 
-def _store_plain_what_was_cast_(model: PreTrainedModel, config: SparsityConfig) -> None:
-    """Let a config store in 16 bits what it has in 12, where that was not loaded as bfloat16.
+def _store_cast_weights_plain_(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Change 12 bits to 16 in a config, for weights that were not loaded as bfloat16.
 
     A weight of which nothing is removed is stored dense then, and so made plain in the model, too.
     """

@@ -257,7 +257,7 @@ def empty_(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Write one safetensors file, complete or not at all, and onto the disk.
+    """Write one safetensors file, whole or not at all, and flush it to the disk.
 
     Returns:
         Name of each tensor -> its bytes.
@@ -270,7 +270,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, in
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write a JSON file, complete or not at all, and onto the disk."""
+    """Write a JSON file, whole or not at all, and flush it to the disk."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         json.dump(data, file, indent=2)
         file.flush()

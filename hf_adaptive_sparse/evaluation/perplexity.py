@@ -1,4 +1,4 @@
-"""Perplexity, weighted by tokens, seen through the KV cache that a model will run with.
+"""Perplexity, weighted by tokens, computed with the KV cache that the model will run with.
 
 ``exp(sum of -log p(token) / number of tokens)`` over all scored tokens of all batches, so that
 batch size and padding change nothing. One forward per batch: the adaptive cache hands the forward

@@ -1,4 +1,4 @@
-"""Forwards that begin at the first layer that differs from what was run before.
+"""Forward passes that start at the first layer that differs from an earlier pass.
 
 A decoder layer's input is decided by the layers in front of it. Where a batch has been run through
 the same front layers already, their output is still known: those layers pass their input through,
@@ -34,7 +34,7 @@ DEFAULT_BYTES = 1 << 30
 
 
 class HiddenStateStore:
-    """Hidden states by what they follow from, the least recently used dropped beyond a bound.
+    """A cache of hidden states by what they follow from, which drops the least recently used.
 
     Attributes:
         limit_bytes: Bytes of tensors held at most.

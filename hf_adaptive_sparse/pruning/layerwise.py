@@ -60,7 +60,7 @@ def layer_statistics(
     bar: Any,
     residence: LayerResidence,
 ) -> Iterator[Turn]:
-    """Yield each layer that has something to prune, with its statistics; prune it meanwhile.
+    """Yield each layer that has something to prune, with its statistics; the caller prunes it.
 
     A layer is in memory, as ``residence`` sees to, while it is yielded and while it runs.
 

@@ -1,4 +1,4 @@
-"""How one matrix is pruned: a metric for what goes, perhaps a weight update for what stays."""
+"""How one matrix is pruned: a metric chooses what goes, a weight update may follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a weight is worth: the pruning metrics, one class each, behind one registry.
+"""The pruning metrics, one class each, behind one registry.
 
 A new metric is one class with ``@register_metric`` here: a `ScoringMetric`, or a `SolvedMetric`
 with its solver in `pruning.solvers`. Scores are computed in float32 and are >= 0; what scores
@@ -23,7 +23,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 class Metric:
-    """How it is decided which weights of one linear go.
+    """A rule that chooses which weights of a linear are removed.
 
     Attributes:
         name: Name in configs and on the command line.

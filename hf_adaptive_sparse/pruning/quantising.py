@@ -76,7 +76,7 @@ class QuantisedModel:
 
 @contextmanager
 def quantised(model: nn.Module, names: Iterable[str]) -> Iterator[QuantisedModel]:
-    """Let weights be used as their codes decode to while the context is open.
+    """Simulate the quantisation of weights while the context is open.
 
     May be opened inside `masked`, not around it. On exit the weights have no parametrization left,
     not even masks; the parameters are the same objects as before.

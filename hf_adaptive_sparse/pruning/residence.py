@@ -18,7 +18,7 @@ class LayerResidence(ABC):
     def keep(
         self, index: int, removed: Mapping[str, int], without_data: Mapping[str, Sequence[int]]
     ) -> None:
-        """Take a resident layer as it is now: it is pruned.
+        """Store a resident layer, which is pruned now.
 
         Args:
             index: The layer.

@@ -26,7 +26,7 @@ class LayerQuantiser:
     """
 
     def __init__(self, model: PreTrainedModel, formats: Mapping[str, ValueFormat]) -> None:
-        """Round nothing yet.
+        """Prepare to round; nothing is rounded yet.
 
         Args:
             model: The model.
@@ -46,7 +46,7 @@ class LayerQuantiser:
             self._round(name)
 
     def rest_(self) -> None:
-        """Round what no layer's turn has rounded; a weight that is not in memory is left out.
+        """Round the weights that `layer_` has not; a weight that is not in memory is left out.
 
         Raises:
             ValueError: As `layer_`.

@@ -1,4 +1,4 @@
-"""What a benchmark is: items to put to a model, an outcome of each, figures of all of them.
+"""The interface of a benchmark: items for the model, an outcome of each, figures of all of them.
 
 Outcomes are plain JSON, so that a run writes them down as it goes and another continues it. A new
 benchmark is one class with `register_task` in a module of its own.
@@ -39,7 +39,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that is put to the model.
+    """One item that the model is asked about.
 
     Attributes:
         key: Tells it from all others of the data, in every run.
@@ -147,7 +147,7 @@ _AnyTask = TypeVar("_AnyTask", bound=type[Task])
 
 
 def register_task(task: _AnyTask) -> _AnyTask:
-    """Make a task known under its name; a class decorator.
+    """Register a task under its name; a class decorator.
 
     Raises:
         ValueError: If the name is taken.
