@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor import DataSource, ModelSource
+from hf_adaptive_sparse.compressor import DataSource, ModelSource, SearchPlan
 from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, KVCacheConfig
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.space import SearchSpace
 
 
 def model_of(options: argparse.Namespace) -> ModelSource:
@@ -43,6 +45,24 @@ def questions_of(options: argparse.Namespace) -> DataSource | None:
     if options.questions is None:
         return None
     return replace(evaluation_of(options), source=options.questions)
+
+
+def plan_of(options: argparse.Namespace, space: SearchSpace) -> SearchPlan:
+    """Return the search that `options.SEARCHED` ask for in a space."""
+    return SearchPlan(
+        space,
+        storage=options.storage,
+        study_name=options.study,
+        metric=options.metric,
+        trials=options.trials,
+        calibration=calibration_of(options),
+        evaluation=evaluation_of(options),
+        objective=Goal.parse(options.objective).to_json(),
+        timeout_seconds=options.timeout,
+        seed=options.seed,
+        sampler=options.sampler,
+        max_loss=options.max_loss,
+    )
 
 
 def config_of(

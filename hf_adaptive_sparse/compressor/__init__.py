@@ -18,13 +18,14 @@ from hf_adaptive_sparse.compressor.jobs import (
     prune_to_folder,
     search_study,
     search_to_folder,
+    search_within_to_folder,
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.offload import prune_offloaded
 from hf_adaptive_sparse.compressor.pipeline import CompressionResult, PushError, compress
+from hf_adaptive_sparse.compressor.search_plan import SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
-from hf_adaptive_sparse.compressor.within import search_within_to_folder
 from hf_adaptive_sparse.pruning.report import PruningReport
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Measurement",
     "ModelSource",
     "PushError",
+    "SearchPlan",
     "bench",
     "compress",
     "evaluate",

@@ -14,9 +14,9 @@ from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME
 from hf_adaptive_sparse.compressor.offload import prune_into, weight_files
 from hf_adaptive_sparse.compressor.saving import save_model
-from hf_adaptive_sparse.compressor.search_plan import JOURNAL
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.pruning.report import PruningReport
+from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.staging import resumable_folder, staged_folder
 
 

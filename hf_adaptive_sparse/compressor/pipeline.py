@@ -30,10 +30,9 @@ from hf_adaptive_sparse.compressor.finishing import (
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, Measuring
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Quality, get_quality
-from hf_adaptive_sparse.compressor.saving import Recipe, save_report
-from hf_adaptive_sparse.compressor.search_plan import JOURNAL, Loaded, SearchPlan
+from hf_adaptive_sparse.compressor.saving import Recipe, save_bound, save_report
+from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
-from hf_adaptive_sparse.compressor.within import save_bound
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
@@ -191,7 +190,7 @@ def compress(
     asked = questions or evaluation
     plan = SearchPlan(
         space=space,
-        storage=storage or "",
+        storage=storage,
         study_name=study_name,
         metric=config.metric,
         trials=preset.trials if trials is None else trials,
@@ -206,7 +205,7 @@ def compress(
         final=config,
     )
     with output_folder(target, offload=offload, overwrite=overwrite) as folder:
-        plan = replace(plan, storage=storage or str(folder / JOURNAL))
+        plan = plan.kept_in(folder)
         with companions(origin, plan.work, workers) as own:
             loaded = plan.load(own)
             check_before_loading(loaded.model, config, loaded.calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_histo
 from hf_adaptive_sparse.report.tables import format_bytes
 from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
 from hf_adaptive_sparse.search.trials import evaluated
+from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import OutputError
 from hf_adaptive_sparse.version import __version__
+
+BOUND_FILE = "max_loss.json"
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,12 @@ def save_search(result: SearchResult, folder: Path) -> None:
     plot_profile(
         result.best_profile, folder / "profile.png", target_sparsity=result.target_sparsity
     )
+
+
+def save_bound(found: WithinLoss, folder: Path) -> None:
+    """Write what a search within a loss found into ``max_loss.json``."""
+    text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
+    (folder / BOUND_FILE).write_text(text, encoding="utf-8")
 
 
 def _plot_history(result: SearchResult, folder: Path) -> None:

@@ -15,6 +15,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import DataSource, compress, finishing
 from hf_adaptive_sparse.compressor.checks import check_goal
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.staging import OutputError
 from tests.processors import make_tokenizer
 
@@ -93,13 +94,13 @@ def test_a_failure_after_the_search_resumes_it_and_leaves_no_half_output(
             compress(llava_folder, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
     left = tmp_path / "out.adaptive-sparse.partial"
-    assert [path.name for path in left.iterdir()] == [finishing.JOURNAL]
+    assert [path.name for path in left.iterdir()] == [JOURNAL]
 
-    before = (left / finishing.JOURNAL).read_text()
+    before = (left / JOURNAL).read_text()
     result = compress(llava_folder, tmp_path / "out", **arguments)
     assert len(result.search.history) == 3
     # No trial was run again: the journal holds what it held, but for the study being opened.
-    after = (tmp_path / "out" / finishing.JOURNAL).read_text()
+    after = (tmp_path / "out" / JOURNAL).read_text()
     assert after.startswith(before)
     assert after.count('"op_code":4') == before.count('"op_code":4') == 3
 
