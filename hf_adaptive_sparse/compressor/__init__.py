@@ -15,14 +15,13 @@ from hf_adaptive_sparse.compressor.benching import BenchResult, bench
 from hf_adaptive_sparse.compressor.final_prune import search_space
 from hf_adaptive_sparse.compressor.jobs import (
     evaluate,
-    prune_to_folder,
     search_study,
     search_to_folder,
     search_within_to_folder,
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
-from hf_adaptive_sparse.compressor.offload import prune_offloaded
 from hf_adaptive_sparse.compressor.pipeline import CompressionResult, PushError, compress
+from hf_adaptive_sparse.compressor.pruned_folder import prune_to_folder
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
@@ -42,7 +41,6 @@ __all__ = [
     "evaluate_tasks",
     "measure",
     "prune",
-    "prune_offloaded",
     "prune_to_folder",
     "search_space",
     "search_study",

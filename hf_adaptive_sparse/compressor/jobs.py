@@ -1,105 +1,26 @@
-"""The smaller jobs: prune to a folder, search to a folder, evaluate."""
+"""The smaller jobs: search, and evaluate."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
-from hf_adaptive_sparse.compressor.saving import (
-    Recipe,
-    save_bound,
-    save_model,
-    save_report,
-    save_search,
-)
+from hf_adaptive_sparse.compressor.saving import save_bound, save_search
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.resources import (
     SparsityReport,
     sparsity_report,
     weight_bytes_on_disk,
 )
-from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output, staged_folder
-
-
-@dataclass(frozen=True)
-class PrunedFolder:
-    """What :func:`prune_to_folder` wrote.
-
-    Attributes:
-        output: The folder.
-        report: What was pruned.
-        dense_bytes: Bytes of the dense weights.
-        weight_bytes: Bytes of the weights in the folder.
-    """
-
-    output: Path
-    report: PruningReport
-    dense_bytes: int
-    weight_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "output": str(self.output),
-            "dense_bytes": self.dense_bytes,
-            "weight_bytes": self.weight_bytes,
-            **self.report.to_dict(),
-        }
-
-
-def prune_to_folder(
-    model: ModelSource,
-    output: str | os.PathLike[str],
-    config: SparsityConfig,
-    *,
-    calibration: DataSource | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> PrunedFolder:
-    """Load a dense model, prune it as ``config`` says, and write it to ``output``.
-
-    Args:
-        model: The dense model.
-        output: Folder to write, complete or not at all.
-        config: How to prune.
-        calibration: Data to calibrate on. ``None``: WikiText-2, training split.
-        seed: Seed recorded in the model card.
-        overwrite: Replace what is in ``output`` when the job is done.
-        progress: Show progress bars on stderr.
-
-    Raises:
-        ValueError: If the config does not fit the model, or the data do not suffice.
-        OSError: If the model cannot be found, or the output cannot be written.
-    """
-    target = Path(output)
-    check_output(target, overwrite=overwrite)
-    processor = model.load_processor()
-    dense = model.load_dense()
-    dense_bytes = parameter_bytes(dense)
-    data = calibration or DataSource()
-    batches = None
-    if config.removes_weights and config.needs_calibration:
-        batches = data.batches(processor, dense.config, "train")
-    with staged_folder(target, overwrite=overwrite) as folder:
-        report = apply_config(dense, config, batches, processor, progress=progress)
-        save_model(dense, processor, folder, consume=True)
-        recipe = Recipe(str(model.name), None if batches is None else data.label, None, seed)
-        save_report(folder, dense, report, recipe, processor=processor)
-        weight_bytes = weight_bytes_on_disk(folder)
-    return PrunedFolder(target, report, dense_bytes, weight_bytes)
 
 
 def search_study(

@@ -141,9 +141,9 @@ def save_report(
     processor: Any,
     measurements: Sequence[Measurement] = (),
     result: SearchResult | None = None,
-    bound: str | None = None,
+    within: WithinLoss | None = None,
 ) -> None:
-    """Write profile, history, plots and model card of a pruned model into ``folder``.
+    """Write profile, history, plots, bound and model card of a pruned model into ``folder``.
 
     Args:
         folder: The model's folder.
@@ -153,7 +153,7 @@ def save_report(
         processor: Processor, for the card's example prompt.
         measurements: Measured rows, dense first.
         result: The search, if there was one.
-        bound: What is known of the loss, in words, where a bound on it was asked for.
+        within: The search within a loss, if a bound on it was asked for.
     """
     config: SparsityConfig = model.config.quantization_config
     kv_cache = config.kv_cache if isinstance(config.kv_cache, KVCacheConfig) else None
@@ -162,6 +162,8 @@ def save_report(
     bits = None if isinstance(config.weight_bits, int) else config.weight_bits
     profile = CompressionProfile(sparsity, kv_cache, bits)
     profile.save(folder / PROFILE_FILE)
+    if within is not None:
+        save_bound(within, folder)
     plots = {}
     if result is not None:
         result.save(folder)
@@ -207,6 +209,6 @@ def save_report(
             versions=library_versions(),
             measurements=table_rows(measurements),
             plots=plots,
-            bound=bound,
+            bound=None if within is None else str(within),
         ),
     )

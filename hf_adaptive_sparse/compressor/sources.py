@@ -146,6 +146,7 @@ class ModelSource:
             )
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = _auto_class(config).from_config(config, dtype=name)
+        model.tie_weights()  # init_empty_weights parts them
         keep_in_float32_(model, name)
         with suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(

@@ -12,7 +12,7 @@ from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor import DataSource, compress, finishing
+from hf_adaptive_sparse.compressor import DataSource, compress, pruned_folder
 from hf_adaptive_sparse.compressor.checks import check_goal
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import JOURNAL
@@ -89,7 +89,7 @@ def test_a_failure_after_the_search_resumes_it_and_leaves_no_half_output(
 
     arguments = {"trials": 3, "calibration": data, "evaluation": data, "progress": False}
     with monkeypatch.context() as patch:
-        patch.setattr(finishing, "save_model", fail)
+        patch.setattr(pruned_folder, "save_model", fail)
         with pytest.raises(RuntimeError, match="killed here"):
             compress(llava_folder, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
