@@ -239,9 +239,7 @@ def compress(
             "compressed", compressed, report.mean_sparsity, size, config, dense_row.match
         )
         rows = (dense_row, replace(row, seconds=seconds))
-        recipe = Recipe(
-            str(origin.name), plan.calibration_label, evaluation.label, seed, push_to_hub
-        )
+        recipe = Recipe(origin, plan.calibration_label, evaluation.label, seed, push_to_hub)
         save_report(
             folder,
             dense,

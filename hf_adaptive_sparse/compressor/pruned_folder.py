@@ -99,7 +99,7 @@ def prune_to_folder(
         report = prune_and_save(
             dense, config, batches, processor, folder, files=files, consume=True, progress=progress
         )
-        recipe = Recipe(str(model.name), None if batches is None else data.label, None, seed)
+        recipe = Recipe(model, None if batches is None else data.label, None, seed)
         save_report(folder, dense, report, recipe, processor=processor)
         weight_bytes = weight_bytes_on_disk(folder)
     return PrunedFolder(target, report, dense_bytes, weight_bytes)

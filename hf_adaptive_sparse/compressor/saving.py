@@ -24,6 +24,8 @@ from hf_adaptive_sparse.calibration.media import takes
 from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.measuring import Measurement
+from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.hub.license import license_of
 from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig, SparsityProfile
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
@@ -42,14 +44,14 @@ class Recipe:
     """What the model card says about how the model was made.
 
     Attributes:
-        base_model: Name or path of the dense model; a path is not published.
+        model: The dense model; the path of a local one is not published.
         calibration: Calibration data, in words.
         evaluation: Evaluation data, in words; ``None`` where nothing was measured.
         seed: Seed of the run.
         repo_id: Where the model is going to be, if known.
     """
 
-    base_model: str
+    model: ModelSource
     calibration: str | None
     evaluation: str | None
     seed: int
@@ -189,7 +191,8 @@ def save_report(
     write_model_card(
         folder,
         facts=CardFacts(
-            base_model=recipe.base_model,
+            base_model=str(recipe.model.name),
+            license=license_of(recipe.model.name, recipe.model.revision),
             accepts_images=images,
             accepts_audio=sounds,
             repo_id=recipe.repo_id,

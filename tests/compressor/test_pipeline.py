@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
 
 import hf_adaptive_sparse as has
@@ -28,6 +29,7 @@ def data(text_file: Path) -> DataSource:
 def test_leaves_a_complete_repo_that_loads_and_generates(
     llava_folder: Path, data: DataSource, question_file: Path, tmp_path: Path
 ) -> None:
+    (llava_folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# Dense\n")
     output = tmp_path / "out"
     result = compress(
         llava_folder,
@@ -51,6 +53,7 @@ def test_leaves_a_complete_repo_that_loads_and_generates(
         "search.png",
         "tokenizer.json",
     }
+    assert ModelCard.load(output / "README.md").data.license == "apache-2.0"
     assert not list(tmp_path.glob("*.partial"))
     dense, compressed = result.measurements
     assert dense.sparsity == 0.0
