@@ -26,7 +26,7 @@ from paired import Bootstrap, Losses, held_out_losses
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import prune
-from hf_adaptive_sparse.compressor.presets import QUALITIES, Quality
+from hf_adaptive_sparse.compressor.presets import PRESETS, Preset
 from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.report import markdown_table
@@ -120,7 +120,7 @@ def measure_row(
     return Measured(name, sparsity, losses, accuracy, seconds)
 
 
-def preset_config(quality: Quality, target: float, result: SearchResult) -> SparsityConfig:
+def preset_config(quality: Preset, target: float, result: SearchResult) -> SparsityConfig:
     """The config of a preset's final prune, with the profile that was searched."""
     profile = result.best_profile.sparsity
     if profile is None:
@@ -143,7 +143,7 @@ def measure_all(inputs: Inputs, target: float, trials: int | None, seed: int) ->
         uniform("lognorm", update)
 
     # One search serves both presets: their spaces and rankings are one and the same.
-    best, paper = QUALITIES["best"], QUALITIES["paper"]
+    best, paper = PRESETS["best"], PRESETS["paper"]
     space = best.space(SparsityConfig(target_sparsity=target), kv_bits=None)
     shared = space == paper.space(SparsityConfig(target_sparsity=target), kv_bits=None)
     if not shared:

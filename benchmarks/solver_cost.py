@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from environment import write_result
 
-from hf_adaptive_sparse.evaluation.measurement import Measurement
+from hf_adaptive_sparse.evaluation.meter import ResourceMeter
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import UNSTRUCTURED
@@ -44,7 +44,7 @@ def problem(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 def run(method: str, rows: int, columns: int, seed: int) -> dict[str, Any]:
     weight, hessian = problem(rows, columns, seed)
     norm, judge = hessian.diagonal().sqrt(), OutputLoss(hessian.clone())
-    with Measurement() as measured:
+    with ResourceMeter() as measured:
         if method in SOLVERS:
             count = removal_count(weight.numel(), 0.5)
             new, _ = SOLVERS[method](weight, OutputLoss(hessian), count, UNSTRUCTURED)

@@ -40,7 +40,7 @@ from turns import in_turns
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument, prunable_linears
-from hf_adaptive_sparse.evaluation.measurement import Measurement
+from hf_adaptive_sparse.evaluation.meter import ResourceMeter
 from hf_adaptive_sparse.kernels import library
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.report import markdown_table
@@ -158,7 +158,7 @@ def say(what: str) -> None:
 
 def measure_loading(folder: Path, form: str) -> dict[str, float]:
     """Load a form and have it answer, in this process."""
-    with Measurement() as measured:
+    with ResourceMeter() as measured:
         started = time.perf_counter()
         model = load(folder, form)
         loaded = time.perf_counter() - started

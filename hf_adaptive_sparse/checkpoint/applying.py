@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, prunable_weights
@@ -33,7 +32,7 @@ from hf_adaptive_sparse.pruning.apply import (
 )
 from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
 from hf_adaptive_sparse.runtime.choice import check_multiplies
-from hf_adaptive_sparse.version import __version__
+from hf_adaptive_sparse.version import library_versions
 
 logger = logging.getLogger(__name__)
 
@@ -298,11 +297,7 @@ def _provenance(
         **{key: known[key] for key in ("base_model", "revision") if known.get(key)},
         "calibration": calibration,
         "seed": settings.seed,
-        "versions": {
-            "hf_adaptive_sparse": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        "versions": library_versions(),
         **config.provenance,
     }
 

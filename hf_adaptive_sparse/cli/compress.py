@@ -29,7 +29,7 @@ from hf_adaptive_sparse.compressor import (
     compress,
     search_space,
 )
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, PRESETS
 from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.report import text_table
 from hf_adaptive_sparse.search.objectives import Goal
@@ -49,7 +49,7 @@ def add_compress(commands: Any) -> None:
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:
-    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in QUALITIES.items())
+    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
     parser.add_argument(
         "--quality",
         default=DEFAULT_QUALITY,

@@ -16,7 +16,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import register
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.forward import resolve_kv_cache
-from hf_adaptive_sparse.evaluation.measurement import Measurement
+from hf_adaptive_sparse.evaluation.meter import ResourceMeter
 from hf_adaptive_sparse.evaluation.resources import kv_bytes_per_token
 
 ROUNDS = 3
@@ -44,7 +44,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         config = SparsityConfig(runtime=runtime, kv_cache=False if runtime == "dense" else None)
     prompt, new = task["prompt_tokens"], task["new_tokens"]
     generator = torch.Generator().manual_seed(0)
-    with Measurement() as load:
+    with ResourceMeter() as load:
         started = time.perf_counter()
         model = source.load(config)
         loaded = time.perf_counter() - started

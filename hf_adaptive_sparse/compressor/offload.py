@@ -23,12 +23,12 @@ from hf_adaptive_sparse.checkpoint.loading import attach
 from hf_adaptive_sparse.checkpoint.offloaded import OffloadedLayers
 from hf_adaptive_sparse.checkpoint.profile import parameter_formats, resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
-from hf_adaptive_sparse.compressor.saving import library_versions
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.pruning.experts import experts_without_data
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
+from hf_adaptive_sparse.version import library_versions
 
 
 def prune_into(

@@ -26,7 +26,7 @@ from hf_adaptive_sparse.compressor.companions import companions, thread_count
 from hf_adaptive_sparse.compressor.final_prune import final_config
 from hf_adaptive_sparse.compressor.measuring import Measurement, Measuring
 from hf_adaptive_sparse.compressor.offload import weight_files
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Quality, get_quality
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Preset, get_preset
 from hf_adaptive_sparse.compressor.pruned_folder import output_folder, prune_and_save
 from hf_adaptive_sparse.compressor.saving import Recipe, save_report
 from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
@@ -177,7 +177,7 @@ def compress(
     check_output(target, overwrite=overwrite)
     check_pushed(push_to_hub, private)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
-    preset = get_quality(quality)
+    preset = get_preset(quality)
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
@@ -255,7 +255,7 @@ def compress(
     return done if push_to_hub is None else _pushed(done, push_to_hub, private)
 
 
-def _default_space(preset: Quality, config: SparsityConfig, max_loss: float | None) -> SearchSpace:
+def _default_space(preset: Preset, config: SparsityConfig, max_loss: float | None) -> SearchSpace:
     space = preset.space(config)
     if max_loss is None or not space.prunes:
         return space

@@ -14,7 +14,7 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 
 @dataclass(frozen=True)
-class Quality:
+class Preset:
     """A preset.
 
     Attributes:
@@ -69,11 +69,11 @@ class Quality:
         )
 
 
-QUALITIES = MappingProxyType(
+PRESETS = MappingProxyType(
     {
         quality.name: quality
         for quality in (
-            Quality(
+            Preset(
                 name="best",
                 summary="a searched profile, mask and weights together by ALPS",
                 metric="alps",
@@ -83,7 +83,7 @@ QUALITIES = MappingProxyType(
                 sparsity_range=0.05,
                 step=0.025,
             ),
-            Quality(
+            Preset(
                 name="paper",
                 summary="arXiv 2507.20613: lognorm, weights as they are, 8 blocks within 0.05",
                 metric="lognorm",
@@ -101,12 +101,12 @@ QUALITIES = MappingProxyType(
 DEFAULT_QUALITY = "best"
 
 
-def get_quality(name: str) -> Quality:
+def get_preset(name: str) -> Preset:
     """Return the preset of a name.
 
     Raises:
         ValueError: If there is none; the known names are listed.
     """
-    if name not in QUALITIES:
-        raise ValueError(f"quality must be one of {', '.join(QUALITIES)}; got {name!r}.")
-    return QUALITIES[name]
+    if name not in PRESETS:
+        raise ValueError(f"quality must be one of {', '.join(PRESETS)}; got {name!r}.")
+    return PRESETS[name]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -34,7 +32,7 @@ from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
 from hf_adaptive_sparse.search.trials import evaluated
 from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import OutputError
-from hf_adaptive_sparse.version import __version__
+from hf_adaptive_sparse.version import library_versions
 
 BOUND_FILE = "max_loss.json"
 
@@ -56,16 +54,6 @@ class Recipe:
     evaluation: str | None
     seed: int
     repo_id: str | None = None
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "hf_adaptive_sparse": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def table_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
@@ -209,7 +197,7 @@ def save_report(
             evaluation=recipe.evaluation,
             seed=recipe.seed,
             trials=None if result is None else len(evaluated(result.history)),
-            versions=library_versions(),
+            versions={**library_versions(), "python": platform.python_version()},
             measurements=table_rows(measurements),
             plots=plots,
             bound=None if within is None else str(within),

@@ -15,7 +15,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
 
-class Measurement:
+class ResourceMeter:
     """Context manager that measures the block inside it.
 
     The peak of the process's resident memory is the kernel's own high-water mark, set back on
@@ -33,7 +33,7 @@ class Measurement:
             own peak); ``None`` if CUDA is not in use.
 
     Example:
-        >>> with Measurement() as measured:
+        >>> with ResourceMeter() as measured:
         ...     total = sum(range(1000))
         >>> measured.seconds > 0 and measured.peak_rss_bytes > 0
         True
@@ -47,7 +47,7 @@ class Measurement:
         self.peak_cuda_bytes: int | None = None
         self._started = 0.0
 
-    def __enter__(self) -> Measurement:
+    def __enter__(self) -> ResourceMeter:
         for device in _cuda_devices():
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)

@@ -7,26 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_adaptive_sparse.evaluation import measurement
-from hf_adaptive_sparse.evaluation.measurement import Measurement
+from hf_adaptive_sparse.evaluation import meter
+from hf_adaptive_sparse.evaluation.meter import ResourceMeter
 
 MEGABYTE = 1 << 20
 
 
 def test_seconds() -> None:
-    with Measurement() as measured:
+    with ResourceMeter() as measured:
         time.sleep(0.02)
     assert 0.02 <= measured.seconds < 5
 
 
 def test_peak_of_memory_that_is_freed_again() -> None:
     # Mapped, not allocated: malloc may keep freed memory resident.
-    with Measurement() as measured, mmap.mmap(-1, 64 * MEGABYTE) as block:
+    with ResourceMeter() as measured, mmap.mmap(-1, 64 * MEGABYTE) as block:
         for page in range(0, len(block), mmap.PAGESIZE):
             block[page] = 1
     assert measured.peak_rss_bytes - measured.start_rss_bytes > 60 * MEGABYTE
     if measured.peak_since_start:
-        with Measurement() as after:
+        with ResourceMeter() as after:
             pass
         # The earlier peak is not this block's.
         assert after.peak_rss_bytes < measured.peak_rss_bytes - 50 * MEGABYTE
@@ -34,23 +34,23 @@ def test_peak_of_memory_that_is_freed_again() -> None:
 
 
 def test_where_the_mark_cannot_be_reset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(measurement, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    with Measurement() as measured:
+    monkeypatch.setattr(meter, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    with ResourceMeter() as measured:
         pass
     assert not measured.peak_since_start
     assert measured.peak_rss_bytes >= measured.start_rss_bytes > 0
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(measurement, "_STATUS", tmp_path / "missing")
-    with Measurement() as measured:
+    monkeypatch.setattr(meter, "_STATUS", tmp_path / "missing")
+    with ResourceMeter() as measured:
         pass
     assert measured.start_rss_bytes == 0
     assert measured.peak_rss_bytes > 0
 
 
 def test_measured_after_an_error_too() -> None:
-    measured = Measurement()
+    measured = ResourceMeter()
     with pytest.raises(RuntimeError), measured:
         raise RuntimeError
     assert measured.seconds > 0
