@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -144,9 +144,9 @@ def measure_all(inputs: Inputs, target: float, trials: int | None, seed: int) ->
 
     # One search serves both presets: their spaces and rankings are one and the same.
     best, paper = PRESETS["best"], PRESETS["paper"]
-    space = best.space(SparsityConfig(target_sparsity=target), kv_bits=None)
-    shared = space == paper.space(SparsityConfig(target_sparsity=target), kv_bits=None)
-    if not shared:
+    config = SparsityConfig(target_sparsity=target)
+    space = replace(best.space(config), kv_bits=None)
+    if space != replace(paper.space(config), kv_bits=None):
         raise RuntimeError("The presets search different spaces: search once for each.")
     result, seconds = run_search(inputs, space, trials or best.trials, seed)
     for preset in (paper, best):

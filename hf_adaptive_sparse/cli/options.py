@@ -9,6 +9,9 @@ from typing import Any
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.space_arguments import add_space
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
+from hf_adaptive_sparse.pruning.metrics import METRICS
+from hf_adaptive_sparse.pruning.solvers import WEIGHT_UPDATES
+from hf_adaptive_sparse.search.objectives import OBJECTIVES, objective_label
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 
 Runner = Callable[[argparse.Namespace], Answer]
@@ -57,10 +60,15 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric",
         default="lognorm",
-        help="lognorm, wanda, ria or magnitude, which score weights; sparsegpt or alps, which "
-        "also update those that stay (default: lognorm; of compress: the quality's)",
+        help=f"{_names(updates=False)}, which score weights; {_names(updates=True)}, which also "
+        "update those that stay (default: lognorm; of compress: the quality's)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
+
+
+def _names(*, updates: bool) -> str:
+    """Return the metrics that update weights, or those that only score them."""
+    return ", ".join(name for name, metric in METRICS.items() if metric.updates_weights is updates)
 
 
 def add_final_prune(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +79,8 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight-update",
         metavar="UPDATE",
-        help="what the kept weights do after the metric's mask: obs or least_squares "
-        "(default: nothing)",
+        help=f"update of the kept weights after the metric's mask: {' or '.join(WEIGHT_UPDATES)} "
+        "(default: none)",
     )
     parser.add_argument(
         "--one-shot",
@@ -182,7 +190,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--objective",
         default="perplexity",
         metavar="WHAT",
-        help="what to minimise: perplexity, answers, kl or accuracy (questions missed); "
+        help=f"what to minimise: {', '.join(map(_described, OBJECTIVES))}; "
         "perplexity=0.5,kl=0.5 for a weighted sum; perplexity,bytes for a Pareto front "
         "(default: perplexity)",
     )
@@ -210,6 +218,12 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name of the study in the storage (default: hf-adaptive-sparse)",
     )
+
+
+def _described(objective: str) -> str:
+    """Return the name of an objective, with its label where that says something else."""
+    label = objective_label(objective)
+    return objective if label == objective else f"{objective} ({label})"
 
 
 def weight_bits(text: str) -> int | dict[str, int]:

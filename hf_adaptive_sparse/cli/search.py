@@ -14,11 +14,11 @@ from hf_adaptive_sparse.cli.options import SEARCHED, add_command, add_output
 from hf_adaptive_sparse.cli.space_arguments import space_of
 from hf_adaptive_sparse.compressor import (
     SearchPlan,
-    search_space,
     search_study,
     search_to_folder,
     search_within_to_folder,
 )
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_preset
 from hf_adaptive_sparse.report import text_table
 from hf_adaptive_sparse.search.loss_budgets import budget_text
 from hf_adaptive_sparse.search.trials import evaluated
@@ -42,7 +42,8 @@ def run_search(options: argparse.Namespace) -> Answer:
     """Search a profile and write it."""
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target, metric=options.metric)
-    plan = plan_of(options, space_of(options, config, search_space(config)))
+    base = get_preset(DEFAULT_QUALITY).space(config)
+    plan = plan_of(options, space_of(options, config, base))
     if plan.max_loss is not None:
         return _run_within(options, plan)
     model, progress = model_of(options), not options.no_progress

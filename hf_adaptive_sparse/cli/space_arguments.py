@@ -11,8 +11,6 @@ from hf_adaptive_sparse.search.byte_sizes import parse_bytes
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
 from hf_adaptive_sparse.search.space_rules import GRANULARITIES, KV_SPLITS
 
-DEFAULT_KV_BITS = (6, 8)
-
 
 def widths(text: str) -> tuple[int, ...] | None:
     """Parse widths joined by commas.
@@ -84,7 +82,7 @@ def add_space(parser: argparse.ArgumentParser) -> None:
     bits.add_argument(
         "--kv-bits",
         type=widths,
-        default=DEFAULT_KV_BITS,
+        default=SearchSpace.kv_bits,
         metavar="BITS",
         help="widths of keys and values to search, such as 6,8; one width fixes them; "
         "none leaves the cache alone (default: 6,8)",

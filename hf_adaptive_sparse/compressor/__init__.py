@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import Calibration, apply_config
 from hf_adaptive_sparse.compressor.benching import BenchResult, bench
-from hf_adaptive_sparse.compressor.final_prune import search_space
 from hf_adaptive_sparse.compressor.jobs import (
     evaluate,
     search_study,
@@ -42,7 +41,6 @@ __all__ = [
     "measure",
     "prune",
     "prune_to_folder",
-    "search_space",
     "search_study",
     "search_to_folder",
     "search_within_to_folder",

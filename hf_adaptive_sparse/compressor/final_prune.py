@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_preset
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.storage import stored_weight
@@ -21,15 +20,6 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 RANKING_METRIC = "lognorm"
 """What a search ranks with where the chosen metric changes weights while it prunes."""
-
-
-def search_space(
-    config: SparsityConfig,
-    kv_bits: tuple[int, ...] | None = (6, 8),
-    quality: str = DEFAULT_QUALITY,
-) -> SearchSpace:
-    """Return a preset's space at the config's target; a pattern n:m leaves only KV bits to it."""
-    return get_preset(quality).space(config, kv_bits)
 
 
 def ranking_metric(metric: str) -> str:

@@ -55,9 +55,7 @@ class Preset:
         completed: SparsityConfig = SparsityConfig.from_dict({**asked.to_dict(), **method})
         return completed
 
-    def space(
-        self, config: SparsityConfig, kv_bits: tuple[int, ...] | None = (6, 8)
-    ) -> SearchSpace:
+    def space(self, config: SparsityConfig) -> SearchSpace:
         """Return what is searched at the config's target; n:m leaves only KV bits to choose."""
         fixed = config.pattern != "unstructured"
         return SearchSpace(
@@ -65,7 +63,6 @@ class Preset:
             blocks=self.blocks,
             sparsity_range=self.sparsity_range,
             step=self.step,
-            kv_bits=kv_bits,
         )
 
 

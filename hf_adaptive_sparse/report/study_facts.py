@@ -13,6 +13,7 @@ from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.objectives import objective_label
 from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.result import HISTORY_FILE, SearchResult
+from hf_adaptive_sparse.search.start import SENSITIVITY
 from hf_adaptive_sparse.search.storage import JOURNAL, open_storage, quiet_optuna, storage_errors
 from hf_adaptive_sparse.search.trials import evaluated, history, is_set_aside
 from hf_adaptive_sparse.search.width_steps import Narrowing, narrowing_of
@@ -168,7 +169,7 @@ def facts_of(study: Study) -> StudyFacts:
         profile=profile,
         numel=layout.get("numel", {}),
         labels=_labels(made_for.get("objective")),
-        measured=attributes.get("sensitivity"),
+        measured=attributes.get(SENSITIVITY),
         held_out=held_out_of(attributes, number),
         narrowing=narrowing,
         workers=len(named) or None,
