@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     resolve_weight_bits,
     runtime_formats,
 )
+from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES
 from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, SparsityProfile
@@ -286,13 +286,13 @@ def _provenance(
     """Return what is known of the origin; what the config already says of it stands."""
     calibration: dict[str, Any] | None = None
     if batches is not None:
-        calibration = {**settings.to_dict(), "dataset": _public_name(settings.dataset)}
+        calibration = {**settings.to_dict(), "dataset": _published(settings.dataset)}
         if not isinstance(source, str | CalibrationConfig):
             calibration = {"batches": len(batches), "sequential": settings.sequential}
     earlier = getattr(model.config, "quantization_config", None)
     known = earlier.provenance if isinstance(earlier, SparsityConfig) else {}
     return {
-        "base_model": _public_name(model.config.name_or_path),
+        "base_model": _published(model.config.name_or_path),
         "revision": hub_arguments.get("revision"),
         **{key: known[key] for key in ("base_model", "revision") if known.get(key)},
         "calibration": calibration,
@@ -302,8 +302,5 @@ def _provenance(
     }
 
 
-def _public_name(name: str | None) -> str | None:
-    """Return a name as it is on the Hub; of a local path its place on this machine is left out."""
-    if not name:
-        return None
-    return Path(name).name if Path(name).exists() else name
+def _published(name: str | None) -> str | None:
+    return public_name(name) if name else None

@@ -30,8 +30,9 @@ from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
-from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_
+from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_, missing_tensors
 from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config
+from hf_adaptive_sparse.naming import public_name
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +102,8 @@ class ModelSource:
             )
         except SafetensorError as error:
             raise self._damaged(error) from error
-        missing = sorted(found["missing_keys"])
-        if missing:
-            raise CheckpointError(
-                f"{self.name} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. "
-                f"They would be random numbers: give a complete {type(model).__name__}."
-            )
+        if found["missing_keys"]:
+            raise missing_tensors(self.name, found["missing_keys"], model)
         return model.eval()
 
     def load_config(self) -> PreTrainedConfig:
@@ -231,8 +228,7 @@ class DataSource:
             return "Salesforce/wikitext (wikitext-2-raw-v1)"
         if not isinstance(self.source, str | os.PathLike):
             return "batches given in memory"
-        text = os.fspath(self.source)
-        return os.path.basename(text.rstrip(os.sep)) if os.path.exists(text) else text
+        return public_name(self.source)
 
     def batches(self, processor: Any, config: PreTrainedConfig, split: str) -> list[Batch]:
         """Load the batches; ``split`` is used where the source names none itself."""

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.files import replacing
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
@@ -175,7 +176,7 @@ def _base_name(base_model: str | None) -> str | None:
     """Return the base model's name without the path of a local folder."""
     if base_model is None or _is_repo_id(base_model):
         return base_model
-    return Path(base_model).resolve().name
+    return public_name(base_model)
 
 
 def _summary(facts: CardFacts) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_adaptive_sparse.report.study_facts import Row, StudyFacts
+from hf_adaptive_sparse.search.storage import quiet_optuna
 
 FEWEST_TRIALS = 10
 """Evaluated trials below which neither importance nor sensitivity is told."""
@@ -100,9 +101,8 @@ def importance(facts: StudyFacts) -> list[tuple[str, float]]:
         name: optuna.distributions.FloatDistribution(*span)
         for name, span in zip(names, spans, strict=True)
     }
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    with quiet_optuna(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         study = optuna.create_study()
         study.add_trials(
             [
@@ -114,15 +114,11 @@ def importance(facts: StudyFacts) -> list[tuple[str, float]]:
                 for row, value in zip(matrix, targets, strict=True)
             ]
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            quantile = max(0.2, 5 / len(targets))
-            shares = optuna.importance.get_param_importances(
-                study,
-                evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile),
-            )
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+        quantile = max(0.2, 5 / len(targets))
+        shares = optuna.importance.get_param_importances(
+            study,
+            evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile),
+        )
     return [(name, float(share)) for name, share in shares.items()]
 
 
