@@ -25,7 +25,7 @@ def add_env(commands: Any) -> None:
 
 
 def run_env(_options: argparse.Namespace) -> Answer:
-    """Say what is installed and which code path does the work."""
+    """List installed versions, devices and kernels."""
     versions = {**library_versions(), "python": platform.python_version()}
     for name in DEPENDENCIES:
         try:

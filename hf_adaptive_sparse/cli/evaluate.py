@@ -49,7 +49,7 @@ def add_evaluate(commands: Any) -> None:
     tasks.add_argument(
         "--tasks",
         metavar="NAMES",
-        help=f"run these instead, joined by commas: {', '.join(known_tasks())}",
+        help=f"run these benchmarks instead, joined by commas: {', '.join(known_tasks())}",
     )
     tasks.add_argument(
         "--task-data",
@@ -65,7 +65,7 @@ def add_evaluate(commands: Any) -> None:
     tasks.add_argument(
         "--results",
         metavar="DIR",
-        help="write outcomes here as they come; a run that was stopped goes on from them",
+        help="write outcomes here as they come; a stopped run resumes from them",
     )
 
 

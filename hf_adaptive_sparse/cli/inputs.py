@@ -1,4 +1,4 @@
-"""The model, the data and the config that the options of a command name."""
+"""Turn a command's options into model, data, search plan and config."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def questions_of(options: argparse.Namespace) -> DataSource | None:
 
 
 def plan_of(options: argparse.Namespace, space: SearchSpace) -> SearchPlan:
-    """Return the search that `options.SEARCHED` ask for in a space."""
+    """Return the search of `options.SEARCHED` in a space."""
     return SearchPlan(
         space,
         storage=options.storage,
@@ -72,17 +72,17 @@ def config_of(
     weight_bits: Mapping[str, int] | None = None,
     target_sparsity: float | None = None,
 ) -> SparsityConfig:
-    """Return the config of the final prune: what the options ask for, or else what is given.
+    """Return the config of the final prune.
 
     Args:
         options: Those of `options.add_pruning` and `options.add_final_prune`.
         sparsity: Ratios by module name or glob.
         kv_cache: The KV profile.
-        weight_bits: Bits by module name, where no option says otherwise.
-        target_sparsity: Mean ratio, likewise.
+        weight_bits: Bits by module name; ``--weight-bits`` overrides them.
+        target_sparsity: Mean ratio; ``--target-sparsity`` overrides it.
 
     Raises:
-        ValueError: If a field is invalid, or nothing takes the group size.
+        ValueError: If a field is invalid, or no weights have groups to which a size applies.
     """
     fields: dict[str, Any] = {}
     wanted = options.weight_bits if options.weight_bits is not None else weight_bits

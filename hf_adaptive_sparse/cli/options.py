@@ -18,7 +18,7 @@ Runner = Callable[[argparse.Namespace], Answer]
 
 
 def add_command(commands: Any, name: str, runner: Runner, text: str) -> argparse.ArgumentParser:
-    """Add a command with the options that all have, and return its parser."""
+    """Add a command with the options that all commands have, and return its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=runner)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -44,7 +44,7 @@ def add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     """Add the folder that a command writes."""
     parser.add_argument("--output", metavar="DIR", required=required, help="folder to write")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is in DIR when the job is done"
+        "--overwrite", action="store_true", help="replace the content of DIR when the job is done"
     )
 
 
@@ -72,7 +72,7 @@ def _names(*, updates: bool) -> str:
 
 
 def add_final_prune(parser: argparse.ArgumentParser) -> None:
-    """Add what is done to the weights beyond choosing them."""
+    """Add the options of the final prune."""
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, or n:m such as 2:4"
     )
@@ -85,7 +85,8 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--one-shot",
         action="store_true",
-        help="calibrate on the dense model's activations instead of layer after pruned layer",
+        help="calibrate all layers on the dense model's activations, instead of each on the output "
+        "of the pruned layers before it",
     )
     parser.add_argument(
         "--min-expert-tokens",
@@ -116,12 +117,12 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
 
 
 def add_offload(parser: argparse.ArgumentParser) -> None:
-    """Add where the weights are while the model is pruned."""
+    """Add the option to prune from disk."""
     parser.add_argument(
         "--offload",
         action="store_true",
         help="leave the weights in the checkpoint's files and hold one decoder layer in memory at "
-        "a time: slower, and an interrupted run goes on with the layer it had reached",
+        "a time: slower; an interrupted run resumes at the layer it had reached",
     )
 
 
@@ -143,7 +144,8 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluation",
         metavar="DATA",
-        help="likewise, to evaluate on (default: WikiText-2, validation split)",
+        help="data to evaluate on, named as for --calibration (default: WikiText-2, validation "
+        "split)",
     )
     parser.add_argument(
         "--evaluation-samples", type=int, default=64, metavar="N", help="windows or questions"
@@ -171,7 +173,7 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Add the space of a search and how it is carried out."""
+    """Add the options of a search."""
     add_space(parser)
     parser.add_argument(
         "--trials",
@@ -184,7 +186,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="start no further trial after so long (default: no limit)",
+        help="start no further trial after this time (default: no limit)",
     )
     parser.add_argument(
         "--objective",
@@ -211,7 +213,8 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="processes to search with on this machine; a GPU each, as far as there are enough",
+        help="processes to search with on this machine, each on a GPU of its own if there are "
+        "enough",
     )
     parser.add_argument(
         "--study",

@@ -34,7 +34,7 @@ def add_prune(commands: Any) -> None:
         action="append",
         default=[],
         metavar="GLOB=RATIO",
-        help="ratio of the modules that match; may be repeated; the others stay dense",
+        help="ratio of the modules that match; may be repeated; other modules stay dense",
     )
 
 

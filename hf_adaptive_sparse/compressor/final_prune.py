@@ -1,4 +1,4 @@
-"""The config of the final prune, and trying it on a model that shall stay as it is."""
+"""The config of the final prune, and a trial of it that leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def pruned_for_now(
     batches: Sequence[Mapping[str, torch.Tensor]] | None,
     processor: Any,
 ) -> Iterator[KVCacheChoice]:
-    """Prune a model as `checkpoint.loading.apply_config` does; take it back when the body ends.
+    """Prune a model as `checkpoint.loading.apply_config` does, and restore it afterwards.
 
     Args:
         model: The dense model. A copy of its prunable weights is kept in CPU memory.

@@ -1,4 +1,4 @@
-"""The smaller jobs: search, and evaluate."""
+"""The jobs that change no model: search and evaluate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job: a dense model goes in, a compressed one comes out, complete and measured."""
+"""The main job: make a complete, measured, compressed model of a dense one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What ``--quality`` stands for: the best that is known here, or the paper's method as published.
+"""The presets of ``--quality``: the best method known here, or the paper's as published.
 
-A preset says how weights are chosen and updated and how far profiles are searched. Whatever the
-caller gives besides (a metric, a number of trials, a space) takes the place of the preset's value.
+A preset says how weights are chosen and updated and how far profiles are searched. What the caller
+gives (a metric, a number of trials, a space) overrides it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Preset:
     step: float
 
     def config(self, asked: SparsityConfig | None = None) -> SparsityConfig:
-        """Return the config of the final prune: what was asked, by this method if none was named.
+        """Return the config of the final prune: the caller's, with this method if it names none.
 
         Args:
-            asked: The caller's config; the preset's metric and weight update stand in where it was
-                given neither.
+            asked: The caller's config; if it was given neither a metric nor a weight update, it
+                gets the preset's.
         """
         if asked is None:
             return SparsityConfig(metric=self.metric, weight_update=self.weight_update)
@@ -56,7 +56,7 @@ class Preset:
         return completed
 
     def space(self, config: SparsityConfig) -> SearchSpace:
-        """Return what is searched at the config's target; n:m leaves only KV bits to choose."""
+        """Return the space at the config's target; with a pattern n:m only KV bits are searched."""
         fixed = config.pattern != "unstructured"
         return SearchSpace(
             target_sparsity=None if fixed else config.target_sparsity,

@@ -1,4 +1,4 @@
-"""What a job leaves in its folder besides the weights: processor, plots, and the model card."""
+"""Write what belongs into a job's folder: model, processor, profile, plots and model card."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def save_model(
         model: The model, which carries its config.
         processor: Its processor, or ``None``.
         folder: The folder.
-        consume: Let go of the weights on the way; only their shapes are left in the model.
+        consume: Free each weight once it is written; only its shape is left in the model.
 
     Raises:
         OutputError: If the weights cannot be written, for example because the disk is full.

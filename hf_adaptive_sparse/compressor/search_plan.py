@@ -1,4 +1,4 @@
-"""A search as a value: what each of its workers, in whatever process, loads and does."""
+"""A search as a value that every worker, in its own process, can load and carry out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search, the same for all of its workers.
+    """A search, the same for all its workers.
 
     Attributes:
         space: What to search.
@@ -63,8 +63,8 @@ class SearchPlan:
         excluded: Names or globs of linears that stay dense.
         max_loss: Search the smallest budget whose perplexity rises by this at most, 0.005 being
             0.5 %; `search_within` does.
-        final: How the model will be pruned in the end, where the bound of ``max_loss`` shall be
-            that of the model so made; ``None``: the bound is that of one-shot masks.
+        final: Config of the final prune; the bound of ``max_loss`` then holds for a model pruned
+            so. ``None``: it holds for one-shot masks.
     """
 
     space: SearchSpace
@@ -126,7 +126,7 @@ class SearchPlan:
         return self.space.prunes or self.final.removes_weights
 
     def search(self, loaded: Loaded, *, progress: bool = True) -> SearchResult:
-        """Carry the search out, together with whoever else works on its study."""
+        """Carry the search out, together with the other workers of its study."""
         if self.max_loss is not None:
             raise ValueError(
                 f"A plan with max_loss={self.max_loss} searches the smallest budget: call "
@@ -146,7 +146,7 @@ class SearchPlan:
             )
 
     def search_within(self, loaded: Loaded, *, progress: bool = True) -> WithinLoss:
-        """Find the smallest budget within `max_loss`, likewise."""
+        """Find the smallest budget within ``max_loss``, together with the other workers."""
         if self.max_loss is None:
             raise ValueError("max_loss must be set for a search of the smallest budget.")
         with self._leftover_named():
@@ -171,7 +171,7 @@ class SearchPlan:
 
     @contextmanager
     def _leftover_named(self) -> Iterator[None]:
-        """Say of a study that does not fit where it lies, if an interrupted job left it there."""
+        """Add to a `StudyMismatch` that an interrupted job left the study, if one did."""
         try:
             yield
         except StudyMismatch as error:

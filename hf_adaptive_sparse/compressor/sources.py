@@ -1,4 +1,4 @@
-"""Where a job's model and data come from, as values."""
+"""The model and the data of a job, by name or path."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Data by name or path, and how much of them.
+    """Data by name or path, and how many samples of it.
 
     Attributes:
         source: Dataset name, path, or ready batches. ``None``: WikiText-2 from the Hub.
@@ -221,7 +221,7 @@ class DataSource:
 
     @property
     def label(self) -> str:
-        """A name for model cards: no folders of the machine it was made on."""
+        """The name for model cards, without local folders."""
         if self.name is not None:
             return self.name
         if self.source is None:

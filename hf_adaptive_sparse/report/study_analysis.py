@@ -1,4 +1,4 @@
-"""What the trials of a search say: which choices matter, what stopping saved, what went wrong."""
+"""Analyse the trials of a search: importance, sensitivity, early stopping, failures."""
 
 from __future__ import annotations
 
@@ -154,9 +154,9 @@ def sensitivity(facts: StudyFacts) -> list[Effect]:
 
 
 def measured_effects(facts: StudyFacts) -> list[Effect]:
-    """Return what was measured before the search, in percent for 10 points more sparsity.
+    """Return the sensitivity that was measured before the search, one group at a time.
 
-    That is of one group alone, the others staying; empty where the study does not hold it.
+    In percent for 10 points more sparsity; empty where the study does not hold it.
     """
     found = facts.measured
     if found is None:
@@ -200,7 +200,7 @@ def stopping(facts: StudyFacts) -> dict[str, Any] | None:
 
 
 def failure_signs(facts: StudyFacts) -> list[str]:
-    """Return what a reader has to be warned of, one sentence each."""
+    """Return warnings for the reader, one sentence each."""
     signs = []
     best, uniform = facts.best, facts.uniform
     if best is None:

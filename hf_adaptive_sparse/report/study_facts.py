@@ -1,4 +1,4 @@
-"""What a report says about a search, read from its storage or from the folder it left."""
+"""The facts of a search that a report shows, read from its storage or its folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StudyFacts:
         spans: First and last decoder layer of every group that shares a ratio.
         rows: One per trial, keys as in `search.trials.history`.
         profile: Best profile's JSON form; ``None`` where no trial was evaluated in full.
-        numel: Weights per prunable linear; empty where the study does not tell.
+        numel: Weights per prunable linear; empty where the study does not store them.
         labels: What the trials minimise, one name per figure.
         measured: What was measured of each group before the search, as `search` stores it.
         held_out: Comparison with the uniform profile on data that the search did not see.
