@@ -252,7 +252,7 @@ def compress(
         )
         within, result = _detached(within, result)
     done = CompressionResult(target, config, report, rows, result, within, None)
-    return done if push_to_hub is None else _pushed(done, push_to_hub, private)
+    return done if push_to_hub is None else _push(done, push_to_hub, private)
 
 
 def _default_space(preset: Preset, config: SparsityConfig, max_loss: float | None) -> SearchSpace:
@@ -290,7 +290,7 @@ def _detached(
     return None if within is None else replace(within, search=result), result
 
 
-def _pushed(done: CompressionResult, repo_id: str, private: bool) -> CompressionResult:
+def _push(done: CompressionResult, repo_id: str, private: bool) -> CompressionResult:
     try:
         commit_url = push_folder(done.output, repo_id, private=private)
     except (OSError, ValueError) as error:
