@@ -41,7 +41,6 @@ from hf_adaptive_sparse.compressor import (
     DataSource,
     ModelSource,
     compress,
-    prune_offloaded,
     prune_to_folder,
 )
 from hf_adaptive_sparse.demo.run import CHECKPOINT
@@ -158,8 +157,14 @@ def measure(mode: str, checkpoint: Path, output: Path, samples: int, tokens: int
             progress=False,
         )
     else:
-        prune = prune_offloaded if mode == "offload" else prune_to_folder
-        result = prune(ModelSource(checkpoint), output, config, calibration=data, progress=False)
+        result = prune_to_folder(
+            ModelSource(checkpoint),
+            output,
+            config,
+            calibration=data,
+            offload=mode == "offload",
+            progress=False,
+        )
     return {
         "mode": mode,
         "seconds": time.perf_counter() - started,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -26,7 +26,7 @@ from paired import Bootstrap, Losses, held_out_losses
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import prune
-from hf_adaptive_sparse.compressor.presets import QUALITIES, Quality
+from hf_adaptive_sparse.compressor.presets import PRESETS, Preset
 from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.report import markdown_table
@@ -120,7 +120,7 @@ def measure_row(
     return Measured(name, sparsity, losses, accuracy, seconds)
 
 
-def preset_config(quality: Quality, target: float, result: SearchResult) -> SparsityConfig:
+def preset_config(quality: Preset, target: float, result: SearchResult) -> SparsityConfig:
     """The config of a preset's final prune, with the profile that was searched."""
     profile = result.best_profile.sparsity
     if profile is None:
@@ -143,10 +143,10 @@ def measure_all(inputs: Inputs, target: float, trials: int | None, seed: int) ->
         uniform("lognorm", update)
 
     # One search serves both presets: their spaces and rankings are one and the same.
-    best, paper = QUALITIES["best"], QUALITIES["paper"]
-    space = best.space(SparsityConfig(target_sparsity=target), kv_bits=None)
-    shared = space == paper.space(SparsityConfig(target_sparsity=target), kv_bits=None)
-    if not shared:
+    best, paper = PRESETS["best"], PRESETS["paper"]
+    config = SparsityConfig(target_sparsity=target)
+    space = replace(best.space(config), kv_bits=None)
+    if space != replace(paper.space(config), kv_bits=None):
         raise RuntimeError("The presets search different spaces: search once for each.")
     result, seconds = run_search(inputs, space, trials or best.trials, seed)
     for preset in (paper, best):

@@ -39,7 +39,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from hf_adaptive_sparse.calibration.data import load_batches
-from hf_adaptive_sparse.compressor.presets import get_quality
+from hf_adaptive_sparse.compressor.presets import get_preset
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.candidate import uniform_candidate
@@ -50,7 +50,7 @@ from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 
 METRIC = "lognorm"
-BEST = get_quality("best")
+BEST = get_preset("best")
 MANY = 100_000
 """More trials than any wall-clock limit here allows."""
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under another name, then renamed."""
+"""Write files atomically: under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that becomes ``path`` on success and goes otherwise."""
+    """Yield a temporary path that is renamed to ``path`` on success, and removed otherwise."""
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     try:

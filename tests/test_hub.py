@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.hub import HubError, inspect, push_folder
+from hf_adaptive_sparse.hub.license import license_of
 from hf_adaptive_sparse.hub.push import folder_files
 from hf_adaptive_sparse.packing.bitmask import compress
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -677,6 +678,52 @@ def test_names_from_a_repo_cannot_steer_the_terminal(folder: Path) -> None:
     config["quantization_config"]["provenance"]["base_model"] = "evil\x1b[2J\n"
     (folder / "config.json").write_text(json.dumps(config))
     assert "evil?[2J?" in str(inspect(folder))
+
+
+# License
+
+
+OTHER = {"license": "other", "license_name": "ours", "license_link": "LICENSE.md"}
+
+
+def card(**metadata: str) -> bytes:
+    lines = "".join(f"{key}: {value}\n" for key, value in metadata.items())
+    return f"---\n{lines}---\n\n# A model\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (card(license="apache-2.0", base_model="someone/else"), {"license": "apache-2.0"}),
+        (card(**OTHER), {"license": "other", "license_name": "ours"}),
+        (card(**OTHER | {"license_link": "https://example.org/x"}),
+         OTHER | {"license_link": "https://example.org/x"}),
+        (card(library_name="transformers"), {}),
+        (b"# No metadata", {}),
+        (b"---\nlicense: [mit\n---\n", {}),
+        (b"---\nlicense: [mit]\n---\n", {}),
+        (b"\xff\xfe", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_license_of_a_folder(tmp_path: Path, content: bytes | None, expected: object) -> None:
+    if content is not None:
+        (tmp_path / "README.md").write_bytes(content)
+    assert license_of(tmp_path) == expected
+
+
+def test_license_of_a_repo(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+    hub.add_repo(REPO, {"README.md": card(**OTHER)})
+    hub.add_repo("user/bare", {"config.json": b"{}"})
+    page = f"https://huggingface.co/{REPO}/blob"
+    assert license_of(REPO) == OTHER | {"license_link": f"{page}/main/LICENSE.md"}
+    sha = hub.repos[REPO].history()[0].sha
+    assert license_of(REPO, sha)["license_link"] == f"{page}/{sha}/LICENSE.md"
+    assert license_of("user/bare") == license_of("user/absent") == {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert license_of("user/never-seen") == {}
 
 
 # Through transformers, in a process of its own: addresses and offline mode are read at import

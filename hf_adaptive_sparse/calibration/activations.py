@@ -1,4 +1,4 @@
-"""Statistics of what flows into the prunable weights: norms per input feature, and Hessians.
+"""Statistics of the inputs of prunable weights: norms per input feature, and Hessians.
 
 One context manager places the hooks and takes them away. Which tokens count, and how much, is given
 to the statistics for each batch (`InputStatistics.token_weights` and ``encoder_weights``), never

@@ -1,4 +1,4 @@
-"""What each expert is given: the tokens that were sent to it, and what its gate makes of them.
+"""The inputs of each expert: the tokens routed to it, and its activations after the gate.
 
 The inputs of ``gate_up_proj`` are rows of what the experts' module is called with. Those of
 ``down_proj`` never leave the module, so they are computed again, one expert after the other, from

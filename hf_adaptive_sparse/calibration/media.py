@@ -1,4 +1,4 @@
-"""Images, videos or sounds beside a text, and what a model's processor makes of them.
+"""Images, videos or sounds beside a text, as arguments of a model's processor.
 
 Every processor of transformers takes them by the same three arguments (``images``, ``videos``,
 ``audio``), and a placeholder stands for each in the text; what differs between models is behind
@@ -183,7 +183,7 @@ def sampling_rate(processor: Any) -> int:
 
 
 def processed(processor: Any, text: Sequence[str], arguments: Mapping[str, Any]) -> Any:
-    """Call a processor, and say in words of ours what it needs that is not installed.
+    """Call a processor; name the package it needs if that is not installed.
 
     Raises:
         ValueError: If a package is missing.

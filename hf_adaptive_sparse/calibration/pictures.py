@@ -1,4 +1,4 @@
-"""Images and frames of videos, opened from whatever a row holds them as."""
+"""Open images and frames of videos, in any form that a row may hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Questions as a model reads them: an image, a video or a sound in a prompt, then the answer.
+r"""Questions in the form a model reads: an image, a video or a sound in a prompt, then the answer.
 
 The prompt comes from the processor's chat template where it has one, and else is
 ``<bos><image>\nQ: {question} A:``, with ``<video>`` or ``<audio>`` for ``<image>``, or whatever the

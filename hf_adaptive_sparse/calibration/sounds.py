@@ -1,4 +1,4 @@
-"""Sounds, opened from whatever a row holds them as, and brought to a model's sampling rate."""
+"""Open sounds, in any form that a row may hold, at a model's sampling rate."""
 
 from __future__ import annotations
 

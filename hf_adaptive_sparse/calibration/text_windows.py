@@ -31,7 +31,7 @@ def window_length(sequence_length: int | None, config: PretrainedConfig) -> int:
     """Return the tokens per window.
 
     Args:
-        sequence_length: The wish; ``None`` for ``min(2048, the model's context)``.
+        sequence_length: Tokens asked for; ``None``: ``min(2048, the model's context)``.
         config: The model's config.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How much each token of a calibration batch counts in the statistics of what a model reads."""
+"""Weights of the tokens of a calibration batch in the statistics."""
 
 from __future__ import annotations
 

@@ -6,11 +6,9 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, prunable_weights
@@ -22,6 +20,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     resolve_weight_bits,
     runtime_formats,
 )
+from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES
 from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, SparsityProfile
@@ -33,7 +32,7 @@ from hf_adaptive_sparse.pruning.apply import (
 )
 from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
 from hf_adaptive_sparse.runtime.choice import check_multiplies
-from hf_adaptive_sparse.version import __version__
+from hf_adaptive_sparse.version import library_versions
 
 logger = logging.getLogger(__name__)
 
@@ -287,28 +286,21 @@ def _provenance(
     """Return what is known of the origin; what the config already says of it stands."""
     calibration: dict[str, Any] | None = None
     if batches is not None:
-        calibration = {**settings.to_dict(), "dataset": _public_name(settings.dataset)}
+        calibration = {**settings.to_dict(), "dataset": _published(settings.dataset)}
         if not isinstance(source, str | CalibrationConfig):
             calibration = {"batches": len(batches), "sequential": settings.sequential}
     earlier = our_config(model)
     known = {} if earlier is None else earlier.provenance
     return {
-        "base_model": _public_name(model.config.name_or_path),
+        "base_model": _published(model.config.name_or_path),
         "revision": hub_arguments.get("revision"),
         **{key: known[key] for key in ("base_model", "revision") if known.get(key)},
         "calibration": calibration,
         "seed": settings.seed,
-        "versions": {
-            "hf_adaptive_sparse": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
+        "versions": library_versions(),
         **config.provenance,
     }
 
 
-def _public_name(name: str | None) -> str | None:
-    """Return a name as it is on the Hub; of a local path its place on this machine is left out."""
-    if not name:
-        return None
-    return Path(name).name if Path(name).exists() else name
+def _published(name: str | None) -> str | None:
+    return public_name(name) if name else None

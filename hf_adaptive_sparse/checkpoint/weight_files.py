@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,11 +97,9 @@ class WeightFiles:
             else:
                 self.others.append(header)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        missing = sorted(expected.keys() - {*self.names, *tied, *tied.values()})
+        missing = expected.keys() - {*self.names, *tied, *tied.values()}
         if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}."
-            )
+            raise missing_tensors(folder, missing, model)
 
         # What a converter would take for its own when it is loaded under its runtime name.
         self._converted_again = {
@@ -216,6 +214,16 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def missing_tensors(
+    where: str | os.PathLike[str], names: Collection[str], model: PreTrainedModel
+) -> CheckpointError:
+    """Return the error of a checkpoint that lacks tensors of the model."""
+    return CheckpointError(
+        f"{where} lacks {len(names)} of the model's tensors, such as {min(names)!r}. They would be "
+        f"random numbers: give a complete {type(model).__name__}."
+    )
 
 
 def keep_in_float32_(model: PreTrainedModel, dtype: torch.dtype) -> None:

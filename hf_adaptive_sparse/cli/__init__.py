@@ -1,8 +1,8 @@
 """The command line ``hf-adaptive-sparse``.
 
-Exit codes: 0 on success; 2 on bad usage or input, with one line on stderr; 1 on a failure of ours,
-with its traceback; 130 when interrupted. ``--json`` prints one JSON document on stdout; everything
-meant for a person while a job runs goes to stderr.
+Exit codes: 0 on success; 2 on bad usage or input, with one line on stderr; 1 on a bug of this
+package, with its traceback; 130 when interrupted. ``--json`` prints one JSON document on stdout;
+progress and messages go to stderr.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils.logging import (
 from hf_adaptive_sparse.cli.arguments import build_parser
 
 INPUT_ERRORS = (ValueError, OSError, TypeError)
-"""What a caller can mend. Everything else is a failure of ours and keeps its traceback."""
+"""Errors that a user can fix. All others are bugs of this package and keep their traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(command: str, message: str) -> int:
-    """Print what the caller has to mend as one line, and return the exit code."""
+    """Print the error as one line, and return the exit code."""
     print(f"hf-adaptive-sparse {command}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 @contextmanager
 def _hidden_bars(hidden: bool) -> Iterator[None]:
-    """Show no bars of transformers and the Hub in the body, if so asked."""
+    """Hide the progress bars of transformers and the Hub in the body, if ``hidden``."""
     if not hidden or not is_progress_bar_enabled():
         yield
         return

@@ -13,7 +13,7 @@ class Answer:
     Attributes:
         text: For a person.
         data: For ``--json``, of plain JSON types.
-        error: What the caller has to mend after all (exit code 2); ``None``: nothing.
+        error: An error that the user has to fix (exit code 2), if there is one.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""The parser of all commands; each one's options stand beside what it does."""
+"""The parser of all commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS = (
     add_push,
     add_env,
 )
-"""What adds a command each, in the order of the help."""
+"""Each adds one command, in the order of the help."""
 
 
 def build_parser() -> argparse.ArgumentParser:

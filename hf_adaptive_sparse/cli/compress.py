@@ -27,9 +27,8 @@ from hf_adaptive_sparse.compressor import (
     CompressionResult,
     PushError,
     compress,
-    search_space,
 )
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, PRESETS, get_preset
 from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.report import text_table
 from hf_adaptive_sparse.search.objectives import Goal
@@ -49,7 +48,7 @@ def add_compress(commands: Any) -> None:
 
 
 def _add_quality(parser: argparse.ArgumentParser) -> None:
-    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in QUALITIES.items())
+    presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
     parser.add_argument(
         "--quality",
         default=DEFAULT_QUALITY,
@@ -71,12 +70,13 @@ def run_compress(options: argparse.Namespace) -> Answer:
 
 def _compress(options: argparse.Namespace) -> CompressionResult:
     config = config_of(options)
+    base = get_preset(options.quality).space(config)
     return compress(
         model_of(options),
         options.output,
         config=config,
         quality=options.quality,
-        space=space_of(options, config, search_space(config, quality=options.quality)),
+        space=space_of(options, config, base),
         trials=options.trials,
         objective=Goal.parse(options.objective).to_json(),
         timeout_seconds=options.timeout,

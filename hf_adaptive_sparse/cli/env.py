@@ -12,9 +12,9 @@ import torch
 from hf_adaptive_sparse.checkpoint.config import RUNTIMES
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.options import add_command
-from hf_adaptive_sparse.compressor.saving import library_versions
 from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
+from hf_adaptive_sparse.version import library_versions
 
 DEPENDENCIES = ("accelerate", "datasets", "huggingface_hub", "optimum-quanto", "optuna")
 
@@ -25,8 +25,8 @@ def add_env(commands: Any) -> None:
 
 
 def run_env(_options: argparse.Namespace) -> Answer:
-    """Say what is installed and which code path does the work."""
-    versions = library_versions()
+    """List installed versions, devices and kernels."""
+    versions = {**library_versions(), "python": platform.python_version()}
     for name in DEPENDENCIES:
         try:
             versions[name] = importlib.metadata.version(name)

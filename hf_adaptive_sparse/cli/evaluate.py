@@ -19,7 +19,7 @@ from hf_adaptive_sparse.compressor import evaluate, evaluate_tasks
 from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.compressor.tasks import task_rows
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
-from hf_adaptive_sparse.evaluation.tasks.task import Setting
+from hf_adaptive_sparse.evaluation.tasks.task import Setting, known_tasks
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report import text_table
 
@@ -49,7 +49,7 @@ def add_evaluate(commands: Any) -> None:
     tasks.add_argument(
         "--tasks",
         metavar="NAMES",
-        help="run these instead, joined by commas: wikitext2, vqav2, textvqa, scienceqa",
+        help=f"run these benchmarks instead, joined by commas: {', '.join(known_tasks())}",
     )
     tasks.add_argument(
         "--task-data",
@@ -65,7 +65,7 @@ def add_evaluate(commands: Any) -> None:
     tasks.add_argument(
         "--results",
         metavar="DIR",
-        help="write outcomes here as they come; a run that was stopped goes on from them",
+        help="write outcomes here as they come; a stopped run resumes from them",
     )
 
 

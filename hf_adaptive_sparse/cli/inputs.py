@@ -1,4 +1,4 @@
-"""The model, the data and the config that the options of a command name."""
+"""Turn a command's options into model, data, search plan and config."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor import DataSource, ModelSource
+from hf_adaptive_sparse.compressor import DataSource, ModelSource, SearchPlan
 from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, KVCacheConfig
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.space import SearchSpace
 
 
 def model_of(options: argparse.Namespace) -> ModelSource:
@@ -45,6 +47,24 @@ def questions_of(options: argparse.Namespace) -> DataSource | None:
     return replace(evaluation_of(options), source=options.questions)
 
 
+def plan_of(options: argparse.Namespace, space: SearchSpace) -> SearchPlan:
+    """Return the search of `options.SEARCHED` in a space."""
+    return SearchPlan(
+        space,
+        storage=options.storage,
+        study_name=options.study,
+        metric=options.metric,
+        trials=options.trials,
+        calibration=calibration_of(options),
+        evaluation=evaluation_of(options),
+        objective=Goal.parse(options.objective).to_json(),
+        timeout_seconds=options.timeout,
+        seed=options.seed,
+        sampler=options.sampler,
+        max_loss=options.max_loss,
+    )
+
+
 def config_of(
     options: argparse.Namespace,
     sparsity: dict[str, float] | None = None,
@@ -52,17 +72,17 @@ def config_of(
     weight_bits: Mapping[str, int] | None = None,
     target_sparsity: float | None = None,
 ) -> SparsityConfig:
-    """Return the config of the final prune: what the options ask for, or else what is given.
+    """Return the config of the final prune.
 
     Args:
         options: Those of `options.add_pruning` and `options.add_final_prune`.
         sparsity: Ratios by module name or glob.
         kv_cache: The KV profile.
-        weight_bits: Bits by module name, where no option says otherwise.
-        target_sparsity: Mean ratio, likewise.
+        weight_bits: Bits by module name; ``--weight-bits`` overrides them.
+        target_sparsity: Mean ratio; ``--target-sparsity`` overrides it.
 
     Raises:
-        ValueError: If a field is invalid, or nothing takes the group size.
+        ValueError: If a field is invalid, or no weights have groups to which a size applies.
     """
     fields: dict[str, Any] = {}
     wanted = options.weight_bits if options.weight_bits is not None else weight_bits

@@ -10,13 +10,16 @@ from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.space_arguments import add_space
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
+from hf_adaptive_sparse.pruning.metrics import METRICS
+from hf_adaptive_sparse.pruning.solvers import WEIGHT_UPDATES
+from hf_adaptive_sparse.search.objectives import OBJECTIVES, objective_label
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 
 Runner = Callable[[argparse.Namespace], Answer]
 
 
 def add_command(commands: Any, name: str, runner: Runner, text: str) -> argparse.ArgumentParser:
-    """Add a command with the options that all have, and return its parser."""
+    """Add a command with the options that all commands have, and return its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=runner)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -42,7 +45,7 @@ def add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     """Add the folder that a command writes."""
     parser.add_argument("--output", metavar="DIR", required=required, help="folder to write")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what is in DIR when the job is done"
+        "--overwrite", action="store_true", help="replace the content of DIR when the job is done"
     )
 
 
@@ -58,27 +61,33 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric",
         default="lognorm",
-        help="lognorm, wanda, ria or magnitude, which score weights; sparsegpt or alps, which "
-        "also update those that stay (default: lognorm; of compress: the quality's)",
+        help=f"{_names(updates=False)}, which score weights; {_names(updates=True)}, which also "
+        "update those that stay (default: lognorm; of compress: the quality's)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
 
 
+def _names(*, updates: bool) -> str:
+    """Return the metrics that update weights, or those that only score them."""
+    return ", ".join(name for name, metric in METRICS.items() if metric.updates_weights is updates)
+
+
 def add_final_prune(parser: argparse.ArgumentParser) -> None:
-    """Add what is done to the weights beyond choosing them."""
+    """Add the options of the final prune."""
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, or n:m such as 2:4"
     )
     parser.add_argument(
         "--weight-update",
         metavar="UPDATE",
-        help="what the kept weights do after the metric's mask: obs or least_squares "
-        "(default: nothing)",
+        help=f"update of the kept weights after the metric's mask: {' or '.join(WEIGHT_UPDATES)} "
+        "(default: none)",
     )
     parser.add_argument(
         "--one-shot",
         action="store_true",
-        help="calibrate on the dense model's activations instead of layer after pruned layer",
+        help="calibrate all layers on the dense model's activations, instead of each on the output "
+        "of the pruned layers before it",
     )
     parser.add_argument(
         "--min-expert-tokens",
@@ -110,12 +119,12 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
 
 
 def add_offload(parser: argparse.ArgumentParser) -> None:
-    """Add where the weights are while the model is pruned."""
+    """Add the option to prune from disk."""
     parser.add_argument(
         "--offload",
         action="store_true",
         help="leave the weights in the checkpoint's files and hold one decoder layer in memory at "
-        "a time: slower, and an interrupted run goes on with the layer it had reached",
+        "a time: slower; an interrupted run resumes at the layer it had reached",
     )
 
 
@@ -137,7 +146,8 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluation",
         metavar="DATA",
-        help="likewise, to evaluate on (default: WikiText-2, validation split)",
+        help="data to evaluate on, named as for --calibration (default: WikiText-2, validation "
+        "split)",
     )
     parser.add_argument(
         "--evaluation-samples", type=int, default=64, metavar="N", help="windows or questions"
@@ -165,7 +175,7 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """Add the space of a search and how it is carried out."""
+    """Add the options of a search."""
     add_space(parser)
     parser.add_argument(
         "--trials",
@@ -178,13 +188,13 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help="start no further trial after so long (default: no limit)",
+        help="start no further trial after this time (default: no limit)",
     )
     parser.add_argument(
         "--objective",
         default="perplexity",
         metavar="WHAT",
-        help="what to minimise: perplexity, answers, kl or accuracy (questions missed); "
+        help=f"what to minimise: {', '.join(map(_described, OBJECTIVES))}; "
         "perplexity=0.5,kl=0.5 for a weighted sum; perplexity,bytes for a Pareto front "
         "(default: perplexity)",
     )
@@ -205,13 +215,20 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="processes to search with on this machine; a GPU each, as far as there are enough",
+        help="processes to search with on this machine, each on a GPU of its own if there are "
+        "enough",
     )
     parser.add_argument(
         "--study",
         metavar="NAME",
         help="name of the study in the storage (default: hf-adaptive-sparse)",
     )
+
+
+def _described(objective: str) -> str:
+    """Return the name of an objective, with its label where that says something else."""
+    label = objective_label(objective)
+    return objective if label == objective else f"{objective} ({label})"
 
 
 def weight_bits(text: str) -> int | dict[str, int]:

@@ -14,7 +14,7 @@ from hf_adaptive_sparse.cli.options import (
     add_offload,
     add_output,
 )
-from hf_adaptive_sparse.compressor import prune_offloaded, prune_to_folder
+from hf_adaptive_sparse.compressor import prune_to_folder
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.report import format_bytes
 
@@ -34,7 +34,7 @@ def add_prune(commands: Any) -> None:
         action="append",
         default=[],
         metavar="GLOB=RATIO",
-        help="ratio of the modules that match; may be repeated; the others stay dense",
+        help="ratio of the modules that match; may be repeated; other modules stay dense",
     )
 
 
@@ -62,13 +62,13 @@ def run_prune(options: argparse.Namespace) -> Answer:
         weight_bits=weight_bits,
         target_sparsity=target,
     )
-    prune = prune_offloaded if options.offload else prune_to_folder
-    result = prune(
+    result = prune_to_folder(
         model_of(options),
         options.output,
         config,
         calibration=calibration_of(options),
         seed=options.seed,
+        offload=options.offload,
         overwrite=options.overwrite,
         progress=not options.no_progress,
     )

@@ -9,20 +9,18 @@ from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli.answer import Answer
-from hf_adaptive_sparse.cli.inputs import calibration_of, evaluation_of, model_of
+from hf_adaptive_sparse.cli.inputs import model_of, plan_of
 from hf_adaptive_sparse.cli.options import SEARCHED, add_command, add_output
 from hf_adaptive_sparse.cli.space_arguments import space_of
 from hf_adaptive_sparse.compressor import (
-    search_space,
+    SearchPlan,
     search_study,
     search_to_folder,
     search_within_to_folder,
 )
-from hf_adaptive_sparse.compressor.jobs import SearchSettings
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_preset
 from hf_adaptive_sparse.report import text_table
 from hf_adaptive_sparse.search.loss_budgets import budget_text
-from hf_adaptive_sparse.search.objectives import Goal
-from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.trials import evaluated
 
 
@@ -44,34 +42,23 @@ def run_search(options: argparse.Namespace) -> Answer:
     """Search a profile and write it."""
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target, metric=options.metric)
-    space = space_of(options, config, search_space(config))
-    if options.max_loss is not None:
-        return _run_within(options, space)
-    settings: SearchSettings = {
-        "study_name": options.study,
-        "metric": options.metric,
-        "trials": options.trials,
-        "objective": Goal.parse(options.objective).to_json(),
-        "timeout_seconds": options.timeout,
-        "calibration": calibration_of(options),
-        "evaluation": evaluation_of(options),
-        "seed": options.seed,
-        "sampler": options.sampler,
-        "workers": options.workers,
-        "progress": not options.no_progress,
-    }
+    base = get_preset(DEFAULT_QUALITY).space(config)
+    plan = plan_of(options, space_of(options, config, base))
+    if plan.max_loss is not None:
+        return _run_within(options, plan)
+    model, progress = model_of(options), not options.no_progress
     if options.output is not None:
         result = search_to_folder(
-            model_of(options),
+            model,
             options.output,
-            space,
-            storage=options.storage,
+            plan,
+            workers=options.workers,
             overwrite=options.overwrite,
-            **settings,
+            progress=progress,
         )
         where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
     elif options.storage is not None:
-        result = search_study(model_of(options), space, storage=options.storage, **settings)
+        result = search_study(model, plan, workers=options.workers, progress=progress)
         where = f"Study {result.study.study_name!r}; --output DIR writes its profile to a folder."
     else:
         raise ValueError("Give --output DIR, or --storage for a study, or both; got neither.")
@@ -93,22 +80,13 @@ def run_search(options: argparse.Namespace) -> Answer:
     return Answer(text, result.to_dict())
 
 
-def _run_within(options: argparse.Namespace, space: SearchSpace) -> Answer:
+def _run_within(options: argparse.Namespace, plan: SearchPlan) -> Answer:
     if options.output is None:
         raise ValueError("--max-loss needs --output DIR: the profile found is written there.")
     found = search_within_to_folder(
         model_of(options),
         options.output,
-        space,
-        max_loss=options.max_loss,
-        metric=options.metric,
-        trials=options.trials,
-        calibration=calibration_of(options),
-        evaluation=evaluation_of(options),
-        storage=options.storage,
-        study_name=options.study,
-        seed=options.seed,
-        sampler=options.sampler,
+        plan,
         workers=options.workers,
         overwrite=options.overwrite,
         progress=not options.no_progress,
@@ -121,7 +99,7 @@ def _run_within(options: argparse.Namespace, space: SearchSpace) -> Answer:
         for budget, loss in sorted(found.tried.items())
     ]
     where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
-    if space.prunes:
+    if plan.space.prunes:
         where += (
             f"\nThe bound is that of one-shot masks: prune MODEL --one-shot --metric "
             f"{options.metric} --profile {os.path.join(options.output, 'profile.json')}"

@@ -1,4 +1,4 @@
-"""The options that say what a search may choose and under which budget, and the space they make."""
+"""The options of a search's space and budget, and the space made of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.search.byte_sizes import parse_bytes
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
 from hf_adaptive_sparse.search.space_rules import GRANULARITIES, KV_SPLITS
-
-DEFAULT_KV_BITS = (6, 8)
 
 
 def widths(text: str) -> tuple[int, ...] | None:
@@ -34,7 +32,7 @@ def size(text: str) -> int:
     """Parse a size in bytes.
 
     Raises:
-        argparse.ArgumentTypeError: If it is none.
+        argparse.ArgumentTypeError: If it is not a size.
     """
     try:
         return parse_bytes(text, "it")
@@ -76,15 +74,17 @@ def add_space(parser: argparse.ArgumentParser) -> None:
         "--sparsity-range",
         type=float,
         metavar="RATIO",
-        help="how far a ratio may lie from the target, both ways (default: 0.05)",
+        help="largest distance of a ratio from the target (default: 0.05)",
     )
-    ratios.add_argument("--sparsity-low", type=float, metavar="RATIO", help="lowest ratio instead")
+    ratios.add_argument(
+        "--sparsity-low", type=float, metavar="RATIO", help="lowest ratio, instead of a range"
+    )
     ratios.add_argument("--sparsity-high", type=float, metavar="RATIO", help="highest ratio")
     bits = parser.add_argument_group("bits")
     bits.add_argument(
         "--kv-bits",
         type=widths,
-        default=DEFAULT_KV_BITS,
+        default=SearchSpace.kv_bits,
         metavar="BITS",
         help="widths of keys and values to search, such as 6,8; one width fixes them; "
         "none leaves the cache alone (default: 6,8)",
@@ -112,7 +112,10 @@ def add_space(parser: argparse.ArgumentParser) -> None:
         "--search-weight-mean or a budget; one width fixes them (default: the model's dtype)",
     )
     bits.add_argument(
-        "--search-weight-mean", type=float, metavar="BITS", help="their mean, held exactly"
+        "--search-weight-mean",
+        type=float,
+        metavar="BITS",
+        help="mean of the searched weight bits, held exactly",
     )
     budget = parser.add_argument_group(
         "budget in bytes", "sizes such as 6GiB (powers of 1024), 4.5GB (powers of 1000), or bytes"
@@ -128,7 +131,11 @@ def add_space(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, metavar="N", help="tokens per sequence that --fit makes room for"
     )
     budget.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="sequences, likewise (default: 1)"
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sequences that --fit makes room for (default: 1)",
     )
     budget.add_argument(
         "--size", type=size, metavar="SIZE", help="most bytes of the weights' files on disk"
@@ -149,7 +156,7 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
     Args:
         options: Those of `add_space`, and ``target_sparsity``, ``None`` where it was not given.
         config: The config of the final prune; a pattern n:m leaves the ratios fixed.
-        base: What is searched where no option says otherwise.
+        base: The defaults, from a preset.
 
     Raises:
         ValueError: If options contradict each other.
@@ -195,7 +202,7 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
 
 
 def check_left_to_search(options: argparse.Namespace, config: SparsityConfig) -> None:
-    """Refuse a pattern n:m, which fixes the ratios, where no bits are searched either.
+    """Check that a pattern n:m, which fixes the ratios, leaves bits to search.
 
     Raises:
         ValueError: If nothing is left to search.

@@ -12,19 +12,18 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import Calibration, apply_config
 from hf_adaptive_sparse.compressor.benching import BenchResult, bench
-from hf_adaptive_sparse.compressor.final_prune import search_space
 from hf_adaptive_sparse.compressor.jobs import (
     evaluate,
-    prune_to_folder,
     search_study,
     search_to_folder,
+    search_within_to_folder,
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
-from hf_adaptive_sparse.compressor.offload import prune_offloaded
 from hf_adaptive_sparse.compressor.pipeline import CompressionResult, PushError, compress
+from hf_adaptive_sparse.compressor.pruned_folder import prune_to_folder
+from hf_adaptive_sparse.compressor.search_plan import SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
-from hf_adaptive_sparse.compressor.within import search_within_to_folder
 from hf_adaptive_sparse.pruning.report import PruningReport
 
 __all__ = [
@@ -34,15 +33,14 @@ __all__ = [
     "Measurement",
     "ModelSource",
     "PushError",
+    "SearchPlan",
     "bench",
     "compress",
     "evaluate",
     "evaluate_tasks",
     "measure",
     "prune",
-    "prune_offloaded",
     "prune_to_folder",
-    "search_space",
     "search_study",
     "search_to_folder",
     "search_within_to_folder",

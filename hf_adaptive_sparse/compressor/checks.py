@@ -1,4 +1,4 @@
-"""Whether what a job is asked for can be had together; checked before any work is done."""
+"""Checks that a job's options are compatible, made before any work is done."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 
 def on_cpu(model: ModelSource) -> ModelSource:
-    """Return the model as a job reads it that leaves the weights in their files.
+    """Return the model on the CPU, where an offloaded job leaves the weights in their files.
 
     Raises:
-        ValueError: If it is to be on another device.
+        ValueError: If a ``device_map`` places it elsewhere.
     """
     if model.device_map is not None:
         raise ValueError(
@@ -40,7 +40,7 @@ def check_offloadable(max_loss: float | None) -> None:
 
 
 def check_pushed(push_to_hub: str | None, private: bool) -> None:
-    """Check what can be checked of a push without asking the Hub.
+    """Check the options of a push as far as that is possible without the Hub.
 
     Raises:
         ValueError: If the repo id is invalid, or nothing is pushed that could be private.
@@ -79,10 +79,10 @@ def check_bounded(
 def check_goal(
     config: SparsityConfig, space: SearchSpace, max_loss: float | None, workers: int
 ) -> None:
-    """Check that what is searched, what is pruned in the end, and how, belong together.
+    """Check that config, space and workers fit each other.
 
     Raises:
-        ValueError: If they do not; the message says what to change.
+        ValueError: If they do not.
     """
     if space.prunes and not space.is_free and space.target != config.target_sparsity:
         raise ValueError(

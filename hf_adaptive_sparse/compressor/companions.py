@@ -28,13 +28,13 @@ def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSour
     """Run ``job`` in ``workers - 1`` further processes for as long as the body runs.
 
     The processor's threads are divided between the workers. Where ``model`` names no device, each
-    takes a GPU in turn if there are any. A companion that fails does not stop the others: what it
-    was at is tried again by one of them.
+    takes a GPU in turn if there are any. A companion that fails does not stop the others; one of
+    them repeats its unfinished trial.
 
     Args:
         model: The model, which every worker loads.
-        job: What every worker does, this one's share being the body. All of them return when the
-            study is complete.
+        job: What every further worker does; this one's share is the body. All of them return when
+            the study is complete.
         workers: Workers in all, this one included.
 
     Yields:

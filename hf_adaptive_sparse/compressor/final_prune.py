@@ -1,4 +1,4 @@
-"""The config of the final prune, and trying it on a model that shall stay as it is."""
+"""The config of the final prune, and a trial of it that leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.checkpoint.applying import prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_quality
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.storage import stored_weight
@@ -21,15 +20,6 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 RANKING_METRIC = "lognorm"
 """What a search ranks with where the chosen metric changes weights while it prunes."""
-
-
-def search_space(
-    config: SparsityConfig,
-    kv_bits: tuple[int, ...] | None = (6, 8),
-    quality: str = DEFAULT_QUALITY,
-) -> SearchSpace:
-    """Return a preset's space at the config's target; a pattern n:m leaves only KV bits to it."""
-    return get_quality(quality).space(config, kv_bits)
 
 
 def ranking_metric(metric: str) -> str:
@@ -89,7 +79,7 @@ def pruned_for_now(
     batches: Sequence[Mapping[str, torch.Tensor]] | None,
     processor: Any,
 ) -> Iterator[KVCacheChoice]:
-    """Prune a model as `checkpoint.loading.apply_config` does; take it back when the body ends.
+    """Prune a model as `checkpoint.loading.apply_config` does, and restore it afterwards.
 
     Args:
         model: The dense model. A copy of its prunable weights is kept in CPU memory.

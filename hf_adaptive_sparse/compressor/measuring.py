@@ -1,4 +1,4 @@
-"""One model measured: quality on held-out data, and bytes."""
+"""Measure one model: quality on held-out data, and bytes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class Measurement:
 
     Attributes:
         name: What was measured.
-        sparsity: Mean ratio of the decoder's prunable weights that are gone, weighted by
-            parameters.
+        sparsity: Fraction of the decoder's prunable weights that is removed.
         perplexity: Token-weighted.
         accuracy: Visual question answering accuracy in [0, 1]; ``None`` where no questions were
             given.
@@ -72,7 +71,7 @@ def measure(
         name: Name of the row.
         model: The model as it will be used.
         batches: Batches for the perplexity.
-        sparsity: Mean ratio of the prunable weights that are gone.
+        sparsity: Fraction of the prunable weights that is removed.
         weight_bytes: Bytes of its weights on disk.
         kv_cache: The KV profile to measure with; ``None``: no KV quantisation.
         processor: Processor for ``questions``.

@@ -20,64 +20,16 @@ from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.checkpoint.applying import asked_ratios, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import attach
-from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
+from hf_adaptive_sparse.checkpoint.offloaded import OffloadedLayers
 from hf_adaptive_sparse.checkpoint.profile import parameter_formats, resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
-from hf_adaptive_sparse.compressor.checks import on_cpu
-from hf_adaptive_sparse.compressor.jobs import PrunedFolder
-from hf_adaptive_sparse.compressor.saving import Recipe, library_versions, save_report
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.digests import batches_digest
-from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.pruning.experts import experts_without_data
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
-from hf_adaptive_sparse.staging import check_output, resumable_folder
-
-
-def prune_offloaded(
-    model: ModelSource,
-    output: str | os.PathLike[str],
-    config: SparsityConfig,
-    *,
-    calibration: DataSource | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> PrunedFolder:
-    """Prune a dense checkpoint into ``output`` with one decoder layer in memory at a time.
-
-    The result is that of `prune_to_folder`, bit for bit, in shards of one layer each. An
-    interrupted run leaves its finished layers in a partial folder beside ``output``; the same call
-    goes on with the layer it had reached. Only models are off by a rounding whose decoder is given
-    further visual features between layers (Qwen3-VL).
-
-    Arguments, result and errors are those of `prune_to_folder`; besides:
-
-    Raises:
-        ValueError: If the model has a ``device_map``.
-        CheckpointError: If the checkpoint has no safetensors files, or transformers makes
-            weights of it, other than experts, by a conversion.
-    """
-    target = Path(output)
-    check_output(target, overwrite=overwrite)
-    model = on_cpu(model)
-    empty = model.load_empty()
-    files = weight_files(model, empty)
-    processor = model.load_processor()
-    data = calibration or DataSource()
-    batches = None
-    if config.removes_weights and config.needs_calibration:
-        batches = data.batches(processor, empty.config, "train")
-    with resumable_folder(target, (STATE_NAME,), overwrite=overwrite) as folder:
-        report = prune_into(
-            folder, files, empty, config, batches, processor=processor, progress=progress
-        )
-        recipe = Recipe(str(model.name), None if batches is None else data.label, None, seed)
-        save_report(folder, empty, report, recipe, processor=processor)
-        weight_bytes = weight_bytes_on_disk(folder)
-    return PrunedFolder(target, report, parameter_bytes(empty), weight_bytes)
+from hf_adaptive_sparse.version import library_versions
 
 
 def prune_into(
@@ -102,7 +54,7 @@ def prune_into(
         progress: Show a progress bar on stderr.
 
     Raises:
-        ValueError: As `prune_offloaded`.
+        ValueError: If the config does not fit the model.
     """
     ratios = asked_ratios(empty, config)
     layers = OffloadedLayers(

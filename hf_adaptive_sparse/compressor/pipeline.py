@@ -1,4 +1,4 @@
-"""The main job: a dense model goes in, a compressed one comes out, complete and measured."""
+"""The main job: make a complete, measured, compressed model of a dense one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -23,17 +24,13 @@ from hf_adaptive_sparse.compressor.checks import (
 )
 from hf_adaptive_sparse.compressor.companions import companions, thread_count
 from hf_adaptive_sparse.compressor.final_prune import final_config
-from hf_adaptive_sparse.compressor.finishing import (
-    finish_from_disk,
-    finish_in_memory,
-    output_folder,
-)
 from hf_adaptive_sparse.compressor.measuring import Measurement, Measuring
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Quality, get_quality
+from hf_adaptive_sparse.compressor.offload import weight_files
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Preset, get_preset
+from hf_adaptive_sparse.compressor.pruned_folder import output_folder, prune_and_save
 from hf_adaptive_sparse.compressor.saving import Recipe, save_report
-from hf_adaptive_sparse.compressor.search_plan import JOURNAL, Loaded, SearchPlan
+from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
-from hf_adaptive_sparse.compressor.within import save_bound
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
@@ -42,6 +39,7 @@ from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
+from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output
 
@@ -164,7 +162,7 @@ def compress(
         offload: For a model larger than the memory, on the CPU. The search reads the weights from
             the checkpoint's files, which stay mapped, and holds only the order in which they may
             go (4 bytes for each weight within the range of the ratios, a bit for each of all); the
-            final prune is `prune_offloaded`, and resumes at the layer it had reached.
+            final prune is that of `prune_to_folder`, and resumes at the layer it had reached.
         push_to_hub: Repo id to push to.
         private: Make the pushed repo private.
         progress: Show progress bars on stderr.
@@ -179,7 +177,7 @@ def compress(
     check_output(target, overwrite=overwrite)
     check_pushed(push_to_hub, private)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
-    preset = get_quality(quality)
+    preset = get_preset(quality)
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
@@ -191,7 +189,7 @@ def compress(
     asked = questions or evaluation
     plan = SearchPlan(
         space=space,
-        storage=storage or "",
+        storage=storage,
         study_name=study_name,
         metric=config.metric,
         trials=preset.trials if trials is None else trials,
@@ -205,65 +203,59 @@ def compress(
         max_loss=max_loss,
         final=config,
     )
-    with output_folder(target, offload=offload, overwrite=overwrite) as folder:
-        plan = replace(plan, storage=storage or str(folder / JOURNAL))
+    with output_folder(target, offload=offload, overwrite=overwrite, keep=(JOURNAL,)) as folder:
+        plan = plan.kept_in(folder)
         with companions(origin, plan.work, workers) as own:
             loaded = plan.load(own)
             check_before_loading(loaded.model, config, loaded.calibration)
             measured = Measuring(loaded, asked, progress)
-            rows = [measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))]
+            dense_row = measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))
             started = perf_counter()
             within, result = _search(plan, loaded, progress)
             searched_with = torch.get_num_threads()
+
         config = final_config(config, space, result, data=plan.calibration_label)
-        data, processor = loaded.calibration, loaded.processor
+        batches, processor = loaded.calibration, loaded.processor
         if offload:
             del loaded  # and with it the mapped files
             gc.collect()
             release_freed()
-            done = finish_from_disk(origin, config, data, processor, folder, progress=progress)
+            dense = origin.load_empty()
+            files = weight_files(origin, dense)
         else:
-            # Sums depend on the number of threads, and a bound is that of the very weights that
-            # were measured.
-            with thread_count(None if within is None else searched_with):
-                done = finish_in_memory(
-                    loaded.model, config, data, processor, folder, progress=progress
-                )
+            dense, files = loaded.model, None
+        # Sums depend on the number of threads, and a bound is that of the very weights that were
+        # measured.
+        with thread_count(None if within is None else searched_with):
+            report = prune_and_save(
+                dense, config, batches, processor, folder, files=files, progress=progress
+            )
+        compressed = _load_stored(folder, config) if offload else dense
         seconds = perf_counter() - started
-        config, report = done.described.config.quantization_config, done.report
+
+        config = dense.config.quantization_config
         size = weight_bytes_on_disk(folder)
-        row = measured("compressed", done.model, report.mean_sparsity, size, config, rows[0].match)
-        rows.append(replace(row, seconds=seconds))
-        recipe = Recipe(
-            str(origin.name), plan.calibration_label, evaluation.label, seed, push_to_hub
+        row = measured(
+            "compressed", compressed, report.mean_sparsity, size, config, dense_row.match
         )
-        if within is not None:
-            save_bound(within, folder)
+        rows = (dense_row, replace(row, seconds=seconds))
+        recipe = Recipe(origin, plan.calibration_label, evaluation.label, seed, push_to_hub)
         save_report(
             folder,
-            done.described,
+            dense,
             report,
             recipe,
             processor=processor,
             measurements=rows,
             result=result,
-            bound=None if within is None else str(within),
+            within=within,
         )
-        # The journal moves with the folder; the result must not read it from its old place.
-        result = None if result is None else result.detached()
-        if within is not None and result is not None:
-            within = replace(within, search=result)
-    compressed = CompressionResult(target, config, report, tuple(rows), result, within, None)
-    if push_to_hub is None:
-        return compressed
-    try:
-        commit_url = push_folder(target, push_to_hub, private=private)
-    except (OSError, ValueError) as error:
-        raise PushError(compressed, push_to_hub, private=private, reason=error) from error
-    return replace(compressed, commit_url=commit_url)
+        within, result = _detached(within, result)
+    done = CompressionResult(target, config, report, rows, result, within, None)
+    return done if push_to_hub is None else _push(done, push_to_hub, private)
 
 
-def _default_space(preset: Quality, config: SparsityConfig, max_loss: float | None) -> SearchSpace:
+def _default_space(preset: Preset, config: SparsityConfig, max_loss: float | None) -> SearchSpace:
     space = preset.space(config)
     if max_loss is None or not space.prunes:
         return space
@@ -280,3 +272,27 @@ def _search(
     if not plan.space.searches:
         return None, None
     return None, plan.search(loaded, progress=progress)
+
+
+def _load_stored(folder: Path, config: SparsityConfig) -> PreTrainedModel:
+    """Load a model that may be larger than the memory, to be measured as it is stored."""
+    runtime = SparsityConfig(runtime="sparse") if config.checkpoint_format == "bitmask" else None
+    return ModelSource(folder, device_map="cpu").load(runtime)
+
+
+def _detached(
+    within: WithinLoss | None, result: SearchResult | None
+) -> tuple[WithinLoss | None, SearchResult | None]:
+    """Return the results without the journal, which moves with the folder."""
+    if result is None:
+        return None, None
+    result = result.detached()
+    return None if within is None else replace(within, search=result), result
+
+
+def _push(done: CompressionResult, repo_id: str, private: bool) -> CompressionResult:
+    try:
+        commit_url = push_folder(done.output, repo_id, private=private)
+    except (OSError, ValueError) as error:
+        raise PushError(done, repo_id, private=private, reason=error) from error
+    return replace(done, commit_url=commit_url)

@@ -1,7 +1,7 @@
-"""What ``--quality`` stands for: the best that is known here, or the paper's method as published.
+"""The presets of ``--quality``: the best method known here, or the paper's as published.
 
-A preset says how weights are chosen and updated and how far profiles are searched. Whatever the
-caller gives besides (a metric, a number of trials, a space) takes the place of the preset's value.
+A preset says how weights are chosen and updated and how far profiles are searched. What the caller
+gives (a metric, a number of trials, a space) overrides it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 
 @dataclass(frozen=True)
-class Quality:
+class Preset:
     """A preset.
 
     Attributes:
@@ -39,11 +39,11 @@ class Quality:
     step: float
 
     def config(self, asked: SparsityConfig | None = None) -> SparsityConfig:
-        """Return the config of the final prune: what was asked, by this method if none was named.
+        """Return the config of the final prune: the caller's, with this method if it names none.
 
         Args:
-            asked: The caller's config; the preset's metric and weight update stand in where it was
-                given neither.
+            asked: The caller's config; if it was given neither a metric nor a weight update, it
+                gets the preset's.
         """
         if asked is None:
             return SparsityConfig(metric=self.metric, weight_update=self.weight_update)
@@ -55,25 +55,22 @@ class Quality:
         completed: SparsityConfig = SparsityConfig.from_dict({**asked.to_dict(), **method})
         return completed
 
-    def space(
-        self, config: SparsityConfig, kv_bits: tuple[int, ...] | None = (6, 8)
-    ) -> SearchSpace:
-        """Return what is searched at the config's target; n:m leaves only KV bits to choose."""
+    def space(self, config: SparsityConfig) -> SearchSpace:
+        """Return the space at the config's target; with a pattern n:m only KV bits are searched."""
         fixed = config.pattern != "unstructured"
         return SearchSpace(
             target_sparsity=None if fixed else config.target_sparsity,
             blocks=self.blocks,
             sparsity_range=self.sparsity_range,
             step=self.step,
-            kv_bits=kv_bits,
         )
 
 
-QUALITIES = MappingProxyType(
+PRESETS = MappingProxyType(
     {
         quality.name: quality
         for quality in (
-            Quality(
+            Preset(
                 name="best",
                 summary="a searched profile, mask and weights together by ALPS",
                 metric="alps",
@@ -83,7 +80,7 @@ QUALITIES = MappingProxyType(
                 sparsity_range=0.05,
                 step=0.025,
             ),
-            Quality(
+            Preset(
                 name="paper",
                 summary="arXiv 2507.20613: lognorm, weights as they are, 8 blocks within 0.05",
                 metric="lognorm",
@@ -101,12 +98,12 @@ QUALITIES = MappingProxyType(
 DEFAULT_QUALITY = "best"
 
 
-def get_quality(name: str) -> Quality:
+def get_preset(name: str) -> Preset:
     """Return the preset of a name.
 
     Raises:
         ValueError: If there is none; the known names are listed.
     """
-    if name not in QUALITIES:
-        raise ValueError(f"quality must be one of {', '.join(QUALITIES)}; got {name!r}.")
-    return QUALITIES[name]
+    if name not in PRESETS:
+        raise ValueError(f"quality must be one of {', '.join(PRESETS)}; got {name!r}.")
+    return PRESETS[name]

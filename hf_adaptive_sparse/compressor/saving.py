@@ -1,15 +1,14 @@
-"""What a job leaves in its folder besides the weights: processor, plots, and the model card."""
+"""Write what belongs into a job's folder: model, processor, profile, plots and model card."""
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -23,14 +22,19 @@ from hf_adaptive_sparse.calibration.media import takes
 from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.measuring import Measurement
+from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.hub.license import license_of
 from hf_adaptive_sparse.profiles import CompressionProfile, SparsityProfile
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
 from hf_adaptive_sparse.report.tables import format_bytes
 from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
 from hf_adaptive_sparse.search.trials import evaluated
+from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import OutputError
-from hf_adaptive_sparse.version import __version__
+from hf_adaptive_sparse.version import library_versions
+
+BOUND_FILE = "max_loss.json"
 
 
 @dataclass(frozen=True)
@@ -38,28 +42,18 @@ class Recipe:
     """What the model card says about how the model was made.
 
     Attributes:
-        base_model: Name or path of the dense model; a path is not published.
+        model: The dense model; the path of a local one is not published.
         calibration: Calibration data, in words.
         evaluation: Evaluation data, in words; ``None`` where nothing was measured.
         seed: Seed of the run.
         repo_id: Where the model is going to be, if known.
     """
 
-    base_model: str
+    model: ModelSource
     calibration: str | None
     evaluation: str | None
     seed: int
     repo_id: str | None = None
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "hf_adaptive_sparse": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def table_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
@@ -90,7 +84,7 @@ def save_model(
         model: The model, which carries its config.
         processor: Its processor, or ``None``.
         folder: The folder.
-        consume: Let go of the weights on the way; only their shapes are left in the model.
+        consume: Free each weight once it is written; only its shape is left in the model.
 
     Raises:
         OutputError: If the weights cannot be written, for example because the disk is full.
@@ -117,6 +111,12 @@ def save_search(result: SearchResult, folder: Path) -> None:
     )
 
 
+def save_bound(found: WithinLoss, folder: Path) -> None:
+    """Write what a search within a loss found into ``max_loss.json``."""
+    text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
+    (folder / BOUND_FILE).write_text(text, encoding="utf-8")
+
+
 def _plot_history(result: SearchResult, folder: Path) -> None:
     measure = result.goal.labels[0]
     plot_search_history(result.history, folder / "search.png", measure=measure)
@@ -131,9 +131,9 @@ def save_report(
     processor: Any,
     measurements: Sequence[Measurement] = (),
     result: SearchResult | None = None,
-    bound: str | None = None,
+    within: WithinLoss | None = None,
 ) -> None:
-    """Write profile, history, plots and model card of a pruned model into ``folder``.
+    """Write profile, history, plots, bound and model card of a pruned model into ``folder``.
 
     Args:
         folder: The model's folder.
@@ -143,7 +143,7 @@ def save_report(
         processor: Processor, for the card's example prompt.
         measurements: Measured rows, dense first.
         result: The search, if there was one.
-        bound: What is known of the loss, in words, where a bound on it was asked for.
+        within: The search within a loss, if a bound on it was asked for.
     """
     config: SparsityConfig = model.config.quantization_config
     kv_cache = config.kv_profile
@@ -152,6 +152,8 @@ def save_report(
     bits = None if isinstance(config.weight_bits, int) else config.weight_bits
     profile = CompressionProfile(sparsity, kv_cache, bits)
     profile.save(folder / PROFILE_FILE)
+    if within is not None:
+        save_bound(within, folder)
     plots = {}
     if result is not None:
         result.save(folder)
@@ -177,7 +179,8 @@ def save_report(
     write_model_card(
         folder,
         facts=CardFacts(
-            base_model=recipe.base_model,
+            base_model=str(recipe.model.name),
+            license=license_of(recipe.model.name, recipe.model.revision),
             accepts_images=images,
             accepts_audio=sounds,
             repo_id=recipe.repo_id,
@@ -194,9 +197,9 @@ def save_report(
             evaluation=recipe.evaluation,
             seed=recipe.seed,
             trials=None if result is None else len(evaluated(result.history)),
-            versions=library_versions(),
+            versions={**library_versions(), "python": platform.python_version()},
             measurements=table_rows(measurements),
             plots=plots,
-            bound=bound,
+            bound=None if within is None else str(within),
         ),
     )

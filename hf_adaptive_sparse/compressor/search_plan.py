@@ -1,10 +1,10 @@
-"""A search as a value: what each of its workers, in whatever process, loads and does."""
+"""A search as a value that every worker, in its own process, can load and carry out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,10 @@ from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.search.study import search
 from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import is_partial
-
-JOURNAL = "search.journal"
-"""The search's Optuna journal: it outlives a killed run, and the next one resumes from it."""
 
 
 class Loaded(NamedTuple):
@@ -45,29 +43,32 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search, the same for all of its workers.
+    """A search, the same for all its workers.
 
     Attributes:
         space: What to search.
-        storage: Optuna storage URL, or path of a journal or SQLite file.
-        study_name: Name of the study there, or start of the names. ``None``: the default.
+        storage: Optuna storage URL, or path of a journal or SQLite file. ``None``: a journal in
+            the folder that the job writes.
+        study_name: Name of the study there; with ``max_loss`` the start of the names, one per
+            budget. ``None``: ``"hf-adaptive-sparse"``.
         metric: Metric of the final prune; one that updates weights is ranked by ``lognorm``.
         trials: Trials of all workers together; with ``max_loss`` of each budget.
-        calibration: Data to rank on.
+        calibration: Data to rank on. ``None``: WikiText-2, training split.
         evaluation: Data to evaluate on: the search sees ``num_samples`` of them, as many others
-            are held out.
-        objective: What is minimised.
+            are held out. ``None``: WikiText-2, validation split.
+        objective: What is minimised, see ``has.search``.
         timeout_seconds: Time after which a worker starts no further trial.
-        seed: Seed of the search.
+        seed: Seed of the search, the same for all workers.
         sampler: As for ``has.search``.
         excluded: Names or globs of linears that stay dense.
-        max_loss: Search the smallest budget within this loss instead.
-        final: How the model will be pruned in the end, where the bound of ``max_loss`` shall be
-            that of the model so made; ``None``: the bound is that of one-shot masks.
+        max_loss: Search the smallest budget whose perplexity rises by this at most, 0.005 being
+            0.5 %; `search_within` does.
+        final: Config of the final prune; the bound of ``max_loss`` then holds for a model pruned
+            so. ``None``: it holds for one-shot masks.
     """
 
     space: SearchSpace
-    storage: str
+    storage: str | None = None
     study_name: str | None = None
     metric: str = "lognorm"
     trials: int = 50
@@ -80,6 +81,10 @@ class SearchPlan:
     excluded: tuple[str, ...] = ()
     max_loss: float | None = None
     final: SparsityConfig | None = None
+
+    def kept_in(self, folder: Path) -> SearchPlan:
+        """Return the plan with its journal in ``folder``, if it names no storage."""
+        return replace(self, storage=self.storage or str(folder / JOURNAL))
 
     def load(self, source: ModelSource) -> Loaded:
         """Load the model and the data.
@@ -121,7 +126,12 @@ class SearchPlan:
         return self.space.prunes or self.final.removes_weights
 
     def search(self, loaded: Loaded, *, progress: bool = True) -> SearchResult:
-        """Carry the search out, together with whoever else works on its study."""
+        """Carry the search out, together with the other workers of its study."""
+        if self.max_loss is not None:
+            raise ValueError(
+                f"A plan with max_loss={self.max_loss} searches the smallest budget: call "
+                "search_within, or leave max_loss out."
+            )
         held_out = None if loaded.held_out is loaded.searched else loaded.held_out
         with self._leftover_named():
             return search(
@@ -136,7 +146,7 @@ class SearchPlan:
             )
 
     def search_within(self, loaded: Loaded, *, progress: bool = True) -> WithinLoss:
-        """Find the smallest budget within `max_loss`, likewise."""
+        """Find the smallest budget within ``max_loss``, together with the other workers."""
         if self.max_loss is None:
             raise ValueError("max_loss must be set for a search of the smallest budget.")
         with self._leftover_named():
@@ -161,11 +171,11 @@ class SearchPlan:
 
     @contextmanager
     def _leftover_named(self) -> Iterator[None]:
-        """Say of a study that does not fit where it lies, if an interrupted job left it there."""
+        """Add to a `StudyMismatch` that an interrupted job left the study, if one did."""
         try:
             yield
         except StudyMismatch as error:
-            if not is_partial(Path(self.storage).parent):
+            if self.storage is None or not is_partial(Path(self.storage).parent):
                 raise
             raise StudyMismatch(
                 f"{error} An interrupted job left the study in {self.storage}: delete that file "

@@ -1,4 +1,4 @@
-"""Where a job's model and data come from, as values."""
+"""The model and the data of a job, by name or path."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
-from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_
+from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_, missing_tensors
 from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config
+from hf_adaptive_sparse.naming import public_name
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +102,8 @@ class ModelSource:
             )
         except SafetensorError as error:
             raise self._damaged(error) from error
-        missing = sorted(found["missing_keys"])
-        if missing:
-            raise CheckpointError(
-                f"{self.name} lacks {len(missing)} of the model's tensors, such as {missing[0]!r}. "
-                f"They would be random numbers: give a complete {type(model).__name__}."
-            )
+        if found["missing_keys"]:
+            raise missing_tensors(self.name, found["missing_keys"], model)
         return model.eval()
 
     def load_config(self) -> PreTrainedConfig:
@@ -146,6 +143,7 @@ class ModelSource:
             )
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = _auto_class(config).from_config(config, dtype=name)
+        model.tie_weights()  # init_empty_weights parts them
         keep_in_float32_(model, name)
         with suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(
@@ -203,7 +201,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Data by name or path, and how much of them.
+    """Data by name or path, and how many samples of it.
 
     Attributes:
         source: Dataset name, path, or ready batches. ``None``: WikiText-2 from the Hub.
@@ -223,15 +221,14 @@ class DataSource:
 
     @property
     def label(self) -> str:
-        """A name for model cards: no folders of the machine it was made on."""
+        """The name for model cards, without local folders."""
         if self.name is not None:
             return self.name
         if self.source is None:
             return "Salesforce/wikitext (wikitext-2-raw-v1)"
         if not isinstance(self.source, str | os.PathLike):
             return "batches given in memory"
-        text = os.fspath(self.source)
-        return os.path.basename(text.rstrip(os.sep)) if os.path.exists(text) else text
+        return public_name(self.source)
 
     def batches(self, processor: Any, config: PreTrainedConfig, split: str) -> list[Batch]:
         """Load the batches; ``split`` is used where the source names none itself."""

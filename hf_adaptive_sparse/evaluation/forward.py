@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_adaptive_sparse.calibration.replay import evaluation_mode
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.generation import AdaptiveEncoderDecoderCache, kv_cache_config
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -32,14 +33,8 @@ class NonFiniteError(ValueError):
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode, without gradients; restore each module's mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def resolve_kv_cache(config: PretrainedConfig, kv_cache: KVCacheChoice) -> KVCacheConfig | None:

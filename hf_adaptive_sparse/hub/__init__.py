@@ -1,4 +1,4 @@
-"""The Hub: push a compressed folder in one commit, and inspect a repo without its weights."""
+"""The Hub: push a folder in one commit, inspect a repo without its weights, read a license."""
 
 from hf_adaptive_sparse.hub.errors import HubError
 from hf_adaptive_sparse.hub.inspection import Inspection, ModuleInspection

@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hub, each as one line that says what to do about it."""
+"""Errors of the Hub, each as one line that says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compressed checkpoint is: a value to print or to write as JSON."""
+"""The description of a compressed checkpoint, to print or to write as JSON."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ModuleInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What config and headers tell about a compressed checkpoint.
+    """A compressed checkpoint as its config and headers describe it.
 
     Attributes:
         source: Folder or repo id.

@@ -111,7 +111,7 @@ def push_folder(
 
 
 def push_token(repo_id: str, token: str | None = None) -> str:
-    """Return the token to push with, after all that can be checked without asking the Hub.
+    """Return the token to push with, after the checks that need no connection.
 
     Args:
         repo_id: ``owner/name``.
@@ -145,7 +145,7 @@ def folder_files(folder: Path) -> dict[str, Path]:
 
 
 def shard_leftovers(folder: Path) -> set[str]:
-    """Return what is left of a sharded version that ``model.safetensors`` took the place of.
+    """Return the files of a sharded version that ``model.safetensors`` replaced.
 
     ``save_pretrained`` removes neither the index of shards nor, before it writes shards, the single
     file, which transformers goes on loading.

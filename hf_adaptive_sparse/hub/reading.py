@@ -1,4 +1,4 @@
-"""Reading a checkpoint's config and headers, local or on the Hub: no weight is touched.
+"""Inspect a checkpoint, local or on the Hub, from its config and headers alone.
 
 A bitmask of ``b`` bytes per row has between ``8 (b - 1) + 1`` and ``8 b`` columns. Which of them is
 told by the recorded ratio (``nnz = numel - round(ratio * numel)`` holds for one width only) or by
@@ -38,7 +38,7 @@ def inspect(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Inspection:
-    """Return what a compressed checkpoint is, without reading or downloading its weights.
+    """Describe a compressed checkpoint without reading or downloading its weights.
 
     Args:
         repo_or_folder: A local folder, or a repo on the Hub.

@@ -1,4 +1,4 @@
-"""Where a checkpoint's small files and headers come from: a local folder, or a repo on the Hub."""
+"""Read a checkpoint's small files and headers from a local folder or a Hub repo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people read: tables, plots and the model card."""
+"""Tables, plots, study reports and model cards."""
 
 from hf_adaptive_sparse.report.card import CardFacts, write_model_card
 from hf_adaptive_sparse.report.plots import plot_profile, plot_search_history

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.files import replacing
+from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
@@ -48,7 +49,8 @@ class CardFacts:
         accepts_images: Whether the model takes images besides text.
         accepts_audio: Whether it takes sounds.
         repo_id: Where the model is going to be; None: the snippet has a placeholder.
-        license: License identifier of the base model where it has one.
+        license: Metadata of the base model's license: ``license`` and, where they are needed,
+            ``license_name`` and ``license_link``.
         prompt: Prompt of the usage snippet.
         checkpoint_format: "bitmask" or "dense".
         target_sparsity: Mean ratio that was asked for, over the prunable weights.
@@ -63,19 +65,16 @@ class CardFacts:
         seed: Seed of the run.
         trials: Trials of the search; None: no search.
         versions: Library -> version.
-        command: Command line that made the model.
         measurements: Rows of the measured table: column -> value.
-        formats: Column -> format specification of its numbers.
         plots: Title -> file name inside the folder.
         bound: Sentences on the loss, where a bound on it was asked for.
-        limits: Known limits besides the general ones.
     """
 
     base_model: str | None = None
     accepts_images: bool = False
     accepts_audio: bool = False
     repo_id: str | None = None
-    license: str | None = None
+    license: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
     checkpoint_format: str = "bitmask"
     target_sparsity: float | None = None
@@ -90,12 +89,9 @@ class CardFacts:
     seed: int | None = None
     trials: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
-    command: str | None = None
     measurements: Sequence[Row] = ()
-    formats: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, str] = field(default_factory=dict)
     bound: str | None = None
-    limits: Sequence[str] = ()
 
     @property
     def prunes(self) -> bool:
@@ -138,7 +134,7 @@ def model_card(facts: CardFacts) -> str:
         f"## Use\n\n```python\n{_snippet(facts)}```\n\n{_why_import(facts)}",
     ]
     if facts.measurements:
-        table = markdown_table(facts.measurements, formats=facts.formats)
+        table = markdown_table(facts.measurements)
         data = f"Measured on {escape_markdown(facts.evaluation)}.\n\n" if facts.evaluation else ""
         bound = f"\n\n{escape_markdown(facts.bound)}" if facts.bound else ""
         sections.append(f"## Measured\n\n{data}{table}{bound}")
@@ -156,7 +152,9 @@ def _metadata(facts: CardFacts) -> str:
         ModelCardData(
             base_model=base,
             library_name="transformers",
-            license=facts.license,
+            license=facts.license.get("license"),
+            license_name=facts.license.get("license_name"),
+            license_link=facts.license.get("license_link"),
             pipeline_tag=_usage(facts)[0],
             tags=[tag for tag in TAGS if facts.prunes or tag not in _TAGS_OF_PRUNING],
         ).to_yaml()
@@ -178,7 +176,7 @@ def _base_name(base_model: str | None) -> str | None:
     """Return the base model's name without the path of a local folder."""
     if base_model is None or _is_repo_id(base_model):
         return base_model
-    return Path(base_model).resolve().name
+    return public_name(base_model)
 
 
 def _summary(facts: CardFacts) -> str:
@@ -252,14 +250,11 @@ def _recipe(facts: CardFacts) -> str:
         for label, value in entries
         if value is not None
     ]
-    if facts.command:
-        # Indented code ends at the next line, so the command must be one line.
-        lines += ["", f"    {' '.join(facts.command.split())}"]
     return "\n".join(lines)
 
 
 def _limits(facts: CardFacts) -> str:
-    lines = [escape_markdown(limit) for limit in facts.limits]
+    lines = []
     if facts.prunes:
         lines.append(
             "Sparsity counts the weights of the language model's decoder layers; vision tower, "

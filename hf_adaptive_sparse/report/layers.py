@@ -1,4 +1,4 @@
-"""From module names to layers: which stack and which position in it a module belongs to."""
+"""Find the layer of a module from its name: its stack, and its position there."""
 
 from __future__ import annotations
 

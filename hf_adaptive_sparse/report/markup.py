@@ -1,4 +1,4 @@
-"""The pieces of HTML that a report is made of. Titles and cells are escaped, bodies are HTML."""
+"""HTML elements of a report. Titles and cells are escaped; bodies are HTML already."""
 
 from __future__ import annotations
 

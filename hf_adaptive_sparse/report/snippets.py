@@ -1,4 +1,4 @@
-"""Code that a model card shows: how to use the model, by what it takes."""
+"""Usage examples of model cards, by the inputs that a model takes."""
 
 TEXT_SNIPPET = """\
 import hf_adaptive_sparse  # first: it teaches transformers to read this checkpoint

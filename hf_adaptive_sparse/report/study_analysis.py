@@ -1,4 +1,4 @@
-"""What the trials of a search say: which choices matter, what stopping saved, what went wrong."""
+"""Analyse the trials of a search: importance, sensitivity, early stopping, failures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_adaptive_sparse.report.study_facts import Row, StudyFacts
+from hf_adaptive_sparse.search.storage import quiet_optuna
 
 FEWEST_TRIALS = 10
 """Evaluated trials below which neither importance nor sensitivity is told."""
@@ -100,9 +101,8 @@ def importance(facts: StudyFacts) -> list[tuple[str, float]]:
         name: optuna.distributions.FloatDistribution(*span)
         for name, span in zip(names, spans, strict=True)
     }
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    with quiet_optuna(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         study = optuna.create_study()
         study.add_trials(
             [
@@ -114,15 +114,11 @@ def importance(facts: StudyFacts) -> list[tuple[str, float]]:
                 for row, value in zip(matrix, targets, strict=True)
             ]
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            quantile = max(0.2, 5 / len(targets))
-            shares = optuna.importance.get_param_importances(
-                study,
-                evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile),
-            )
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+        quantile = max(0.2, 5 / len(targets))
+        shares = optuna.importance.get_param_importances(
+            study,
+            evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile),
+        )
     return [(name, float(share)) for name, share in shares.items()]
 
 
@@ -158,9 +154,9 @@ def sensitivity(facts: StudyFacts) -> list[Effect]:
 
 
 def measured_effects(facts: StudyFacts) -> list[Effect]:
-    """Return what was measured before the search, in percent for 10 points more sparsity.
+    """Return the sensitivity that was measured before the search, one group at a time.
 
-    That is of one group alone, the others staying; empty where the study does not hold it.
+    In percent for 10 points more sparsity; empty where the study does not hold it.
     """
     found = facts.measured
     if found is None:
@@ -204,7 +200,7 @@ def stopping(facts: StudyFacts) -> dict[str, Any] | None:
 
 
 def failure_signs(facts: StudyFacts) -> list[str]:
-    """Return what a reader has to be warned of, one sentence each."""
+    """Return warnings for the reader, one sentence each."""
     signs = []
     best, uniform = facts.best, facts.uniform
     if best is None:

@@ -1,4 +1,4 @@
-"""What profiles cost where a search lets that vary: bytes, or mean bits."""
+"""Costs of profiles, where a search lets them vary: bytes, or mean bits."""
 
 from __future__ import annotations
 

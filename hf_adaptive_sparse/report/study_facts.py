@@ -1,4 +1,4 @@
-"""What a report says about a search, read from its storage or from the folder it left."""
+"""The facts of a search that a report shows, read from its storage or its folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.objectives import objective_label
 from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.result import HISTORY_FILE, SearchResult
-from hf_adaptive_sparse.search.storage import open_storage, quiet_optuna, storage_errors
+from hf_adaptive_sparse.search.start import SENSITIVITY
+from hf_adaptive_sparse.search.storage import JOURNAL, open_storage, quiet_optuna, storage_errors
 from hf_adaptive_sparse.search.trials import evaluated, history, is_set_aside
 from hf_adaptive_sparse.search.width_steps import Narrowing, narrowing_of
 from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
 
 if TYPE_CHECKING:
     from optuna.study import Study
-
-JOURNAL = "search.journal"
-"""Where a job keeps its study in its folder."""
 
 Row = Mapping[str, Any]
 
@@ -38,7 +36,7 @@ class StudyFacts:
         spans: First and last decoder layer of every group that shares a ratio.
         rows: One per trial, keys as in `search.trials.history`.
         profile: Best profile's JSON form; ``None`` where no trial was evaluated in full.
-        numel: Weights per prunable linear; empty where the study does not tell.
+        numel: Weights per prunable linear; empty where the study does not store them.
         labels: What the trials minimise, one name per figure.
         measured: What was measured of each group before the search, as `search` stores it.
         held_out: Comparison with the uniform profile on data that the search did not see.
@@ -171,7 +169,7 @@ def facts_of(study: Study) -> StudyFacts:
         profile=profile,
         numel=layout.get("numel", {}),
         labels=_labels(made_for.get("objective")),
-        measured=attributes.get("sensitivity"),
+        measured=attributes.get(SENSITIVITY),
         held_out=held_out_of(attributes, number),
         narrowing=narrowing,
         workers=len(named) or None,

@@ -1,4 +1,4 @@
-"""Tables and sizes, rendered one way everywhere: command line, model card, benchmarks."""
+"""Tables and sizes of the command line, model cards and benchmarks."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.evaluation.digests import batches_digest, weights_digest
 from hf_adaptive_sparse.search.errors import StudyMismatch
+from hf_adaptive_sparse.version import library_versions
 
 STUDY_FORMAT = 1
 """Version of what a search stores in a study."""
-
-_PACKAGES = ("torch", "transformers", "optuna")
 
 
 def fingerprint(
@@ -75,12 +74,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 32 else text[:16] + "…"
 
 
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that the values depend on."""
-    found = {}
-    for name in ("hf-adaptive-sparse", *_PACKAGES):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            continue
-    return found
+def study_versions() -> dict[str, str]:
+    """Return the versions of the libraries that a study's values depend on."""
+    return {**library_versions(), "optuna": version("optuna")}

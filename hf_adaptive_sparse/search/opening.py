@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.search.errors import SearchError
-from hf_adaptive_sparse.search.fingerprint import check_fingerprint, library_versions
+from hf_adaptive_sparse.search.fingerprint import check_fingerprint, study_versions
 from hf_adaptive_sparse.search.trials import UNIFORM
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def open_study(
         _make_ready(study, made_for, baseline, attributes)
         return study
     check_fingerprint(stored, made_for, name)
-    versions, current = study.user_attrs.get("versions"), library_versions()
+    versions, current = study.user_attrs.get("versions"), study_versions()
     if versions != current:
         logger.warning("The study was begun with %s, now %s: values may differ.", versions, current)
     return study
@@ -83,7 +83,7 @@ def _make_ready(
     baseline: Mapping[str, Any],
     attributes: Mapping[str, Any],
 ) -> None:
-    for key, value in {"versions": library_versions(), **attributes}.items():
+    for key, value in {"versions": study_versions(), **attributes}.items():
         study.set_user_attr(key, value)
     if baseline and not study.get_trials(deepcopy=False):
         study.enqueue_trial(dict(baseline), user_attrs={UNIFORM: True})

@@ -18,7 +18,7 @@ from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
 from hf_adaptive_sparse.pruning.apply import PruningReport
 from hf_adaptive_sparse.search.comparison import HELD_OUT, held_out_of
-from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, library_versions
+from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, study_versions
 from hf_adaptive_sparse.search.front import MEAN
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
@@ -248,7 +248,7 @@ class SearchResult:
             "seed": self.seed,
             "blocks": [list(span) for span in self.blocks],
             "fingerprint": dict(self.fingerprint),
-            "versions": library_versions(),
+            "versions": study_versions(),
             "objective": self.goal.to_json(),
             "uniform_value": self.baseline,
             "best_value": self.best_value,

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "search.journal"
+"""The journal in a job's folder: it outlives a killed run, and the next one resumes from it."""
+
 JOURNAL_SUFFIXES = (".log", ".journal")
 DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 BUSY_SECONDS = 60

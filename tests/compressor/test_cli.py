@@ -20,7 +20,8 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.space_arguments import space_of, widths
-from hf_adaptive_sparse.compressor import checks, pipeline, search_space
+from hf_adaptive_sparse.compressor import checks, pipeline
+from hf_adaptive_sparse.compressor.presets import get_preset
 from hf_adaptive_sparse.hub import HubError
 from hf_adaptive_sparse.kernels import triton_device
 from hf_adaptive_sparse.kernels.library import describe as describe_kernels
@@ -420,7 +421,7 @@ def test_options_make_the_space(flags, expected):
     options = build_parser().parse_args(["search", "m", "--output", "o", *flags])
     target = 0.5 if options.target_sparsity is None else options.target_sparsity
     config = SparsityConfig(target_sparsity=target)
-    space = space_of(options, config, search_space(config))
+    space = space_of(options, config, get_preset("best").space(config))
     assert {name: getattr(space, name) for name in expected} == expected
 
 

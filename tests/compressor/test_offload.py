@@ -22,7 +22,6 @@ from hf_adaptive_sparse.compressor import (
     DataSource,
     ModelSource,
     compress,
-    prune_offloaded,
     prune_to_folder,
 )
 from hf_adaptive_sparse.compressor.saving import save_model
@@ -53,7 +52,9 @@ def source(llava_folder: Path) -> ModelSource:
 
 
 def offload(source, output, data, config=CONFIG, **options):
-    return prune_offloaded(source, output, config, calibration=data, progress=False, **options)
+    return prune_to_folder(
+        source, output, config, calibration=data, offload=True, progress=False, **options
+    )
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -453,7 +454,7 @@ def test_all_is_written_in_the_dtype_that_memory_has(tmp_path, family, stored, d
     )
     config = has.SparsityConfig(sparsity={"*.layers.1.*": 0.5}, metric="magnitude")
     expected = prune_to_folder(source, memory, config, progress=False)
-    assert prune_offloaded(source, disk, config, progress=False).dense_bytes == expected.dense_bytes
+    assert offload(source, disk, None, config).dense_bytes == expected.dense_bytes
     first, second = stored_tensors(memory), stored_tensors(disk)
     common = first.keys() & second.keys()  # what is compressed of experts has names of its own
     assert all("experts.sparse" in name for name in first.keys() ^ second.keys())

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor import DataSource, compress, finishing
+from hf_adaptive_sparse.compressor import DataSource, compress, pruned_folder
 from hf_adaptive_sparse.compressor.checks import check_goal
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.staging import OutputError
 from tests.processors import make_tokenizer
 
@@ -27,6 +29,7 @@ def data(text_file: Path) -> DataSource:
 def test_leaves_a_complete_repo_that_loads_and_generates(
     llava_folder: Path, data: DataSource, question_file: Path, tmp_path: Path
 ) -> None:
+    (llava_folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# Dense\n")
     output = tmp_path / "out"
     result = compress(
         llava_folder,
@@ -50,6 +53,7 @@ def test_leaves_a_complete_repo_that_loads_and_generates(
         "search.png",
         "tokenizer.json",
     }
+    assert ModelCard.load(output / "README.md").data.license == "apache-2.0"
     assert not list(tmp_path.glob("*.partial"))
     dense, compressed = result.measurements
     assert dense.sparsity == 0.0
@@ -88,18 +92,18 @@ def test_a_failure_after_the_search_resumes_it_and_leaves_no_half_output(
 
     arguments = {"trials": 3, "calibration": data, "evaluation": data, "progress": False}
     with monkeypatch.context() as patch:
-        patch.setattr(finishing, "save_model", fail)
+        patch.setattr(pruned_folder, "save_model", fail)
         with pytest.raises(RuntimeError, match="killed here"):
             compress(llava_folder, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
     left = tmp_path / "out.adaptive-sparse.partial"
-    assert [path.name for path in left.iterdir()] == [finishing.JOURNAL]
+    assert [path.name for path in left.iterdir()] == [JOURNAL]
 
-    before = (left / finishing.JOURNAL).read_text()
+    before = (left / JOURNAL).read_text()
     result = compress(llava_folder, tmp_path / "out", **arguments)
     assert len(result.search.history) == 3
     # No trial was run again: the journal holds what it held, but for the study being opened.
-    after = (tmp_path / "out" / finishing.JOURNAL).read_text()
+    after = (tmp_path / "out" / JOURNAL).read_text()
     assert after.startswith(before)
     assert after.count('"op_code":4') == before.count('"op_code":4') == 3
 

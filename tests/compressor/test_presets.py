@@ -11,26 +11,26 @@ import pytest
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.compressor import DataSource, compress
-from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, QUALITIES, get_quality
+from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, PRESETS, get_preset
 from hf_adaptive_sparse.search.space import SearchSpace
 
 TINY_SPACE = SearchSpace(sparsity_range=0.0, kv_bits=None)
 
 
-@pytest.mark.parametrize("name", QUALITIES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_frozen_valid_and_named(name: str) -> None:
-    preset = get_quality(name)
+    preset = get_preset(name)
     assert preset.name == name
     assert preset.config().metric == preset.metric
     assert preset.space(preset.config()).searches_sparsity
     with pytest.raises(dataclasses.FrozenInstanceError):
         preset.trials = 1  # type: ignore[misc]
     with pytest.raises(TypeError):
-        QUALITIES[name] = preset  # type: ignore[index]
+        PRESETS[name] = preset  # type: ignore[index]
 
 
 def test_paper_is_the_papers_method() -> None:
-    paper = get_quality("paper")
+    paper = get_preset("paper")
     config = paper.config()
     assert (config.metric, config.weight_update, paper.trials) == ("lognorm", None, 50)
     assert paper.space(config) == SearchSpace(
@@ -39,11 +39,11 @@ def test_paper_is_the_papers_method() -> None:
 
 
 def test_best_updates_the_weights() -> None:
-    assert get_quality("best").config().method == "alps"
+    assert get_preset("best").config().method == "alps"
 
 
 def test_a_preset_fills_in_only_what_was_not_asked_for() -> None:
-    best = get_quality("best")
+    best = get_preset("best")
     asked = SparsityConfig(target_sparsity=0.3, modules_to_not_convert=["*.o_proj"])
     config = best.config(asked)
     assert config.metric == "alps"
@@ -115,5 +115,5 @@ def test_the_help_names_every_quality(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["compress", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for name, preset in QUALITIES.items():
+    for name, preset in PRESETS.items():
         assert f"{name}: {preset.summary}" in text

@@ -6,7 +6,7 @@ import pytest
 from optuna import create_study
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor.search_plan import SearchPlan
+from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.search.errors import StudyMismatch
 from hf_adaptive_sparse.search.opening import FINGERPRINT
@@ -45,6 +45,14 @@ def test_data_that_nothing_reads_are_not_loaded(llava_folder, tmp_path):
         evaluation=DataSource(text, num_samples=2, sequence_length=16),
     )
     assert plan.load(ModelSource(llava_folder)).calibration is None
+
+
+def test_each_kind_of_search_takes_its_own_plans():
+    loaded = Loaded(None, None, None, [], [])
+    with pytest.raises(ValueError, match=r"max_loss=0\.01 searches the smallest budget"):
+        SearchPlan(KV_ALONE, max_loss=0.01).search(loaded)
+    with pytest.raises(ValueError, match="max_loss must be set"):
+        SearchPlan(KV_ALONE).search_within(loaded)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from hf_adaptive_sparse.evaluation.tasks.task import (
     TaskResult,
     find_task,
 )
+from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig, check_count
 
 SPLIT = "validation"
@@ -142,9 +143,7 @@ def _label(data: object, task: Task) -> str:
         return task.default_data
     if not isinstance(data, str | os.PathLike):
         return "rows given in memory"
-    text = os.fspath(data)
-    path = Path(text).expanduser()
-    return path.name if path.exists() else text
+    return public_name(data)
 
 
 def _plain(setting: Setting) -> dict[str, Any]:

@@ -1,0 +1,23 @@
+"""Names that may be published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_adaptive_sparse.naming import public_name
+
+
+def test_of_a_local_path_only_the_last_part_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "secret" / "model"
+    model.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (model, f"{model}/", ".", "~/secret/model"):
+        assert public_name(path) == "model"
+    assert public_name(tmp_path / "link") == "link"
+    assert public_name("someone/model") == "someone/model"
