@@ -1,8 +1,7 @@
-"""What a profile weighs in bytes, and the limits it is held to.
+"""The bytes of a profile, and the limits it is held to.
 
-Every figure comes from the size formula of the format it is about: `packing.sparse_weight` for the
-weights in memory, the same without its offsets for the checkpoint, the codecs' own block sizes for
-the KV cache. Nothing is allocated to find it.
+Every figure comes from the size formula of its format: `LinearBytes` for the weights, the codecs'
+own block sizes for the KV cache. Nothing is allocated to compute it.
 
 A figure is what a profile takes at most, on the kind of device that the model is searched on: on a
 GPU a weight has a quarter of a bit more. Kept weights that a code of 8 or 4 bits rounds to 0 are
@@ -22,20 +21,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, parameter_name, prunable_weights
-from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
-from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
-from hf_adaptive_sparse.packing.sparse_weight import size_bytes
 from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import stored_kinds
-from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks
 from hf_adaptive_sparse.search.byte_sizes import format_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
 from hf_adaptive_sparse.search.kv_split import LayerBits
+from hf_adaptive_sparse.search.linear_bytes import OWN_DTYPE, LinearBytes
 from hf_adaptive_sparse.search.space import SearchSpace
-
-OWN_DTYPE = 16
-"""Weight bits that stand for the model's own dtype."""
 
 _NAME_SLACK = 8
 """Characters that a tensor's name in the file may be longer than at run time."""
@@ -45,58 +38,8 @@ _SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class LinearBytes:
-    """The formats of one prunable weight.
-
-    Attributes:
-        rows: Its outputs; of experts, the rows of all of them.
-        columns: Its inputs; of transposed experts, their outputs.
-        value_bytes: Bytes of a weight in the model's dtype, which the scales have, too.
-        plain_in_memory: The sparse runtime holds it decompressed: experts that it cannot read.
-        on_gpu: The sparse runtime has block offsets there, too.
-    """
-
-    rows: int
-    columns: int
-    value_bytes: int
-    plain_in_memory: bool = False
-    on_gpu: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return self.rows * self.columns
-
-    def in_memory(self, kept: int, bits: int) -> int:
-        """Return the bytes the sparse runtime holds: a plain weight where nothing is removed."""
-        if self.plain_in_memory or (kept == self.numel and bits == OWN_DTYPE):
-            return self.numel * self.value_bytes
-        groups = self._groups(bits)
-        return size_bytes(
-            *(self.rows, self.columns, kept, self._value_bits(bits), groups, self.value_bytes),
-            blocks=self.on_gpu,
-        )
-
-    def on_disk(self, kept: int, bits: int) -> int:
-        """Return the bytes of its tensors in a checkpoint: values, bitmask and scales."""
-        if kept == self.numel and bits == OWN_DTYPE:
-            return self.numel * self.value_bytes
-        values = (kept * self._value_bits(bits) + 7) // 8
-        scales = self.rows * self._groups(bits) * self.value_bytes
-        return values + scales + compressed_size_bytes(self.rows, self.columns, 0, 0)
-
-    def _value_bits(self, bits: int) -> int:
-        return 8 * self.value_bytes if bits == OWN_DTYPE else bits
-
-    def _groups(self, bits: int) -> int:
-        if bits == OWN_DTYPE:
-            return 0
-        return group_count(self.columns, FOUR_BIT_GROUP_SIZE if bits == 4 else None)
-
-
-@dataclass(frozen=True)
 class Spent:
-    """What a profile weighs.
+    """The bytes of a profile.
 
     Attributes:
         fit_bytes: Memory of weights and KV cache; ``None`` where no limit is on it.
@@ -114,7 +57,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class ByteBudget:
-    """Limits in bytes, and what it takes to weigh a profile.
+    """Limits in bytes, and the sizes that a profile's bytes are added up from.
 
     Attributes:
         linears: Prunable linear -> its formats.
@@ -156,13 +99,7 @@ class ByteBudget:
         plain = set(stacks) - compressible_stacks(model, stacks).keys()
         return cls(
             linears={
-                name: LinearBytes(
-                    weight.weight.shape[:-1].numel(),
-                    weight.weight.shape[-1],
-                    weight.weight.element_size(),
-                    plain_in_memory=name in plain,
-                    on_gpu=weight.weight.device.type == "cuda",
-                )
+                name: LinearBytes.of(weight.weight, plain_in_memory=name in plain)
                 for name, weight in weights.items()
             },
             other_memory=sum(t.numel() * t.element_size() for t in memory),
@@ -179,7 +116,7 @@ class ByteBudget:
         weight_bits: Mapping[str, int],
         kv_bits: Sequence[LayerBits] | None,
     ) -> Spent:
-        """Weigh a profile.
+        """Return the bytes of a profile.
 
         Args:
             removed: Linear -> weights that it loses; those not named lose none.
@@ -200,7 +137,7 @@ class ByteBudget:
         )
 
     def holds(self, spent: Spent) -> bool:
-        """Return whether a weight is within all limits."""
+        """Return whether a profile's bytes are within all limits."""
         return all(
             limit is None or count is None or count <= limit
             for limit, count in (
@@ -210,20 +147,20 @@ class ByteBudget:
         )
 
     def refuse(self, smallest: Spent) -> ValueError:
-        """Return the error for limits that even the smallest profile passes."""
-        passed, in_memory = [], False
+        """Return the error for limits that even the smallest profile exceeds."""
+        exceeded, in_memory = [], False
         for name in ("fit_bytes", "size_bytes"):
             limit, count = getattr(self, name), getattr(smallest, name)
             if limit is not None and count > limit:
                 least = format_bytes(count)
-                passed.append(f"{name} is {format_bytes(limit)}, the smallest reachable {least}")
+                exceeded.append(f"{name} is {format_bytes(limit)}, the smallest reachable {least}")
                 in_memory |= name == "fit_bytes"
         # The cache takes memory, and nothing of the files.
         smaller = "narrower weight_bits"
         if in_memory:
             smaller += " or kv_bits, or a shorter context"
         return ValueError(
-            f"No profile of this space meets the budget: {' and '.join(passed)}. Allow higher "
+            f"No profile of this space meets the budget: {' and '.join(exceeded)}. Allow higher "
             f"ratios (target_sparsity='free', sparsity_high), {smaller}; or raise the limit."
         )
 

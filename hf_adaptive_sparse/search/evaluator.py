@@ -16,8 +16,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers
-from hf_adaptive_sparse.checkpoint.fields import FOUR_BIT_GROUP_SIZE
+from hf_adaptive_sparse.architecture import decoder_layers, weight_place
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES, ReusingModel
@@ -30,15 +29,13 @@ from hf_adaptive_sparse.search.description import candidate_bytes, layer_setting
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
 from hf_adaptive_sparse.search.failures import failures
+from hf_adaptive_sparse.search.linear_bytes import GROUP_SIZES, LinearBytes
 from hf_adaptive_sparse.search.losses import Losses
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
-
-GROUP_SIZES = {8: None, 4: FOUR_BIT_GROUP_SIZE}
-"""Columns that share a scale in a checkpoint, by bits; ``None``: one scale per row."""
 
 ORDER_SEED = 0
 """Seed of the order that every trial takes the batches in; the same for all workers."""
@@ -87,6 +84,10 @@ class Evaluator:
         self.order = list(range(len(evaluation)))
         random.Random(ORDER_SEED).shuffle(self.order)
         self._reference: Losses | None = None
+        places = {name: weight_place(model, name) for name in uniform.numel}
+        self._linears = {
+            name: LinearBytes.of(getattr(*place)) for name, place in places.items() if place
+        }
         for objective in self.objectives.values():
             objective.check(evaluation)
         observers = [o for o in self.objectives.values() if o.needs_dense]
@@ -149,6 +150,10 @@ class Evaluator:
             return [
                 negative_log_likelihood(self.model, batch, candidate.kv_cache) for batch in batches
             ]
+
+    def weight_bytes(self, candidate: Candidate) -> int:
+        """Return the bytes of the prunable weights as a checkpoint stores them."""
+        return candidate_bytes(candidate, self._linears)
 
     def put_in_force(self, candidate: Candidate) -> None:
         """Lay a profile's masks over the model."""
@@ -214,7 +219,7 @@ class Evaluator:
             if reference is not None:
                 means[name] += reference.mean(name, self.order) - reference.mean(name, seen)
         return tuple(
-            float(candidate_bytes(candidate, self.model.dtype.itemsize))
+            float(self.weight_bytes(candidate))
             if isinstance(part, str)
             else part.value(means, self.objectives)
             for part in self.goal.parts

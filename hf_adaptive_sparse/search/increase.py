@@ -15,7 +15,7 @@ from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.pruning.apply import masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import quantised
-from hf_adaptive_sparse.search.evaluator import GROUP_SIZES
+from hf_adaptive_sparse.search.linear_bytes import GROUP_SIZES
 from hf_adaptive_sparse.search.losses import Loss
 
 Batches = Sequence[Mapping[str, torch.Tensor]]

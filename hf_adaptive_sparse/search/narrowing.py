@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.comparison import windows_of
 from hf_adaptive_sparse.search.data import fills_a_block
-from hf_adaptive_sparse.search.description import candidate_bytes
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
 from hf_adaptive_sparse.search.increase import increase_of
@@ -119,7 +118,7 @@ def narrow_on(
         profile=narrowest.profile if same else None,
         taken=same and not kept,
         kv_bytes_per_token=_kv_bytes(found, shape) - _kv_bytes(narrowest, shape),
-        weight_bytes=_weight_bytes(found, evaluator) - _weight_bytes(narrowest, evaluator),
+        weight_bytes=evaluator.weight_bytes(found) - evaluator.weight_bytes(narrowest),
         kept=kept,
         failure=failure,
         repeatable=repeatable,
@@ -175,10 +174,6 @@ def _kv_bytes(candidate: Candidate, shape: ModelShape) -> float:
     if candidate.kv_cache is None:
         return 0.0
     return candidate.kv_cache.mean_bits(shape.kv_widths) * sum(map(sum, shape.kv_widths)) / 8
-
-
-def _weight_bytes(candidate: Candidate, evaluator: Evaluator) -> int:
-    return candidate_bytes(candidate, evaluator.model.dtype.itemsize)
 
 
 def _kept(found: Candidate, narrowest: Candidate, space: SearchSpace) -> str:
