@@ -15,7 +15,6 @@ import torch
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.checks import (
-    check_bounded,
     check_goal,
     check_offloadable,
     check_pushed,
@@ -183,7 +182,6 @@ def compress(
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
-    check_bounded(max_loss, objective, timeout_seconds)
     if offload:
         check_offloadable(max_loss)
         origin = on_cpu(origin)
@@ -267,8 +265,7 @@ def _default_space(preset: Quality, config: SparsityConfig, max_loss: float | No
     space = preset.space(config)
     if max_loss is None or not space.prunes:
         return space
-    # A budget is what is looked for; the space wants one.
-    return replace(space, target_sparsity=FREE, size_bytes=1)
+    return replace(space, target_sparsity=FREE)
 
 
 def _search(

@@ -16,11 +16,13 @@ from hf_adaptive_sparse.compressor.final_prune import final_config, pruned_for_n
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.errors import StudyMismatch
+from hf_adaptive_sparse.search.loss_budgets import check_bound
 from hf_adaptive_sparse.search.max_loss import FinalPrune, search_within
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.space_rules import check_has_budget
 from hf_adaptive_sparse.search.study import search
 from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import is_partial
@@ -64,6 +66,9 @@ class SearchPlan:
         max_loss: Search the smallest budget within this loss instead.
         final: How the model will be pruned in the end, where the bound of ``max_loss`` shall be
             that of the model so made; ``None``: the bound is that of one-shot masks.
+
+    Raises:
+        ValueError: If the space lacks a budget, or has what ``max_loss`` is to find.
     """
 
     space: SearchSpace
@@ -80,6 +85,12 @@ class SearchPlan:
     excluded: tuple[str, ...] = ()
     max_loss: float | None = None
     final: SparsityConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_loss is None:
+            check_has_budget(self.space)
+        else:
+            check_bound(self.max_loss, self.space, self.objective, self.timeout_seconds)
 
     def load(self, source: ModelSource) -> Loaded:
         """Load the model and the data.

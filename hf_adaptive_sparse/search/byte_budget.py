@@ -86,7 +86,7 @@ class ByteBudget:
 
         Args:
             model: The dense model, in the dtype that it will be saved in.
-            space: A space with a limit in bytes.
+            space: The search space.
             modules_to_not_convert: Names or globs of linears that stay dense.
         """
         weights = prunable_weights(model, modules_to_not_convert)
@@ -123,18 +123,32 @@ class ByteBudget:
             weight_bits: Linear -> bits of its weights; those not named keep their dtype.
             kv_bits: ``(key bits, value bits)`` per decoder layer; ``None``: a plain cache.
         """
-        memory, disk = self.other_memory, self.other_disk
+        fit = size = None
+        if self.cache is not None:
+            kept = self._kept(removed, weight_bits)
+            weights = sum(linear.in_memory(count, bits) for linear, count, bits in kept)
+            fit = self.other_memory + weights + self.cache.at_most(kv_bits)
+        if self.size_bytes is not None:
+            size = self.on_disk(removed, weight_bits)
+        return Spent(fit, size)
+
+    def on_disk(self, removed: Mapping[str, int], weight_bits: Mapping[str, int]) -> int:
+        """Return the bytes of the files, whether there is a limit on them or not.
+
+        Args:
+            removed: As for `spent`.
+            weight_bits: As for `spent`.
+        """
+        kept = self._kept(removed, weight_bits)
+        return self.other_disk + sum(linear.on_disk(count, bits) for linear, count, bits in kept)
+
+    def _kept(
+        self, removed: Mapping[str, int], weight_bits: Mapping[str, int]
+    ) -> Iterator[tuple[LinearBytes, int, int]]:
+        """Yield each linear with the weights that it keeps and their bits."""
         for name, linear in self.linears.items():
             kept = linear.numel - removed.get(name, 0)
-            bits = weight_bits.get(name, OWN_DTYPE)
-            if self.fit_bytes is not None:
-                memory += linear.in_memory(kept, bits)
-            if self.size_bytes is not None:
-                disk += linear.on_disk(kept, bits)
-        return Spent(
-            fit_bytes=None if self.cache is None else memory + self.cache.at_most(kv_bits),
-            size_bytes=None if self.size_bytes is None else disk,
-        )
+            yield linear, kept, weight_bits.get(name, OWN_DTYPE)
 
     def holds(self, spent: Spent) -> bool:
         """Return whether a profile's bytes are within all limits."""

@@ -16,6 +16,7 @@ from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.space_rules import check_has_budget
 from hf_adaptive_sparse.search.trials import Tally
 
 logger = logging.getLogger(__name__)
@@ -25,13 +26,15 @@ def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -
     """Check what `search` was given.
 
     Raises:
-        ValueError: If a number is out of range, or the metric cannot rank weights once.
+        ValueError: If a number is out of range, the metric cannot rank weights once, or the space
+            lacks a budget.
         TypeError: If the space is none.
     """
     check_count(n_trials, "n_trials")
     check_count(seed, "seed", least=0)
     if not isinstance(space, SearchSpace):
         raise TypeError(f"space must be a SearchSpace, got {type(space).__name__}.")
+    check_has_budget(space)
     if get_metric(metric).updates_weights and space.prunes:
         raise ValueError(
             f"{metric!r} updates the weights that stay, so it cannot rank weights once for all "

@@ -88,8 +88,8 @@ def search_within(
         evaluation: Batches that the searches see.
         held_out: Other batches, that the bound is checked on. The confidence assumes that their
             windows are independent of each other.
-        space: What may be chosen; with weights to prune, ``target_sparsity="free"`` and any
-            ``size_bytes``. Its budget is replaced.
+        space: What may be chosen, without a budget; with weights to prune,
+            ``target_sparsity="free"``.
         max_loss: Relative increase of the dense model's perplexity that is allowed: 0.005 is 0.5 %.
         metric: Metric that ranks the weights.
         n_trials: Trials of each search, of which there are about five.
@@ -104,7 +104,12 @@ def search_within(
             do not suffice.
         SearchError: If no budget that was tried holds.
     """
-    check_bound(max_loss, space, settings)
+    check_bound(
+        max_loss,
+        space,
+        settings.get("objective", "perplexity"),
+        settings.get("timeout_seconds"),
+    )
     seen, unseen = windows_of(evaluation), windows_of(held_out)
     if len(unseen) < FEWEST_WINDOWS:
         raise ValueError(

@@ -64,7 +64,7 @@ class SearchSpace:
 
     Attributes:
         target_sparsity: Mean ratio of weights removed. ``None`` or 0: the weights are left alone.
-            ``"free"``: whatever mean a budget in bytes leads to.
+            ``"free"``: whatever mean a budget in bytes leads to, or the bound of `search_within`.
         sparsity_range: How far a ratio may lie from the target, both ways. 0: every block takes
             the target. Ratios below 0 are cut off. Of no meaning where the mean is free.
         step: Distance of the sampled ratios.

@@ -136,11 +136,6 @@ def check_weight_bits(space: SearchSpace) -> None:
             f"weight_mean_bits must lie between the narrowest and the widest of weight_bits="
             f"{palette}, got {mean}."
         )
-    if len(palette) > 1 and mean is None and not space.in_bytes:
-        raise ValueError(
-            f"weight_bits={palette} leaves the mean open. Set weight_mean_bits, or a budget in "
-            "bytes (size_bytes, or fit_bytes with context_length)."
-        )
 
 
 def check_budget(space: SearchSpace) -> None:
@@ -156,8 +151,23 @@ def check_budget(space: SearchSpace) -> None:
             f"fit_bytes; got context_length={space.context_length}, batch_size={space.batch_size} "
             "and no fit_bytes."
         )
-    if space.is_free and not space.in_bytes:
+
+
+def check_has_budget(space: SearchSpace) -> None:
+    """Refuse a space that leaves a mean to a budget in bytes, and has none.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    if space.in_bytes:
+        return
+    if space.is_free:
         raise ValueError(
             "target_sparsity='free' leaves the mean ratio to a budget in bytes. Set size_bytes, or "
             "fit_bytes with context_length, or give the mean ratio as a number."
+        )
+    if space.searches_weight_bits and space.weight_mean_bits is None:
+        raise ValueError(
+            f"weight_bits={space.weight_bits} leaves the mean open. Set weight_mean_bits, or a "
+            "budget in bytes (size_bytes, or fit_bytes with context_length)."
         )
