@@ -196,8 +196,8 @@ class FreeSplit(KVPlan):
                 "does. Leave the cache alone: kv_bits=None."
             )
         allocation = None
-        if space.mean_kv_bits is not None:
-            mean = Fraction(repr(space.mean_kv_bits))
+        if space.held_kv_mean is not None:
+            mean = Fraction(repr(space.held_kv_mean))
             sizes = tuple(unit.size for unit in units)
             allocation = BitAllocation(sizes, palette, mean, "kv_mean_bits")
         return cls(units, palette, len(widths), allocation)

@@ -180,7 +180,7 @@ def _kept(found: Candidate, narrowest: Candidate, space: SearchSpace) -> str:
     """Return which exact means, that the caller asked for, the narrower profile would not have."""
     means = []
     if _has_mean(KV, space) and found.kv_cache != narrowest.kv_cache:
-        means.append(f"{space.mean_kv_bits:g} KV bits")
+        means.append(f"{space.held_kv_mean:g} KV bits")
     if _has_mean(WEIGHTS, space) and found.weight_bits != narrowest.weight_bits:
         means.append(f"{space.weight_mean_bits:g} weight bits")
     return " and ".join(means)
@@ -188,4 +188,4 @@ def _kept(found: Candidate, narrowest: Candidate, space: SearchSpace) -> str:
 
 def _has_mean(part: str, space: SearchSpace) -> bool:
     """Return whether bits have an exact mean, also one that comes of an equal split."""
-    return (space.mean_kv_bits if part == KV else space.weight_mean_bits) is not None
+    return (space.held_kv_mean if part == KV else space.weight_mean_bits) is not None

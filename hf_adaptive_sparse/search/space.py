@@ -259,7 +259,7 @@ class SearchSpace:
         return round(start - down * self.step, 12), round(start + up * self.step, 12)
 
     @property
-    def mean_kv_bits(self) -> float | None:
+    def held_kv_mean(self) -> float | None:
         """The mean KV bits that every profile has; ``None`` if they differ or there are none."""
         if self.kv_bits is None:
             return None

@@ -19,7 +19,7 @@ def test_the_default_is_the_papers():
     assert space.step == 0.025
     assert space.blocks == 8
     assert space.kv_bits == (6, 8)
-    assert space.mean_kv_bits == 7
+    assert space.held_kv_mean == 7
 
 
 @given(st.integers(1, 100), st.integers(1, 100))
@@ -96,9 +96,9 @@ def test_a_limit_in_bytes_frees_what_it_counts():
     space = SearchSpace(target_sparsity="free", fit_bytes="1GiB", context_length=8)
     assert (space.fit_bytes, space.low, space.high) == (2**30, 0.0, 0.75)
     assert space.kv_split == "free"
-    assert space.mean_kv_bits is None
+    assert space.held_kv_mean is None
     assert space.grid == (0.0, 0.75)
-    assert SearchSpace(target_sparsity="free", size_bytes=9).mean_kv_bits == 7
+    assert SearchSpace(target_sparsity="free", size_bytes=9).held_kv_mean == 7
     form = space.to_dict()
     assert json.loads(json.dumps(form)) == form
     assert SearchSpace(**form) == space
@@ -107,8 +107,8 @@ def test_a_limit_in_bytes_frees_what_it_counts():
 def test_a_mean_asks_for_the_free_split():
     assert SearchSpace().kv_split == "equal"
     space = SearchSpace(kv_bits=(2, 3, 4, 6, 8, 16), kv_mean_bits=4)
-    assert (space.kv_split, space.mean_kv_bits) == ("free", 4)
-    assert SearchSpace(kv_split="free").mean_kv_bits == 7
+    assert (space.kv_split, space.held_kv_mean) == ("free", 4)
+    assert SearchSpace(kv_split="free").held_kv_mean == 7
 
 
 @pytest.mark.parametrize(
