@@ -72,6 +72,11 @@ class KVPlan(ABC):
     def parameters(self) -> dict[str, tuple[float, float]]:
         """Parameters of a trial: name -> lowest and highest value."""
 
+    @property
+    def movable(self) -> tuple[str, ...]:
+        """Parameters that a budget in bytes may move, each a place in the palette."""
+        return ()
+
     @abstractmethod
     def assign(self, values: Mapping[str, float]) -> tuple[LayerBits, ...]:
         """Return ``(key bits, value bits)`` per decoder layer.
@@ -214,13 +219,14 @@ class FreeSplit(KVPlan):
             return {}
         return {self._name(unit): (0.0, float(len(self.palette) - 1)) for unit in self.units}
 
-    def wishes(self, values: Mapping[str, float]) -> list[float]:
-        """Return a trial's wish per unit."""
-        return [values.get(self._name(unit), 0.0) for unit in self.units]
+    @property
+    def movable(self) -> tuple[str, ...]:
+        """The wishes, where no mean holds them."""
+        return () if self.allocation is not None else tuple(map(self._name, self.units))
 
     def assign(self, values: Mapping[str, float]) -> tuple[LayerBits, ...]:
         """Give every unit what it wishes for, as far as the mean allows."""
-        wishes = self.wishes(values)
+        wishes = [values.get(self._name(unit), 0.0) for unit in self.units]
         if self.allocation is not None:
             return self.layer_bits(self.allocation.nearest(wishes))
         top = len(self.palette) - 1

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import TypeVar
 
 from hf_adaptive_sparse.search.byte_budget import ByteBudget, Spent
 from hf_adaptive_sparse.search.byte_projection import SCALE, Choice, Ratios, project_bytes
-from hf_adaptive_sparse.search.kv_plan import FreeSplit
 from hf_adaptive_sparse.search.kv_split import LayerBits
 from hf_adaptive_sparse.search.on_budget import Candidate
 from hf_adaptive_sparse.search.projection import project_ratios, removal_counts
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+
+_Ratio = TypeVar("_Ratio", int, Fraction)
 
 
 @dataclass(frozen=True)
@@ -32,69 +34,87 @@ class Draw:
     weights: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Held:
+    """What of a draw is settled before any budget in bytes.
+
+    Attributes:
+        ratios: One per group of linears; empty where the mean is free or nothing is pruned.
+        removed: Linear -> weights that it loses; empty likewise.
+        group_bits: Weight bits per group; empty where no mean holds them.
+        kv_bits: ``(key bits, value bits)`` per decoder layer; ``None``: the cache is left alone.
+    """
+
+    ratios: Sequence[float]
+    removed: Mapping[str, int]
+    group_bits: Sequence[int]
+    kv_bits: Sequence[LayerBits] | None
+
+
 def project(draw: Draw, space: SearchSpace, shape: ModelShape) -> Candidate:
     """Return the profile on the budget that is near to what a trial wishes for.
 
     Raises:
         ValueError: If no profile of the space meets a budget in bytes.
     """
+    held = hold_means(draw, space, shape)
+    if shape.budget is not None:
+        return project_onto_bytes(draw, held, space, shape, shape.budget)
+    return build(held, space, shape)
+
+
+def hold_means(draw: Draw, space: SearchSpace, shape: ModelShape) -> Held:
+    """Project a draw onto the exact means of the space."""
     ratios: Sequence[Fraction] = []
+    counts: Sequence[int] = []
     if shape.groups and not space.is_free:
         weights = [sum(shape.numel[name] for name in group.names) for group in shape.groups]
         ratios = project_ratios(draw.ratios, weights, space.target, space.low, space.high)
-    if shape.budget is not None:
-        return project_onto_bytes(draw, ratios, space, shape, shape.budget)
-    per_linear = [
-        ratio for ratio, group in zip(ratios, shape.groups, strict=True) for _ in group.names
-    ]
-    counts = removal_counts(per_linear, list(shape.numel.values())) if ratios else []
-    kv_bits = None if shape.kv is None else shape.kv.assign(draw.kv)
-    return build(
-        [float(ratio) for ratio in ratios],
-        dict(zip(shape.numel, counts, strict=False)),
-        exact_widths(draw, space, shape),
-        kv_bits,
-        space,
-        shape,
+        counts = removal_counts(per_linear(ratios, shape), list(shape.numel.values()))
+    group_bits: Sequence[int] = []
+    if shape.weight_allocation is not None:
+        group_bits = shape.weight_allocation.nearest(
+            draw.weights or [0.0] * len(shape.weight_groups)
+        )
+    return Held(
+        ratios=[float(ratio) for ratio in ratios],
+        removed=dict(zip(shape.numel, counts, strict=True)) if counts else {},
+        group_bits=group_bits,
+        kv_bits=None if shape.kv is None else shape.kv.assign(draw.kv),
     )
 
 
-def build(
-    ratios: Sequence[float],
-    removed: Mapping[str, int],
-    group_bits: Sequence[int],
-    kv_bits: Sequence[LayerBits] | None,
-    space: SearchSpace,
-    shape: ModelShape,
-) -> Candidate:
+def per_linear(ratios: Sequence[_Ratio], shape: ModelShape) -> list[_Ratio]:
+    """Return the ratio of each linear from those of the groups."""
+    return [ratio for ratio, group in zip(ratios, shape.groups, strict=True) for _ in group.names]
+
+
+def build(held: Held, space: SearchSpace, shape: ModelShape) -> Candidate:
     """Put a candidate together.
 
     Args:
-        ratios: One per group of linears.
-        removed: Linear -> weights that it loses.
-        group_bits: One per group that shares a weight width.
-        kv_bits: ``(key bits, value bits)`` per decoder layer; ``None``: the cache is left alone.
+        held: All that it consists of.
         space: The search space.
         shape: The space laid over the model.
     """
     kv_cache, mean_kv_bits = None, None
-    if kv_bits is not None and shape.kv is not None:
-        keys, values = zip(*kv_bits, strict=True)
+    if held.kv_bits is not None and shape.kv is not None:
+        keys, values = zip(*held.kv_bits, strict=True)
         kv_cache = space.kv_config(keys, values)
         mean_kv_bits = shape.kv.mean_bits
         if mean_kv_bits is None:
             mean_kv_bits = kv_cache.mean_bits(shape.kv_widths)
     weight_bits = {
         name: bits
-        for group, bits in zip(shape.weight_groups, group_bits, strict=True)
+        for group, bits in zip(shape.weight_groups, held.group_bits, strict=True)
         for name in group.names
     }
     spent = None
     if shape.budget is not None:
-        spent = shape.budget.spent(removed, weight_bits, kv_bits)
+        spent = shape.budget.spent(held.removed, weight_bits, held.kv_bits)
     return Candidate(
-        block_ratios=tuple(ratios),
-        removed=dict(removed),
+        block_ratios=tuple(held.ratios),
+        removed=dict(held.removed),
         numel=shape.numel,
         kv_cache=kv_cache,
         mean_kv_bits=mean_kv_bits,
@@ -103,25 +123,14 @@ def build(
     )
 
 
-def exact_widths(draw: Draw, space: SearchSpace, shape: ModelShape) -> list[int]:
-    """Return the weight bits of each group where an exact mean or a single width gives them."""
-    if shape.weight_allocation is None or space.weight_bits is None:
-        return []
-    return list(shape.weight_allocation.nearest(draw.weights or [0.0] * len(shape.weight_groups)))
-
-
 def project_onto_bytes(
-    draw: Draw,
-    exact: Sequence[Fraction],
-    space: SearchSpace,
-    shape: ModelShape,
-    budget: ByteBudget,
+    draw: Draw, held: Held, space: SearchSpace, shape: ModelShape, budget: ByteBudget
 ) -> Candidate:
     """Return the profile within the limits in bytes that is near to the wishes.
 
     Args:
         draw: The wishes.
-        exact: The ratios of an exact mean; empty where the mean is free or nothing is pruned.
+        held: What of it is settled.
         space: The search space.
         shape: The space laid over the model.
         budget: The limits.
@@ -129,52 +138,71 @@ def project_onto_bytes(
     Raises:
         ValueError: If no profile of the space meets them; the smallest reachable bytes are named.
     """
-    numels = list(shape.numel.values())
-    fixed_counts: list[int] | None = None
-    if exact:
-        per_linear = [
-            ratio for ratio, group in zip(exact, shape.groups, strict=True) for _ in group.names
-        ]
-        fixed_counts = removal_counts(per_linear, numels)
-    fixed_bits = exact_widths(draw, space, shape)
-    palette = space.weight_bits or ()
-    choices = []
-    if shape.weight_allocation is None:
-        choices = [Choice(wish, len(palette)) for wish in draw.weights]
-    split = shape.kv if isinstance(shape.kv, FreeSplit) and shape.kv.mean_bits is None else None
-    if split is not None:
-        choices += [Choice(wish, len(split.palette)) for wish in split.wishes(draw.kv)]
-    fixed_kv = None if shape.kv is None or split is not None else shape.kv.assign(draw.kv)
-
-    def candidate(ratios: Sequence[int], places: Sequence[int]) -> Candidate:
-        counts = fixed_counts
-        values = [float(ratio) for ratio in exact]
-        if counts is None:
-            spread = [r for r, g in zip(ratios, shape.groups, strict=True) for _ in g.names]
-            counts = [ratio * numel // SCALE for ratio, numel in zip(spread, numels, strict=False)]
-            values = [ratio / SCALE for ratio in ratios]
-        groups = len(choices) - (0 if split is None else len(split.units))
-        bits = fixed_bits or [palette[place] for place in places[:groups]]
-        kv_bits = fixed_kv
-        if split is not None:
-            kv_bits = split.layer_bits([split.palette[place] for place in places[groups:]])
-        removed = dict(zip(shape.numel, counts, strict=True)) if shape.groups else {}
-        return build(values, removed, bits, kv_bits, space, shape)
+    moves = Moves(draw, held, space, shape)
 
     def spent(ratios: Sequence[int], places: Sequence[int]) -> Spent:
-        found = candidate(ratios, places).spent
+        found = moves.candidate(ratios, places).spent
         if found is None:
-            raise TypeError("A candidate under a budget in bytes must be weighed.")
+            raise TypeError("A candidate under a budget in bytes must have its bytes counted.")
         return found
 
-    wishes = Ratios((), 0, 0)
-    if fixed_counts is None:
-        wishes = Ratios(
-            tuple(round(ratio * SCALE) for ratio in draw.ratios),
-            round(space.low * SCALE),
-            round(space.high * SCALE),
-        )
-    found = project_bytes(wishes, choices, lambda r, p: budget.holds(spent(r, p)))
+    ratios, choices = moves.ratios, moves.choices
+    found = project_bytes(ratios, choices, lambda r, p: budget.holds(spent(r, p)))
     if found is None:
-        raise budget.refuse(spent(wishes.shifted(wishes.reach), [0] * len(choices)))
-    return candidate(*found)
+        raise budget.refuse(spent(ratios.shifted(ratios.reach), [0] * len(choices)))
+    return moves.candidate(*found)
+
+
+class Moves:
+    """What of a draw a budget in bytes may move, and the candidate after a move.
+
+    Args:
+        draw: The wishes.
+        held: What of it is settled.
+        space: The search space.
+        shape: The space laid over the model.
+    """
+
+    def __init__(self, draw: Draw, held: Held, space: SearchSpace, shape: ModelShape) -> None:
+        self._held, self._space, self._shape = held, space, shape
+        self.ratios = Ratios((), 0, 0)
+        if space.is_free:
+            wishes = tuple(round(ratio * SCALE) for ratio in draw.ratios)
+            self.ratios = Ratios(wishes, round(space.low * SCALE), round(space.high * SCALE))
+        self._palette = space.weight_bits or ()
+        self._weights: list[Choice] = []
+        if not held.group_bits:
+            self._weights = [Choice(wish, len(self._palette)) for wish in draw.weights]
+        self._kv: dict[str, Choice] = {}
+        if shape.kv is not None and space.kv_bits is not None:
+            self._kv = {
+                name: Choice(draw.kv.get(name, 0.0), len(space.kv_bits))
+                for name in shape.kv.movable
+            }
+
+    @property
+    def choices(self) -> list[Choice]:
+        """The widths of the weights, then those of the KV cache."""
+        return [*self._weights, *self._kv.values()]
+
+    def candidate(self, ratios: Sequence[int], places: Sequence[int]) -> Candidate:
+        """Return the candidate of ratios, in multiples of 1 / `SCALE`, and places in the palettes.
+
+        Args:
+            ratios: One per group whose ratio moves.
+            places: One for each of `choices`.
+        """
+        after = self._held
+        shape = self._shape
+        if ratios:
+            linears = zip(shape.numel.items(), per_linear(ratios, shape), strict=True)
+            removed = {name: ratio * numel // SCALE for (name, numel), ratio in linears}
+            after = replace(after, ratios=[ratio / SCALE for ratio in ratios], removed=removed)
+        if self._weights:
+            bits = [self._palette[place] for place in places[: len(self._weights)]]
+            after = replace(after, group_bits=bits)
+        if self._kv and shape.kv is not None:
+            wishes = map(float, places[len(self._weights) :])
+            kv_bits = shape.kv.assign(dict(zip(self._kv, wishes, strict=True)))
+            after = replace(after, kv_bits=kv_bits)
+        return build(after, self._space, shape)
