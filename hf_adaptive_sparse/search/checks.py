@@ -12,9 +12,11 @@ from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.pruning.covering import check_in_memory
 from hf_adaptive_sparse.pruning.metrics import get_metric
-from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
+from hf_adaptive_sparse.search.candidate import uniform_params
+from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED
+from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.space_rules import check_has_budget
 from hf_adaptive_sparse.search.trials import Tally
@@ -64,6 +66,22 @@ def check_limits(timeout_seconds: object, goal: Goal, space: SearchSpace) -> Non
         raise ValueError(
             "The objective 'bytes' needs ratios to choose from: a space with target_sparsity and "
             "sparsity_range above 0."
+        )
+
+
+def check_left_to_choose(n_trials: int, goal: Goal, space: SearchSpace, shape: ModelShape) -> None:
+    """Check that there is more than the uniform profile to try.
+
+    Raises:
+        SearchError: If there is not.
+    """
+    # On a front each trial draws its mean ratio, whatever else there is to choose.
+    if n_trials > 1 and not goal.sweeps_budget and not uniform_params(space, shape):
+        raise SearchError(
+            "The space leaves nothing to choose on this model: every trial would be the uniform "
+            f"profile ({len(shape.blocks)} blocks, sparsity_range={space.sparsity_range}, "
+            f"kv_bits={space.kv_bits}). Use more blocks, a wider range or two KV widths, or "
+            "has.prune, which needs no search."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,71 @@ Data = Sequence[Mapping[str, torch.Tensor]] | str | os.PathLike[str] | Calibrati
 
 EVALUATION_SAMPLES = 64
 """Windows or questions an evaluation takes unless told otherwise."""
+
+SPLITS = {"calibration": "train", "evaluation": "validation", "held_out": "test"}
+"""Splits of a Hub dataset that names none itself."""
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """The batches of a search.
+
+    Attributes:
+        calibration: What the weights are ranked on; ``None`` where none are needed.
+        evaluation: What profiles are scored on.
+        held_out: What the best profile is compared on in the end; ``None``: it is not.
+        calibration_config: How the calibration batches were made; ``None`` for ready batches.
+    """
+
+    calibration: list[Batch] | None
+    evaluation: list[Batch]
+    held_out: list[Batch] | None
+    calibration_config: CalibrationConfig | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        calibration: Data,
+        evaluation: Data,
+        held_out: Data,
+        ranks: bool,
+    ) -> SearchData:
+        """Make the batches of what `search` was given.
+
+        Args:
+            model: The model that they are for.
+            processor: Its processor or tokenizer.
+            calibration: As for `search`.
+            evaluation: As for `search`.
+            held_out: As for `search`.
+            ranks: Whether calibration data are needed.
+
+        Raises:
+            ValueError: If data are named but there is no processor.
+            DataError: If data cannot be read or do not suffice.
+        """
+
+        def batches(what: str, data: Data, config: CalibrationConfig | None) -> list[Batch]:
+            return resolve(data, config, model, processor, what=what, split=SPLITS[what])
+
+        config = as_config(calibration, CalibrationConfig()) if ranks else None
+        defaults = CalibrationConfig(num_samples=EVALUATION_SAMPLES)
+        return cls(
+            calibration=batches("calibration", calibration, config) if ranks else None,
+            evaluation=batches("evaluation", evaluation, as_config(evaluation, defaults)),
+            held_out=None
+            if held_out is None
+            else batches("held_out", held_out, as_config(held_out, defaults)),
+            calibration_config=config,
+        )
+
+    @property
+    def image_weight(self) -> float:
+        """Weight of an image token in the statistics."""
+        return 1.0 if self.calibration_config is None else self.calibration_config.image_weight
 
 
 def as_config(data: Data, defaults: CalibrationConfig) -> CalibrationConfig | None:
