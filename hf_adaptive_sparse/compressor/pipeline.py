@@ -37,11 +37,11 @@ from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.report import PruningReport
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
-from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output
 
 

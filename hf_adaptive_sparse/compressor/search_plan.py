@@ -18,13 +18,13 @@ from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.errors import StudyMismatch
 from hf_adaptive_sparse.search.loss_budgets import check_bound
 from hf_adaptive_sparse.search.max_loss import FinalPrune, search_within
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.space_rules import check_has_budget
 from hf_adaptive_sparse.search.study import search
-from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import is_partial
 
 JOURNAL = "search.journal"

@@ -11,9 +11,9 @@ from hf_adaptive_sparse.compressor.companions import companions
 from hf_adaptive_sparse.compressor.saving import save_search
 from hf_adaptive_sparse.compressor.search_plan import JOURNAL, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output, staged_folder
 
 BOUND_FILE = "max_loss.json"

@@ -12,13 +12,13 @@ from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.pruning.covering import check_in_memory
 from hf_adaptive_sparse.pruning.metrics import get_metric
-from hf_adaptive_sparse.search.candidate import uniform_params
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.space_rules import check_has_budget
+from hf_adaptive_sparse.search.suggesting import uniform_params
 from hf_adaptive_sparse.search.trials import Tally
 
 logger = logging.getLogger(__name__)

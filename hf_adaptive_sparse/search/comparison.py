@@ -18,14 +18,15 @@ import torch
 
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.candidate import Candidate, suggest
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
 from hf_adaptive_sparse.search.losses import Loss
+from hf_adaptive_sparse.search.narrowing_result import narrowing_of
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest
 from hf_adaptive_sparse.search.trials import tally
-from hf_adaptive_sparse.search.width_steps import narrowing_of
 
 if TYPE_CHECKING:
     from optuna.study import Study

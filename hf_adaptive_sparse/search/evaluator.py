@@ -27,7 +27,7 @@ from hf_adaptive_sparse.pruning.quantising import QuantisedModel, quantised
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.description import candidate_bytes, layer_settings
 from hf_adaptive_sparse.search.errors import TrialFailure
-from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
+from hf_adaptive_sparse.search.evaluation_result import Evaluation, Reporter
 from hf_adaptive_sparse.search.failures import failures
 from hf_adaptive_sparse.search.linear_bytes import GROUP_SIZES, LinearBytes
 from hf_adaptive_sparse.search.losses import Losses

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hf_adaptive_sparse.search.candidate import Candidate, suggest, uniform_params
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest, uniform_params
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial

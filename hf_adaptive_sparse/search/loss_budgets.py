@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.search.byte_budget import ByteBudget
 from hf_adaptive_sparse.search.byte_sizes import format_bytes
-from hf_adaptive_sparse.search.candidate import uniform_params
 from hf_adaptive_sparse.search.data import fills_a_block, longest_window
 from hf_adaptive_sparse.search.increase import Batches
 from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import uniform_params
 
 SIZES = 16
 """Sizes between the smallest and the largest reachable that are told apart."""

@@ -32,7 +32,7 @@ from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.comparison import windows_of
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
 from hf_adaptive_sparse.search.increase import Batches, increase_of, losses_under
-from hf_adaptive_sparse.search.indistinct import without_indistinct
+from hf_adaptive_sparse.search.indistinct_widths import without_indistinct
 from hf_adaptive_sparse.search.loss_budgets import (
     BYTES,
     budget_text,
@@ -42,10 +42,10 @@ from hf_adaptive_sparse.search.loss_budgets import (
     spaces_by_budget,
 )
 from hf_adaptive_sparse.search.losses import Loss
+from hf_adaptive_sparse.search.max_loss_result import CONFIDENCE, WithinLoss
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
-from hf_adaptive_sparse.search.within_loss import CONFIDENCE, WithinLoss
 
 logger = logging.getLogger(__name__)
 

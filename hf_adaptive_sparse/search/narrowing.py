@@ -1,14 +1,13 @@
-"""Whether the best profile needs its widest bits, or narrower ones do as well.
+"""The comparison of the best profile with narrower ones, made when a search ends.
 
-When a search ends, the best profile is read window by window as it is, then with its widest KV bits
-(and weight bits, where those are chosen, too) cut down to the next narrower width of the palette,
-and so on. As long as the perplexity rises by less than `width_steps.MARGIN`, at 95 % confidence,
-the widths are said not to differ. All are compared with the profile that was found, so that small
-losses do not add up unseen. A margin, and not merely an interval that holds 0: on too few windows
-any interval does.
+The best profile is scored window by window as it is, then with its widest KV bits (and weight bits,
+where those are searched) cut down to the next narrower width of the palette, and so on. While the
+perplexity rises by less than `MARGIN` at 95 % confidence, the widths count as equally good. Each
+profile is compared with the one that was found, so that small losses cannot add up unnoticed. A
+margin is needed because on too few windows any interval contains 0.
 
-Under a budget in bytes, which is a ceiling, the narrower profile takes the best one's place. A mean
-that was asked for is kept, and it is said what the narrower profile would save.
+Under a budget in bytes, which is an upper limit, the narrower profile replaces the best one. A mean
+that was asked for is kept, and the log says what the narrower profile would save.
 """
 
 from __future__ import annotations
@@ -24,11 +23,7 @@ from hf_adaptive_sparse.search.data import fills_a_block
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
 from hf_adaptive_sparse.search.increase import increase_of
-from hf_adaptive_sparse.search.objectives import Goal
-from hf_adaptive_sparse.search.shape import ModelShape
-from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.trials import tally
-from hf_adaptive_sparse.search.width_steps import (
+from hf_adaptive_sparse.search.narrowing_result import (
     CONFIDENCE,
     KV,
     NARROWER,
@@ -37,6 +32,10 @@ from hf_adaptive_sparse.search.width_steps import (
     WidthStep,
     narrowing_of,
 )
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.trials import tally
 
 if TYPE_CHECKING:
     from optuna.study import Study

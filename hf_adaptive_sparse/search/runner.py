@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from hf_adaptive_sparse.search.candidate import (
-    Candidate,
-    suggest,
-    uniform_candidate,
-)
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.claims import claim
 from hf_adaptive_sparse.search.errors import TrialFailure, TrialsFailed
-from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
+from hf_adaptive_sparse.search.evaluation_result import Evaluation, Reporter
 from hf_adaptive_sparse.search.front import suggest_on_front
 from hf_adaptive_sparse.search.recovery import recover
 from hf_adaptive_sparse.search.samplers import as_sampler
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest, uniform_candidate
 from hf_adaptive_sparse.search.trials import (
     DUPLICATE_OF,
     FAILURE,

@@ -86,7 +86,7 @@ def as_sampler(sampler: BaseSampler | str, seed: int) -> BaseSampler:
     """Return an Optuna sampler: the one given, or the named one, seeded trial by trial."""
     if not isinstance(sampler, str):
         return sampler
-    from hf_adaptive_sparse.search.sampling import PerTrialSampler
+    from hf_adaptive_sparse.search.per_trial_sampler import PerTrialSampler
 
     return PerTrialSampler(sampler_maker(sampler), seed)
 

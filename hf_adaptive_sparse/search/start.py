@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.profiles import KVCacheConfig
-from hf_adaptive_sparse.search.candidate import params_for, uniform_params
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.kv_plan import FreeSplit
@@ -21,6 +20,7 @@ from hf_adaptive_sparse.search.sensitivity import (
 )
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import params_for, uniform_params
 
 if TYPE_CHECKING:
     from optuna.study import Study

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES
 from hf_adaptive_sparse.pruning.metrics import get_metric
-from hf_adaptive_sparse.search.candidate import uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.checks import (
     check_arguments,
     check_left_to_choose,
@@ -50,6 +49,7 @@ from hf_adaptive_sparse.search.storage import (
     quiet_optuna,
     storage_errors,
 )
+from hf_adaptive_sparse.search.suggesting import uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.trials import tally
 
 if TYPE_CHECKING:

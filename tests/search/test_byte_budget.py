@@ -13,10 +13,10 @@ from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.search.byte_budget import ByteBudget
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
-from hf_adaptive_sparse.search.candidate import suggest, uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.linear_bytes import LinearBytes
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest, uniform_candidate, uniform_params
 from tests.families.tiny_models import tiny_model
 
 KV = {"kv_group_size": 16, "kv_residual_length": 8}

@@ -15,9 +15,9 @@ from hf_adaptive_sparse.search import opening, recovery, worker
 from hf_adaptive_sparse.search.claims import TICKET, claim, judge
 from hf_adaptive_sparse.search.errors import SearchError
 from hf_adaptive_sparse.search.opening import FINGERPRINT, open_study
+from hf_adaptive_sparse.search.per_trial_sampler import trial_place
 from hf_adaptive_sparse.search.recovery import KILLS, MOST_KILLS, recover
 from hf_adaptive_sparse.search.runner import has_work
-from hf_adaptive_sparse.search.sampling import trial_place
 from hf_adaptive_sparse.search.trials import (
     DIGEST,
     FAILURE,

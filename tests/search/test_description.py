@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.description import candidate_bytes, layer_settings
 from hf_adaptive_sparse.search.linear_bytes import LinearBytes
-from hf_adaptive_sparse.search.on_budget import Candidate
 
 NAMES = [f"model.layers.{layer}.{part}" for layer in range(3) for part in ("q", "up")]
 KV = KVCacheConfig(key_bits=(8, 6, 8), value_bits=(8, 6, 8))

@@ -17,7 +17,7 @@ from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, K
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search.errors import SearchError, StorageError, TrialFailure
-from hf_adaptive_sparse.search.evaluation import Evaluation
+from hf_adaptive_sparse.search.evaluation_result import Evaluation
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from hf_adaptive_sparse.search.byte_budget import ByteBudget, Spent
 from hf_adaptive_sparse.search.byte_projection import SCALE, Choice, Ratios, project_bytes
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.kv_split import LayerBits
-from hf_adaptive_sparse.search.on_budget import Candidate
-from hf_adaptive_sparse.search.projection import project_ratios, removal_counts
+from hf_adaptive_sparse.search.ratio_projection import project_ratios, removal_counts
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.increase import increase_of
 from hf_adaptive_sparse.search.losses import Loss
+from hf_adaptive_sparse.search.max_loss_result import CONFIDENCE
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.within_loss import CONFIDENCE
 
 logger = logging.getLogger(__name__)
 
