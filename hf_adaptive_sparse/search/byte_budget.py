@@ -24,7 +24,7 @@ from hf_adaptive_sparse.architecture import Prunable, parameter_name, prunable_w
 from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import stored_kinds
 from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks
-from hf_adaptive_sparse.search.byte_sizes import format_bytes
+from hf_adaptive_sparse.search.byte_sizes import exact_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
 from hf_adaptive_sparse.search.kv_split import LayerBits
 from hf_adaptive_sparse.search.linear_bytes import OWN_DTYPE, LinearBytes
@@ -166,8 +166,8 @@ class ByteBudget:
         for name in ("fit_bytes", "size_bytes"):
             limit, count = getattr(self, name), getattr(smallest, name)
             if limit is not None and count > limit:
-                least = format_bytes(count)
-                exceeded.append(f"{name} is {format_bytes(limit)}, the smallest reachable {least}")
+                least = exact_bytes(count)
+                exceeded.append(f"{name} is {exact_bytes(limit)}, the smallest reachable {least}")
                 in_memory |= name == "fit_bytes"
         # The cache takes memory, and nothing of the files.
         smaller = "narrower weight_bits"

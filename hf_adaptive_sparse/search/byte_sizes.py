@@ -49,7 +49,7 @@ def parse_bytes(size: object, what: str) -> int:
     return count
 
 
-def format_bytes(count: int) -> str:
+def exact_bytes(count: int) -> str:
     """Return a number of bytes for a message, exact and readable: ``6,442,450,944 bytes (6 GiB)``.
 
     Below one MiB the exact number alone.

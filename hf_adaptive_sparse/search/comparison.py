@@ -21,6 +21,7 @@ from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
+from hf_adaptive_sparse.search.increase import CONFIDENCE
 from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.narrowing_result import narrowing_of
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -40,7 +41,6 @@ HELD_OUT = "held_out"
 NARROWED = "narrowed"
 """Key of the comparison: whether it is of a narrower profile than the best trial's."""
 
-CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 DRAWS_HELD = 1 << 20

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch, load_batches
 from hf_adaptive_sparse.evaluation.digests import batches_digest
+from hf_adaptive_sparse.evaluation.windows import longest_window, unfilled_block
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.search.space import SearchSpace
 
@@ -146,21 +147,16 @@ def warn_of_weak_evaluation(
     evaluation: Sequence[Batch], calibration: Sequence[Batch] | None, space: SearchSpace
 ) -> None:
     """Log what would make the search's values mean little."""
-    windows = sum(_shape(batch)[0] for batch in evaluation)
+    windows = sum(_rows(batch) for batch in evaluation)
     if windows < 2:
         logger.warning(
             "The evaluation set holds a single window: its perplexity will hardly tell profiles "
             "apart. Use more data (the default is %d windows).",
             EVALUATION_SAMPLES,
         )
-    if space.searches_kv and not fills_a_block(evaluation, space):
-        logger.warning(
-            "No evaluation window (longest: %d tokens) fills a block of the KV cache "
-            "(kv_residual_length=%d), so nothing is quantised and KV bits make no difference. Use "
-            "longer windows or a shorter residual.",
-            longest_window(evaluation),
-            space.kv_residual_length,
-        )
+    remark = short_windows(evaluation, space) if space.searches_kv else None
+    if remark is not None:
+        logger.warning("Evaluation data: %s", remark)
     if calibration is not None and batches_digest(calibration) == batches_digest(evaluation):
         logger.warning(
             "Calibration and evaluation data are the same: the best profile will look better than "
@@ -168,16 +164,11 @@ def warn_of_weak_evaluation(
         )
 
 
-def longest_window(batches: Sequence[Mapping[str, torch.Tensor]]) -> int:
-    """Return the tokens of the longest window."""
-    return max(_shape(batch)[1] for batch in batches)
+def short_windows(batches: Sequence[Mapping[str, torch.Tensor]], space: SearchSpace) -> str | None:
+    """Return why the KV bits of a space make no difference on data; ``None`` if they make one."""
+    return unfilled_block(longest_window(batches), space.kv_config(8, 8))
 
 
-def fills_a_block(batches: Sequence[Mapping[str, torch.Tensor]], space: SearchSpace) -> bool:
-    """Return whether a window is long enough for the KV bits of a space to make a difference."""
-    return longest_window(batches) >= space.kv_residual_length
-
-
-def _shape(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+def _rows(batch: Mapping[str, torch.Tensor]) -> int:
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return tokens.shape[0], tokens.shape[1]
+    return tokens.shape[0]

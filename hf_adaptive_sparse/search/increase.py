@@ -20,6 +20,9 @@ from hf_adaptive_sparse.search.losses import Loss
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 
+CONFIDENCE = 0.95
+"""Level of every interval and bound that a search states."""
+
 _HIGHEST = 700.0
 """Largest difference of mean losses whose exponential is still a float."""
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.increase import increase_of
+from hf_adaptive_sparse.search.increase import CONFIDENCE, increase_of
 from hf_adaptive_sparse.search.losses import Loss
-from hf_adaptive_sparse.search.max_loss_result import CONFIDENCE
 from hf_adaptive_sparse.search.space import SearchSpace
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from numbers import Real
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.search.byte_budget import ByteBudget
-from hf_adaptive_sparse.search.byte_sizes import format_bytes
-from hf_adaptive_sparse.search.data import fills_a_block, longest_window
+from hf_adaptive_sparse.search.byte_sizes import exact_bytes
+from hf_adaptive_sparse.search.data import short_windows
 from hf_adaptive_sparse.search.increase import Batches
 from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -74,12 +74,9 @@ def check_lengths(windows: Batches, space: SearchSpace, what: str) -> None:
     Raises:
         ValueError: If no window fills a block of the cache.
     """
-    if space.kv_bits is not None and not fills_a_block(windows, space):
-        raise ValueError(
-            f"No {what} window (longest: {longest_window(windows)} tokens) fills a block of the KV "
-            f"cache ({space.kv_residual_length} tokens), so no bits of it make a difference there. "
-            "Give longer windows, or leave the KV bits out."
-        )
+    remark = None if space.kv_bits is None else short_windows(windows, space)
+    if remark is not None:
+        raise ValueError(f"{what} data: {remark} Or leave the KV bits out.")
 
 
 def kv_alone(space: SearchSpace) -> bool:
@@ -146,4 +143,4 @@ def _by_bits(model: PreTrainedModel, space: SearchSpace) -> dict[float, SearchSp
 
 def budget_text(budget: float, unit: str) -> str:
     """Return a budget for a person to read."""
-    return f"{format_bytes(int(budget))} on disk" if unit == BYTES else f"{budget:g} {unit}"
+    return f"{exact_bytes(int(budget))} on disk" if unit == BYTES else f"{budget:g} {unit}"

@@ -31,7 +31,7 @@ from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.comparison import windows_of
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
-from hf_adaptive_sparse.search.increase import Batches, increase_of, losses_under
+from hf_adaptive_sparse.search.increase import CONFIDENCE, Batches, increase_of, losses_under
 from hf_adaptive_sparse.search.indistinct_widths import without_indistinct
 from hf_adaptive_sparse.search.loss_budgets import (
     BYTES,
@@ -42,7 +42,7 @@ from hf_adaptive_sparse.search.loss_budgets import (
     spaces_by_budget,
 )
 from hf_adaptive_sparse.search.losses import Loss
-from hf_adaptive_sparse.search.max_loss_result import CONFIDENCE, WithinLoss
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 LOOKS = 3
 """Budgets that are held against the held-out data at most; the error is shared among them."""
 
-FEWEST_WINDOWS = 16
+FEWEST_TO_BOUND = 16
 """Windows that a bound needs."""
 
 FinalPrune = Callable[[SearchResult], AbstractContextManager[KVCacheChoice]]
@@ -114,12 +114,12 @@ def search_within(
         settings.get("timeout_seconds"),
     )
     seen, unseen = windows_of(evaluation), windows_of(held_out)
-    if len(unseen) < FEWEST_WINDOWS:
+    if len(unseen) < FEWEST_TO_BOUND:
         raise ValueError(
-            f"A bound on the loss needs at least {FEWEST_WINDOWS} held-out windows, got "
+            f"A bound on the loss needs at least {FEWEST_TO_BOUND} held-out windows, got "
             f"{len(unseen)}. Give more data, or shorter windows."
         )
-    for what, windows in (("evaluation", seen), ("held-out", unseen)):
+    for what, windows in (("Evaluation", seen), ("Held-out", unseen)):
         check_lengths(windows, space, what)
     excluded = tuple(modules_to_not_convert or ())
     spaces, unit = spaces_by_budget(model, space, excluded)
@@ -127,7 +127,7 @@ def search_within(
     if not sum(count for _, count in dense):
         raise ValueError("No token of the evaluation data is scored: are all labels -100?")
     indistinct: tuple[tuple[int, int], ...] = ()
-    if len(seen) >= FEWEST_WINDOWS:
+    if len(seen) >= FEWEST_TO_BOUND:
         space, indistinct = without_indistinct(
             space, lambda profile: losses_under(model, seen, profile)
         )

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING
 
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.comparison import windows_of
-from hf_adaptive_sparse.search.data import fills_a_block
+from hf_adaptive_sparse.search.data import short_windows
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
-from hf_adaptive_sparse.search.increase import increase_of
+from hf_adaptive_sparse.search.increase import CONFIDENCE, increase_of
 from hf_adaptive_sparse.search.narrowing_result import (
-    CONFIDENCE,
     KV,
     NARROWER,
     WEIGHTS,
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEWEST_WINDOWS = 8
+FEWEST_TO_COMPARE = 8
 """Windows below which nothing is compared."""
 
 OBJECTIVES = ("perplexity", "answers")
@@ -52,10 +51,11 @@ OBJECTIVES = ("perplexity", "answers")
 
 def is_due(study: Study, space: SearchSpace, goal: Goal, evaluation: Batches) -> bool:
     """Return whether widths are to be compared, and are not yet, for a study's best trial."""
-    chosen = (space.searches_kv and fills_a_block(evaluation, space)) or space.searches_weight_bits
+    seen = space.searches_kv and short_windows(evaluation, space) is None
+    chosen = seen or space.searches_weight_bits
     if not chosen or goal.to_json() not in OBJECTIVES:
         return False
-    if len(windows_of(evaluation)) < FEWEST_WINDOWS:
+    if len(windows_of(evaluation)) < FEWEST_TO_COMPARE:
         return False
     stored = narrowing_of(study.user_attrs, tally(study).best_number)
     return stored is None or not stored.repeatable
@@ -92,7 +92,7 @@ def narrow_on(
     try:
         before = evaluator.losses(found, windows)
         # KV bits make no difference on windows that fill no block of the cache.
-        for part in (KV, WEIGHTS) if fills_a_block(windows, space) else (WEIGHTS,):
+        for part in (KV, WEIGHTS) if short_windows(windows, space) is None else (WEIGHTS,):
             if _kept(found, narrowest, space) and not _has_mean(part, space):
                 # KV bits that their mean keeps must not keep the weights' bits from being taken.
                 narrowest, kept_back = found, narrowest

@@ -25,7 +25,7 @@ from hf_adaptive_sparse.search.space_rules import (
     check_number,
     check_palette,
     check_sparsity,
-    check_weight_bits,
+    check_weight_palette,
 )
 
 FREE = "free"
@@ -168,7 +168,7 @@ class SearchSpace:
         check_budget(self)
         check_sparsity(self)
         check_kv(self)
-        check_weight_bits(self)
+        check_weight_palette(self)
         if not self.prunes and self.kv_bits is None and self.weight_bits is None:
             raise ValueError(
                 "The space is empty: target_sparsity is 0, kv_bits and weight_bits are None. Set "

@@ -119,7 +119,7 @@ def check_kv(space: SearchSpace) -> None:
         )
 
 
-def check_weight_bits(space: SearchSpace) -> None:
+def check_weight_palette(space: SearchSpace) -> None:
     """Hold the weights' widths against their mean and the budget."""
     palette, mean = space.weight_bits, space.weight_mean_bits
     if palette is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from hf_adaptive_sparse.search.kv_plan import FreeSplit
 from hf_adaptive_sparse.search.kv_sensitivity import KVSensitivity, measure_kv_sensitivity
 from hf_adaptive_sparse.search.sensitivity import (
     Sensitivity,
-    logger,
     mean_loss,
     measure_sensitivity,
     probe_losses,
@@ -24,6 +24,8 @@ from hf_adaptive_sparse.search.suggesting import params_for, uniform_params
 
 if TYPE_CHECKING:
     from optuna.study import Study
+
+logger = logging.getLogger(__name__)
 
 SENSITIVITY = "sensitivity"
 """Study attribute: what was measured of the groups of linears."""

@@ -133,7 +133,7 @@ def test_what_contradicts_the_bound_is_refused_in_one_line(within, tmp_path, fla
 def test_windows_that_quantise_nothing_are_refused(within):
     code, _, err = within("--max-loss", "0.5%", *KV_ALONE, length=32)
     assert code == 2
-    assert "fills a block of the KV cache (128 tokens)" in err
+    assert "fills a block of the KV cache (residual_length=128)" in err
 
 
 def test_compress_leaves_the_smallest_model_within_the_loss(within, tmp_path):
