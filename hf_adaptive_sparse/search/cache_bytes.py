@@ -1,9 +1,9 @@
-"""How many bytes a KV cache takes at most at a length, for any bits, without filling one.
+"""The most bytes that a KV cache takes at a given length, computed without filling one.
 
-The bytes of a block are the codecs' own figures; how many blocks and unpacked tokens a layer holds,
-and how much room its buffers may have beyond them, follows `kvcache.store` and `kvcache.buffer`.
-Whichever way the cache was filled (a prompt, token by token, both), up to the length it never holds
-more. Assisted decoding, which keeps a further block of every layer unpacked, is not in it.
+The bytes of a block are the codecs' own figures. The number of blocks and unpacked tokens of a
+layer, and the spare room of its buffers, follow `kvcache.store` and `kvcache.buffer`. The bound
+holds however the cache was filled: by a prompt, token by token, or both. It does not cover assisted
+decoding, which keeps a further block of every layer unpacked.
 """
 
 from __future__ import annotations

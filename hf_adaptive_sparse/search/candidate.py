@@ -1,4 +1,4 @@
-"""A profile on the budget: what a trial evaluates, and what is stored of it."""
+"""A profile that meets the budget: what a trial evaluates and stores."""
 
 from __future__ import annotations
 

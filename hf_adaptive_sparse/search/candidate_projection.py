@@ -1,4 +1,4 @@
-"""From what a trial wishes for to the profile on the budget that is near to it."""
+"""Projects what a trial wishes for onto the budget: the nearest profile that meets it."""
 
 from __future__ import annotations
 

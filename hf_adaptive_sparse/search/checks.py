@@ -1,4 +1,4 @@
-"""Checks of what a search is given and of what it came to."""
+"""Checks of the arguments of a search and of its outcome."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The best profile against the uniform one on data that the search did not see.
+"""Comparison of the best profile with the uniform one on data that the search did not see.
 
-The best profile is the one that a search returns: the narrower one where that took its place. Both
-are read window by window on the same masks that trials are evaluated on, and compared in pairs:
-windows differ far more from each other than profiles do. The interval is a bootstrap over windows.
+The best profile is the one that a search returns, which may be the narrower one (see `narrowing`).
+Both are scored window by window with the masks that trials are evaluated with, and compared in
+pairs, since windows differ far more from each other than profiles do. The interval is a bootstrap
+over windows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calibration and evaluation data of a search, from a name, a path, a config or batches."""
+"""The calibration and evaluation data of a search, from a name, a path, a config or batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from a profile alone: what it changes in each layer, and the bytes it leaves."""
+"""What follows from a profile alone: its settings per layer, and its bytes in a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Evaluating a profile: masks and cache are changed, the model and its rankings stay.
+"""Evaluates profiles by changing masks and KV bits, never the weights.
 
-The weights are scored once, from dense activations. A trial flips the masks of the linears whose
-count changed since the trial before, and is scored batch by batch through the KV cache of its
-profile, so that it can be given up after a few batches. Nothing is written into the weights, and
+The weights are scored once, from dense activations. A trial flips the masks of those linears whose
+count differs from the trial before, and is scored batch by batch through the KV cache of its
+profile, so that it can be stopped after a few batches. Nothing is written into the weights, and
 the model is exactly as before when the search ends.
 """
 

@@ -1,8 +1,8 @@
-"""The budget as one more choice: what a Pareto front of quality against bytes samples.
+"""Samples the mean ratio as well, for a Pareto front of quality against bytes.
 
-Under an exact budget every profile has the same size. Where the size is an objective itself, each
-trial first draws the mean ratio that it is to have, from the ratios that the space allows a block,
-and is then projected onto that.
+Under an exact budget every profile has the same size. Where the size is itself an objective, each
+trial first draws its mean ratio from the range that the space allows a block, and is then projected
+onto that mean.
 """
 
 from __future__ import annotations

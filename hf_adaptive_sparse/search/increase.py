@@ -1,4 +1,4 @@
-"""How much worse a profile is than another on the same windows, and how certain that is."""
+"""The relative increase of perplexity between two profiles on the same windows, with bounds."""
 
 from __future__ import annotations
 

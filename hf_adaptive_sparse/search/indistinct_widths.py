@@ -1,4 +1,4 @@
-"""KV widths that a narrower one loses nothing measurable against, before a search."""
+"""Leaves out KV widths that are not measurably better than a narrower one, before a search."""
 
 from __future__ import annotations
 

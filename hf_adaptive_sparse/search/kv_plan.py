@@ -1,4 +1,4 @@
-"""How a space's KV bits become parameters of a trial, and parameters become bits per layer.
+"""Turns a space's KV bits into parameters of a trial, and parameters into bits per layer.
 
 A *unit* is what takes one width: a layer, or its keys and its values apart. Two plans share one
 interface: the equal split (a priority per unit) and the free split (a wish per unit).

@@ -1,4 +1,4 @@
-"""The budgets that a bound on the loss is looked for among, and what excludes such a bound."""
+"""The budgets that are tried for a bound on the loss, and what rules such a bound out."""
 
 from __future__ import annotations
 

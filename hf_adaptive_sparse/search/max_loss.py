@@ -1,15 +1,15 @@
-"""The smallest model, or KV cache, whose loss on held-out data stays within a bound.
+"""Finds the smallest model, or KV cache, whose loss on held-out data stays within a bound.
 
-The reverse of a search under a budget. Budgets are bisected, each with a search of its own on the
-evaluation data, for the smallest whose best profile stays within the bound there. That profile is
-then held against the dense model on held-out data, which no search saw; if the upper bound of its
-increase passes, the next larger budget is looked at.
+This is the reverse of a search under a budget. Budgets are bisected, each with a search of its own
+on the evaluation data, for the smallest one whose best profile stays within the bound there. That
+profile is then compared with the dense model on held-out data, which no search saw. If the upper
+bound of its increase exceeds the allowed loss, the next larger budget is tried.
 
-Profiles are measured as a search evaluates them, with one-shot masks, or as the model is pruned in
-the end, where the caller says how that is done.
+Profiles are measured as a search evaluates them, with one-shot masks, or pruned as the final model
+will be, where the caller says how.
 
-What is bisected need not be monotonic, since a search can be unlucky: a smaller budget than the one
-returned may hold, too. That the one returned holds does not depend on it.
+The loss need not fall steadily with the budget, since a search can be unlucky: a budget smaller
+than the one returned may hold, too. That the returned one holds does not depend on this.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a search for the smallest budget within a loss found."""
+"""The result of a search for the smallest budget within a loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the comparison of the best profile with narrower bits came to, and how it is told."""
+"""The result of comparing the best profile with narrower ones, and its wording."""
 
 from __future__ import annotations
 

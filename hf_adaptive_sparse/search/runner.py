@@ -1,4 +1,4 @@
-"""Running the trials of a study: draw, project, skip what is known, evaluate, store."""
+"""Runs the trials of a study: draw, project, skip known profiles, evaluate, store."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def goes_on(count: Tally, n_trials: int) -> bool:
 
 
 def has_work(count: Tally, n_trials: int) -> bool:
-    """Return whether a trial may begin: an enqueued one, or one beyond all that is owed."""
+    """Return whether a trial may begin: an enqueued one, or one beyond all that are pending."""
     under_way = count.attempts + len(count.running)
-    return under_way < n_trials and (bool(count.waiting) or under_way + count.owed < n_trials)
+    return under_way < n_trials and (bool(count.waiting) or under_way + count.pending < n_trials)
 
 
 class TrialRunner:

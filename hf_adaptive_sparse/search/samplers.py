@@ -1,6 +1,6 @@
-"""The samplers of a search by name.
+"""The samplers of a search, by name.
 
-A new one is a function with `@register_sampler` here, or an Optuna sampler of one's own passed to
+To add one, write a function with `@register_sampler` here, or pass an Optuna sampler to
 ``search(sampler=...)``.
 """
 

@@ -1,4 +1,4 @@
-"""What a search has to know of a model: what shares a ratio, a weight width, and KV bits."""
+"""The parts of a model that a search chooses for: what shares a ratio, a weight width, KV bits."""
 
 from __future__ import annotations
 

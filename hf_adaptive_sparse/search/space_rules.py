@@ -1,4 +1,4 @@
-"""The rules that a search space is held to: single values first, then what they say together."""
+"""The rules that a search space must meet: single values first, then their combinations."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where a study is kept: any Optuna storage, opened from a name.
+"""Opens the storage of a study: any Optuna storage, by name.
 
-Optuna's heartbeats are left off: only databases have them. Which running trials are alive is told
-alike on every storage, see `worker`.
+Optuna's heartbeats are not used, since only databases have them. Whether a running trial is alive
+is found out in the same way on every storage, see `worker`.
 """
 
 from __future__ import annotations

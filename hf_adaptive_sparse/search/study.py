@@ -1,8 +1,8 @@
 """`search`: find the best profile under an exact budget with Optuna, resumably.
 
 Every trial is stored as it ends. The draw of a trial depends on the seed and on how many trials
-were carried through before it, so a search that was killed and resumed tries what an uninterrupted
-one would have tried.
+were carried out before it, so that a search that was killed and resumed tries the same profiles as
+an uninterrupted one.
 """
 
 from __future__ import annotations

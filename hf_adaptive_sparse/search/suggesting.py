@@ -1,4 +1,4 @@
-"""From a trial's parameters to the profile that is evaluated: sample, then project.
+"""Turns a trial's parameters into the profile that is evaluated: sample, then project.
 
 A new kind of choice adds its parameters to `suggest` and to `uniform_params`, and its projection
 to `candidate_projection.project`; nothing else in the search knows what a parameter means.

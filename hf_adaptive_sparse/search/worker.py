@@ -1,9 +1,9 @@
-"""Who runs a trial, and whether it still does.
+"""Which worker runs a trial, and whether that worker is still alive.
 
-Every running trial names its worker. A worker of this machine is alive as long as its process is;
-one of another machine renews a lease, a counter stored with the trial, from a thread of its own.
-How long something has not changed is judged by the reader's own clock, from when the reader first
-saw it: no two machines have to agree on the time.
+Every running trial names its worker. A worker on this machine is alive as long as its process is;
+one on another machine renews a lease, a counter stored with the trial, from a thread of its own.
+How long a lease has not changed is measured by the reader's own clock, from when the reader first
+saw its value, so no two machines have to agree on the time.
 """
 
 from __future__ import annotations
