@@ -50,7 +50,7 @@ class Spent:
     size_bytes: int | None
 
     def to_dict(self) -> dict[str, int]:
-        """Return the figures that there is a limit on."""
+        """Return the bytes that are limited."""
         pairs = (("fit_bytes", self.fit_bytes), ("size_bytes", self.size_bytes))
         return {name: count for name, count in pairs if count is not None}
 
@@ -82,7 +82,7 @@ class ByteBudget:
         space: SearchSpace,
         modules_to_not_convert: Sequence[str] | None = None,
     ) -> ByteBudget:
-        """Lay a space's limits over a model.
+        """Return the limits of a space for a model.
 
         Args:
             model: The dense model, in the dtype that it will be saved in.
@@ -169,7 +169,7 @@ class ByteBudget:
                 least = exact_bytes(count)
                 exceeded.append(f"{name} is {exact_bytes(limit)}, the smallest reachable {least}")
                 in_memory |= name == "fit_bytes"
-        # The cache takes memory, and nothing of the files.
+        # The cache takes memory but no space in the files.
         smaller = "narrower weight_bits"
         if in_memory:
             smaller += " or kv_bits, or a shorter context"
@@ -180,12 +180,12 @@ class ByteBudget:
 
 
 def _limit(size: int | str | None) -> int | None:
-    # The space has parsed texts already.
+    # The space has already parsed the text.
     return None if size is None else int(size)
 
 
 def _tensors(model: nn.Module, *, persistent: bool) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers, shared ones once; of the buffers, maybe only what is saved."""
+    """Return parameters and buffers, shared ones once; if ``persistent``, only what is saved."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters())
     saved = model.state_dict(keep_vars=True) if persistent else {}
     buffers = model.named_buffers()
@@ -195,7 +195,7 @@ def _tensors(model: nn.Module, *, persistent: bool) -> dict[str, torch.Tensor]:
 def _header_bytes(
     stored: Mapping[str, torch.Tensor], weights: Mapping[str, Prunable], *, quantised: bool
 ) -> int:
-    """Return the bytes of the files' headers at most."""
+    """Return the most bytes that the files' headers take."""
     total = sum(t.numel() * t.element_size() for t in stored.values())
     digits = len(str(total))
     kinds = stored_kinds(8 if quantised else 16)

@@ -89,7 +89,7 @@ def project_bytes(
         places[unit] += 1
         if not holds(sparsest, places):
             places[unit] -= 1
-    # The least shift that fits: below it nothing does, at it everything does.
+    # The smallest shift at which the profile fits.
     below, fits = -ratios.reach - 1, ratios.reach
     while fits - below > 1:
         middle = (below + fits) // 2

@@ -66,7 +66,7 @@ class Candidate:
 
     @property
     def digest(self) -> str:
-        """A key that two candidates share exactly if they compress alike."""
+        """A key that two candidates share exactly if they compress a model in the same way."""
         kv_cache = None if self.kv_cache is None else self.kv_cache.to_dict()
         parts: list[Any] = [sorted(self.removed.items()), kv_cache]
         if self.weight_bits:

@@ -36,7 +36,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Held:
-    """What of a draw is settled before any budget in bytes.
+    """The part of a draw that no budget in bytes may change.
 
     Attributes:
         ratios: One per group of linears; empty where the mean is free or nothing is pruned.
@@ -95,7 +95,7 @@ def build(held: Held, space: SearchSpace, shape: ModelShape) -> Candidate:
     Args:
         held: All that it consists of.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
     """
     kv_cache, mean_kv_bits = None, None
     if held.kv_bits is not None and shape.kv is not None:
@@ -132,7 +132,7 @@ def project_onto_bytes(
         draw: The wishes.
         held: What of it is settled.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         budget: The limits.
 
     Raises:
@@ -154,13 +154,13 @@ def project_onto_bytes(
 
 
 class Moves:
-    """What of a draw a budget in bytes may move, and the candidate after a move.
+    """The part of a draw that a budget in bytes may change, and the candidate after a change.
 
     Args:
         draw: The wishes.
         held: What of it is settled.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
     """
 
     def __init__(self, draw: Draw, held: Held, space: SearchSpace, shape: ModelShape) -> None:

@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -> None:
-    """Check what `search` was given.
+    """Check the arguments of `search`.
 
     Raises:
         ValueError: If a number is out of range, the metric cannot rank weights once, or the space
             lacks a budget.
-        TypeError: If the space is none.
+        TypeError: If ``space`` is not a `SearchSpace`.
     """
     check_count(n_trials, "n_trials")
     check_count(seed, "seed", least=0)
@@ -46,10 +46,10 @@ def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -
 
 
 def check_limits(timeout_seconds: object, goal: Goal, space: SearchSpace) -> None:
-    """Check the time limit, and that a size to be found can vary.
+    """Check the time limit, and that the size can vary where it is an objective.
 
     Raises:
-        ValueError: If either is not so.
+        ValueError: If either check fails.
     """
     if timeout_seconds is not None:
         number = isinstance(timeout_seconds, Real) and not isinstance(timeout_seconds, bool)
@@ -86,7 +86,7 @@ def check_left_to_choose(n_trials: int, goal: Goal, space: SearchSpace, shape: M
 
 
 def check_weights(model: nn.Module, names: Iterable[str]) -> None:
-    """Check that the weights whose fate is searched are in memory.
+    """Check that the weights to be compressed are in memory.
 
     Args:
         model: The model.
@@ -102,11 +102,11 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
-    """Check what the trials came to, and log what makes it mean little.
+    """Check the outcome of the trials, and log what makes it unreliable.
 
     Raises:
         TrialsFailed: If all failed.
-        NothingToChoose: If they came out alike.
+        NothingToChoose: If all profiles are the same.
     """
     if not count.completed:
         raise TrialsFailed(f"No trial succeeded. Most often: {count.reasons()}")

@@ -35,7 +35,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim.
+    """The outcome of a claim.
 
     Attributes:
         holder: The trial that has the same profile and came first, finished or running; ``None``
@@ -55,7 +55,7 @@ def claim(study: Study, trial: Trial, digest: str, n_trials: int, watch: Watch) 
         trial: The trial, which has no ticket yet.
         digest: Digest of its profile.
         n_trials: Distinct profiles to be tried in all.
-        watch: Tells which running trials are nobody's any more.
+        watch: Tells which running trials have lost their worker.
     """
     trial.set_user_attr(DIGEST, digest)
     tickets = [t.user_attrs.get(TICKET, 0) for t in study.get_trials(deepcopy=False)]
@@ -79,7 +79,7 @@ def claim(study: Study, trial: Trial, digest: str, n_trials: int, watch: Watch) 
 
 
 def judge(trial: FrozenTrial, count: Tally, n_trials: int) -> Verdict:
-    """Return what becomes of a claim, given all trials at a time when nobody is drawing."""
+    """Return the outcome of a claim, given all trials at a time when no worker is drawing."""
     digest = trial.user_attrs[DIGEST]
     earlier = _before(trial, count.running)
     holders = [t for t in earlier if t.user_attrs[DIGEST] == digest]

@@ -174,7 +174,7 @@ def compare_on(
         study: The study, with a complete trial.
         evaluator: Evaluates profiles on the masked model.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         held_out: Batches that the search did not see.
         draw: What makes a profile of a trial's parameters.
     """
@@ -222,6 +222,6 @@ def held_out_of(attributes: Mapping[str, Any], best: int | None) -> dict[str, An
 
 
 def _narrower(attributes: Mapping[str, Any], best: int | None) -> CompressionProfile | None:
-    """Return the profile that took the place of the best trial's, if one did."""
+    """Return the profile that replaced the best trial's, if one did."""
     narrowing = narrowing_of(attributes, best)
     return narrowing.profile if narrowing is not None and narrowing.taken else None

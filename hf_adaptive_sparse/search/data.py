@@ -91,7 +91,7 @@ class SearchData:
 
 
 def as_config(data: Data, defaults: CalibrationConfig) -> CalibrationConfig | None:
-    """Return how named data are to be made; ``None`` for ready batches."""
+    """Return how to make the batches of named data; ``None`` for ready batches."""
     if isinstance(data, CalibrationConfig):
         return data
     if data is None:
@@ -146,7 +146,7 @@ def resolve(
 def warn_of_weak_evaluation(
     evaluation: Sequence[Batch], calibration: Sequence[Batch] | None, space: SearchSpace
 ) -> None:
-    """Log what would make the search's values mean little."""
+    """Log what makes the search's values unreliable."""
     windows = sum(_rows(batch) for batch in evaluation)
     if windows < 2:
         logger.warning(

@@ -25,7 +25,7 @@ def candidate_bytes(candidate: Candidate, linears: Mapping[str, LinearBytes]) ->
 
 
 def layer_settings(candidate: Candidate, layers_name: str, num_layers: int) -> tuple[Hashable, ...]:
-    """Return, per decoder layer, all that a profile changes in it: what it removes, its bits."""
+    """Return, per decoder layer, everything that a profile sets in it: weights removed and bits."""
     changes: list[list[tuple[str, int, int]]] = [[] for _ in range(num_layers)]
     for name in candidate.numel:
         change = (name, candidate.removed.get(name, 0), candidate.weight_bits.get(name, OWN_DTYPE))

@@ -156,7 +156,7 @@ class Evaluator:
         return candidate_bytes(candidate, self._linears)
 
     def put_in_force(self, candidate: Candidate) -> None:
-        """Lay a profile's masks over the model."""
+        """Apply a profile's masks and weight bits to the model."""
         if self.mask is not None:
             self.mask.apply(candidate.ratios)
             release_freed()  # small masks lie between what large ones were made from
@@ -259,7 +259,7 @@ def open_evaluator(
     Args:
         model: The model; restored on exit, also after an exception.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         uniform: The profile that others are compared with batch by batch.
         calibration: Batches for the activation statistics; ``None`` for metrics without.
         evaluation: Batches that profiles are scored on.

@@ -19,10 +19,10 @@ from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.suggesting import uniform_params
 
 SIZES = 16
-"""Sizes between the smallest and the largest reachable that are told apart."""
+"""Number of steps between the smallest and the largest reachable size."""
 
 BITS_STEP = 0.5
-"""Distance of the mean KV bits that are told apart."""
+"""Distance between the mean KV bits that are tried."""
 
 BITS, BYTES = "mean KV bits", "bytes on disk"
 
@@ -69,7 +69,7 @@ def check_bound(
 
 
 def check_lengths(windows: Batches, space: SearchSpace, what: str) -> None:
-    """Refuse data that KV bits make no difference on: any width would hold on them.
+    """Refuse data on which KV bits make no difference, so that any width would hold.
 
     Raises:
         ValueError: If no window fills a block of the cache.
@@ -111,7 +111,7 @@ def spaces_by_budget(
     widths = space.weight_bits or (16,)
     smallest = _size(budget, space.high if space.prunes else 0.0, widths[0])
     largest = _size(budget, space.low if space.prunes else 0.0, widths[-1])
-    # A little above what can be reached, since ratios are rounded to whole weights.
+    # A little above the smallest size, since ratios are rounded to whole weights.
     start = smallest + smallest // 500
     if start >= largest:
         return {float(start): replace(space, size_bytes=start)}, BYTES

@@ -50,7 +50,7 @@ from hf_adaptive_sparse.search.study import STUDY_NAME, search
 logger = logging.getLogger(__name__)
 
 LOOKS = 3
-"""Budgets that are held against the held-out data at most; the error is shared among them."""
+"""Budgets that are checked on the held-out data at most; the error is divided among them."""
 
 FEWEST_TO_BOUND = 16
 """Windows that a bound needs."""
@@ -153,8 +153,8 @@ def search_within(
     within = (budget for budget in budgets[smallest:] if searches.at(budget) <= max_loss)
     measured = []
     reference = losses_under(model, unseen, CompressionProfile())
-    # Which budgets these are depends on the evaluation data alone, so that sharing the error among
-    # them is enough.
+    # The budgets were chosen on the evaluation data alone, so dividing the error among them is
+    # enough.
     for budget in islice(within, LOOKS):
         losses = searches.held_out_losses(budget)
         increase = increase_of(reference, losses, 1.0 - (1.0 - CONFIDENCE) / LOOKS)

@@ -46,7 +46,7 @@ FEWEST_TO_COMPARE = 8
 """Windows below which nothing is compared."""
 
 OBJECTIVES = ("perplexity", "answers")
-"""Objectives that the comparison speaks for: both are the loss of the evaluation data's tokens."""
+"""Objectives for which widths are compared: both are losses of the evaluation data's tokens."""
 
 
 def is_due(study: Study, space: SearchSpace, goal: Goal, evaluation: Batches) -> bool:
@@ -70,13 +70,13 @@ def narrow_on(
 ) -> None:
     """Compare the best profile with narrower ones, and store the outcome with the study.
 
-    What breaks the comparison off is the outcome, too; the best profile then stays as it is.
+    A comparison that fails is stored, too; the best profile then stays as it is.
 
     Args:
         study: The study, with a complete trial.
         evaluator: Evaluates profiles on the masked model; its evaluation data are taken.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         draw: What makes a profile of a trial's parameters.
     """
     from optuna.trial import FixedTrial
@@ -94,7 +94,7 @@ def narrow_on(
         # KV bits make no difference on windows that fill no block of the cache.
         for part in (KV, WEIGHTS) if short_windows(windows, space) is None else (WEIGHTS,):
             if _kept(found, narrowest, space) and not _has_mean(part, space):
-                # KV bits that their mean keeps must not keep the weights' bits from being taken.
+                # KV bits that a mean keeps wide must not keep the weight bits wide, too.
                 narrowest, kept_back = found, narrowest
             for wide, narrow in _caps(found, part, space, shape):
                 candidate = _capped(narrowest, part, narrow, shape)

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-"""How often a worker without work looks whether there is some."""
+"""How often an idle worker looks for work."""
 
 REPEATS_UNTIL_EXHAUSTED = 100
-"""Duplicates in a row after which the space is taken to hold no further profile."""
+"""Duplicates in a row after which the space counts as exhausted."""
 
 FEWEST_TO_GIVE_UP = 5
 HIGHEST_FAILED_SHARE = 0.8
@@ -62,7 +62,7 @@ Objective = Callable[[Candidate, Reporter | None], Evaluation]
 
 
 def goes_on(count: Tally, n_trials: int) -> bool:
-    """Return whether the search is not over yet."""
+    """Return whether the search has to go on."""
     return count.attempts < n_trials and count.repeats < REPEATS_UNTIL_EXHAUSTED
 
 
@@ -78,7 +78,7 @@ class TrialRunner:
     Args:
         study: The study that trials are drawn from and stored in.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         objective: Evaluates a profile.
         seed: Seed of the draws.
         sampler: Name of a sampler, made and seeded per trial, or an Optuna sampler.

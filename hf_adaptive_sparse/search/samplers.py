@@ -45,7 +45,7 @@ def sampler_names() -> tuple[str, ...]:
 
 
 def sampler_maker(name: str) -> Maker:
-    """Return what makes the sampler of a name.
+    """Return the function that makes the sampler of a name.
 
     Raises:
         ValueError: If there is none, or a package that it needs is not installed.
@@ -66,7 +66,7 @@ def sampler_maker(name: str) -> Maker:
 
 
 def check_sampler(sampler: object) -> None:
-    """Refuse what is neither the name of a sampler nor an Optuna sampler.
+    """Check that a sampler is the name of one or an Optuna sampler.
 
     Raises:
         ValueError: If it is not, or a package that it needs is not installed.

@@ -44,7 +44,7 @@ _BISECTIONS = 200
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The change of the loss when one group alone leaves the uniform profile.
+    """The change of the loss when one group alone differs from the uniform profile.
 
     Attributes:
         labels: Name of each group.
@@ -177,7 +177,7 @@ def measure_sensitivity(
 
 
 def probed_batches(evaluator: Evaluator) -> list[int]:
-    """Return the batches that are measured on: the first of the order that all trials take."""
+    """Return the batches that are measured on: the first ones in the order of all trials."""
     wanted = max(FEWEST_PROBED, -(-len(evaluator.order) // PROBE_SHARE))
     return evaluator.order[:wanted]
 

@@ -19,8 +19,8 @@ from hf_adaptive_sparse.search.byte_sizes import parse_bytes
 from hf_adaptive_sparse.search.space_rules import (
     GRANULARITIES,
     KV_SPLITS,
-    check_budget,
     check_choice,
+    check_fit,
     check_kv,
     check_number,
     check_palette,
@@ -165,7 +165,7 @@ class SearchSpace:
         check_choice(self.kv_split, KV_SPLITS, "kv_split")
         # Checks the cache's other settings by the same rules and texts.
         self.kv_config(8, 8)
-        check_budget(self)
+        check_fit(self)
         check_sparsity(self)
         check_kv(self)
         check_weight_palette(self)

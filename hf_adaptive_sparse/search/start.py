@@ -47,10 +47,11 @@ KV_SENSITIVITY = "kv_sensitivity"
 def suggest_start(
     study: Study, evaluator: Evaluator, space: SearchSpace, shape: ModelShape
 ) -> None:
-    """Measure once per study, and enqueue what comes of it, behind the uniform profile.
+    """Measure the sensitivities once per study, and enqueue the profile that they suggest.
 
-    Workers that begin while one measures do so too, and find the same profile. Sparsity and a free
-    split of KV bits are measured; an equal split starts as in the uniform profile.
+    The profile runs after the uniform one. Workers that start meanwhile measure, too, and find the
+    same. Sparsity and a free split of KV bits are measured; an equal split starts as in the uniform
+    profile.
     """
     done = {SENSITIVITY, KV_SENSITIVITY} & set(study.user_attrs)
     if done or len(study.directions) > 1:

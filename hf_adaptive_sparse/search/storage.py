@@ -108,7 +108,7 @@ def open_storage(storage: Storage) -> BaseStorage:
 
 
 def _open_database(url: str) -> BaseStorage:
-    """Open a database, patiently where several workers make its tables at the same time."""
+    """Open a database, retrying while other workers make its tables."""
     import optuna
 
     options: dict[str, Any] = {}

@@ -25,7 +25,7 @@ def suggest(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidat
     Args:
         trial: Anything with Optuna's ``suggest_float``.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
 
     Returns:
         A candidate that meets the budget.
@@ -109,7 +109,7 @@ def params_for(
 
     Args:
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         ratios: One per group of linears; they are moved to the grid, then onto the budget.
         kv_bits: ``(key bits, value bits)`` per decoder layer, from the space's palette.
         weight_bits: One per group that shares a weight width, from the space's palette.

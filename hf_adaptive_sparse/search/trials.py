@@ -36,7 +36,7 @@ RETRY_OF = "retry_of"
 
 @dataclass(frozen=True)
 class Tally:
-    """The trials of a study, sorted by what they mean for the search.
+    """The trials of a study, sorted by their meaning for the search.
 
     Attributes:
         completed: Evaluated trials, one per distinct profile, by number.
@@ -44,9 +44,9 @@ class Tally:
         failed: Trials that failed for a reason of their own.
         known: Digest of a projected profile -> the trial that settled its value.
         repeats: Duplicates since the last trial that was not one.
-        running: Trials that a worker is at, or was at when it was killed.
+        running: Trials that a worker runs, or ran when it was killed.
         waiting: Trials that are enqueued.
-        interrupted: Trials that ended without a result and that no other trial repeats yet.
+        interrupted: Trials that ended without a result and that no other trial has repeated yet.
     """
 
     completed: tuple[FrozenTrial, ...]

@@ -84,7 +84,7 @@ class Worker:
 
 @contextlib.contextmanager
 def working() -> Iterator[Worker]:
-    """Be a worker of this process for as long as the body runs."""
+    """Count as a worker of this process for as long as the body runs."""
     pid = os.getpid()
     worker = Worker(machine_name(), pid, process_start(pid), uuid.uuid4().hex[:8])
     _active.add(worker.search)
@@ -152,7 +152,7 @@ def lease(trial: Trial) -> Iterator[None]:
 
 
 class Watch:
-    """Watches the trials of a study, and tells which of them nobody runs any more."""
+    """Watches the trials of a study, and tells which of them have lost their worker."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[object, float]] = {}
