@@ -7,8 +7,10 @@ import json
 import pytest
 
 from hf_adaptive_sparse.cli import main
-from hf_adaptive_sparse.cli.space_arguments import loss
-from hf_adaptive_sparse.compressor import compress
+from hf_adaptive_sparse.cli.arguments import build_parser
+from hf_adaptive_sparse.cli.inputs import config_of
+from hf_adaptive_sparse.cli.space_arguments import loss, space_of
+from hf_adaptive_sparse.compressor import compress, search_space
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -63,6 +65,18 @@ def test_other_losses_are_usage_errors(text, capsys):
 def test_what_a_bound_excludes_is_refused_before_anything_is_loaded(tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
         compress("no/such/model", tmp_path / "out", max_loss=0.1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [((), "free"), (("--target-sparsity", "0"), 0.0), (("--pattern", "2:4"), 0.0)],
+)
+def test_a_bound_leaves_the_ratios_open_unless_they_are_fixed(flags, target):
+    arguments = ["compress", "m", "--output", "o", "--max-loss", "1%", *flags]
+    options = build_parser().parse_args(arguments)
+    config = config_of(options)
+    space = space_of(options, config, search_space(config))
+    assert (space.target_sparsity, space.size_bytes) == (target, None)
 
 
 def test_the_fewest_kv_bits_are_written_with_their_bound(within, tmp_path):
