@@ -35,13 +35,13 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Held:
-    """The part of a draw that no budget in bytes may change.
+class Parts:
+    """What a candidate is made of; empty where it is still open or left alone.
 
     Attributes:
-        ratios: One per group of linears; empty where the mean is free or nothing is pruned.
-        removed: Linear -> weights that it loses; empty likewise.
-        group_bits: Weight bits per group; empty where no mean holds them.
+        ratios: One per group of linears.
+        removed: Linear -> weights that it loses.
+        group_bits: Weight bits per group of linears that share a width.
         kv_bits: ``(key bits, value bits)`` per decoder layer; ``None``: the cache is left alone.
     """
 
@@ -63,8 +63,8 @@ def project(draw: Draw, space: SearchSpace, shape: ModelShape) -> Candidate:
     return build(held, space, shape)
 
 
-def hold_means(draw: Draw, space: SearchSpace, shape: ModelShape) -> Held:
-    """Project a draw onto the exact means of the space."""
+def hold_means(draw: Draw, space: SearchSpace, shape: ModelShape) -> Parts:
+    """Project a draw onto the exact means of the space; what a budget decides stays open."""
     ratios: Sequence[Fraction] = []
     counts: Sequence[int] = []
     if shape.groups and not space.is_free:
@@ -76,7 +76,7 @@ def hold_means(draw: Draw, space: SearchSpace, shape: ModelShape) -> Held:
         group_bits = shape.weight_allocation.nearest(
             draw.weights or [0.0] * len(shape.weight_groups)
         )
-    return Held(
+    return Parts(
         ratios=[float(ratio) for ratio in ratios],
         removed=dict(zip(shape.numel, counts, strict=True)) if counts else {},
         group_bits=group_bits,
@@ -89,32 +89,32 @@ def per_linear(ratios: Sequence[_Ratio], shape: ModelShape) -> list[_Ratio]:
     return [ratio for ratio, group in zip(ratios, shape.groups, strict=True) for _ in group.names]
 
 
-def build(held: Held, space: SearchSpace, shape: ModelShape) -> Candidate:
+def build(parts: Parts, space: SearchSpace, shape: ModelShape) -> Candidate:
     """Put a candidate together.
 
     Args:
-        held: All that it consists of.
+        parts: What it is made of.
         space: The search space.
         shape: The space applied to the model.
     """
     kv_cache, mean_kv_bits = None, None
-    if held.kv_bits is not None and shape.kv is not None:
-        keys, values = zip(*held.kv_bits, strict=True)
+    if parts.kv_bits is not None and shape.kv is not None:
+        keys, values = zip(*parts.kv_bits, strict=True)
         kv_cache = space.kv_config(keys, values)
         mean_kv_bits = shape.kv.mean_bits
         if mean_kv_bits is None:
             mean_kv_bits = kv_cache.mean_bits(shape.kv_widths)
     weight_bits = {
         name: bits
-        for group, bits in zip(shape.weight_groups, held.group_bits, strict=True)
+        for group, bits in zip(shape.weight_groups, parts.group_bits, strict=True)
         for name in group.names
     }
     spent = None
     if shape.budget is not None:
-        spent = shape.budget.spent(held.removed, weight_bits, held.kv_bits)
+        spent = shape.budget.spent(parts.removed, weight_bits, parts.kv_bits)
     return Candidate(
-        block_ratios=tuple(held.ratios),
-        removed=dict(held.removed),
+        block_ratios=tuple(parts.ratios),
+        removed=dict(parts.removed),
         numel=shape.numel,
         kv_cache=kv_cache,
         mean_kv_bits=mean_kv_bits,
@@ -124,13 +124,13 @@ def build(held: Held, space: SearchSpace, shape: ModelShape) -> Candidate:
 
 
 def project_onto_bytes(
-    draw: Draw, held: Held, space: SearchSpace, shape: ModelShape, budget: ByteBudget
+    draw: Draw, held: Parts, space: SearchSpace, shape: ModelShape, budget: ByteBudget
 ) -> Candidate:
     """Return the profile within the limits in bytes that is near to the wishes.
 
     Args:
         draw: The wishes.
-        held: What of it is settled.
+        held: The parts of the draw that exact means settle.
         space: The search space.
         shape: The space applied to the model.
         budget: The limits.
@@ -158,12 +158,12 @@ class Moves:
 
     Args:
         draw: The wishes.
-        held: What of it is settled.
+        held: The parts of the draw that exact means settle.
         space: The search space.
         shape: The space applied to the model.
     """
 
-    def __init__(self, draw: Draw, held: Held, space: SearchSpace, shape: ModelShape) -> None:
+    def __init__(self, draw: Draw, held: Parts, space: SearchSpace, shape: ModelShape) -> None:
         self._held, self._space, self._shape = held, space, shape
         self.ratios = Ratios((), 0, 0)
         if space.is_free:
