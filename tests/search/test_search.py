@@ -415,7 +415,7 @@ def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
     tiny = [{"input_ids": torch.randint(5, 128, (1, 6))}]
     run(n_trials=1, evaluation=tiny)
     assert "a single window" in caplog.text
-    assert "No evaluation window (longest: 6 tokens)" in caplog.text
+    assert "Evaluation data: No window (longest: 6 tokens)" in caplog.text
     run(n_trials=1, evaluation=text_batches)
     assert "Calibration and evaluation data are the same" in caplog.text
 
