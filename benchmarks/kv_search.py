@@ -26,11 +26,11 @@ from hf_adaptive_sparse.architecture import kv_widths
 from hf_adaptive_sparse.calibration.data import Batch, load_batches
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import KVCacheConfig
-from hf_adaptive_sparse.search.candidate import params_for
 from hf_adaptive_sparse.search.kv_plan import kv_plan
 from hf_adaptive_sparse.search.kv_sensitivity import KVSensitivity, measure_kv_sensitivity
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import params_for
 
 PALETTE = (16, 8, 6, 4, 3, 2)
 MEANS = (4, 3)

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.pruning.apply import prune_model
-from hf_adaptive_sparse.search.candidate import suggest
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 

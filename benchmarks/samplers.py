@@ -26,13 +26,13 @@ from optuna.trial import FixedTrial
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from hf_adaptive_sparse.calibration.data import load_batches
-from hf_adaptive_sparse.search.candidate import suggest, uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.evaluator import open_evaluator
 from hf_adaptive_sparse.search.runner import TrialRunner
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import quiet_optuna
+from hf_adaptive_sparse.search.suggesting import suggest, uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.trials import UNIFORM, tally
 
 SHARES = (0.25, 0.5, 1.0)

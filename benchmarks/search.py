@@ -42,12 +42,12 @@ from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.compressor.presets import get_preset
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.candidate import uniform_candidate
 from hf_adaptive_sparse.search.evaluator import open_evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.suggesting import uniform_candidate
 
 METRIC = "lognorm"
 BEST = get_preset("best")

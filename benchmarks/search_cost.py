@@ -22,11 +22,11 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.candidate import uniform_candidate
 from hf_adaptive_sparse.search.evaluator import open_evaluator
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.suggesting import uniform_candidate
 
 TIME_LIMIT = 1.3
 

@@ -26,9 +26,9 @@ from hf_adaptive_sparse.report.study_costs import costs
 from hf_adaptive_sparse.report.study_facts import read_study
 from hf_adaptive_sparse.report.study_page import write_study_report
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.narrowing_result import Narrowing
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
-from hf_adaptive_sparse.search.width_steps import Narrowing
 from tests.report_rows import facts, linear_rows, row
 
 HELD_OUT = {

@@ -8,6 +8,8 @@ from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.search.byte_sizes import parse_bytes
+from hf_adaptive_sparse.search.loss_budgets import check_bound, kv_alone
+from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
 from hf_adaptive_sparse.search.space_rules import GRANULARITIES, KV_SPLITS
 
@@ -161,27 +163,19 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
     Raises:
         ValueError: If options contradict each other.
     """
-    if options.max_loss is not None:
-        check_max_loss(options)
     check_left_to_search(options, config)
     check_weight_widths(options)
-    in_bytes = options.fit is not None or options.size is not None
+    budgets = (options.fit, options.size, options.max_loss)
     target: float | str | None = config.target_sparsity
     if config.pattern != "unstructured":
         target = None
-    elif in_bytes and options.target_sparsity is None:
+    elif options.target_sparsity is None and any(budget is not None for budget in budgets):
         target = FREE
-    size_bytes = options.size
-    if options.max_loss is not None and not options.target_sparsity:
-        if options.target_sparsity is None:
-            target = FREE
-        if target == FREE or options.search_weight_bits is not None:
-            size_bytes = 1  # a budget is what is looked for; the space wants one
     limits: dict[str, Any] = {}
     if options.fit is not None or options.context is not None or options.batch != 1:
         limits = {"context_length": options.context, "batch_size": options.batch}
     reach = options.sparsity_range
-    return SearchSpace(
+    space = SearchSpace(
         target_sparsity=target,
         sparsity_range=base.sparsity_range if reach is None else reach,
         step=base.step,
@@ -196,9 +190,12 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
         weight_bits=options.search_weight_bits,
         weight_mean_bits=options.search_weight_mean,
         fit_bytes=options.fit,
-        size_bytes=size_bytes,
+        size_bytes=options.size,
         **limits,
     )
+    if options.max_loss is not None:
+        check_max_loss(options, space)
+    return space
 
 
 def check_left_to_search(options: argparse.Namespace, config: SparsityConfig) -> None:
@@ -236,34 +233,15 @@ def check_weight_widths(options: argparse.Namespace) -> None:
         )
 
 
-def check_max_loss(options: argparse.Namespace) -> None:
+def check_max_loss(options: argparse.Namespace, space: SearchSpace) -> None:
     """Refuse what decides the size, or counts something else, beside ``--max-loss``.
 
     Raises:
         ValueError: If such an option is given.
     """
-    kv_alone = options.target_sparsity == 0.0 and options.search_weight_bits is None
-    decided = {
-        "--fit": options.fit is not None,
-        "--context": options.context is not None,
-        "--batch": options.batch != 1,
-        "--size": options.size is not None,
-        "--target-sparsity": bool(options.target_sparsity),
-        "--search-weight-mean": options.search_weight_mean is not None,
-        "--kv-mean-bits": kv_alone and options.kv_mean_bits is not None,
-        "--kv-split equal": kv_alone and options.kv_split == "equal",
-    }
-    given = [option for option, is_given in decided.items() if is_given]
-    if given:
+    check_bound(options.max_loss, space, Goal.parse(options.objective).to_json(), options.timeout)
+    # The space cannot tell a split that was asked for from its default.
+    if kv_alone(space) and options.kv_split == "equal":
         raise ValueError(
-            f"--max-loss finds the size that its bound allows, {' and '.join(given)} fixes it: "
-            "leave one of them out. (--target-sparsity 0, which leaves the weights alone, is fine.)"
-        )
-    if options.objective != "perplexity":
-        raise ValueError(
-            f"--max-loss bounds the perplexity, got --objective {options.objective}: leave one out."
-        )
-    if options.timeout is not None:
-        raise ValueError(
-            "--max-loss needs its searches complete, so --timeout excludes it: give fewer --trials."
+            "--max-loss finds the mean KV bits, --kv-split equal fixes it: leave one of them out."
         )

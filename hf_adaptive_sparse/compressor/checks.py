@@ -8,7 +8,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.hub import push_token
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
-from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
+from hf_adaptive_sparse.search.loss_budgets import kv_alone
 from hf_adaptive_sparse.search.space import SearchSpace
 
 
@@ -55,27 +55,6 @@ def check_pushed(push_to_hub: str | None, private: bool) -> None:
         )
 
 
-def check_bounded(
-    max_loss: float | None, objective: ObjectiveSpec, timeout_seconds: float | None
-) -> None:
-    """Check that nothing is asked for that a search within a loss does not do.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if max_loss is None:
-        return
-    if Goal.of(objective).to_json() != "perplexity":
-        raise ValueError(
-            f"max_loss bounds the perplexity, got objective={objective!r}: leave one out."
-        )
-    if timeout_seconds is not None:
-        raise ValueError(
-            "max_loss needs its searches complete, so timeout_seconds excludes it, got "
-            f"{timeout_seconds!r}: give fewer trials."
-        )
-
-
 def check_goal(
     config: SparsityConfig, space: SearchSpace, max_loss: float | None, workers: int
 ) -> None:
@@ -96,7 +75,7 @@ def check_goal(
             f"{config.weight_group_size}. Leave it out, or give weight_bits in the config instead "
             "of searching them."
         )
-    if space.size_bytes is not None:
+    if space.size_bytes is not None or (max_loss is not None and not kv_alone(space)):
         if config.checkpoint_format == "dense":
             raise ValueError(
                 "A budget in bytes on disk needs checkpoint_format='bitmask', got 'dense', which "

@@ -17,9 +17,9 @@ from hf_adaptive_sparse.evaluation.resources import (
     sparsity_report,
     weight_bytes_on_disk,
 )
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.storage import JOURNAL
-from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output, staged_folder
 
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.checks import (
-    check_bounded,
     check_goal,
     check_offloadable,
     check_pushed,
@@ -35,12 +34,12 @@ from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.report import PruningReport
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
 from hf_adaptive_sparse.search.storage import JOURNAL
-from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import check_output
 
 
@@ -181,7 +180,6 @@ def compress(
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
-    check_bounded(max_loss, objective, timeout_seconds)
     if offload:
         check_offloadable(max_loss)
         origin = on_cpu(origin)
@@ -259,8 +257,7 @@ def _default_space(preset: Preset, config: SparsityConfig, max_loss: float | Non
     space = preset.space(config)
     if max_loss is None or not space.prunes:
         return space
-    # A budget is what is looked for; the space wants one.
-    return replace(space, target_sparsity=FREE, size_bytes=1)
+    return replace(space, target_sparsity=FREE)
 
 
 def _search(

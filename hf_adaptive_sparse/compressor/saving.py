@@ -28,9 +28,9 @@ from hf_adaptive_sparse.profiles import CompressionProfile, SparsityProfile
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
 from hf_adaptive_sparse.report.tables import format_bytes
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
 from hf_adaptive_sparse.search.trials import evaluated
-from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import OutputError
 from hf_adaptive_sparse.version import library_versions
 

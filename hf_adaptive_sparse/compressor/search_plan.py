@@ -16,14 +16,16 @@ from hf_adaptive_sparse.compressor.final_prune import final_config, pruned_for_n
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.errors import StudyMismatch
+from hf_adaptive_sparse.search.loss_budgets import check_bound
 from hf_adaptive_sparse.search.max_loss import FinalPrune, search_within
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.space_rules import check_has_budget
 from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.search.study import search
-from hf_adaptive_sparse.search.within_loss import WithinLoss
 from hf_adaptive_sparse.staging import is_partial
 
 
@@ -65,6 +67,9 @@ class SearchPlan:
             0.5 %; `search_within` does.
         final: Config of the final prune; the bound of ``max_loss`` then holds for a model pruned
             so. ``None``: it holds for one-shot masks.
+
+    Raises:
+        ValueError: If the space lacks a budget, or has what ``max_loss`` is to find.
     """
 
     space: SearchSpace
@@ -81,6 +86,12 @@ class SearchPlan:
     excluded: tuple[str, ...] = ()
     max_loss: float | None = None
     final: SparsityConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_loss is None:
+            check_has_budget(self.space)
+        else:
+            check_bound(self.max_loss, self.space, self.objective, self.timeout_seconds)
 
     def kept_in(self, folder: Path) -> SearchPlan:
         """Return the plan with its journal in ``folder``, if it names no storage."""

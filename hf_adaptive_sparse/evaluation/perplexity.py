@@ -25,6 +25,7 @@ from hf_adaptive_sparse.evaluation.forward import (
     resolve_kv_cache,
 )
 from hf_adaptive_sparse.evaluation.scoring import perplexity_of, predict
+from hf_adaptive_sparse.evaluation.windows import unfilled_block, window_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def perplexity(
             )
         total += loss
         count += tokens
-        longest = max(longest, _window_tokens(batch))
+        longest = max(longest, window_tokens(batch))
     if seen == 0:
         raise ValueError("Perplexity needs at least one batch; there are none.")
     if count == 0:
@@ -81,28 +82,11 @@ def perplexity(
             "Perplexity needs at least one scored token; all are padding, image tokens, labelled "
             f"{IGNORED}, or first in their row."
         )
-    _warn_of_short_windows(model, kv_cache, longest)
-    return perplexity_of(total / count)
-
-
-def _window_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    return next((batch[k].shape[1] for k in ("input_ids", "inputs_embeds") if k in batch), 0)
-
-
-def _warn_of_short_windows(model: PreTrainedModel, kv_cache: KVCacheChoice, longest: int) -> None:
-    """Log that no window filled a block of the KV cache, so that its bits made no difference."""
     config = resolve_kv_cache(model.config, kv_cache)
-    if config is None or longest >= config.sink_length + config.residual_length:
-        return
-    sinks = f" and sink_length={config.sink_length}" if config.sink_length else ""
-    logger.warning(
-        "No window (longest: %d tokens) fills a block of the KV cache (residual_length=%d%s), so "
-        "nothing is quantised and the perplexity is that of an unquantised cache. Use longer "
-        "windows or a shorter residual.",
-        longest,
-        config.residual_length,
-        sinks,
-    )
+    remark = None if config is None else unfilled_block(longest, config)
+    if remark is not None:
+        logger.warning(remark)
+    return perplexity_of(total / count)
 
 
 def negative_log_likelihood(

@@ -23,10 +23,8 @@ from hf_adaptive_sparse.architecture import (
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
-from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
-from hf_adaptive_sparse.packing.stored_weight import stored_tensors
+from hf_adaptive_sparse.packing.stored_weight import checkpoint_bytes, stored_tensors
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
-from hf_adaptive_sparse.packing.weight_codes import group_count
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
 from hf_adaptive_sparse.runtime.sparse_experts import SparseStack
@@ -190,10 +188,7 @@ def _stored_bytes(weight: torch.Tensor, bits: int, group_size: int | None) -> in
     width = weight.element_size()
     # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
     nnz = int(weight.view(_BYTES_VIEWS[width]).count_nonzero())
-    if bits == 16:
-        return compressed_size_bytes(rows, columns, nnz, width)
-    index = compressed_size_bytes(rows, columns, nnz, 0)
-    return index + (nnz * bits + 7) // 8 + rows * group_count(columns, group_size) * width
+    return checkpoint_bytes(rows, columns, nnz, bits, group_size, width)
 
 
 def weight_bytes_on_disk(folder: str | os.PathLike[str]) -> int:

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.packing.bitmask import compress, decompress
+from hf_adaptive_sparse.packing.bitmask import compress, compressed_size_bytes, decompress
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, tensor_name
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
+from hf_adaptive_sparse.packing.weight_codes import group_count
 
 
 class ValueFormat(NamedTuple):
@@ -53,6 +54,28 @@ def stored_kinds(bits: int) -> tuple[str, ...]:
     """Return the kinds of tensors that a checkpoint stores for a weight."""
     of_their_own = {16: (), UPPER_BYTE_BITS: ("codebook",)}.get(bits, ("scales",))
     return ("values", "bitmask", *of_their_own)
+
+
+def checkpoint_bytes(
+    rows: int, columns: int, kept: int, bits: int, group_size: int | None, value_bytes: int
+) -> int:
+    """Return the bytes of a weight's `stored_tensors`: values, bitmask and scales.
+
+    ``ceil(kept * value bits / 8) + rows * ceil(columns / 8) + rows * groups * value_bytes``
+
+    Args:
+        rows: Rows of the weight; of experts, those of all together.
+        columns: Columns of the weight.
+        kept: Values that are stored.
+        bits: Bits of the values: 16 (the weight's own dtype), 8 or 4. The bytes of 12 bits depend
+            on the values.
+        group_size: As for `stored_tensors`.
+        value_bytes: Bytes of an element of the weight's own dtype, which the scales have, too.
+    """
+    if bits == 16:
+        return compressed_size_bytes(rows, columns, kept, value_bytes)
+    scales = rows * group_count(columns, group_size) * value_bytes
+    return (kept * bits + 7) // 8 + compressed_size_bytes(rows, columns, 0, 0) + scales
 
 
 def restored_weight(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.search.comparison import held_out_of
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.narrowing_result import Narrowing, narrowing_of
 from hf_adaptive_sparse.search.objectives import objective_label
 from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.result import HISTORY_FILE, SearchResult
 from hf_adaptive_sparse.search.start import SENSITIVITY
 from hf_adaptive_sparse.search.storage import JOURNAL, open_storage, quiet_optuna, storage_errors
 from hf_adaptive_sparse.search.trials import evaluated, history, is_set_aside
-from hf_adaptive_sparse.search.width_steps import Narrowing, narrowing_of
 from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
 
 if TYPE_CHECKING:

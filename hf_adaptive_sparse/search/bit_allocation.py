@@ -1,9 +1,9 @@
-"""Widths for units of unequal size, so that their mean is exactly a given one.
+"""Assigns widths to units of unequal size so that their mean is exactly a given one.
 
 A unit is what takes one width: the keys of a layer, a layer's keys and values together, the weights
-of a block. The sampler wishes for a place in the palette of each unit; what is evaluated is the
-nearest assignment on the budget, found by a dynamic programme over sums of stored bits in whole
-numbers, so that the same wishes give the same widths on every machine.
+of a block. The sampler draws a wish for each unit, a place in the palette. The assignment that is
+evaluated is the nearest one on the budget, found by dynamic programming over sums of stored bits.
+The sums are integers, so that the same wishes give the same widths on every machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What a profile weighs in bytes, and the limits it is held to.
+"""The bytes of a profile, and the limits it is held to.
 
-Every figure comes from the size formula of the format it is about: `packing.sparse_weight` for the
-weights in memory, the same without its offsets for the checkpoint, the codecs' own block sizes for
-the KV cache. Nothing is allocated to find it.
+Every figure comes from the size formula of its format: `LinearBytes` for the weights, the codecs'
+own block sizes for the KV cache. Nothing is allocated to compute it.
 
 A figure is what a profile takes at most, on the kind of device that the model is searched on: on a
 GPU a weight has a quarter of a bit more. Kept weights that a code of 8 or 4 bits rounds to 0 are
@@ -22,19 +21,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, parameter_name, prunable_weights
-from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
-from hf_adaptive_sparse.packing.sparse_weight import size_bytes
 from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import stored_kinds
-from hf_adaptive_sparse.packing.weight_codes import default_group_size, group_count
 from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks
-from hf_adaptive_sparse.search.byte_sizes import format_bytes
+from hf_adaptive_sparse.search.byte_sizes import exact_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
 from hf_adaptive_sparse.search.kv_split import LayerBits
+from hf_adaptive_sparse.search.linear_bytes import OWN_DTYPE, LinearBytes
 from hf_adaptive_sparse.search.space import SearchSpace
-
-OWN_DTYPE = 16
-"""Weight bits that stand for the model's own dtype."""
 
 _NAME_SLACK = 8
 """Characters that a tensor's name in the file may be longer than at run time."""
@@ -44,58 +38,8 @@ _SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class LinearBytes:
-    """The formats of one prunable weight.
-
-    Attributes:
-        rows: Its outputs; of experts, the rows of all of them.
-        columns: Its inputs; of transposed experts, their outputs.
-        value_bytes: Bytes of a weight in the model's dtype, which the scales have, too.
-        plain_in_memory: The sparse runtime holds it decompressed: experts that it cannot read.
-        on_gpu: The sparse runtime has block offsets there, too.
-    """
-
-    rows: int
-    columns: int
-    value_bytes: int
-    plain_in_memory: bool = False
-    on_gpu: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return self.rows * self.columns
-
-    def in_memory(self, kept: int, bits: int) -> int:
-        """Return the bytes the sparse runtime holds: a plain weight where nothing is removed."""
-        if self.plain_in_memory or (kept == self.numel and bits == OWN_DTYPE):
-            return self.numel * self.value_bytes
-        groups = self._groups(bits)
-        return size_bytes(
-            *(self.rows, self.columns, kept, self._value_bits(bits), groups, self.value_bytes),
-            blocks=self.on_gpu,
-        )
-
-    def on_disk(self, kept: int, bits: int) -> int:
-        """Return the bytes of its tensors in a checkpoint: values, bitmask and scales."""
-        if kept == self.numel and bits == OWN_DTYPE:
-            return self.numel * self.value_bytes
-        values = (kept * self._value_bits(bits) + 7) // 8
-        scales = self.rows * self._groups(bits) * self.value_bytes
-        return values + scales + compressed_size_bytes(self.rows, self.columns, 0, 0)
-
-    def _value_bits(self, bits: int) -> int:
-        return 8 * self.value_bytes if bits == OWN_DTYPE else bits
-
-    def _groups(self, bits: int) -> int:
-        if bits == OWN_DTYPE:
-            return 0
-        return group_count(self.columns, default_group_size(bits))
-
-
-@dataclass(frozen=True)
 class Spent:
-    """What a profile weighs.
+    """The bytes of a profile.
 
     Attributes:
         fit_bytes: Memory of weights and KV cache; ``None`` where no limit is on it.
@@ -106,14 +50,14 @@ class Spent:
     size_bytes: int | None
 
     def to_dict(self) -> dict[str, int]:
-        """Return the figures that there is a limit on."""
+        """Return the bytes that are limited."""
         pairs = (("fit_bytes", self.fit_bytes), ("size_bytes", self.size_bytes))
         return {name: count for name, count in pairs if count is not None}
 
 
 @dataclass(frozen=True)
 class ByteBudget:
-    """Limits in bytes, and what it takes to weigh a profile.
+    """Limits in bytes, and the sizes that a profile's bytes are added up from.
 
     Attributes:
         linears: Prunable linear -> its formats.
@@ -138,11 +82,11 @@ class ByteBudget:
         space: SearchSpace,
         modules_to_not_convert: Sequence[str] | None = None,
     ) -> ByteBudget:
-        """Lay a space's limits over a model.
+        """Return the limits of a space for a model.
 
         Args:
             model: The dense model, in the dtype that it will be saved in.
-            space: A space with a limit in bytes.
+            space: The search space.
             modules_to_not_convert: Names or globs of linears that stay dense.
         """
         weights = prunable_weights(model, modules_to_not_convert)
@@ -155,13 +99,7 @@ class ByteBudget:
         plain = set(stacks) - compressible_stacks(model, stacks).keys()
         return cls(
             linears={
-                name: LinearBytes(
-                    weight.weight.shape[:-1].numel(),
-                    weight.weight.shape[-1],
-                    weight.weight.element_size(),
-                    plain_in_memory=name in plain,
-                    on_gpu=weight.weight.device.type == "cuda",
-                )
+                name: LinearBytes.of(weight.weight, plain_in_memory=name in plain)
                 for name, weight in weights.items()
             },
             other_memory=sum(t.numel() * t.element_size() for t in memory),
@@ -178,28 +116,42 @@ class ByteBudget:
         weight_bits: Mapping[str, int],
         kv_bits: Sequence[LayerBits] | None,
     ) -> Spent:
-        """Weigh a profile.
+        """Return the bytes of a profile.
 
         Args:
             removed: Linear -> weights that it loses; those not named lose none.
             weight_bits: Linear -> bits of its weights; those not named keep their dtype.
             kv_bits: ``(key bits, value bits)`` per decoder layer; ``None``: a plain cache.
         """
-        memory, disk = self.other_memory, self.other_disk
+        fit = size = None
+        if self.cache is not None:
+            kept = self._kept(removed, weight_bits)
+            weights = sum(linear.in_memory(count, bits) for linear, count, bits in kept)
+            fit = self.other_memory + weights + self.cache.at_most(kv_bits)
+        if self.size_bytes is not None:
+            size = self.on_disk(removed, weight_bits)
+        return Spent(fit, size)
+
+    def on_disk(self, removed: Mapping[str, int], weight_bits: Mapping[str, int]) -> int:
+        """Return the bytes of the files, whether there is a limit on them or not.
+
+        Args:
+            removed: As for `spent`.
+            weight_bits: As for `spent`.
+        """
+        kept = self._kept(removed, weight_bits)
+        return self.other_disk + sum(linear.on_disk(count, bits) for linear, count, bits in kept)
+
+    def _kept(
+        self, removed: Mapping[str, int], weight_bits: Mapping[str, int]
+    ) -> Iterator[tuple[LinearBytes, int, int]]:
+        """Yield each linear with the weights that it keeps and their bits."""
         for name, linear in self.linears.items():
             kept = linear.numel - removed.get(name, 0)
-            bits = weight_bits.get(name, OWN_DTYPE)
-            if self.fit_bytes is not None:
-                memory += linear.in_memory(kept, bits)
-            if self.size_bytes is not None:
-                disk += linear.on_disk(kept, bits)
-        return Spent(
-            fit_bytes=None if self.cache is None else memory + self.cache.at_most(kv_bits),
-            size_bytes=None if self.size_bytes is None else disk,
-        )
+            yield linear, kept, weight_bits.get(name, OWN_DTYPE)
 
     def holds(self, spent: Spent) -> bool:
-        """Return whether a weight is within all limits."""
+        """Return whether a profile's bytes are within all limits."""
         return all(
             limit is None or count is None or count <= limit
             for limit, count in (
@@ -209,31 +161,31 @@ class ByteBudget:
         )
 
     def refuse(self, smallest: Spent) -> ValueError:
-        """Return the error for limits that even the smallest profile passes."""
-        passed, in_memory = [], False
+        """Return the error for limits that even the smallest profile exceeds."""
+        exceeded, in_memory = [], False
         for name in ("fit_bytes", "size_bytes"):
             limit, count = getattr(self, name), getattr(smallest, name)
             if limit is not None and count > limit:
-                least = format_bytes(count)
-                passed.append(f"{name} is {format_bytes(limit)}, the smallest reachable {least}")
+                least = exact_bytes(count)
+                exceeded.append(f"{name} is {exact_bytes(limit)}, the smallest reachable {least}")
                 in_memory |= name == "fit_bytes"
-        # The cache takes memory, and nothing of the files.
+        # The cache takes memory but no space in the files.
         smaller = "narrower weight_bits"
         if in_memory:
             smaller += " or kv_bits, or a shorter context"
         return ValueError(
-            f"No profile of this space meets the budget: {' and '.join(passed)}. Allow higher "
+            f"No profile of this space meets the budget: {' and '.join(exceeded)}. Allow higher "
             f"ratios (target_sparsity='free', sparsity_high), {smaller}; or raise the limit."
         )
 
 
 def _limit(size: int | str | None) -> int | None:
-    # The space has parsed texts already.
+    # The space has already parsed the text.
     return None if size is None else int(size)
 
 
 def _tensors(model: nn.Module, *, persistent: bool) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers, shared ones once; of the buffers, maybe only what is saved."""
+    """Return parameters and buffers, shared ones once; if ``persistent``, only what is saved."""
     found: dict[str, torch.Tensor] = dict(model.named_parameters())
     saved = model.state_dict(keep_vars=True) if persistent else {}
     buffers = model.named_buffers()
@@ -243,7 +195,7 @@ def _tensors(model: nn.Module, *, persistent: bool) -> dict[str, torch.Tensor]:
 def _header_bytes(
     stored: Mapping[str, torch.Tensor], weights: Mapping[str, Prunable], *, quantised: bool
 ) -> int:
-    """Return the bytes of the files' headers at most."""
+    """Return the most bytes that the files' headers take."""
     total = sum(t.numel() * t.element_size() for t in stored.values())
     digits = len(str(total))
     kinds = stored_kinds(8 if quantised else 16)

@@ -1,10 +1,10 @@
 """Projection of a trial's wishes onto a budget in bytes.
 
-Widths are taken as they are wished for, and the ratios then shift by one common amount until the
-profile just fits. Where no ratio in range makes it fit, or room is left at the lowest ones, widths
-move a step at a time, those first whose wish lies nearest to the step, until the ratios can do the
-rest; where ratios are fixed, until nothing more fits. All in whole numbers, so that the same wishes
-give the same profile on every machine.
+Every width starts at its wish. All ratios then shift by one common amount until the profile just
+fits. If it does not fit at any ratio in range, or room is left at the lowest ratios, widths move
+one step at a time, those whose wish lies nearest to the step first, until the ratios can do the
+rest; where the ratios are fixed, until nothing more fits. All arithmetic is in integers, so that
+the same wishes give the same profile on every machine.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def project_bytes(
         places[unit] += 1
         if not holds(sparsest, places):
             places[unit] -= 1
-    # The least shift that fits: below it nothing does, at it everything does.
+    # The smallest shift at which the profile fits.
     below, fits = -ratios.reach - 1, ratios.reach
     while fits - below > 1:
         middle = (below + fits) // 2

@@ -37,7 +37,7 @@ def parse_bytes(size: object, what: str) -> int:
         count = int(size)
     elif isinstance(size, str) and (match := _SIZE.fullmatch(size)):
         number, unit = match[1], match[2].lower()
-        # A number with a fraction and no unit is a slip, not a number of bytes.
+        # A fraction without a unit is a mistake, not a number of bytes.
         if unit in UNITS or (not unit and "." not in number):
             count = int(Fraction(number) * UNITS[unit or "b"])
     if count is None or count < 1:
@@ -49,10 +49,10 @@ def parse_bytes(size: object, what: str) -> int:
     return count
 
 
-def format_bytes(count: int) -> str:
+def exact_bytes(count: int) -> str:
     """Return a number of bytes for a message, exact and readable: ``6,442,450,944 bytes (6 GiB)``.
 
-    Below one MiB the exact number alone.
+    Below one MiB, only the exact number is given.
     """
     exact = f"{count:,} bytes"
     for unit in ("tib", "gib", "mib"):

@@ -1,9 +1,9 @@
-"""How many bytes a KV cache takes at most at a length, for any bits, without filling one.
+"""The most bytes that a KV cache takes at a given length, computed without filling one.
 
-The bytes of a block are the codecs' own figures; how many blocks and unpacked tokens a layer holds,
-and how much room its buffers may have beyond them, follows `kvcache.store` and `kvcache.buffer`.
-Whichever way the cache was filled (a prompt, token by token, both), up to the length it never holds
-more. Assisted decoding, which keeps a further block of every layer unpacked, is not in it.
+The bytes of a block are the codecs' own figures. The number of blocks and unpacked tokens of a
+layer, and the spare room of its buffers, follow `kvcache.store` and `kvcache.buffer`. The bound
+holds however the cache was filled: by a prompt, token by token, or both. It does not cover assisted
+decoding, which keeps a further block of every layer unpacked.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CacheBytes:
 
     @classmethod
     def of(cls, model: PreTrainedModel, space: SearchSpace) -> CacheBytes:
-        """Work the bytes out for a model and a space with ``fit_bytes``."""
+        """Compute the bytes for a model and a space with ``fit_bytes``."""
         length, batch = space.context_length or 1, space.batch_size
         itemsize = model.dtype.itemsize
         widths = kv_widths(model)
@@ -79,7 +79,7 @@ class CacheBytes:
         return cls(tuple(layers), fixed, plain)
 
     def at_most(self, bits: Sequence[LayerBits] | None) -> int:
-        """Return the bytes of a cache at most.
+        """Return the most bytes that a cache takes.
 
         Args:
             bits: ``(key bits, value bits)`` per decoder layer; ``None``: a plain ``DynamicCache``.
@@ -100,7 +100,7 @@ def _codec(bits: int, part: int, space: SearchSpace) -> Codec | None:
 
 
 def _store_bytes(layer: Any, codec: Codec | None, length: int, head_dim: int, itemsize: int) -> int:
-    """Return the bytes of one head of one sequence's keys, or values, at most."""
+    """Return the bytes of one head of one sequence's keys, or values, as an upper bound."""
     block = layer.residual_length
     raw_step = max(1, block // 8)
     token = head_dim * itemsize

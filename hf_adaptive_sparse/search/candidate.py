@@ -1,145 +1,90 @@
-"""From a trial's parameters to the profile that is evaluated: sample, then project.
-
-A new kind of choice adds its parameters to `suggest` and to `uniform_params`, and its projection
-to `projecting.project`; nothing else in the search knows what a parameter means.
-"""
+"""A profile that meets the budget: what a trial evaluates and stores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from hf_adaptive_sparse.search.kv_split import LayerBits
-from hf_adaptive_sparse.search.on_budget import Candidate
-from hf_adaptive_sparse.search.projecting import Draw, project
-from hf_adaptive_sparse.search.shape import Group, ModelShape
-from hf_adaptive_sparse.search.space import SearchSpace
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
-
-__all__ = ["Candidate", "params_for", "suggest", "uniform_candidate", "uniform_params"]
+from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig, SparsityProfile
+from hf_adaptive_sparse.search.byte_budget import Spent
 
 
-def suggest(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidate:
-    """Draw a profile: sample every free choice, then project onto the budget.
+@dataclass(frozen=True)
+class Candidate:
+    """A profile on the budget.
 
-    Args:
-        trial: Anything with Optuna's ``suggest_float``.
-        space: The search space.
-        shape: The space laid over the model.
-
-    Returns:
-        A candidate that meets the budget.
+    Attributes:
+        block_ratios: Ratio of each group of linears; empty if nothing is pruned.
+        removed: Prunable linear -> number of weights it loses. Their sum is exact. Empty if
+            nothing is pruned.
+        numel: Prunable linear -> number of its weights.
+        kv_cache: The KV profile, ``None`` if the cache is left alone.
+        mean_kv_bits: Its width-weighted mean.
+        weight_bits: Prunable linear -> bits of its weights; empty if all keep their dtype.
+        spent: Bytes, where the space has a limit in bytes.
     """
-    ratios = [space.low if space.is_free else space.target] * len(shape.groups)
-    if _chooses_ratios(space, shape):
-        low, high = space.grid
-        ratios = [
-            trial.suggest_float(_ratio_name(group), low, high, step=space.step)
-            for group in shape.groups
-        ]
-    weights = []
-    if space.weight_bits is not None and space.searches_weight_bits:
-        top = float(len(space.weight_bits) - 1)
-        weights = [
-            trial.suggest_float(_width_name(group), 0.0, top) for group in shape.weight_groups
-        ]
-    kv = {}
-    if shape.kv is not None:
-        for name, (low, high) in shape.kv.parameters.items():
-            kv[name] = trial.suggest_float(name, low, high)
-    return project(Draw(tuple(ratios), kv, tuple(weights)), space, shape)
 
+    block_ratios: tuple[float, ...]
+    removed: Mapping[str, int]
+    numel: Mapping[str, int]
+    kv_cache: KVCacheConfig | None
+    mean_kv_bits: float | None
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
+    spent: Spent | None = None
 
-def uniform_params(space: SearchSpace, shape: ModelShape) -> dict[str, float]:
-    """Return the parameters of the baseline: one ratio everywhere, one KV width or two in turns.
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Ratio per prunable linear, from which ``removal_count`` gives ``removed`` back."""
+        return {name: count / self.numel[name] for name, count in self.removed.items()}
 
-    An equal split has no single width: there the widths take turns from layer to layer. Under a
-    budget in bytes with weight bits to choose, the weights take the widest width at which no more
-    than the middle of the range of ratios has to go.
-    """
-    params: dict[str, float] = {}
-    if _chooses_ratios(space, shape):
-        ratio = space.grid[0] if space.is_free else space.target
-        params = {_ratio_name(group): ratio for group in shape.groups}
-    if shape.kv is not None:
-        params |= shape.kv.uniform_parameters()
-    if space.searches_weight_bits:
-        wishes = _uniform_widths(params, space, shape)
-        params |= {
-            _width_name(group): wish
-            for group, wish in zip(shape.weight_groups, wishes, strict=True)
+    @property
+    def mean_sparsity(self) -> float | None:
+        """Removed weights over all prunable weights; ``None`` if nothing is pruned."""
+        if not self.removed:
+            return None
+        return sum(self.removed.values()) / sum(self.numel.values())
+
+    @property
+    def mean_weight_bits(self) -> float | None:
+        """Mean bits of the prunable weights, removed ones included; ``None`` if not chosen."""
+        if not self.weight_bits:
+            return None
+        stored = sum(bits * self.numel[name] for name, bits in self.weight_bits.items())
+        return stored / sum(self.numel.values())
+
+    @property
+    def profile(self) -> CompressionProfile:
+        """The profile as a value."""
+        return CompressionProfile(
+            sparsity=SparsityProfile(self.ratios) if self.removed else None,
+            kv_cache=self.kv_cache,
+            weight_bits=dict(self.weight_bits) or None,
+        )
+
+    @property
+    def digest(self) -> str:
+        """A key that two candidates share exactly if they compress a model in the same way."""
+        kv_cache = None if self.kv_cache is None else self.kv_cache.to_dict()
+        parts: list[Any] = [sorted(self.removed.items()), kv_cache]
+        if self.weight_bits:
+            parts.append(sorted(self.weight_bits.items()))
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_attributes(self) -> dict[str, Any]:
+        """Return what is stored with a trial: plain JSON types."""
+        attributes = {
+            "profile": self.profile.to_dict(),
+            "profile_digest": self.digest,
+            "block_ratios": list(self.block_ratios),
+            "mean_sparsity": self.mean_sparsity,
+            "mean_kv_bits": self.mean_kv_bits,
         }
-    return params
-
-
-def _uniform_widths(
-    params: Mapping[str, float], space: SearchSpace, shape: ModelShape
-) -> list[float]:
-    if shape.weight_allocation is not None:
-        return [float(wish) for wish in shape.weight_allocation.uniform_wishes()]
-    palette = space.weight_bits or ()
-    low = space.low if space.is_free else space.target
-    for place in reversed(range(len(palette))):
-        wishes = (float(place),) * len(shape.weight_groups)
-        draw = Draw((low,) * len(shape.groups), params, wishes)
-        found = project(draw, space, shape)
-        moderate = not space.is_free or (found.mean_sparsity or 0.0) <= (low + space.high) / 2
-        if moderate and set(found.weight_bits.values()) == {palette[place]}:
-            return list(wishes)
-    return [0.0] * len(shape.weight_groups)
-
-
-def uniform_candidate(space: SearchSpace, shape: ModelShape) -> Candidate:
-    """Return the baseline as a profile."""
-    from optuna.trial import FixedTrial
-
-    return suggest(FixedTrial(uniform_params(space, shape)), space, shape)
-
-
-def params_for(
-    space: SearchSpace,
-    shape: ModelShape,
-    ratios: Sequence[float] | None = None,
-    kv_bits: Sequence[LayerBits] | None = None,
-    weight_bits: Sequence[int] | None = None,
-) -> dict[str, float]:
-    """Return parameters that `suggest` turns into a given profile, if it is on the budget.
-
-    What is not given is the baseline's. This is how a search starts from a profile of its own.
-
-    Args:
-        space: The search space.
-        shape: The space laid over the model.
-        ratios: One per group of linears; they are moved to the grid, then onto the budget.
-        kv_bits: ``(key bits, value bits)`` per decoder layer, from the space's palette.
-        weight_bits: One per group that shares a weight width, from the space's palette.
-    """
-    params = uniform_params(space, shape)
-    if ratios is not None and _chooses_ratios(space, shape):
-        low, high = space.grid
-        for group, ratio in zip(shape.groups, ratios, strict=True):
-            steps = round((min(max(ratio, low), high) - low) / space.step)
-            params[_ratio_name(group)] = round(min(low + steps * space.step, high), 12)
-    if kv_bits is not None and shape.kv is not None:
-        params |= shape.kv.parameters_for(kv_bits)
-    if weight_bits is not None and space.weight_bits is not None and space.searches_weight_bits:
-        params |= {
-            _width_name(group): float(space.weight_bits.index(bits))
-            for group, bits in zip(shape.weight_groups, weight_bits, strict=True)
-        }
-    return params
-
-
-def _chooses_ratios(space: SearchSpace, shape: ModelShape) -> bool:
-    # A single group under an exact mean has that mean, whatever is sampled.
-    return space.searches_sparsity and len(shape.groups) > 1
-
-
-def _ratio_name(group: Group) -> str:
-    return f"sparsity_{group.label}"
-
-
-def _width_name(group: Group) -> str:
-    return f"weight_wish_{group.label}"
+        if self.weight_bits:
+            attributes["mean_weight_bits"] = self.mean_weight_bits
+        if self.spent is not None:
+            attributes["bytes"] = self.spent.to_dict()
+        return attributes

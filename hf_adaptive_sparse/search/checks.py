@@ -1,4 +1,4 @@
-"""Checks of what a search is given and of what it came to."""
+"""Checks of the arguments of a search and of its outcome."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from hf_adaptive_sparse.architecture import weight_place
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.pruning.metrics import check_scores, get_metric
 from hf_adaptive_sparse.pruning.parametrizations import check_in_memory
-from hf_adaptive_sparse.search.errors import NothingToChoose, TrialsFailed
+from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.runner import REPEATS_UNTIL_EXHAUSTED
+from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.space_rules import check_has_budget
+from hf_adaptive_sparse.search.suggesting import uniform_params
 from hf_adaptive_sparse.search.trials import Tally
 
 logger = logging.getLogger(__name__)
 
 
 def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -> None:
-    """Check what `search` was given.
+    """Check the arguments of `search`.
 
     Raises:
-        ValueError: If a number is out of range, or the metric cannot rank weights once.
-        TypeError: If the space is none.
+        ValueError: If a number is out of range, the metric cannot rank weights once, or the space
+            lacks a budget.
+        TypeError: If ``space`` is not a `SearchSpace`.
     """
     check_count(n_trials, "n_trials")
     check_count(seed, "seed", least=0)
     if not isinstance(space, SearchSpace):
         raise TypeError(f"space must be a SearchSpace, got {type(space).__name__}.")
+    check_has_budget(space)
     chosen = get_metric(metric)
     if space.prunes:
         check_scores(chosen)
 
 
 def check_limits(timeout_seconds: object, goal: Goal, space: SearchSpace) -> None:
-    """Check the time limit, and that a size to be found can vary.
+    """Check the time limit, and that the size can vary where it is an objective.
 
     Raises:
-        ValueError: If either is not so.
+        ValueError: If either check fails.
     """
     if timeout_seconds is not None:
         number = isinstance(timeout_seconds, Real) and not isinstance(timeout_seconds, bool)
@@ -61,8 +66,24 @@ def check_limits(timeout_seconds: object, goal: Goal, space: SearchSpace) -> Non
         )
 
 
+def check_left_to_choose(n_trials: int, goal: Goal, space: SearchSpace, shape: ModelShape) -> None:
+    """Check that there is more than the uniform profile to try.
+
+    Raises:
+        SearchError: If there is not.
+    """
+    # On a front each trial draws its mean ratio, whatever else there is to choose.
+    if n_trials > 1 and not goal.sweeps_budget and not uniform_params(space, shape):
+        raise SearchError(
+            "The space leaves nothing to choose on this model: every trial would be the uniform "
+            f"profile ({len(shape.blocks)} blocks, sparsity_range={space.sparsity_range}, "
+            f"kv_bits={space.kv_bits}). Use more blocks, a wider range or two KV widths, or "
+            "has.prune, which needs no search."
+        )
+
+
 def check_weights(model: nn.Module, names: Iterable[str]) -> None:
-    """Check that the weights whose fate is searched are in memory.
+    """Check that the weights to be compressed are in memory.
 
     Args:
         model: The model.
@@ -78,11 +99,11 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
-    """Check what the trials came to, and log what makes it mean little.
+    """Check the outcome of the trials, and log what makes it unreliable.
 
     Raises:
         TrialsFailed: If all failed.
-        NothingToChoose: If they came out alike.
+        NothingToChoose: If all profiles are the same.
     """
     if not count.completed:
         raise TrialsFailed(f"No trial succeeded. Most often: {count.reasons()}")

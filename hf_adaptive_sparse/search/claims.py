@@ -1,13 +1,13 @@
-"""Sharing trials out between workers, with nothing but a storage that all of them read and write.
+"""Dividing trials among workers that share nothing but a storage.
 
 A worker that has drawn a profile claims it: it stores the profile's digest and a ticket, one higher
 than any ticket it can see, and then waits until every other running trial has its ticket too. From
-then on all workers see the same order of claims, so each knows by itself whether an earlier one
-holds its profile, and whether the number of trials that was asked for is reached. (This is
-Lamport's bakery algorithm: it needs no lock, so a worker that is killed leaves none behind.)
+then on all workers see the same order of claims, so each can tell whether an earlier one holds its
+profile, and whether the number of trials that was asked for is reached. This is Lamport's bakery
+algorithm: it needs no lock, so a worker that is killed leaves none behind.
 
-With SQLite, which locks no rows, Optuna itself may hand a trial that was enqueued to two workers at
-once. Both then evaluate it; one ends it, and it counts once.
+With SQLite, which locks no rows, Optuna itself may hand an enqueued trial to two workers at once.
+Both then evaluate it; one ends it, and it counts once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim.
+    """The outcome of a claim.
 
     Attributes:
         holder: The trial that has the same profile and came first, finished or running; ``None``
@@ -55,7 +55,7 @@ def claim(study: Study, trial: Trial, digest: str, n_trials: int, watch: Watch) 
         trial: The trial, which has no ticket yet.
         digest: Digest of its profile.
         n_trials: Distinct profiles to be tried in all.
-        watch: Tells which running trials are nobody's any more.
+        watch: Tells which running trials have lost their worker.
     """
     trial.set_user_attr(DIGEST, digest)
     tickets = [t.user_attrs.get(TICKET, 0) for t in study.get_trials(deepcopy=False)]
@@ -79,7 +79,7 @@ def claim(study: Study, trial: Trial, digest: str, n_trials: int, watch: Watch) 
 
 
 def judge(trial: FrozenTrial, count: Tally, n_trials: int) -> Verdict:
-    """Return what becomes of a claim, given all trials at a time when nobody is drawing."""
+    """Return the outcome of a claim, given all trials at a time when no worker is drawing."""
     digest = trial.user_attrs[DIGEST]
     earlier = _before(trial, count.running)
     holders = [t for t in earlier if t.user_attrs[DIGEST] == digest]
@@ -87,7 +87,7 @@ def judge(trial: FrozenTrial, count: Tally, n_trials: int) -> Verdict:
     under_way = {t.user_attrs[DIGEST] for t in earlier} - set(count.known)
     ahead = count.attempts + len(under_way)
     if not is_enqueued(trial):
-        ahead += count.owed  # what was interrupted, or enqueued, goes first
+        ahead += count.pending  # what was interrupted, or enqueued, goes first
     return Verdict(holder, surplus=holder is None and ahead >= n_trials)
 
 

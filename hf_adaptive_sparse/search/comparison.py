@@ -1,8 +1,9 @@
-"""The best profile against the uniform one on data that the search did not see.
+"""Comparison of the best profile with the uniform one on data that the search did not see.
 
-The best profile is the one that a search returns: the narrower one where that took its place. Both
-are read window by window on the same masks that trials are evaluated on, and compared in pairs:
-windows differ far more from each other than profiles do. The interval is a bootstrap over windows.
+The best profile is the one that a search returns, which may be the narrower one (see `narrowing`).
+Both are scored window by window with the masks that trials are evaluated with, and compared in
+pairs, since windows differ far more from each other than profiles do. The interval is a bootstrap
+over windows.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import torch
 
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.candidate import Candidate, suggest
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
+from hf_adaptive_sparse.search.increase import CONFIDENCE
 from hf_adaptive_sparse.search.losses import Loss
+from hf_adaptive_sparse.search.narrowing_result import narrowing_of
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest
 from hf_adaptive_sparse.search.trials import tally
-from hf_adaptive_sparse.search.width_steps import narrowing_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -39,7 +42,6 @@ HELD_OUT = "held_out"
 NARROWED = "narrowed"
 """Key of the comparison: whether it is of a narrower profile than the best trial's."""
 
-CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
 DRAWS_HELD = 1 << 20
@@ -172,7 +174,7 @@ def compare_on(
         study: The study, with a complete trial.
         evaluator: Evaluates profiles on the masked model.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         held_out: Batches that the search did not see.
         draw: What makes a profile of a trial's parameters.
     """
@@ -220,6 +222,6 @@ def held_out_of(attributes: Mapping[str, Any], best: int | None) -> dict[str, An
 
 
 def _narrower(attributes: Mapping[str, Any], best: int | None) -> CompressionProfile | None:
-    """Return the profile that took the place of the best trial's, if one did."""
+    """Return the profile that replaced the best trial's, if one did."""
     narrowing = narrowing_of(attributes, best)
     return narrowing.profile if narrowing is not None and narrowing.taken else None

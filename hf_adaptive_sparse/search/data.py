@@ -1,11 +1,11 @@
-"""Calibration and evaluation data of a search, from a name, a path, a config or batches."""
+"""The calibration and evaluation data of a search, from a name, a path, a config or batches."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch, load_batches
 from hf_adaptive_sparse.evaluation.digests import batches_digest
+from hf_adaptive_sparse.evaluation.windows import longest_window, unfilled_block
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.search.space import SearchSpace
 
@@ -23,9 +24,74 @@ Data = Sequence[Mapping[str, torch.Tensor]] | str | os.PathLike[str] | Calibrati
 EVALUATION_SAMPLES = 64
 """Windows or questions an evaluation takes unless told otherwise."""
 
+SPLITS = {"calibration": "train", "evaluation": "validation", "held_out": "test"}
+"""Splits of a Hub dataset that names none itself."""
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """The batches of a search.
+
+    Attributes:
+        calibration: What the weights are ranked on; ``None`` where none are needed.
+        evaluation: What profiles are scored on.
+        held_out: What the best profile is compared on in the end; ``None``: it is not.
+        calibration_config: How the calibration batches were made; ``None`` for ready batches.
+    """
+
+    calibration: list[Batch] | None
+    evaluation: list[Batch]
+    held_out: list[Batch] | None
+    calibration_config: CalibrationConfig | None
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        calibration: Data,
+        evaluation: Data,
+        held_out: Data,
+        ranks: bool,
+    ) -> SearchData:
+        """Make the batches of what `search` was given.
+
+        Args:
+            model: The model that they are for.
+            processor: Its processor or tokenizer.
+            calibration: As for `search`.
+            evaluation: As for `search`.
+            held_out: As for `search`.
+            ranks: Whether calibration data are needed.
+
+        Raises:
+            ValueError: If data are named but there is no processor.
+            DataError: If data cannot be read or do not suffice.
+        """
+
+        def batches(what: str, data: Data, config: CalibrationConfig | None) -> list[Batch]:
+            return resolve(data, config, model, processor, what=what, split=SPLITS[what])
+
+        config = as_config(calibration, CalibrationConfig()) if ranks else None
+        defaults = CalibrationConfig(num_samples=EVALUATION_SAMPLES)
+        return cls(
+            calibration=batches("calibration", calibration, config) if ranks else None,
+            evaluation=batches("evaluation", evaluation, as_config(evaluation, defaults)),
+            held_out=None
+            if held_out is None
+            else batches("held_out", held_out, as_config(held_out, defaults)),
+            calibration_config=config,
+        )
+
+    @property
+    def image_weight(self) -> float:
+        """Weight of an image token in the statistics."""
+        return 1.0 if self.calibration_config is None else self.calibration_config.image_weight
+
 
 def as_config(data: Data, defaults: CalibrationConfig) -> CalibrationConfig | None:
-    """Return how named data are to be made; ``None`` for ready batches."""
+    """Return how to make the batches of named data; ``None`` for ready batches."""
     if isinstance(data, CalibrationConfig):
         return data
     if data is None:
@@ -80,22 +146,17 @@ def resolve(
 def warn_of_weak_evaluation(
     evaluation: Sequence[Batch], calibration: Sequence[Batch] | None, space: SearchSpace
 ) -> None:
-    """Log what would make the search's values mean little."""
-    windows = sum(_shape(batch)[0] for batch in evaluation)
+    """Log what makes the search's values unreliable."""
+    windows = sum(_rows(batch) for batch in evaluation)
     if windows < 2:
         logger.warning(
             "The evaluation set holds a single window: its perplexity will hardly tell profiles "
             "apart. Use more data (the default is %d windows).",
             EVALUATION_SAMPLES,
         )
-    if space.searches_kv and not fills_a_block(evaluation, space):
-        logger.warning(
-            "No evaluation window (longest: %d tokens) fills a block of the KV cache "
-            "(kv_residual_length=%d), so nothing is quantised and KV bits make no difference. Use "
-            "longer windows or a shorter residual.",
-            longest_window(evaluation),
-            space.kv_residual_length,
-        )
+    remark = short_windows(evaluation, space) if space.searches_kv else None
+    if remark is not None:
+        logger.warning("Evaluation data: %s", remark)
     if calibration is not None and batches_digest(calibration) == batches_digest(evaluation):
         logger.warning(
             "Calibration and evaluation data are the same: the best profile will look better than "
@@ -103,16 +164,11 @@ def warn_of_weak_evaluation(
         )
 
 
-def longest_window(batches: Sequence[Mapping[str, torch.Tensor]]) -> int:
-    """Return the tokens of the longest window."""
-    return max(_shape(batch)[1] for batch in batches)
+def short_windows(batches: Sequence[Mapping[str, torch.Tensor]], space: SearchSpace) -> str | None:
+    """Return why the KV bits of a space make no difference on data; ``None`` if they make one."""
+    return unfilled_block(longest_window(batches), space.kv_config(8, 8))
 
 
-def fills_a_block(batches: Sequence[Mapping[str, torch.Tensor]], space: SearchSpace) -> bool:
-    """Return whether a window is long enough for the KV bits of a space to make a difference."""
-    return longest_window(batches) >= space.kv_residual_length
-
-
-def _shape(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+def _rows(batch: Mapping[str, torch.Tensor]) -> int:
     tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return tokens.shape[0], tokens.shape[1]
+    return tokens.shape[0]

@@ -1,37 +1,34 @@
-"""What follows from a profile alone: what it changes in each layer, and the bytes it leaves."""
+"""What follows from a profile alone: its settings per layer, and its bytes in a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 from hf_adaptive_sparse.architecture import layer_index
 from hf_adaptive_sparse.search.candidate import Candidate
+from hf_adaptive_sparse.search.linear_bytes import OWN_DTYPE, LinearBytes
 
 
-def candidate_bytes(candidate: Candidate, value_bytes: int) -> int:
+def candidate_bytes(candidate: Candidate, linears: Mapping[str, LinearBytes]) -> int:
     """Return the bytes of the prunable weights as a checkpoint stores them.
 
-    Those are values and a bitmask; a weight that keeps all its values and their dtype has none.
-
     Args:
-        candidate: The profile. Of weights of 8 or 4 bits, the few bytes of their scales are left
-            out.
-        value_bytes: Bytes of a value in the model's dtype.
+        candidate: The profile.
+        linears: Prunable linear -> its formats.
     """
-    bits = 0
-    for name, numel in candidate.numel.items():
-        width = candidate.weight_bits.get(name, 16)
-        kept = numel - candidate.removed.get(name, 0)
-        bits += kept * (8 * value_bytes if width == 16 else width)
-        bits += 0 if kept == numel and width == 16 else numel
-    return -(-bits // 8)
+    return sum(
+        linears[name].on_disk(
+            numel - candidate.removed.get(name, 0), candidate.weight_bits.get(name, OWN_DTYPE)
+        )
+        for name, numel in candidate.numel.items()
+    )
 
 
 def layer_settings(candidate: Candidate, layers_name: str, num_layers: int) -> tuple[Hashable, ...]:
-    """Return, per decoder layer, all that a profile changes in it: what it removes, its bits."""
+    """Return, per decoder layer, everything that a profile sets in it: weights removed and bits."""
     changes: list[list[tuple[str, int, int]]] = [[] for _ in range(num_layers)]
     for name in candidate.numel:
-        change = (name, candidate.removed.get(name, 0), candidate.weight_bits.get(name, 16))
+        change = (name, candidate.removed.get(name, 0), candidate.weight_bits.get(name, OWN_DTYPE))
         changes[layer_index(name, layers_name)].append(change)
     kv_cache = candidate.kv_cache
     if kv_cache is None:

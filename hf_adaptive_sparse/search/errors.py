@@ -1,4 +1,4 @@
-"""Errors of a search that the caller can do something about."""
+"""Errors of a search that the caller can act on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Evaluating a profile: masks and cache are changed, the model and its rankings stay.
+"""Evaluates profiles by changing masks and KV bits, never the weights.
 
-The weights are scored once, from dense activations. A trial flips the masks of the linears whose
-count changed since the trial before, and is scored batch by batch through the KV cache of its
-profile, so that it can be given up after a few batches. Nothing is written into the weights, and
+The weights are scored once, from dense activations. A trial flips the masks of those linears whose
+count differs from the trial before, and is scored batch by batch through the KV cache of its
+profile, so that it can be stopped after a few batches. Nothing is written into the weights, and
 the model is exactly as before when the search ends.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.architecture import decoder_layers, weight_place
 from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES, ReusingModel
@@ -27,8 +27,9 @@ from hf_adaptive_sparse.pruning.quantising import QuantisedModel, quantised
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.description import candidate_bytes, layer_settings
 from hf_adaptive_sparse.search.errors import TrialFailure
-from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
+from hf_adaptive_sparse.search.evaluation_result import Evaluation, Reporter
 from hf_adaptive_sparse.search.failures import failures
+from hf_adaptive_sparse.search.linear_bytes import LinearBytes
 from hf_adaptive_sparse.search.losses import Losses
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -83,6 +84,10 @@ class Evaluator:
         self.order = list(range(len(evaluation)))
         random.Random(ORDER_SEED).shuffle(self.order)
         self._reference: Losses | None = None
+        places = {name: weight_place(model, name) for name in uniform.numel}
+        self._linears = {
+            name: LinearBytes.of(getattr(*place)) for name, place in places.items() if place
+        }
         for objective in self.objectives.values():
             objective.check(evaluation)
         observers = [o for o in self.objectives.values() if o.needs_dense]
@@ -145,6 +150,10 @@ class Evaluator:
             return [
                 negative_log_likelihood(self.model, batch, candidate.kv_cache) for batch in batches
             ]
+
+    def weight_bytes(self, candidate: Candidate) -> int:
+        """Return the bytes of the prunable weights as a checkpoint stores them."""
+        return candidate_bytes(candidate, self._linears)
 
     def apply(self, candidate: Candidate) -> None:
         """Apply the masks and the weight bits of a profile to the model."""
@@ -210,7 +219,7 @@ class Evaluator:
             if reference is not None:
                 means[name] += reference.mean(name, self.order) - reference.mean(name, seen)
         return tuple(
-            float(candidate_bytes(candidate, self.model.dtype.itemsize))
+            float(self.weight_bytes(candidate))
             if isinstance(part, str)
             else part.value(means, self.objectives)
             for part in self.goal.parts
@@ -250,7 +259,7 @@ def open_evaluator(
     Args:
         model: The model; restored on exit, also after an exception.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         uniform: The profile that others are compared with batch by batch.
         calibration: Batches for the activation statistics; ``None`` for metrics without.
         evaluation: Batches that profiles are scored on.

@@ -1,4 +1,4 @@
-"""What makes one trial fail and lets the search go on."""
+"""Which errors fail a single trial and let the search go on."""
 
 from __future__ import annotations
 

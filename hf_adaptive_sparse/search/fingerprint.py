@@ -1,4 +1,4 @@
-"""What a study was made for, so that it is never resumed with something else."""
+"""Identifies what a study was made for, so that it is never resumed with anything else."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The budget as one more choice: what a Pareto front of quality against bytes samples.
+"""Samples the mean ratio as well, for a Pareto front of quality against bytes.
 
-Under an exact budget every profile has the same size. Where the size is an objective itself, each
-trial first draws the mean ratio that it is to have, from the ratios that the space allows a block,
-and is then projected onto that.
+Under an exact budget every profile has the same size. Where the size is itself an objective, each
+trial first draws its mean ratio from the range that the space allows a block, and is then projected
+onto that mean.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hf_adaptive_sparse.search.candidate import Candidate, suggest, uniform_params
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest, uniform_params
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial

@@ -1,4 +1,4 @@
-"""How much worse a profile is than another on the same windows, and how certain that is."""
+"""The relative increase of perplexity between two profiles on the same windows, with bounds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from hf_adaptive_sparse.pruning.quantising import quantised
 from hf_adaptive_sparse.search.losses import Loss
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
+
+CONFIDENCE = 0.95
+"""Level of every interval and bound that a search states."""
 
 _HIGHEST = 700.0
 """Largest difference of mean losses whose exponential is still a float."""

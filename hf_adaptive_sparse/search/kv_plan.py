@@ -1,4 +1,4 @@
-"""How a space's KV bits become parameters of a trial, and parameters become bits per layer.
+"""Turns a space's KV bits into parameters of a trial, and parameters into bits per layer.
 
 A *unit* is what takes one width: a layer, or its keys and its values apart. Two plans share one
 interface: the equal split (a priority per unit) and the free split (a wish per unit).
@@ -71,6 +71,11 @@ class KVPlan(ABC):
     @abstractmethod
     def parameters(self) -> dict[str, tuple[float, float]]:
         """Parameters of a trial: name -> lowest and highest value."""
+
+    @property
+    def movable(self) -> tuple[str, ...]:
+        """Parameters that a budget in bytes may move, each a place in the palette."""
+        return ()
 
     @abstractmethod
     def assign(self, values: Mapping[str, float]) -> tuple[LayerBits, ...]:
@@ -196,8 +201,8 @@ class FreeSplit(KVPlan):
                 "does. Leave the cache alone: kv_bits=None."
             )
         allocation = None
-        if space.mean_kv_bits is not None:
-            mean = Fraction(repr(space.mean_kv_bits))
+        if space.held_kv_mean is not None:
+            mean = Fraction(repr(space.held_kv_mean))
             sizes = tuple(unit.size for unit in units)
             allocation = BitAllocation(sizes, palette, mean, "kv_mean_bits")
         return cls(units, palette, len(widths), allocation)
@@ -214,13 +219,14 @@ class FreeSplit(KVPlan):
             return {}
         return {self._name(unit): (0.0, float(len(self.palette) - 1)) for unit in self.units}
 
-    def wishes(self, values: Mapping[str, float]) -> list[float]:
-        """Return a trial's wish per unit."""
-        return [values.get(self._name(unit), 0.0) for unit in self.units]
+    @property
+    def movable(self) -> tuple[str, ...]:
+        """The wishes, where no mean holds them."""
+        return () if self.allocation is not None else tuple(map(self._name, self.units))
 
     def assign(self, values: Mapping[str, float]) -> tuple[LayerBits, ...]:
         """Give every unit what it wishes for, as far as the mean allows."""
-        wishes = self.wishes(values)
+        wishes = [values.get(self._name(unit), 0.0) for unit in self.units]
         if self.allocation is not None:
             return self.layer_bits(self.allocation.nearest(wishes))
         top = len(self.palette) - 1

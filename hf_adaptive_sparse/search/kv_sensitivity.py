@@ -1,8 +1,8 @@
-"""How much each layer's keys and values mind fewer bits, and the split that this suggests.
+"""How sensitive the loss is to fewer KV bits, per layer, and the split that this suggests.
 
-One unit at a time is stored at a low width, all others unquantised, and the change of the loss is
-taken. The changes of different units add up nearly, so that the best split of a mean is a knapsack,
-solved exactly. It is where a search starts, and the trials decide.
+One unit at a time is stored at a low width while all others stay unquantised, and the change of the
+loss is measured. The changes of different units nearly add up, so that the best split with a given
+mean is a knapsack problem, which is solved exactly. The search only starts from that split.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The equal split of KV bits: which widths the layers share out, and which layer gets which.
+"""The equal split of KV bits: every width goes to as many layers.
 
-The paper draws every layer's bits on its own and rejects the draws that miss the mean. Here each
-layer has a priority, a number that the sampler is free to choose, and the widest bits go to the
-layers of highest priority. Every draw then meets the budget, an ordering needs one number per layer
-however many widths there are, and no layer's bits change for a reason the sampler cannot see.
+The paper draws every layer's bits on its own and rejects the draws that miss the mean. Here the
+sampler draws a priority for each layer, and the widest bits go to the layers of highest priority.
+Every draw then meets the budget, an ordering needs one number per layer however many widths there
+are, and the sampler sees everything that decides a layer's bits.
 """
 
 from __future__ import annotations

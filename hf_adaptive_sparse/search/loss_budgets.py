@@ -1,34 +1,39 @@
-"""The budgets that a bound on the loss is looked for among, and what excludes such a bound."""
+"""The budgets that are tried for a bound on the loss, and what rules such a bound out."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.search.byte_budget import ByteBudget
-from hf_adaptive_sparse.search.byte_sizes import format_bytes
-from hf_adaptive_sparse.search.candidate import uniform_params
-from hf_adaptive_sparse.search.data import fills_a_block, longest_window
+from hf_adaptive_sparse.search.byte_sizes import exact_bytes
+from hf_adaptive_sparse.search.data import short_windows
 from hf_adaptive_sparse.search.increase import Batches
+from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import uniform_params
 
 SIZES = 16
-"""Sizes between the smallest and the largest reachable that are told apart."""
+"""Number of steps between the smallest and the largest reachable size."""
 
 BITS_STEP = 0.5
-"""Distance of the mean KV bits that are told apart."""
+"""Distance between the mean KV bits that are tried."""
 
 BITS, BYTES = "mean KV bits", "bytes on disk"
 
 
-def check_bound(max_loss: object, space: SearchSpace, settings: Mapping[str, Any]) -> None:
-    """Check the bound, and that the space leaves open what it decides.
+def check_bound(
+    max_loss: object,
+    space: SearchSpace,
+    objective: ObjectiveSpec = "perplexity",
+    timeout_seconds: float | None = None,
+) -> None:
+    """Check the bound, and that nothing else decides what it decides.
 
     Raises:
         ValueError: If either is not so.
@@ -39,45 +44,49 @@ def check_bound(max_loss: object, space: SearchSpace, settings: Mapping[str, Any
             "max_loss must be a fraction between 0 and 1, such as 0.005 for 0.5 %, got "
             f"{max_loss!r}."
         )
-    if settings.get("objective", "perplexity") != "perplexity":
+    if Goal.of(objective).to_json() != "perplexity":
         raise ValueError(
-            f"max_loss bounds the perplexity, got objective={settings['objective']!r}. Leave the "
-            "objective out."
+            f"max_loss bounds the perplexity, got objective={objective!r}: leave one out."
         )
-    if space.fit_bytes is not None:
-        raise ValueError("max_loss decides the size, got fit_bytes. Give one of them.")
-    if space.prunes and not space.is_free:
+    if timeout_seconds is not None:
         raise ValueError(
-            "max_loss decides how much is pruned: give target_sparsity='free', or None to leave "
-            f"the weights alone; got {space.target_sparsity}."
+            "max_loss needs its searches complete, so timeout_seconds excludes it, got "
+            f"{timeout_seconds!r}: give fewer trials."
         )
-    if space.weight_mean_bits is not None:
-        raise ValueError("max_loss decides the weights' mean bits: leave weight_mean_bits out.")
-    if _kv_alone(space) and space.kv_mean_bits is not None:
-        raise ValueError("max_loss decides the mean KV bits: leave kv_mean_bits out.")
+    decided = {
+        "fit_bytes (--fit)": space.fit_bytes is not None,
+        "size_bytes (--size)": space.size_bytes is not None,
+        "target_sparsity (--target-sparsity)": space.prunes and not space.is_free,
+        "weight_mean_bits (--search-weight-mean)": space.weight_mean_bits is not None,
+        "kv_mean_bits (--kv-mean-bits)": kv_alone(space) and space.kv_mean_bits is not None,
+    }
+    given = [setting for setting, is_given in decided.items() if is_given]
+    if given:
+        raise ValueError(
+            f"max_loss finds the size that its bound allows, {' and '.join(given)} fixes it: leave "
+            "one of them out. (target_sparsity='free', or 0 to leave the weights alone, is fine.)"
+        )
 
 
 def check_lengths(windows: Batches, space: SearchSpace, what: str) -> None:
-    """Refuse data that KV bits make no difference on: any width would hold on them.
+    """Refuse data on which KV bits make no difference, so that any width would hold.
 
     Raises:
         ValueError: If no window fills a block of the cache.
     """
-    if space.kv_bits is not None and not fills_a_block(windows, space):
-        raise ValueError(
-            f"No {what} window (longest: {longest_window(windows)} tokens) fills a block of the KV "
-            f"cache ({space.kv_residual_length} tokens), so no bits of it make a difference there. "
-            "Give longer windows, or leave the KV bits out."
-        )
+    remark = None if space.kv_bits is None else short_windows(windows, space)
+    if remark is not None:
+        raise ValueError(f"{what} data: {remark} Or leave the KV bits out.")
 
 
-def _kv_alone(space: SearchSpace) -> bool:
+def kv_alone(space: SearchSpace) -> bool:
+    """Return whether only the KV cache is compressed: its mean bits are then what is bounded."""
     return not space.prunes and space.weight_bits is None
 
 
 def chooses(model: PreTrainedModel, space: SearchSpace, excluded: Sequence[str]) -> bool:
     """Return whether a space leaves anything to choose on a model."""
-    if _kv_alone(space) and space.kv_bits is not None:
+    if kv_alone(space) and space.kv_bits is not None:
         # At either end of the palette every layer has the same width.
         return space.kv_mean_bits not in (space.kv_bits[0], space.kv_bits[-1])
     return bool(uniform_params(space, ModelShape.of(model, space, excluded)))
@@ -96,14 +105,13 @@ def spaces_by_budget(
     Raises:
         ValueError: If the space does not fit the model.
     """
-    if _kv_alone(space):
+    if kv_alone(space):
         return _by_bits(model, space), BITS
-    # Any limit lets the formats be weighed.
-    budget = ByteBudget.of(model, replace(space, size_bytes=1), excluded)
+    budget = ByteBudget.of(model, space, excluded)
     widths = space.weight_bits or (16,)
     smallest = _size(budget, space.high if space.prunes else 0.0, widths[0])
     largest = _size(budget, space.low if space.prunes else 0.0, widths[-1])
-    # A little above what can be reached, since ratios are rounded to whole weights.
+    # A little above the smallest size, since ratios are rounded to whole weights.
     start = smallest + smallest // 500
     if start >= largest:
         return {float(start): replace(space, size_bytes=start)}, BYTES
@@ -115,16 +123,14 @@ def spaces_by_budget(
 
 def _size(budget: ByteBudget, ratio: float, bits: int) -> int:
     removed = {name: int(ratio * linear.numel) for name, linear in budget.linears.items()}
-    return budget.spent(removed, dict.fromkeys(budget.linears, bits), None).size_bytes or 0
+    return budget.on_disk(removed, dict.fromkeys(budget.linears, bits))
 
 
 def _by_bits(model: PreTrainedModel, space: SearchSpace) -> dict[float, SearchSpace]:
     palette = space.kv_bits or ()
     steps = int((palette[-1] - palette[0]) / BITS_STEP)
     means = [palette[0] + BITS_STEP * step for step in range(steps + 1)]
-    spaces = {
-        mean: replace(space, size_bytes=None, kv_split="free", kv_mean_bits=mean) for mean in means
-    }
+    spaces = {mean: replace(space, kv_split="free", kv_mean_bits=mean) for mean in means}
     # One width for all can be reached: what is refused here concerns the model.
     ModelShape.of(model, spaces[means[0]])
     reachable = {}
@@ -137,4 +143,4 @@ def _by_bits(model: PreTrainedModel, space: SearchSpace) -> dict[float, SearchSp
 
 def budget_text(budget: float, unit: str) -> str:
     """Return a budget for a person to read."""
-    return f"{format_bytes(int(budget))} on disk" if unit == BYTES else f"{budget:g} {unit}"
+    return f"{exact_bytes(int(budget))} on disk" if unit == BYTES else f"{budget:g} {unit}"

@@ -1,23 +1,26 @@
-"""The smallest model, or KV cache, whose loss on held-out data stays within a bound.
+"""Finds the smallest model, or KV cache, whose loss on held-out data stays within a bound.
 
-The reverse of a search under a budget. Budgets are bisected, each with a search of its own on the
-evaluation data, for the smallest whose best profile stays within the bound there. That profile is
-then held against the dense model on held-out data, which no search saw; if the upper bound of its
-increase passes, the next larger budget is looked at.
+This is the reverse of a search under a budget. Budgets are bisected, each with a search of its own
+on the evaluation data, for the smallest one whose best profile stays within the bound there. That
+profile is then compared with the dense model on held-out data, which no search saw. If the upper
+bound of its increase exceeds the allowed loss, the next larger budget is tried.
 
-Profiles are measured as a search evaluates them, with one-shot masks, or as the model is pruned in
-the end, where the caller says how that is done.
+Profiles are measured as a search evaluates them, with one-shot masks, or pruned as the final model
+will be, where the caller says how.
 
-What is bisected need not be monotonic, since a search can be unlucky: a smaller budget than the one
-returned may hold, too. That the one returned holds does not depend on it.
+The loss need not fall steadily with the budget, since a search can be unlucky: a budget smaller
+than the one returned may hold, too. That the returned one holds does not depend on this.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,8 +31,8 @@ from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.comparison import windows_of
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
-from hf_adaptive_sparse.search.increase import Batches, increase_of, losses_under
-from hf_adaptive_sparse.search.indistinct import without_indistinct
+from hf_adaptive_sparse.search.increase import CONFIDENCE, Batches, increase_of, losses_under
+from hf_adaptive_sparse.search.indistinct_widths import without_indistinct
 from hf_adaptive_sparse.search.loss_budgets import (
     BYTES,
     budget_text,
@@ -39,17 +42,17 @@ from hf_adaptive_sparse.search.loss_budgets import (
     spaces_by_budget,
 )
 from hf_adaptive_sparse.search.losses import Loss
+from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
-from hf_adaptive_sparse.search.within_loss import CONFIDENCE, WithinLoss
 
 logger = logging.getLogger(__name__)
 
 LOOKS = 3
-"""Budgets that are held against the held-out data at most; the error is shared among them."""
+"""Budgets that are checked on the held-out data at most; the error is divided among them."""
 
-FEWEST_WINDOWS = 16
+FEWEST_TO_BOUND = 16
 """Windows that a bound needs."""
 
 FinalPrune = Callable[[SearchResult], AbstractContextManager[KVCacheChoice]]
@@ -88,8 +91,8 @@ def search_within(
         evaluation: Batches that the searches see.
         held_out: Other batches, that the bound is checked on. The confidence assumes that their
             windows are independent of each other.
-        space: What may be chosen; with weights to prune, ``target_sparsity="free"`` and any
-            ``size_bytes``. Its budget is replaced.
+        space: What may be chosen, without a budget; with weights to prune,
+            ``target_sparsity="free"``.
         max_loss: Relative increase of the dense model's perplexity that is allowed: 0.005 is 0.5 %.
         metric: Metric that ranks the weights.
         n_trials: Trials of each search, of which there are about five.
@@ -104,102 +107,162 @@ def search_within(
             do not suffice.
         SearchError: If no budget that was tried holds.
     """
-    check_bound(max_loss, space, settings)
+    check_bound(
+        max_loss,
+        space,
+        settings.get("objective", "perplexity"),
+        settings.get("timeout_seconds"),
+    )
     seen, unseen = windows_of(evaluation), windows_of(held_out)
-    if len(unseen) < FEWEST_WINDOWS:
+    if len(unseen) < FEWEST_TO_BOUND:
         raise ValueError(
-            f"A bound on the loss needs at least {FEWEST_WINDOWS} held-out windows, got "
+            f"A bound on the loss needs at least {FEWEST_TO_BOUND} held-out windows, got "
             f"{len(unseen)}. Give more data, or shorter windows."
         )
-    for what, windows in (("evaluation", seen), ("held-out", unseen)):
+    for what, windows in (("Evaluation", seen), ("Held-out", unseen)):
         check_lengths(windows, space, what)
     excluded = tuple(modules_to_not_convert or ())
     spaces, unit = spaces_by_budget(model, space, excluded)
     dense = losses_under(model, seen, CompressionProfile())
+    if not sum(count for _, count in dense):
+        raise ValueError("No token of the evaluation data is scored: are all labels -100?")
     indistinct: tuple[tuple[int, int], ...] = ()
-    if len(seen) >= FEWEST_WINDOWS:
+    if len(seen) >= FEWEST_TO_BOUND:
         space, indistinct = without_indistinct(
             space, lambda profile: losses_under(model, seen, profile)
         )
     if indistinct:
         spaces, unit = spaces_by_budget(model, space, excluded)
-    tokens = sum(count for _, count in dense)
-    if not tokens:
-        raise ValueError("No token of the evaluation data is scored: are all labels -100?")
-    perplexity = math.exp(sum(loss for loss, _ in dense) / tokens)
+    searches = _Searches(
+        model=model,
+        calibration=calibration,
+        evaluation=evaluation,
+        seen=seen,
+        unseen=unseen,
+        dense=dense,
+        spaces=spaces,
+        unit=unit,
+        final=final,
+        n_trials=n_trials,
+        study_name=study_name or STUDY_NAME,
+        ranking={"metric": metric, "modules_to_not_convert": excluded},
+        settings=settings,
+    )
     budgets = list(spaces)
-    tried: dict[float, float] = {}
-    found: dict[float, SearchResult] = {}
-    made: dict[float, list[Loss]] = {}
-
-    def run(budget: float, trials: int) -> SearchResult:
-        suffix = f"{budget:.0f}" if unit == BYTES else f"{budget:g}"
-        return search(
-            model,
-            calibration,
-            evaluation,
-            spaces[budget],
-            metric=metric,
-            n_trials=trials,
-            study_name=f"{study_name or STUDY_NAME}-{suffix}",
-            modules_to_not_convert=excluded,
-            compare_widths=False,
-            **settings,
-        )
-
-    def increase_at(budget: float) -> float:
-        if final is None:
-            return found[budget].best_value / perplexity - 1.0
-        with final(found[budget]) as kv_cache:
-            after = _losses(model, seen, kv_cache)
-            made[budget] = _losses(model, unseen, kv_cache)
-        return increase_of(dense, after, CONFIDENCE).mean
-
-    def at(budget: float) -> float:
-        """Return the increase on the evaluation data of the best profile under a budget."""
-        if budget in tried:
-            return tried[budget]
-        trials = n_trials if chooses(model, spaces[budget], excluded) else 1
-        try:
-            try:
-                found[budget] = run(budget, trials)
-            except NothingToChoose:
-                found[budget] = run(budget, 1)
-            tried[budget] = increase_at(budget)
-        except TrialsFailed as error:
-            logger.warning("%s does not hold: %s", budget_text(budget, unit), error)
-            tried[budget] = math.inf
-        return tried[budget]
-
-    first, last = 0, len(budgets)
-    while first < last:
-        middle = (first + last) // 2
-        if at(budgets[middle]) <= max_loss:
-            last = middle
-        else:
-            first = middle + 1
+    smallest = bisect_left(budgets, True, key=lambda budget: searches.at(budget) <= max_loss)
+    within = (budget for budget in budgets[smallest:] if searches.at(budget) <= max_loss)
     measured = []
     reference = losses_under(model, unseen, CompressionProfile())
-    # Which budgets these are depends on the evaluation data alone, so that sharing the error among
-    # them is enough.
-    for budget in islice((b for b in budgets[first:] if at(b) <= max_loss), LOOKS):
-        losses = made.get(budget) or losses_under(
-            model,
-            unseen,
-            found[budget].best_profile,
-            calibration,
-            metric=metric,
-            modules_to_not_convert=excluded,
-        )
+    # The budgets were chosen on the evaluation data alone, so dividing the error among them is
+    # enough.
+    for budget in islice(within, LOOKS):
+        losses = searches.held_out_losses(budget)
         increase = increase_of(reference, losses, 1.0 - (1.0 - CONFIDENCE) / LOOKS)
         measured.append(
             f"{budget_text(budget, unit)}: {increase.mean:+.3%}, below {increase.high:+.3%}"
         )
         if increase.high <= max_loss:
             return WithinLoss(
-                found[budget], budget, unit, max_loss, increase, len(unseen), tried, indistinct
+                searches.found[budget],
+                budget,
+                unit,
+                max_loss,
+                increase,
+                len(unseen),
+                searches.tried,
+                indistinct,
             )
-    raise SearchError(_refusal(max_loss, unit, measured, tried, indistinct))
+    raise SearchError(_refusal(max_loss, unit, measured, searches.tried, indistinct))
+
+
+@dataclass
+class _Searches:
+    """A search for each budget that is asked for, and the loss of its best profile.
+
+    Attributes:
+        model: The dense model.
+        calibration: As for `search_within`.
+        evaluation: As for `search_within`.
+        seen: The windows of the evaluation data.
+        unseen: The held-out windows.
+        dense: The dense model's losses on the windows that are seen.
+        spaces: Budget -> space.
+        unit: Unit of the budgets.
+        final: As for `search_within`.
+        n_trials: Trials of each search.
+        study_name: Start of the studies' names.
+        ranking: What ranks the weights, and which: ``metric`` and ``modules_to_not_convert``.
+        settings: The other settings of the searches.
+        found: Budget -> its search; without those whose trials all failed.
+        tried: Budget -> increase of the perplexity on the evaluation data, in the order tried;
+            infinite where all trials failed.
+    """
+
+    model: PreTrainedModel
+    calibration: Batches | None
+    evaluation: Batches
+    seen: Batches
+    unseen: Batches
+    dense: Sequence[Loss]
+    spaces: Mapping[float, SearchSpace]
+    unit: str
+    final: FinalPrune | None
+    n_trials: int
+    study_name: str
+    ranking: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    found: dict[float, SearchResult] = field(default_factory=dict, init=False)
+    tried: dict[float, float] = field(default_factory=dict, init=False)
+    _after_final: dict[float, list[Loss]] = field(default_factory=dict, init=False)
+
+    def at(self, budget: float) -> float:
+        """Return the increase on the evaluation data of the best profile under a budget."""
+        if budget not in self.tried:
+            try:
+                self.found[budget] = self._search(budget)
+                self.tried[budget] = self._increase(budget)
+            except TrialsFailed as error:
+                logger.warning("%s does not hold: %s", budget_text(budget, self.unit), error)
+                self.tried[budget] = math.inf
+        return self.tried[budget]
+
+    def held_out_losses(self, budget: float) -> list[Loss]:
+        """Return the losses on the held-out windows of the best profile under a budget tried."""
+        if self.final is not None:
+            return self._after_final[budget]
+        profile = self.found[budget].best_profile
+        return losses_under(self.model, self.unseen, profile, self.calibration, **self.ranking)
+
+    def _search(self, budget: float) -> SearchResult:
+        space = self.spaces[budget]
+        suffix = f"{budget:.0f}" if self.unit == BYTES else f"{budget:g}"
+        run = partial(
+            search,
+            self.model,
+            self.calibration,
+            self.evaluation,
+            space,
+            study_name=f"{self.study_name}-{suffix}",
+            compare_widths=False,
+            **self.ranking,
+            **self.settings,
+        )
+        if not chooses(self.model, space, self.ranking["modules_to_not_convert"]):
+            return run(n_trials=1)
+        try:
+            return run(n_trials=self.n_trials)
+        except NothingToChoose:
+            return run(n_trials=1)
+
+    def _increase(self, budget: float) -> float:
+        if self.final is None:
+            tokens = sum(count for _, count in self.dense)
+            perplexity = math.exp(sum(loss for loss, _ in self.dense) / tokens)
+            return self.found[budget].best_value / perplexity - 1.0
+        with self.final(self.found[budget]) as kv_cache:
+            after = _losses(self.model, self.seen, kv_cache)
+            self._after_final[budget] = _losses(self.model, self.unseen, kv_cache)
+        return increase_of(self.dense, after, CONFIDENCE).mean
 
 
 def _losses(model: PreTrainedModel, windows: Batches, kv_cache: KVCacheChoice) -> list[Loss]:

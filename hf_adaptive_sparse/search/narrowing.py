@@ -1,14 +1,13 @@
-"""Whether the best profile needs its widest bits, or narrower ones do as well.
+"""The comparison of the best profile with narrower ones, made when a search ends.
 
-When a search ends, the best profile is read window by window as it is, then with its widest KV bits
-(and weight bits, where those are chosen, too) cut down to the next narrower width of the palette,
-and so on. As long as the perplexity rises by less than `width_steps.MARGIN`, at 95 % confidence,
-the widths are said not to differ. All are compared with the profile that was found, so that small
-losses do not add up unseen. A margin, and not merely an interval that holds 0: on too few windows
-any interval does.
+The best profile is scored window by window as it is, then with its widest KV bits (and weight bits,
+where those are searched) cut down to the next narrower width of the palette, and so on. While the
+perplexity rises by less than `MARGIN` at 95 % confidence, the widths count as equally good. Each
+profile is compared with the one that was found, so that small losses cannot add up unnoticed. A
+margin is needed because on too few windows any interval contains 0.
 
-Under a budget in bytes, which is a ceiling, the narrower profile takes the best one's place. A mean
-that was asked for is kept, and it is said what the narrower profile would save.
+Under a budget in bytes, which is an upper limit, the narrower profile replaces the best one. A mean
+that was asked for is kept, and the log says what the narrower profile would save.
 """
 
 from __future__ import annotations
@@ -20,17 +19,11 @@ from typing import TYPE_CHECKING
 
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.comparison import windows_of
-from hf_adaptive_sparse.search.data import fills_a_block
-from hf_adaptive_sparse.search.description import candidate_bytes
+from hf_adaptive_sparse.search.data import short_windows
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
-from hf_adaptive_sparse.search.increase import increase_of
-from hf_adaptive_sparse.search.objectives import Goal
-from hf_adaptive_sparse.search.shape import ModelShape
-from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.trials import tally
-from hf_adaptive_sparse.search.width_steps import (
-    CONFIDENCE,
+from hf_adaptive_sparse.search.increase import CONFIDENCE, increase_of
+from hf_adaptive_sparse.search.narrowing_result import (
     KV,
     NARROWER,
     WEIGHTS,
@@ -38,6 +31,10 @@ from hf_adaptive_sparse.search.width_steps import (
     WidthStep,
     narrowing_of,
 )
+from hf_adaptive_sparse.search.objectives import Goal
+from hf_adaptive_sparse.search.shape import ModelShape
+from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.trials import tally
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -45,19 +42,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEWEST_WINDOWS = 8
+FEWEST_TO_COMPARE = 8
 """Windows below which nothing is compared."""
 
 OBJECTIVES = ("perplexity", "answers")
-"""Objectives that the comparison speaks for: both are the loss of the evaluation data's tokens."""
+"""Objectives for which widths are compared: both are losses of the evaluation data's tokens."""
 
 
 def is_due(study: Study, space: SearchSpace, goal: Goal, evaluation: Batches) -> bool:
     """Return whether widths are to be compared, and are not yet, for a study's best trial."""
-    chosen = (space.searches_kv and fills_a_block(evaluation, space)) or space.searches_weight_bits
+    seen = space.searches_kv and short_windows(evaluation, space) is None
+    chosen = seen or space.searches_weight_bits
     if not chosen or goal.to_json() not in OBJECTIVES:
         return False
-    if len(windows_of(evaluation)) < FEWEST_WINDOWS:
+    if len(windows_of(evaluation)) < FEWEST_TO_COMPARE:
         return False
     stored = narrowing_of(study.user_attrs, tally(study).best_number)
     return stored is None or not stored.repeatable
@@ -72,13 +70,13 @@ def narrow_on(
 ) -> None:
     """Compare the best profile with narrower ones, and store the outcome with the study.
 
-    What breaks the comparison off is the outcome, too; the best profile then stays as it is.
+    A comparison that fails is stored, too; the best profile then stays as it is.
 
     Args:
         study: The study, with a complete trial.
         evaluator: Evaluates profiles on the masked model; its evaluation data are taken.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         draw: What makes a profile of a trial's parameters.
     """
     from optuna.trial import FixedTrial
@@ -94,9 +92,9 @@ def narrow_on(
     try:
         before = evaluator.losses(found, windows)
         # KV bits make no difference on windows that fill no block of the cache.
-        for part in (KV, WEIGHTS) if fills_a_block(windows, space) else (WEIGHTS,):
+        for part in (KV, WEIGHTS) if short_windows(windows, space) is None else (WEIGHTS,):
             if _kept(found, narrowest, space) and not _has_mean(part, space):
-                # KV bits that their mean keeps must not keep the weights' bits from being taken.
+                # KV bits that a mean keeps wide must not keep the weight bits wide, too.
                 narrowest, kept_back = found, narrowest
             for wide, narrow in _caps(found, part, space, shape):
                 candidate = _capped(narrowest, part, narrow, shape)
@@ -119,7 +117,7 @@ def narrow_on(
         profile=narrowest.profile if same else None,
         taken=same and not kept,
         kv_bytes_per_token=_kv_bytes(found, shape) - _kv_bytes(narrowest, shape),
-        weight_bytes=_weight_bytes(found, evaluator) - _weight_bytes(narrowest, evaluator),
+        weight_bytes=evaluator.weight_bytes(found) - evaluator.weight_bytes(narrowest),
         kept=kept,
         failure=failure,
         repeatable=repeatable,
@@ -177,15 +175,11 @@ def _kv_bytes(candidate: Candidate, shape: ModelShape) -> float:
     return candidate.kv_cache.mean_bits(shape.kv_widths) * sum(map(sum, shape.kv_widths)) / 8
 
 
-def _weight_bytes(candidate: Candidate, evaluator: Evaluator) -> int:
-    return candidate_bytes(candidate, evaluator.model.dtype.itemsize)
-
-
 def _kept(found: Candidate, narrowest: Candidate, space: SearchSpace) -> str:
     """Return which exact means, that the caller asked for, the narrower profile would not have."""
     means = []
     if _has_mean(KV, space) and found.kv_cache != narrowest.kv_cache:
-        means.append(f"{space.mean_kv_bits:g} KV bits")
+        means.append(f"{space.held_kv_mean:g} KV bits")
     if _has_mean(WEIGHTS, space) and found.weight_bits != narrowest.weight_bits:
         means.append(f"{space.weight_mean_bits:g} weight bits")
     return " and ".join(means)
@@ -193,4 +187,4 @@ def _kept(found: Candidate, narrowest: Candidate, space: SearchSpace) -> str:
 
 def _has_mean(part: str, space: SearchSpace) -> bool:
     """Return whether bits have an exact mean, also one that comes of an equal split."""
-    return (space.mean_kv_bits if part == KV else space.weight_mean_bits) is not None
+    return (space.held_kv_mean if part == KV else space.weight_mean_bits) is not None

@@ -1,7 +1,8 @@
-"""Opening a study that several workers may open at once: one makes it, the others check it.
+"""Opens a study that several workers may open at once: one makes it, the others check it.
 
-A storage lets one worker create a study of a name. That one enqueues the baseline and then stores
-the fingerprint, which tells the others that the study is ready, and whether it is theirs.
+A storage lets only one worker create a study of a given name. That worker enqueues the baseline and
+then stores the fingerprint, which tells the others that the study is ready and whether it is the
+one they want.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Trials whose worker is gone: they end, and each is tried again once by another trial.
+"""Ends trials whose worker is gone, and enqueues each of them again.
 
-Ending a trial is what storages do atomically: of several workers that notice, one succeeds, and
-that one enqueues the parameters again. Should it be killed just between the two, the trial counts
-as interrupted, and any worker enqueues it a little later. If two do, the second finds the profile
-claimed (see `claims`), so it is still evaluated once.
+Storages end a trial atomically: of several workers that try, one succeeds, and that one enqueues
+the parameters again. If it is killed just between the two, the trial counts as interrupted, and any
+worker enqueues it a little later. If two workers do, the second finds the profile claimed (see
+`claims`), so it is still evaluated once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from hf_adaptive_sparse.search.trials import FAILURE, REPEATABLE, RETRY_OF, leaves_something, tally
+from hf_adaptive_sparse.search.trials import FAILURE, REPEATABLE, RETRY_OF, should_retry, tally
 from hf_adaptive_sparse.search.worker import Watch
 
 if TYPE_CHECKING:
@@ -80,6 +80,6 @@ def _end(study: Study, trial: FrozenTrial) -> None:
 
 
 def _enqueue_again(study: Study, trial: FrozenTrial, kills: int) -> None:
-    if leaves_something(trial):
+    if should_retry(trial):
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, KILLS: kills})

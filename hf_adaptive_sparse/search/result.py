@@ -20,12 +20,12 @@ from hf_adaptive_sparse.pruning.apply import PruningReport
 from hf_adaptive_sparse.search.comparison import HELD_OUT, held_out_of
 from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, study_versions
 from hf_adaptive_sparse.search.front import MEAN
+from hf_adaptive_sparse.search.narrowing_result import NARROWER, Narrowing, narrowing_of
 from hf_adaptive_sparse.search.objectives import Goal
 from hf_adaptive_sparse.search.resolution import Gain, gain_over_uniform
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import detached_study
 from hf_adaptive_sparse.search.trials import DUPLICATE_OF, history, tally
-from hf_adaptive_sparse.search.width_steps import NARROWER, Narrowing, narrowing_of
 
 if TYPE_CHECKING:
     from optuna.study import Study

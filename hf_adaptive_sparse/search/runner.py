@@ -1,4 +1,4 @@
-"""Running the trials of a study: draw, project, skip what is known, evaluate, store."""
+"""Runs the trials of a study: draw, project, skip known profiles, evaluate, store."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from hf_adaptive_sparse.search.candidate import (
-    Candidate,
-    suggest,
-    uniform_candidate,
-)
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.claims import claim
 from hf_adaptive_sparse.search.errors import TrialFailure, TrialsFailed
-from hf_adaptive_sparse.search.evaluation import Evaluation, Reporter
+from hf_adaptive_sparse.search.evaluation_result import Evaluation, Reporter
 from hf_adaptive_sparse.search.front import suggest_on_front
 from hf_adaptive_sparse.search.recovery import recover
 from hf_adaptive_sparse.search.samplers import as_sampler
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest, uniform_candidate
 from hf_adaptive_sparse.search.trials import (
     DUPLICATE_OF,
     FAILURE,
@@ -45,10 +42,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
-"""How often a worker without work looks whether there is some."""
+"""How often an idle worker looks for work."""
 
 REPEATS_UNTIL_EXHAUSTED = 100
-"""Duplicates in a row after which the space is taken to hold no further profile."""
+"""Duplicates in a row after which the space counts as exhausted."""
 
 FEWEST_TO_GIVE_UP = 5
 HIGHEST_FAILED_SHARE = 0.8
@@ -65,14 +62,14 @@ Objective = Callable[[Candidate, Reporter | None], Evaluation]
 
 
 def goes_on(count: Tally, n_trials: int) -> bool:
-    """Return whether the search is not over yet."""
+    """Return whether the search has to go on."""
     return count.attempts < n_trials and count.repeats < REPEATS_UNTIL_EXHAUSTED
 
 
 def has_work(count: Tally, n_trials: int) -> bool:
-    """Return whether a trial may begin: an enqueued one, or one beyond all that is owed."""
+    """Return whether a trial may begin: an enqueued one, or one beyond all that are pending."""
     under_way = count.attempts + len(count.running)
-    return under_way < n_trials and (bool(count.waiting) or under_way + count.owed < n_trials)
+    return under_way < n_trials and (bool(count.waiting) or under_way + count.pending < n_trials)
 
 
 class TrialRunner:
@@ -81,7 +78,7 @@ class TrialRunner:
     Args:
         study: The study that trials are drawn from and stored in.
         space: The search space.
-        shape: The space laid over the model.
+        shape: The space applied to the model.
         objective: Evaluates a profile.
         seed: Seed of the draws.
         sampler: Name of a sampler, made and seeded per trial, or an Optuna sampler.

@@ -1,6 +1,6 @@
-"""The samplers of a search by name.
+"""The samplers of a search, by name.
 
-A new one is a function with `@register_sampler` here, or an Optuna sampler of one's own passed to
+To add one, write a function with `@register_sampler` here, or pass an Optuna sampler to
 ``search(sampler=...)``.
 """
 
@@ -45,7 +45,7 @@ def sampler_names() -> tuple[str, ...]:
 
 
 def sampler_maker(name: str) -> Maker:
-    """Return what makes the sampler of a name.
+    """Return the function that makes the sampler of a name.
 
     Raises:
         ValueError: If there is none, or a package that it needs is not installed.
@@ -66,7 +66,7 @@ def sampler_maker(name: str) -> Maker:
 
 
 def check_sampler(sampler: object) -> None:
-    """Refuse what is neither the name of a sampler nor an Optuna sampler.
+    """Check that a sampler is the name of one or an Optuna sampler.
 
     Raises:
         ValueError: If it is not, or a package that it needs is not installed.
@@ -86,7 +86,7 @@ def as_sampler(sampler: BaseSampler | str, seed: int) -> BaseSampler:
     """Return an Optuna sampler: the one given, or the named one, seeded trial by trial."""
     if not isinstance(sampler, str):
         return sampler
-    from hf_adaptive_sparse.search.sampling import PerTrialSampler
+    from hf_adaptive_sparse.search.per_trial_sampler import PerTrialSampler
 
     return PerTrialSampler(sampler_maker(sampler), seed)
 

@@ -1,13 +1,13 @@
-"""How much each group of linears minds being pruned more or less, and what to start from.
+"""How sensitive the loss is to the ratio of each group of linears, and the profile to start from.
 
-One cheap measurement before the trials: with every other group at the target, one group is set to
-the lowest and to the highest ratio of the space, and the change of the loss is measured on some of
-the batches. All groups in front of it are as in the uniform profile, so their layers need not be
-run again. The damage of a group is taken to grow as ``strength · ratio ** 5``, with one strength
-per group; so grows the loss of a whole model around 50 % (measured: + 0.044 nats at 50 %, + 0.118
-at 60 %). A strength below its own standard error is raised to it: what is lost in noise must not
-decide. The profile that minimises the summed damage under the budget is the second trial of a
-search. It takes the groups for independent, which they are not quite: the trials decide.
+Measured once before the trials: with every other group at the target, one group is set to the
+lowest and to the highest ratio of the space, and the change of the loss is measured on some of the
+batches. All groups in front of it are as in the uniform profile, so their layers need not be run
+again. The damage of a group is modelled as ``strength · ratio ** 5``, with one strength per group;
+the loss of a whole model grows like this around 50 % (measured: + 0.044 nats at 50 %, + 0.118 at
+60 %). A strength below its own standard error is raised to it, so that noise does not decide. The
+profile that minimises the summed damage under the budget becomes the second trial of a search. The
+groups are treated as independent, which is only nearly true; the trials decide.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BISECTIONS = 200
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The change of the loss when one group alone leaves the uniform profile.
+    """The change of the loss when one group alone differs from the uniform profile.
 
     Attributes:
         labels: Name of each group.
@@ -177,7 +177,7 @@ def measure_sensitivity(
 
 
 def probed_batches(evaluator: Evaluator) -> list[int]:
-    """Return the batches that are measured on: the first of the order that all trials take."""
+    """Return the batches that are measured on: the first ones in the order of all trials."""
     wanted = max(FEWEST_PROBED, -(-len(evaluator.order) // PROBE_SHARE))
     return evaluator.order[:wanted]
 

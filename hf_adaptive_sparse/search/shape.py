@@ -1,4 +1,4 @@
-"""What a search has to know of a model: what shares a ratio, a weight width, and KV bits."""
+"""The parts of a model that a search chooses for: what shares a ratio, a weight width, KV bits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A search space laid over a model.
+    """A search space applied to a model.
 
     Attributes:
         groups: What shares a ratio, in layer order; groups without prunable linears are left out.
@@ -65,7 +65,7 @@ class ModelShape:
     num_layers: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a report has to know of the model, in plain JSON types."""
+        """Return what a report needs to know about the model, in plain JSON types."""
         return {
             "blocks": [list(span) for span in self.block_layers],
             "num_layers": self.num_layers,
@@ -79,7 +79,7 @@ class ModelShape:
         space: SearchSpace,
         modules_to_not_convert: Iterable[str] | None = None,
     ) -> ModelShape:
-        """Lay ``space`` over ``model``.
+        """Apply ``space`` to ``model``.
 
         Args:
             model: The model to be compressed.

@@ -19,13 +19,13 @@ from hf_adaptive_sparse.search.byte_sizes import parse_bytes
 from hf_adaptive_sparse.search.space_rules import (
     GRANULARITIES,
     KV_SPLITS,
-    check_budget,
     check_choice,
+    check_fit,
     check_kv,
     check_number,
     check_palette,
     check_sparsity,
-    check_weight_bits,
+    check_weight_palette,
 )
 
 FREE = "free"
@@ -64,7 +64,7 @@ class SearchSpace:
 
     Attributes:
         target_sparsity: Mean ratio of weights removed. ``None`` or 0: the weights are left alone.
-            ``"free"``: whatever mean a budget in bytes leads to.
+            ``"free"``: whatever mean a budget in bytes leads to, or the bound of `search_within`.
         sparsity_range: How far a ratio may lie from the target, both ways. 0: every block takes
             the target. Ratios below 0 are cut off. Of no meaning where the mean is free.
         step: Distance of the sampled ratios.
@@ -165,10 +165,10 @@ class SearchSpace:
         check_choice(self.kv_split, KV_SPLITS, "kv_split")
         # Checks the cache's other settings by the same rules and texts.
         self.kv_config(8, 8)
-        check_budget(self)
+        check_fit(self)
         check_sparsity(self)
         check_kv(self)
-        check_weight_bits(self)
+        check_weight_palette(self)
         if not self.prunes and self.kv_bits is None and self.weight_bits is None:
             raise ValueError(
                 "The space is empty: target_sparsity is 0, kv_bits and weight_bits are None. Set "
@@ -259,7 +259,7 @@ class SearchSpace:
         return round(start - down * self.step, 12), round(start + up * self.step, 12)
 
     @property
-    def mean_kv_bits(self) -> float | None:
+    def held_kv_mean(self) -> float | None:
         """The mean KV bits that every profile has; ``None`` if they differ or there are none."""
         if self.kv_bits is None:
             return None

@@ -1,4 +1,4 @@
-"""The rules that a search space is held to: single values first, then what they say together."""
+"""The rules that a search space must meet: single values first, then their combinations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_number(value: object, what: str) -> float:
     """Return a finite number >= 0 as a float.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not one.
     """
     if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= float(value) < 1e6:
         raise ValueError(f"{what} must be a number >= 0, got {value!r}.")
@@ -58,7 +58,7 @@ def check_palette(widths: object, known: Sequence[int], what: str) -> tuple[int,
 
 
 def check_sparsity(space: SearchSpace) -> None:
-    """Hold the range of ratios against target, step and pattern."""
+    """Check the range of ratios against target, step and pattern."""
     explicit = space.sparsity_low is not None or space.sparsity_high is not None
     if not space.prunes:
         if explicit:
@@ -99,7 +99,7 @@ def check_sparsity(space: SearchSpace) -> None:
 
 
 def check_kv(space: SearchSpace) -> None:
-    """Hold the split of the KV bits against its mean and the budget."""
+    """Check the split of the KV bits against its mean and the budget."""
     if space.kv_bits is None:
         for name in ("kv_mean_bits", "kv_apart"):
             if getattr(space, name):
@@ -119,8 +119,8 @@ def check_kv(space: SearchSpace) -> None:
         )
 
 
-def check_weight_bits(space: SearchSpace) -> None:
-    """Hold the weights' widths against their mean and the budget."""
+def check_weight_palette(space: SearchSpace) -> None:
+    """Check the weights' widths against their mean."""
     palette, mean = space.weight_bits, space.weight_mean_bits
     if palette is None:
         if mean is not None:
@@ -136,15 +136,10 @@ def check_weight_bits(space: SearchSpace) -> None:
             f"weight_mean_bits must lie between the narrowest and the widest of weight_bits="
             f"{palette}, got {mean}."
         )
-    if len(palette) > 1 and mean is None and not space.in_bytes:
-        raise ValueError(
-            f"weight_bits={palette} leaves the mean open. Set weight_mean_bits, or a budget in "
-            "bytes (size_bytes, or fit_bytes with context_length)."
-        )
 
 
-def check_budget(space: SearchSpace) -> None:
-    """Hold budgets in bytes against each other and against what the space leaves to choose."""
+def check_fit(space: SearchSpace) -> None:
+    """Check that the KV cache of a budget in bytes has a length."""
     if space.fit_bytes is not None and space.context_length is None:
         raise ValueError(
             "fit_bytes needs context_length: how long a KV cache has to fit beside the weights, in "
@@ -156,8 +151,23 @@ def check_budget(space: SearchSpace) -> None:
             f"fit_bytes; got context_length={space.context_length}, batch_size={space.batch_size} "
             "and no fit_bytes."
         )
-    if space.is_free and not space.in_bytes:
+
+
+def check_has_budget(space: SearchSpace) -> None:
+    """Refuse a space that leaves a mean to a budget in bytes but has no such budget.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if space.in_bytes:
+        return
+    if space.is_free:
         raise ValueError(
             "target_sparsity='free' leaves the mean ratio to a budget in bytes. Set size_bytes, or "
             "fit_bytes with context_length, or give the mean ratio as a number."
+        )
+    if space.searches_weight_bits and space.weight_mean_bits is None:
+        raise ValueError(
+            f"weight_bits={space.weight_bits} leaves the mean open. Set weight_mean_bits, or a "
+            "budget in bytes (size_bytes, or fit_bytes with context_length)."
         )

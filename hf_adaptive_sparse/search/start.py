@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.profiles import KVCacheConfig
-from hf_adaptive_sparse.search.candidate import params_for, uniform_params
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.kv_plan import FreeSplit
 from hf_adaptive_sparse.search.kv_sensitivity import KVSensitivity, measure_kv_sensitivity
 from hf_adaptive_sparse.search.sensitivity import (
     Sensitivity,
-    logger,
     mean_loss,
     measure_sensitivity,
     probe_losses,
@@ -21,9 +20,12 @@ from hf_adaptive_sparse.search.sensitivity import (
 )
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import params_for, uniform_params
 
 if TYPE_CHECKING:
     from optuna.study import Study
+
+logger = logging.getLogger(__name__)
 
 SENSITIVITY = "sensitivity"
 """Study attribute: what was measured of the groups of linears."""
@@ -45,10 +47,11 @@ KV_SENSITIVITY = "kv_sensitivity"
 def suggest_start(
     study: Study, evaluator: Evaluator, space: SearchSpace, shape: ModelShape
 ) -> None:
-    """Measure once per study, and enqueue what comes of it, behind the uniform profile.
+    """Measure the sensitivities once per study, and enqueue the profile that they suggest.
 
-    Workers that begin while one measures do so too, and find the same profile. Sparsity and a free
-    split of KV bits are measured; an equal split starts as in the uniform profile.
+    The profile runs after the uniform one. Workers that start meanwhile measure, too, and find the
+    same. Sparsity and a free split of KV bits are measured; an equal split starts as in the uniform
+    profile.
     """
     done = {SENSITIVITY, KV_SENSITIVITY} & set(study.user_attrs)
     if done or len(study.directions) > 1:

@@ -1,7 +1,7 @@
-"""Where a study is kept: any Optuna storage, opened from a name.
+"""Opens the storage of a study: any Optuna storage, by name.
 
-Optuna's heartbeats are left off: only databases have them. Which running trials are alive is told
-alike on every storage, see `worker`.
+Optuna's heartbeats are not used, since only databases have them. Whether a running trial is alive
+is found out in the same way on every storage, see `worker`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def open_storage(storage: Storage) -> BaseStorage:
 
 
 def _open_database(url: str) -> BaseStorage:
-    """Open a database, patiently where several workers make its tables at the same time."""
+    """Open a database, retrying while other workers make its tables."""
     import optuna
 
     options: dict[str, Any] = {}

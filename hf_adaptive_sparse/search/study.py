@@ -1,8 +1,8 @@
 """`search`: find the best profile under an exact budget with Optuna, resumably.
 
 Every trial is stored as it ends. The draw of a trial depends on the seed and on how many trials
-were carried through before it, so a search that was killed and resumed tries what an uninterrupted
-one would have tried.
+were carried out before it, so that a search that was killed and resumed tries the same profiles as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES
-from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.pruning.metrics import get_metric
-from hf_adaptive_sparse.search.candidate import uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.checks import (
     check_arguments,
+    check_left_to_choose,
     check_limits,
     check_outcome,
     check_weights,
 )
 from hf_adaptive_sparse.search.comparison import compare_on, is_compared
 from hf_adaptive_sparse.search.data import (
-    EVALUATION_SAMPLES,
     Data,
-    as_config,
-    resolve,
+    SearchData,
     warn_of_weak_evaluation,
 )
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
-from hf_adaptive_sparse.search.evaluator import open_evaluator
+from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
 from hf_adaptive_sparse.search.fingerprint import fingerprint
 from hf_adaptive_sparse.search.front import uniform_params_on_front
 from hf_adaptive_sparse.search.narrowing import is_due, narrow_on
@@ -52,6 +49,7 @@ from hf_adaptive_sparse.search.storage import (
     quiet_optuna,
     storage_errors,
 )
+from hf_adaptive_sparse.search.suggesting import uniform_candidate, uniform_params
 from hf_adaptive_sparse.search.trials import tally
 
 if TYPE_CHECKING:
@@ -150,52 +148,27 @@ def search(
     check_sampler(sampler)
     shape = ModelShape.of(model, space, modules_to_not_convert)
     check_weights(model, shape.numel)
-    # On a front each trial draws its mean ratio, whatever else there is to choose.
-    if n_trials > 1 and not goal.sweeps_budget and not uniform_params(space, shape):
-        raise SearchError(
-            "The space leaves nothing to choose on this model: every trial would be the uniform "
-            f"profile ({len(shape.blocks)} blocks, sparsity_range={space.sparsity_range}, "
-            f"kv_bits={space.kv_bits}). Use more blocks, a wider range or two KV widths, or "
-            "has.prune, which needs no search."
-        )
+    check_left_to_choose(n_trials, goal, space, shape)
     # A budget that cannot be met is refused here, so that it leaves no study behind.
     uniform = uniform_candidate(space, shape)
-    calibration_config = None
-    calibration_batches = None
-    if space.prunes and get_metric(metric).needs_calibration:
-        calibration_config = as_config(calibration, CalibrationConfig())
-        calibration_batches = resolve(
-            calibration, calibration_config, model, processor, what="calibration", split="train"
-        )
-    image_weight = 1.0 if calibration_config is None else calibration_config.image_weight
-    evaluation_batches = resolve(
-        evaluation,
-        as_config(evaluation, CalibrationConfig(num_samples=EVALUATION_SAMPLES)),
+    data = SearchData.of(
         model,
         processor,
-        what="evaluation",
-        split="validation",
+        calibration=calibration,
+        evaluation=evaluation,
+        held_out=held_out,
+        ranks=space.prunes and get_metric(metric).needs_calibration,
     )
-    held_out_batches = None
-    if held_out is not None:
-        held_out_batches = resolve(
-            held_out,
-            as_config(held_out, CalibrationConfig(num_samples=EVALUATION_SAMPLES)),
-            model,
-            processor,
-            what="held_out",
-            split="test",
-        )
-    warn_of_weak_evaluation(evaluation_batches, calibration_batches, space)
+    warn_of_weak_evaluation(data.evaluation, data.calibration, space)
     excluded = tuple(modules_to_not_convert or ())
     made_for = fingerprint(
         model,
         space=space.to_dict(),
         metric=metric,
-        image_weight=image_weight,
+        image_weight=data.image_weight,
         excluded=excluded,
-        calibration=calibration_batches,
-        evaluation=evaluation_batches,
+        calibration=data.calibration,
+        evaluation=data.evaluation,
     )
     if goal.to_json() != DEFAULT_OBJECTIVE:
         made_for["objective"] = goal.to_json()
@@ -209,26 +182,23 @@ def search(
             attributes={"seed": seed, "layout": shape.to_dict()},
             values=len(goal.parts),
         )
-        compared = held_out_batches is None or is_compared(study, held_out_batches)
-        narrows = compare_widths and is_due(study, space, goal, evaluation_batches)
+        compared = data.held_out is None or is_compared(study, data.held_out)
+        narrows = compare_widths and is_due(study, space, goal, data.evaluation)
         if goes_on(tally(study), n_trials) or narrows or not compared:
             with open_evaluator(
                 model,
                 space,
                 shape,
                 uniform,
-                calibration=calibration_batches,
-                evaluation=evaluation_batches,
+                calibration=data.calibration,
+                evaluation=data.evaluation,
                 metric=metric,
                 goal=goal,
                 reuse_bytes=reuse_bytes,
                 modules_to_not_convert=excluded,
-                image_weight=image_weight,
+                image_weight=data.image_weight,
                 progress=progress,
             ) as evaluator:
-                ends = None if timeout_seconds is None else monotonic() + timeout_seconds
-                if warm_start and n_trials > 1 and goes_on(tally(study), n_trials):
-                    suggest_start(study, evaluator, space, shape)
                 runner = TrialRunner(
                     study,
                     space,
@@ -239,16 +209,18 @@ def search(
                     early_stopping=early_stopping,
                     sweeps_budget=goal.sweeps_budget,
                 )
-                runner.run(n_trials, progress=progress, ends=ends)
-                if compare_widths and is_due(study, space, goal, evaluation_batches):
-                    narrow_on(study, evaluator, space, shape, draw=runner.suggest)
-                # Last, as it is of the profile that is returned.
-                if held_out_batches is not None and not is_compared(study, held_out_batches):
-                    compare_on(
-                        study, evaluator, space, shape, held_out_batches, draw=runner.suggest
-                    )
+                _run(
+                    runner,
+                    evaluator,
+                    data,
+                    n_trials,
+                    timeout_seconds=timeout_seconds,
+                    warm_start=warm_start,
+                    compare_widths=compare_widths,
+                    progress=progress,
+                )
         check_outcome(tally(study), n_trials, goal)
-        too_small = None if goal.is_front else resolution_warning(tally(study), evaluation_batches)
+        too_small = None if goal.is_front else resolution_warning(tally(study), data.evaluation)
         if too_small is not None:
             logger.warning(too_small)
     return SearchResult(
@@ -258,11 +230,35 @@ def search(
         seed=seed,
         blocks=shape.block_layers,
         modules_to_not_convert=excluded,
-        calibration_config=calibration_config,
-        calibration=calibration_batches,
+        calibration_config=data.calibration_config,
+        calibration=data.calibration,
         fingerprint=made_for,
         goal=goal,
     )
+
+
+def _run(
+    runner: TrialRunner,
+    evaluator: Evaluator,
+    data: SearchData,
+    n_trials: int,
+    *,
+    timeout_seconds: float | None,
+    warm_start: bool,
+    compare_widths: bool,
+    progress: bool,
+) -> None:
+    """Try profiles until there are enough, then compare the best one with others."""
+    study, space, shape = runner.study, runner.space, runner.shape
+    ends = None if timeout_seconds is None else monotonic() + timeout_seconds
+    if warm_start and n_trials > 1 and goes_on(tally(study), n_trials):
+        suggest_start(study, evaluator, space, shape)
+    runner.run(n_trials, progress=progress, ends=ends)
+    if compare_widths and is_due(study, space, evaluator.goal, data.evaluation):
+        narrow_on(study, evaluator, space, shape, draw=runner.suggest)
+    # Last, as it is of the profile that is returned.
+    if data.held_out is not None and not is_compared(study, data.held_out):
+        compare_on(study, evaluator, space, shape, data.held_out, draw=runner.suggest)
 
 
 def _storage_name(storage: Storage) -> str:

@@ -1,4 +1,4 @@
-"""What a study holds so far: which trials count, which profiles are known, and the history."""
+"""The state of a study: which trials count, which profiles are known, and the history."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RETRY_OF = "retry_of"
 
 @dataclass(frozen=True)
 class Tally:
-    """The trials of a study, sorted by what they mean for the search.
+    """The trials of a study, sorted by their meaning for the search.
 
     Attributes:
         completed: Evaluated trials, one per distinct profile, by number.
@@ -44,9 +44,9 @@ class Tally:
         failed: Trials that failed for a reason of their own.
         known: Digest of a projected profile -> the trial that settled its value.
         repeats: Duplicates since the last trial that was not one.
-        running: Trials that a worker is at, or was at when it was killed.
+        running: Trials that a worker runs, or ran when it was killed.
         waiting: Trials that are enqueued.
-        interrupted: Trials that ended without a result and that no other trial repeats yet.
+        interrupted: Trials that ended without a result and that no other trial has repeated yet.
     """
 
     completed: tuple[FrozenTrial, ...]
@@ -64,8 +64,8 @@ class Tally:
         return len(self.completed) + len(self.stopped) + len(self.failed)
 
     @property
-    def owed(self) -> int:
-        """Trials to come that are settled already: enqueued ones, and interrupted ones."""
+    def pending(self) -> int:
+        """Trials that are still to run whatever is drawn: enqueued and interrupted ones."""
         return len(self.waiting) + len(self.interrupted)
 
     @property
@@ -106,7 +106,7 @@ def tally(study: Study) -> Tally:
         if not trial.state.is_finished():
             continue
         if WITHDRAWN in attributes:
-            # A fresh draw that was faster took its place; what was asked for is still owed.
+            # A fresh draw that was faster took its place; the enqueued one is still to run.
             if is_enqueued(trial):
                 interrupted.append(trial)
             continue
@@ -115,7 +115,7 @@ def tally(study: Study) -> Tally:
             continue
         kind = {TrialState.COMPLETE: completed, TrialState.PRUNED: stopped}.get(trial.state, failed)
         if kind is failed and FAILURE not in attributes:
-            if leaves_something(trial):
+            if should_retry(trial):
                 interrupted.append(trial)
             continue
         repeats = 0
@@ -140,11 +140,11 @@ def is_enqueued(trial: FrozenTrial) -> bool:
     return "fixed_params" in trial.system_attrs
 
 
-def leaves_something(trial: FrozenTrial) -> bool:
-    """Return whether an interrupted trial is to be repeated.
+def should_retry(trial: FrozenTrial) -> bool:
+    """Return whether an interrupted trial is to be tried again.
 
-    One that was to draw its profile, and had not yet, leaves nothing. Parameters do not tell: a
-    profile may take no choice at all.
+    A trial that had not drawn its profile yet is not. Its parameters cannot tell, since a profile
+    may have none.
     """
     return is_enqueued(trial) or DIGEST in trial.user_attrs
 

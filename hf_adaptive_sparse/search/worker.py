@@ -1,9 +1,9 @@
-"""Who runs a trial, and whether it still does.
+"""Which worker runs a trial, and whether that worker is still alive.
 
-Every running trial names its worker. A worker of this machine is alive as long as its process is;
-one of another machine renews a lease, a counter stored with the trial, from a thread of its own.
-How long something has not changed is judged by the reader's own clock, from when the reader first
-saw it: no two machines have to agree on the time.
+Every running trial names its worker. A worker on this machine is alive as long as its process is;
+one on another machine renews a lease, a counter stored with the trial, from a thread of its own.
+How long a lease has not changed is measured by the reader's own clock, from when the reader first
+saw its value, so no two machines have to agree on the time.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Worker:
 
 @contextlib.contextmanager
 def working() -> Iterator[Worker]:
-    """Be a worker of this process for as long as the body runs."""
+    """Count as a worker of this process for as long as the body runs."""
     pid = os.getpid()
     worker = Worker(machine_name(), pid, process_start(pid), uuid.uuid4().hex[:8])
     _active.add(worker.search)
@@ -152,7 +152,7 @@ def lease(trial: Trial) -> Iterator[None]:
 
 
 class Watch:
-    """Watches the trials of a study, and tells which of them nobody runs any more."""
+    """Watches the trials of a study, and tells which of them have lost their worker."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[object, float]] = {}

@@ -7,8 +7,10 @@ import json
 import pytest
 
 from hf_adaptive_sparse.cli import main
-from hf_adaptive_sparse.cli.space_arguments import loss
-from hf_adaptive_sparse.compressor import compress
+from hf_adaptive_sparse.cli.arguments import build_parser
+from hf_adaptive_sparse.cli.inputs import config_of
+from hf_adaptive_sparse.cli.space_arguments import loss, space_of
+from hf_adaptive_sparse.compressor import compress, search_space
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -65,6 +67,18 @@ def test_what_a_bound_excludes_is_refused_before_anything_is_loaded(tmp_path, ch
         compress("no/such/model", tmp_path / "out", max_loss=0.1, **changes)
 
 
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [((), "free"), (("--target-sparsity", "0"), 0.0), (("--pattern", "2:4"), 0.0)],
+)
+def test_a_bound_leaves_the_ratios_open_unless_they_are_fixed(flags, target):
+    arguments = ["compress", "m", "--output", "o", "--max-loss", "1%", *flags]
+    options = build_parser().parse_args(arguments)
+    config = config_of(options)
+    space = space_of(options, config, search_space(config))
+    assert (space.target_sparsity, space.size_bytes) == (target, None)
+
+
 def test_the_fewest_kv_bits_are_written_with_their_bound(within, tmp_path):
     code, out, _ = within("--max-loss", "20%", *KV_ALONE)
     assert code == 0
@@ -109,14 +123,14 @@ def test_the_smallest_model_is_pruned_by_its_profile_to_its_size(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--size", "4GB"], "--size fixes it"),
-        (["--fit", "4GB", "--context", "8"], "--fit and --context fixes it"),
-        (["--target-sparsity", "0.5"], "--target-sparsity fixes it"),
-        ([*KV_ALONE, "--kv-mean-bits", "3"], "--kv-mean-bits fixes it"),
+        (["--size", "4GB"], "size_bytes (--size) fixes it"),
+        (["--fit", "4GB", "--context", "8"], "fit_bytes (--fit) fixes it"),
+        (["--target-sparsity", "0.5"], "target_sparsity (--target-sparsity) fixes it"),
+        ([*KV_ALONE, "--kv-mean-bits", "3"], "kv_mean_bits (--kv-mean-bits) fixes it"),
         ([*KV_ALONE, "--kv-split", "equal"], "--kv-split equal fixes it"),
         (["--search-weight-bits", "4,8", "--search-weight-mean", "6"], "--search-weight-mean"),
-        (["--objective", "kl"], "got --objective kl"),
-        (["--timeout", "5"], "--timeout excludes it"),
+        (["--objective", "kl"], "bounds the perplexity, got objective='kl'"),
+        (["--timeout", "5"], "timeout_seconds excludes it, got 5.0"),
         (["--target-sparsity", "0", "--kv-bits", "none"], "The space is empty"),
         (["--evaluation-samples", "4", *KV_ALONE], "at least 16 held-out windows, got 4"),
     ],
@@ -133,7 +147,7 @@ def test_what_contradicts_the_bound_is_refused_in_one_line(within, tmp_path, fla
 def test_windows_that_quantise_nothing_are_refused(within):
     code, _, err = within("--max-loss", "0.5%", *KV_ALONE, length=32)
     assert code == 2
-    assert "fills a block of the KV cache (128 tokens)" in err
+    assert "fills a block of the KV cache (residual_length=128)" in err
 
 
 def test_compress_leaves_the_smallest_model_within_the_loss(within, tmp_path):

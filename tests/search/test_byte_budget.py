@@ -11,11 +11,12 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
-from hf_adaptive_sparse.search.byte_budget import ByteBudget, LinearBytes
+from hf_adaptive_sparse.search.byte_budget import ByteBudget
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
-from hf_adaptive_sparse.search.candidate import suggest, uniform_candidate, uniform_params
+from hf_adaptive_sparse.search.linear_bytes import LinearBytes
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import suggest, uniform_candidate, uniform_params
 from tests.families.tiny_models import tiny_model
 
 KV = {"kv_group_size": 16, "kv_residual_length": 8}
@@ -91,7 +92,7 @@ def test_without_kv_bits_the_plain_cache_counts(tiny_llama):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_linear_weighs_what_the_sparse_runtime_and_the_checkpoint_hold(bits, dtype):
+def test_the_bytes_of_a_linear_are_what_the_sparse_runtime_and_the_checkpoint_hold(bits, dtype):
     weight = torch.randn(33, 100, dtype=dtype)
     weight[torch.rand(33, 100) < 0.4] = 0
     group = {16: None, 8: None, 4: 64}[bits]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_adaptive_sparse.search.byte_sizes import format_bytes, parse_bytes
+from hf_adaptive_sparse.search.byte_sizes import exact_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -35,5 +35,5 @@ def test_anything_else_is_refused_with_the_rule(text):
 
 
 def test_messages_give_the_exact_number_and_a_readable_one():
-    assert format_bytes(6 * 2**30) == "6,442,450,944 bytes (6 GiB)"
-    assert format_bytes(1000) == "1,000 bytes"
+    assert exact_bytes(6 * 2**30) == "6,442,450,944 bytes (6 GiB)"
+    assert exact_bytes(1000) == "1,000 bytes"

@@ -15,9 +15,9 @@ from hf_adaptive_sparse.search import opening, recovery, worker
 from hf_adaptive_sparse.search.claims import TICKET, claim, judge
 from hf_adaptive_sparse.search.errors import SearchError
 from hf_adaptive_sparse.search.opening import FINGERPRINT, open_study
+from hf_adaptive_sparse.search.per_trial_sampler import trial_place
 from hf_adaptive_sparse.search.recovery import KILLS, MOST_KILLS, recover
 from hf_adaptive_sparse.search.runner import has_work
-from hf_adaptive_sparse.search.sampling import trial_place
 from hf_adaptive_sparse.search.trials import (
     DIGEST,
     FAILURE,
@@ -98,7 +98,7 @@ class TestJudging:
         claimed(study, "a", 1), claimed(study, "a", 2)
         assert not verdict(study, claimed(study, "b", 3), n_trials=2).surplus
 
-    def test_what_is_owed_goes_before_a_fresh_trial(self, study):
+    def test_pending_trials_go_before_a_fresh_one(self, study):
         study.enqueue_trial({"x": 0.1})
         popped = claimed(study, "a", 1)
         study.enqueue_trial({"x": 0.2})
@@ -303,9 +303,9 @@ class TestWork:
         trial.set_user_attr(WITHDRAWN, True)
         study.tell(trial.number, state=TrialState.FAIL)
         count = tally(study)
-        assert (count.attempts, count.owed, count.repeats) == (0, 0, 0)
+        assert (count.attempts, count.pending, count.repeats) == (0, 0, 0)
 
-    def test_an_enqueued_trial_that_was_withdrawn_is_still_owed(self, study):
+    def test_an_enqueued_trial_that_was_withdrawn_is_still_pending(self, study):
         study.enqueue_trial({"x": 0.25})
         trial = claimed(study, "a", 1)
         trial.set_user_attr(WITHDRAWN, True)
@@ -313,7 +313,7 @@ class TestWork:
         assert [t.number for t in tally(study).interrupted] == [trial.number]
         recover(study, Watch(), opening=True)
         assert study.trials[1].system_attrs["fixed_params"] == {"x": 0.25}
-        assert (tally(study).attempts, tally(study).owed) == (0, 1)
+        assert (tally(study).attempts, tally(study).pending) == (0, 1)
         assert trial_place(study, 1) == 0
 
     def test_places_pass_over_what_was_interrupted(self, study):

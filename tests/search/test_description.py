@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.description import candidate_bytes, layer_settings
-from hf_adaptive_sparse.search.on_budget import Candidate
+from hf_adaptive_sparse.search.linear_bytes import LinearBytes
 
 NAMES = [f"model.layers.{layer}.{part}" for layer in range(3) for part in ("q", "up")]
 KV = KVCacheConfig(key_bits=(8, 6, 8), value_bits=(8, 6, 8))
@@ -49,11 +50,11 @@ def test_a_cache_that_is_left_alone_is_another_setting():
     assert settings(replace(PROFILE, kv_cache=None))[0] != settings(PROFILE)[0]
 
 
-def test_bytes_are_values_and_a_bit_per_weight_that_is_not_left_alone():
-    assert candidate_bytes(PROFILE, 2) == 6 * 10 * 2 + 120 // 8
+def test_bytes_are_those_of_each_linear_in_its_format():
+    linears = dict.fromkeys(NAMES, LinearBytes(4, 5, value_bytes=2))
+    # A row of the bitmask is a byte, and a scale per row and group two.
+    assert candidate_bytes(PROFILE, linears) == 6 * (10 * 2 + 4)
     quantised = replace(PROFILE, weight_bits={NAMES[0]: 4, NAMES[1]: 8})
-    assert candidate_bytes(quantised, 4) == 4 * 10 * 4 + 10 // 2 + 10 + 120 // 8
+    assert candidate_bytes(quantised, linears) == 4 * (20 + 4) + (5 + 4 + 8) + (10 + 4 + 8)
     dense = replace(PROFILE, removed={})
-    assert candidate_bytes(dense, 2) == 120 * 2
-    one = replace(PROFILE, removed={NAMES[0]: 4}, weight_bits={NAMES[1]: 8})
-    assert candidate_bytes(one, 2) == 16 * 2 + 20 + 4 * 20 * 2 + 2 * 20 // 8
+    assert candidate_bytes(dense, linears) == 120 * 2

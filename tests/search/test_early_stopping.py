@@ -10,12 +10,13 @@ import torch
 from optuna.trial import TrialState
 
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
-from hf_adaptive_sparse.search.candidate import Draw, project, uniform_candidate
+from hf_adaptive_sparse.search.candidate_projection import Draw, project
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
 from hf_adaptive_sparse.search.runner import FEWEST_BATCHES, TrialRunner
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.suggesting import uniform_candidate
 from hf_adaptive_sparse.search.trials import tally
 
 SPACE = SearchSpace(blocks=4, kv_bits=None)

@@ -18,9 +18,7 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 KV = {"kv_group_size": 16, "kv_residual_length": 8}
 CACHE = SearchSpace(target_sparsity=None, kv_bits=(2, 4, 8), **KV)
-WEIGHTS = SearchSpace(
-    target_sparsity="free", size_bytes=1, blocks=2, weight_bits=(8, 16), kv_bits=None
-)
+WEIGHTS = SearchSpace(target_sparsity="free", blocks=2, weight_bits=(8, 16), kv_bits=None)
 HELD_OUT, TOKENS = 24, 16
 
 
@@ -193,12 +191,14 @@ def test_the_dense_model_is_measured_as_the_searches_measure(within, tiny_llama)
         (CACHE, {"max_loss": True}, "max_loss must be a fraction between 0 and 1"),
         (CACHE, {"max_loss": math.nan}, "max_loss must be a fraction between 0 and 1"),
         (CACHE, {"windows": 3}, "at least 16 held-out windows, got 3"),
-        (CACHE, {"tokens": 7}, r"longest: 7 tokens\) fills a block of the KV cache \(8 tokens"),
+        (CACHE, {"tokens": 7}, r"longest: 7 tokens\) fills .* \(residual_length=8"),
         (CACHE, {"objective": "kl"}, "bounds the perplexity, got objective='kl'"),
-        (replace(CACHE, kv_mean_bits=4, kv_split="free"), {}, "leave kv_mean_bits out"),
-        (replace(WEIGHTS, weight_mean_bits=12), {}, "leave weight_mean_bits out"),
-        (replace(WEIGHTS, fit_bytes=10**9, context_length=8), {}, "got fit_bytes"),
-        (SearchSpace(kv_bits=None), {}, r"give target_sparsity='free', or None .* got 0\.5"),
+        (CACHE, {"timeout_seconds": 5.0}, "timeout_seconds excludes it, got 5.0"),
+        (replace(CACHE, kv_mean_bits=4, kv_split="free"), {}, r"kv_mean_bits \(\S+\) fixes it"),
+        (replace(WEIGHTS, weight_mean_bits=12), {}, r"weight_mean_bits \(\S+\) fixes it"),
+        (replace(WEIGHTS, fit_bytes=10**9, context_length=8), {}, r"fit_bytes \(--fit\) fixes it"),
+        (replace(WEIGHTS, size_bytes=10**9), {}, r"size_bytes \(--size\) fixes it"),
+        (SearchSpace(kv_bits=None), {}, r"target_sparsity \(\S+\) fixes it"),
     ],
 )
 def test_bad_input_is_refused_with_the_way_out(within, space, changes, message):

@@ -15,10 +15,10 @@ from hf_adaptive_sparse.report.study_facts import read_study
 from hf_adaptive_sparse.report.study_page import write_study_report
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluator
+from hf_adaptive_sparse.search.narrowing_result import MARGIN
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
-from hf_adaptive_sparse.search.width_steps import MARGIN
 
 KV = {"kv_group_size": 16, "kv_residual_length": 8}
 MEAN_SEVEN = SearchSpace(target_sparsity=None, kv_bits=(6, 8), **KV)

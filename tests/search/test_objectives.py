@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
+import hf_adaptive_sparse as has
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.scoring import Predictions, predict
 from hf_adaptive_sparse.search.objectives import (
@@ -290,6 +292,24 @@ class TestFront:
                 numel += weight.numel()
                 kept += weight.numel() - round(ratio * weight.numel())
             assert point.values["bytes"] == 4 * kept + numel / 8
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_bytes_of_quantised_weights_are_those_of_the_files(
+        self, run, tiny_llama, tmp_path, bits
+    ):
+        space = SearchSpace(blocks=4, kv_bits=None, sparsity_range=0.2, weight_bits=bits)
+        front = run(n_trials=1, objective=("perplexity", "bytes"), space=space)
+        point = front.pareto[0]
+        ratios = point.profile.sparsity.ratios
+        config = has.SparsityConfig(
+            metric="magnitude", sparsity=ratios, weight_bits=bits, kv_cache=False
+        )
+        has.prune(tiny_llama, config, None, progress=False)
+        tiny_llama.save_pretrained(tmp_path)
+        stored = load_file(tmp_path / "model.safetensors")
+        saved = sum(tensor.nbytes for name, tensor in stored.items() if ".weight_" in name)
+        # A few kept weights round to 0.
+        assert saved <= point.values["bytes"] <= 1.005 * saved
 
     def test_the_uniform_profile_at_the_target_comes_first(self, front):
         assert front.history[0]["uniform"]

@@ -17,7 +17,7 @@ from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, K
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search.errors import SearchError, StorageError, TrialFailure
-from hf_adaptive_sparse.search.evaluation import Evaluation
+from hf_adaptive_sparse.search.evaluation_result import Evaluation
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -422,7 +422,7 @@ def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
     tiny = [{"input_ids": torch.randint(5, 128, (1, 6))}]
     run(n_trials=1, evaluation=tiny)
     assert "a single window" in caplog.text
-    assert "No evaluation window (longest: 6 tokens)" in caplog.text
+    assert "Evaluation data: No window (longest: 6 tokens)" in caplog.text
     run(n_trials=1, evaluation=text_batches)
     assert "Calibration and evaluation data are the same" in caplog.text
 

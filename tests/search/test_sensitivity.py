@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
-from hf_adaptive_sparse.search.candidate import Candidate, uniform_candidate
+from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
 from hf_adaptive_sparse.search.sensitivity import GROWTH, Sensitivity, measure_sensitivity
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.start import KV_SENSITIVITY, SENSITIVITY
 from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.suggesting import uniform_candidate
 
 SPACE = SearchSpace(blocks=4, kv_bits=None)
 

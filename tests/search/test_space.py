@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_adaptive_sparse.compressor.search_plan import SearchPlan
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.study import search
 
 
 def test_the_default_is_the_papers():
@@ -16,7 +19,7 @@ def test_the_default_is_the_papers():
     assert space.step == 0.025
     assert space.blocks == 8
     assert space.kv_bits == (6, 8)
-    assert space.mean_kv_bits == 7
+    assert space.held_kv_mean == 7
 
 
 @given(st.integers(1, 100), st.integers(1, 100))
@@ -93,9 +96,9 @@ def test_a_limit_in_bytes_frees_what_it_counts():
     space = SearchSpace(target_sparsity="free", fit_bytes="1GiB", context_length=8)
     assert (space.fit_bytes, space.low, space.high) == (2**30, 0.0, 0.75)
     assert space.kv_split == "free"
-    assert space.mean_kv_bits is None
+    assert space.held_kv_mean is None
     assert space.grid == (0.0, 0.75)
-    assert SearchSpace(target_sparsity="free", size_bytes=9).mean_kv_bits == 7
+    assert SearchSpace(target_sparsity="free", size_bytes=9).held_kv_mean == 7
     form = space.to_dict()
     assert json.loads(json.dumps(form)) == form
     assert SearchSpace(**form) == space
@@ -104,8 +107,8 @@ def test_a_limit_in_bytes_frees_what_it_counts():
 def test_a_mean_asks_for_the_free_split():
     assert SearchSpace().kv_split == "equal"
     space = SearchSpace(kv_bits=(2, 3, 4, 6, 8, 16), kv_mean_bits=4)
-    assert (space.kv_split, space.mean_kv_bits) == ("free", 4)
-    assert SearchSpace(kv_split="free").mean_kv_bits == 7
+    assert (space.kv_split, space.held_kv_mean) == ("free", 4)
+    assert SearchSpace(kv_split="free").held_kv_mean == 7
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,6 @@ def test_a_mean_asks_for_the_free_split():
         ({"kv_mean_bits": "7"}, "kv_mean_bits must be a number"),
         ({"kv_bits": None, "kv_mean_bits": 7}, "kv_mean_bits needs kv_bits"),
         ({"kv_bits": None, "kv_apart": True}, "kv_apart needs kv_bits"),
-        ({"target_sparsity": "free"}, "leaves the mean ratio to a budget in bytes"),
         ({"target_sparsity": "half"}, r"target_sparsity must be a number in \[0, 1\)"),
         ({"fit_bytes": "6GiB"}, "fit_bytes needs context_length"),
         ({"fit_bytes": "6G", "context_length": 9}, "fit_bytes must be a size"),
@@ -151,7 +153,6 @@ def test_a_mean_asks_for_the_free_split():
         ({"size_bytes": 0}, "size_bytes must be a size of at least one byte"),
         ({"size_bytes": 9, "batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"weight_bits": (8, 6)}, "weight_bits must be None or widths from 4, 8, 16"),
-        ({"weight_bits": (8, 4)}, r"weight_bits=\(4, 8\) leaves the mean open"),
         ({"weight_mean_bits": 6}, "weight_mean_bits=6.0 needs weight_bits"),
         ({"weight_bits": (8, 4), "weight_mean_bits": 9}, "narrowest and the widest of weight_bits"),
         (
@@ -163,3 +164,23 @@ def test_a_mean_asks_for_the_free_split():
 def test_bad_settings_are_refused_with_the_way_out(settings, message):
     with pytest.raises(ValueError, match=message):
         SearchSpace(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_sparsity": "free"}, "leaves the mean ratio to a budget in bytes"),
+        (
+            {"target_sparsity": None, "weight_bits": (8, 4)},
+            r"weight_bits=\(4, 8\) leaves the mean open",
+        ),
+    ],
+)
+def test_a_search_refuses_a_mean_left_to_a_budget_that_is_missing(tiny_llama, settings, message):
+    space = SearchSpace(**settings)
+    with pytest.raises(ValueError, match=message):
+        search(tiny_llama, space=space)
+    with pytest.raises(ValueError, match=message):
+        SearchPlan(space, storage="")
+    SearchPlan(space, storage="", max_loss=0.01)
+    SearchPlan(replace(space, size_bytes="1GB"), storage="")

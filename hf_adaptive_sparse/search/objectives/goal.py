@@ -1,4 +1,4 @@
-"""From what the caller asks for to what a study minimises."""
+"""The goal of a search: what the caller asks for, as the figures that a study minimises."""
 
 from __future__ import annotations
 

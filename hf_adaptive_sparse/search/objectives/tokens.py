@@ -1,4 +1,4 @@
-"""Objectives that are read off the predicted tokens alone."""
+"""Objectives that need nothing but the predicted tokens."""
 
 from __future__ import annotations
 

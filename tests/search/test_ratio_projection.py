@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive_sparse.search.projection import project_ratios, removal_counts
+from hf_adaptive_sparse.search.ratio_projection import project_ratios, removal_counts
 
 LOW, HIGH = Fraction(45, 100), Fraction(55, 100)
 GRID = [0.45, 0.475, 0.5, 0.525, 0.55]

@@ -1,4 +1,4 @@
-"""What the comparison of the best profile with narrower bits came to, and how it is told."""
+"""The result of comparing the best profile with narrower ones, and its wording."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.increase import Increase
+from hf_adaptive_sparse.search.increase import CONFIDENCE, Increase
 
 NARROWER = "narrower"
 """Study attribute, and key of ``search.json``, with what was found."""
 
 MARGIN = 0.0005
 """Relative increase of the perplexity that is taken for none: 0.05 %."""
-
-CONFIDENCE = 0.95
 
 KV, WEIGHTS = "KV", "weight"
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from optuna.trial import FixedTrial
 
-from hf_adaptive_sparse.search.candidate import params_for, suggest, uniform_params
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.suggesting import params_for, suggest, uniform_params
 
 SPACES = [
     SearchSpace(blocks=4),

@@ -89,15 +89,15 @@ def removal_counts(ratios: Sequence[float | Fraction], numels: Sequence[int]) ->
     shares = [_exact(ratio) * numel for ratio, numel in zip(ratios, numels, strict=True)]
     counts = [share.numerator // share.denominator for share in shares]
     total = sum(shares, Fraction(0))
-    owed = round(total) - sum(counts)
+    missing = round(total) - sum(counts)
     order = sorted(range(len(shares)), key=lambda index: (counts[index] - shares[index], index))
-    while owed > 0:
+    while missing > 0:
         # A ratio is below 1: what a tiny linear cannot lose, others do.
         able = [index for index in order if counts[index] + 1 < numels[index]] or order
-        raised = able[:owed]
+        raised = able[:missing]
         for index in raised:
             counts[index] += 1
-        owed -= len(raised)
+        missing -= len(raised)
     return counts
 
 

@@ -1,4 +1,4 @@
-"""KV widths that a narrower one loses nothing measurable against, before a search."""
+"""Leaves out KV widths that are not measurably better than a narrower one, before a search."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hf_adaptive_sparse.profiles import CompressionProfile
-from hf_adaptive_sparse.search.increase import increase_of
+from hf_adaptive_sparse.search.increase import CONFIDENCE, increase_of
 from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.within_loss import CONFIDENCE
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What is said of a profile while it is evaluated, and what came of it."""
+"""The result of evaluating a profile, and the interface that receives interim values."""
 
 from __future__ import annotations
 

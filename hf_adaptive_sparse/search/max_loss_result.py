@@ -1,4 +1,4 @@
-"""What a search for the smallest budget within a loss found."""
+"""The result of a search for the smallest budget within a loss."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_adaptive_sparse.search.increase import Increase
+from hf_adaptive_sparse.search.increase import CONFIDENCE, Increase
 from hf_adaptive_sparse.search.loss_budgets import budget_text
 from hf_adaptive_sparse.search.result import SearchResult
-
-CONFIDENCE = 0.95
-"""Probability, at least, that the increase of the perplexity is below the bound that is stated."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""The bytes of one prunable weight, in a checkpoint and in the sparse runtime's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_adaptive_sparse.packing.sparse_weight import size_bytes
+from hf_adaptive_sparse.packing.stored_weight import checkpoint_bytes
+from hf_adaptive_sparse.packing.weight_codes import default_group_size, group_count
+
+OWN_DTYPE = 16
+"""Weight bits that stand for the model's own dtype."""
+
+
+@dataclass(frozen=True)
+class LinearBytes:
+    """The formats of one prunable weight.
+
+    Attributes:
+        rows: Its outputs; of experts, the rows of all of them.
+        columns: Its inputs; of transposed experts, their outputs.
+        value_bytes: Bytes of an element in the model's dtype, which the scales have, too.
+        plain_in_memory: The sparse runtime holds it decompressed: experts that it cannot read.
+        on_gpu: The sparse runtime has block offsets there, too.
+    """
+
+    rows: int
+    columns: int
+    value_bytes: int
+    plain_in_memory: bool = False
+    on_gpu: bool = False
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, *, plain_in_memory: bool = False) -> LinearBytes:
+        """Return the formats of a weight ``(out, in)``, or of experts ``(experts, ...)``."""
+        return cls(
+            weight.shape[:-1].numel(),
+            weight.shape[-1],
+            weight.element_size(),
+            plain_in_memory=plain_in_memory,
+            on_gpu=weight.device.type == "cuda",
+        )
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    def in_memory(self, kept: int, bits: int) -> int:
+        """Return the bytes the sparse runtime holds: a plain weight where nothing is removed."""
+        if self.plain_in_memory or self._is_plain(kept, bits):
+            return self.numel * self.value_bytes
+        value_bits, groups = bits, 0
+        if bits == OWN_DTYPE:
+            value_bits = 8 * self.value_bytes
+        else:
+            groups = group_count(self.columns, default_group_size(bits))
+        return size_bytes(
+            *(self.rows, self.columns, kept, value_bits, groups, self.value_bytes),
+            blocks=self.on_gpu,
+        )
+
+    def on_disk(self, kept: int, bits: int) -> int:
+        """Return the bytes in a checkpoint: a plain weight where nothing is removed."""
+        if self._is_plain(kept, bits):
+            return self.numel * self.value_bytes
+        return checkpoint_bytes(
+            self.rows, self.columns, kept, bits, default_group_size(bits), self.value_bytes
+        )
+
+    def _is_plain(self, kept: int, bits: int) -> bool:
+        return kept == self.numel and bits == OWN_DTYPE
