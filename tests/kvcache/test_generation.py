@@ -149,6 +149,16 @@ def test_rejected_drafts_leave_no_trace_at_8_bits(tiny_llama, drafting):
         assert keys.shape[-2] == values.shape[-2] == length == layer.get_seq_length()
 
 
+def test_an_early_exit_drafts_with_the_first_layers_of_the_profile(tiny_llama):
+    model = carry(tiny_llama, bits=(8, 6, 8, 6))
+    drafted = generate(model, prompts(), assistant_early_exit=2)
+    assert [layer.key_bits for layer in drafted.past_key_values.layers] == [8, 6, 8, 6]
+    assert model.config.num_hidden_layers == 4
+    exact = carry(tiny_llama, bits=(16,) * 4)
+    plain = generate(tiny_llama, prompts()).sequences
+    assert torch.equal(generate(exact, prompts(), assistant_early_exit=2).sequences, plain)
+
+
 def test_chunked_prefill(tiny_llama):
     assert_same_generation(tiny_llama, prompts(2, 50), prefill_chunk_size=7)
 
