@@ -9,20 +9,18 @@ stored, their own block included, which is what later tokens see of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import BaseQuantizedLayer
 
+from hf_adaptive_sparse.kvcache.attending import Attending
 from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
 from hf_adaptive_sparse.kvcache.checks import check_rank, refuse_misfits
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
 from hf_adaptive_sparse.kvcache.view import CacheView, lazy_views
-
-FLEX = "flex_attention"
-"""The attention implementation that transformers compiles; what is compiled cannot decode views."""
 
 
 class AdaptiveQuantizedLayer(BaseQuantizedLayer):
@@ -59,15 +57,14 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         sink_length: First tokens that stay unquantised.
 
     Attributes:
-        attending: Attributes of the config that says how the model attends, which may change; None:
-            it takes views. (The config itself takes microseconds to answer, for each token.)
+        attending: How the model attends that the cache was made for.
 
     Raises:
         ValueError: If ``key_mode`` is unknown.
     """
 
     is_croppable = True
-    attending: Mapping[str, Any] | None = None
+    attending = Attending({})
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
     # `_quantize` know keys from values, which may have different bits.
     axis_key = -1
@@ -252,10 +249,9 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         """
         keys, values = self.stores()
         pair = pin_pair(keys, values, newest)
-        attending = self.attending
-        if attending is not None and attending.get("_attn_implementation_internal") == FLEX:
-            return pair.keys.decode(), pair.values.decode()
-        return lazy_views(pair)
+        if self.attending.takes_views:
+            return lazy_views(pair)
+        return pair.keys.decode(), pair.values.decode()
 
     def _store_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check and store new tokens; see ``update``."""

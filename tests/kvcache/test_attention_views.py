@@ -525,6 +525,21 @@ def test_flex_attention_gets_decoded_tensors(name, request):
     assert kinds == [CacheView, torch.Tensor, CacheView]
 
 
+def test_copies_of_a_cache_follow_the_model(tiny_llama):
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILE)
+    copies = [copy.deepcopy(cache), copy.deepcopy(copy.deepcopy(cache))]
+    tiny_llama.set_attn_implementation("flex_attention")
+    for twin in (*copies, pickle.loads(pickle.dumps(cache))):
+        assert type(twin.update(states(40), states(40, seed=1), 0)[0]) is torch.Tensor
+        twin.reset()
+
+
+def test_a_pickled_cache_holds_nothing_of_the_config(tiny_llama):
+    empty = len(pickle.dumps(AdaptiveQuantizedCache(tiny_llama.config, PROFILE)))
+    tiny_llama.config.label = "x" * 10_000
+    assert len(pickle.dumps(AdaptiveQuantizedCache(tiny_llama.config, PROFILE))) == empty
+
+
 def test_encoder_decoders_with_one_config_say_how_they_attend():
     sizes = {"d_model": 32, "decoder_attention_heads": 2, "decoder_layers": 1, "encoder_layers": 1}
     config = BartConfig(**sizes)
