@@ -217,7 +217,8 @@ class KVCacheConfig:
             of the values, and of the keys in the mode "token". Heads smaller than this take one
             group each.
         residual_length: Tokens per packed block. The newest 0 to ``residual_length - 1`` tokens
-            stay unquantised until their block is full.
+            stay unquantised until their block is full. Above 1,024, no CPU kernel reads the blocks:
+            every step decodes all of them.
         key_mode: "channel": a channel's keys share a scale and a minimum over the tokens of a
             block, which large key biases (Qwen2.5) survive at low bits; "token": ``group_size``
             channels of one token do.

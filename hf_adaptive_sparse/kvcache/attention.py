@@ -15,7 +15,7 @@ import torch
 
 from hf_adaptive_sparse.kernels import attention as native
 from hf_adaptive_sparse.kernels import triton_attention
-from hf_adaptive_sparse.kernels.library import active_path
+from hf_adaptive_sparse.kernels.library import MAX_CODES, active_path
 from hf_adaptive_sparse.kernels.packed import (
     PackedBlocks,
     PackedCache,
@@ -143,7 +143,7 @@ def attend(
                 str(error),
             )
             return None
-    _say_why_not(query.device.type, query.dtype)
+    _say_why_not(_why_not(query, packed, mask))
     return None
 
 
@@ -156,13 +156,23 @@ def _fits(mask: torch.Tensor, query: torch.Tensor, tokens: int) -> bool:
     return all(size in (1, whole) for size, whole in sizes)
 
 
-@functools.cache
-def _say_why_not(device: str, dtype: torch.dtype) -> None:
-    """Log, once per device and dtype, that attention decodes the cache at every step."""
+def _why_not(query: torch.Tensor, packed: PackedCache, mask: torch.Tensor | None) -> str:
+    """Return, for people, what keeps the kernels from serving a call."""
+    device, most = query.device.type, MAX_CODES
     if device == "cpu" and active_path() is None:
-        why = "the native kernels are not built or switched off"
-    else:
-        why = f"no kernel supports {dtype} on {device}"
+        return "the native kernels are not built or switched off"
+    if device == "cpu" and packed.blocks.block_length > most:
+        return f"the kernels read blocks of up to {most} tokens; choose a smaller residual_length"
+    if device == "cpu" and query.shape[3] > most:
+        return f"the kernels read keys of up to {most} channels, these have {query.shape[3]}"
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        return f"no kernel supports masks in {mask.dtype} with queries in {query.dtype}"
+    return f"no kernel supports {query.dtype} on {device}"
+
+
+@functools.cache
+def _say_why_not(why: str) -> None:
+    """Log, once per cause, that attention decodes the cache at every step."""
     logger.warning(
         "Attention over the quantised cache decodes all of it at every step, which is slow: %s "
         "(hf-adaptive-sparse env shows what there is).",

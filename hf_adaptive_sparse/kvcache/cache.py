@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 from hf_adaptive_sparse.architecture import cross_attention_layers
+from hf_adaptive_sparse.kvcache.attending import Attending
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
@@ -65,7 +66,8 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
     same.
 
     Args:
-        config: Config of the model that the cache will be used with.
+        config: ``model.config`` of the model that the cache will be used with; itself, not an equal
+            one, for flex attention to get tensors that it can compile with.
         kv_cache: Bits per layer, group size and residual length. None: the profile that ``config``
             carries, else 8 bits throughout.
         offloading: Keep every layer's contents in CPU memory but while it computes (CUDA only),
@@ -93,7 +95,7 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
             layer if index in read_directly else _quantized(layer, kv_cache, bits, index)
             for index, (layer, bits) in enumerate(_with_bits(config, kv_cache))
         ]
-        attending = vars(_attending_config(config))
+        attending = Attending.of(config)
         for layer in layers:
             if isinstance(layer, AdaptiveQuantizedLayer):
                 layer.attending = attending
@@ -177,13 +179,6 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         }
         described = ", ".join(f"{name}={value}" for name, value in fields.items())
         return f"{type(self).__name__}({described})"
-
-
-def _attending_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the decoder's config, which says how it attends."""
-    decoder: PretrainedConfig = config.get_text_config(decoder=True)
-    # Of encoder-decoders with one config for both it is a copy, which would not follow the model.
-    return decoder if decoder is config.get_text_config(decoder=True) else config
 
 
 def _with_bits(

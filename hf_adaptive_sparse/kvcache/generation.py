@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from hf_adaptive_sparse.architecture import generating_parts
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
+from hf_adaptive_sparse.profiles import KVCacheConfig
 
 __all__ = ["AdaptiveEncoderDecoderCache", "install", "kv_cache_config", "share_profile"]
 
@@ -72,6 +74,8 @@ def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
             profile = kv_cache_config(getattr(self, _WHOLE_CONFIG))
         if profile is None:
             return
+        if generation_config.is_assistant:
+            profile = _of_first_layers(profile, len(made))
         if type(made) is EncoderDecoderCache:
             cache = AdaptiveQuantizedCache(self.config, profile)
             model_kwargs[name] = AdaptiveEncoderDecoderCache(cache, made.cross_attention_cache)
@@ -84,3 +88,13 @@ def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
 
     setattr(prepare, _MARK, True)
     return prepare
+
+
+def _of_first_layers(profile: KVCacheConfig, count: int) -> KVCacheConfig:
+    """Return the profile of the first layers: an early exit drafts with no more of its model."""
+    lists: dict[str, Any] = {
+        name: bits[:count]
+        for name in ("bits", "key_bits", "value_bits")
+        if isinstance(bits := getattr(profile, name), tuple)
+    }
+    return replace(profile, **lists)

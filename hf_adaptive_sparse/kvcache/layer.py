@@ -9,20 +9,18 @@ stored, their own block included, which is what later tokens see of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.cache_utils import BaseQuantizedLayer
 
-from hf_adaptive_sparse.kvcache.attention import pin_pair
+from hf_adaptive_sparse.kvcache.attending import Attending
+from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
 from hf_adaptive_sparse.kvcache.checks import check_rank, refuse_misfits
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
-from hf_adaptive_sparse.kvcache.view import lazy_views
-
-FLEX = "flex_attention"
-"""The attention implementation that transformers compiles; what is compiled cannot decode views."""
+from hf_adaptive_sparse.kvcache.view import CacheView, lazy_views
 
 
 class AdaptiveQuantizedLayer(BaseQuantizedLayer):
@@ -45,8 +43,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     kvpress and its like read ``layer._dequantize(layer._quantized_keys)`` and write
     ``layer._quantized_keys = layer._quantize(keys, axis=layer.axis_key)`` together with
     ``cumulative_length``. That works at any time: what is read includes the unquantised tokens, and
-    what is written is quantised completely. ``keys`` and ``values`` show the tokens that lie
-    unquantised; they are for reading, and assigning to them changes nothing.
+    what is written is quantised completely. ``keys`` and ``values`` are what ``decode`` returns,
+    decoded when something reads them; assigning to them changes nothing.
 
     Args:
         key_bits: Bits per element of the keys: 2, 3, 4, 6, 8 or 16.
@@ -59,15 +57,14 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         sink_length: First tokens that stay unquantised.
 
     Attributes:
-        attending: Attributes of the config that says how the model attends, which may change; None:
-            it takes views. (The config itself takes microseconds to answer, for each token.)
+        attending: How the model attends that the cache was made for.
 
     Raises:
         ValueError: If ``key_mode`` is unknown.
     """
 
     is_croppable = True
-    attending: Mapping[str, Any] | None = None
+    attending = Attending({})
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
     # `_quantize` know keys from values, which may have different bits.
     axis_key = -1
@@ -106,8 +103,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The keys that lie unquantised, ``(batch, kv_heads, sinks + tail, head_dim)``."""
-        return None if self._quantized_keys is None else self._quantized_keys.raw
+        """All keys held, ``(batch, kv_heads, seq, head_dim)``, or None before the first update."""
+        return CacheView(self._held(), is_key=True) if self.stores() else None
 
     @keys.setter
     def keys(self, states: object) -> None:
@@ -115,8 +112,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """The values that lie unquantised, ``(batch, kv_heads, sinks + tail, head_dim)``."""
-        return None if self._quantized_values is None else self._quantized_values.raw
+        """All values held, as for the keys."""
+        return CacheView(self._held(), is_key=False) if self.stores() else None
 
     @values.setter
     def values(self, states: object) -> None:
@@ -182,8 +179,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values as they are stored, ``(batch, kv_heads, seq, head_dim)`` each."""
-        keys, values = self.stores()
-        return keys.pin().decode(), values.pin().decode()
+        pair = self._held()
+        return pair.keys.decode(), pair.values.decode()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens.
@@ -226,6 +223,11 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         if self.is_initialized:
             self._move(self.device)
 
+    def _held(self) -> PinnedPair:
+        """Return the tokens held that later queries may see, as they are now."""
+        keys, values = self.stores()
+        return pin_pair(keys, values)
+
     def _update(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,10 +249,9 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         """
         keys, values = self.stores()
         pair = pin_pair(keys, values, newest)
-        attending = self.attending
-        if attending is not None and attending.get("_attn_implementation_internal") == FLEX:
-            return pair.keys.decode(), pair.values.decode()
-        return lazy_views(pair)
+        if self.attending.takes_views:
+            return lazy_views(pair)
+        return pair.keys.decode(), pair.values.decode()
 
     def _store_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Check and store new tokens; see ``update``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 
 
@@ -74,16 +75,6 @@ class AdaptiveSlidingWindowLayer(AdaptiveQuantizedLayer):
         """Return the window."""
         return self.sliding_window
 
-    def decode(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens kept, as they are stored, ``(batch, kv_heads, seq, head_dim)``.
-
-        These are the newest ``sliding_window - 1``; all since the last ``crop``, and these, while
-        the past is recorded.
-        """
-        newest = None if self.record_past else self.sliding_window - 1
-        keys, values = self.stores()
-        return keys.pin(newest).decode(), values.pin(newest).decode()
-
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens and drop what has left the window.
 
@@ -103,6 +94,14 @@ class AdaptiveSlidingWindowLayer(AdaptiveQuantizedLayer):
         super().crop(tokens_to_remove)
         if self.is_initialized:
             self._drop_oldest()
+
+    def _held(self) -> PinnedPair:
+        """Return the newest ``sliding_window - 1`` tokens.
+
+        While the past is recorded, these and all since the last ``crop``.
+        """
+        keys, values = self.stores()
+        return pin_pair(keys, values, None if self.record_past else self.sliding_window - 1)
 
     def _drop_oldest(self) -> None:
         for store in self.stores():

@@ -356,6 +356,24 @@ def test_falling_back_is_said_once(caplog):
     assert "float64 on cpu" in messages[0] or "not built" in messages[0]
 
 
+@needs_kernels
+def test_each_limit_that_is_exceeded_is_said(caplog):
+    cache_attention._say_why_not.cache_clear()
+    for block, tokens, head_dim in ((1025, 1030, 16), (32, 40, 1032)):
+        layer = AdaptiveQuantizedLayer(8, 8, residual_length=block)
+        new = states(tokens, batch=1, head_dim=head_dim)
+        scaled_dot_product_attention(new[:, :, -1:], *layer.update(new, new))
+    layer = AdaptiveQuantizedLayer(8, 8, residual_length=32)
+    keys, values = layer.update(states(LENGTH), states(LENGTH))
+    mask = torch.zeros(1, LENGTH, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="mask"):  # torch, which takes over, refuses it
+        scaled_dot_product_attention(states(1), keys, values, mask)
+    messages = [record.getMessage() for record in caplog.records]
+    assert "blocks of up to 1024 tokens; choose a smaller residual_length" in messages[0]
+    assert "keys of up to 1024 channels, these have 1032" in messages[1]
+    assert "masks in torch.float64 with queries in torch.float32" in messages[2]
+
+
 def test_without_kernels_torch_computes(layer, monkeypatch):
     monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "none")
     query = states(1, seed=2)
@@ -523,6 +541,21 @@ def test_flex_attention_gets_decoded_tensors(name, request):
         model.set_attn_implementation(implementation)
         kinds.append(type(cache.update(states(40), states(40, seed=1), 0)[0]))
     assert kinds == [CacheView, torch.Tensor, CacheView]
+
+
+def test_copies_of_a_cache_follow_the_model(tiny_llama):
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILE)
+    copies = [copy.deepcopy(cache), copy.deepcopy(copy.deepcopy(cache))]
+    tiny_llama.set_attn_implementation("flex_attention")
+    for twin in (*copies, pickle.loads(pickle.dumps(cache))):
+        assert type(twin.update(states(40), states(40, seed=1), 0)[0]) is torch.Tensor
+        twin.reset()
+
+
+def test_a_pickled_cache_holds_nothing_of_the_config(tiny_llama):
+    empty = len(pickle.dumps(AdaptiveQuantizedCache(tiny_llama.config, PROFILE)))
+    tiny_llama.config.label = "x" * 10_000
+    assert len(pickle.dumps(AdaptiveQuantizedCache(tiny_llama.config, PROFILE))) == empty
 
 
 def test_encoder_decoders_with_one_config_say_how_they_attend():

@@ -12,6 +12,8 @@ from transformers import (
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
@@ -149,6 +151,16 @@ def test_rejected_drafts_leave_no_trace_at_8_bits(tiny_llama, drafting):
         assert keys.shape[-2] == values.shape[-2] == length == layer.get_seq_length()
 
 
+def test_an_early_exit_drafts_with_the_first_layers_of_the_profile(tiny_llama):
+    model = carry(tiny_llama, bits=(8, 6, 8, 6))
+    drafted = generate(model, prompts(), assistant_early_exit=2)
+    assert [layer.key_bits for layer in drafted.past_key_values.layers] == [8, 6, 8, 6]
+    assert model.config.num_hidden_layers == 4
+    exact = carry(tiny_llama, bits=(16,) * 4)
+    plain = generate(tiny_llama, prompts()).sequences
+    assert torch.equal(generate(exact, prompts(), assistant_early_exit=2).sequences, plain)
+
+
 def test_chunked_prefill(tiny_llama):
     assert_same_generation(tiny_llama, prompts(2, 50), prefill_chunk_size=7)
 
@@ -265,3 +277,35 @@ def test_encoder_decoder_models_quantise_self_attention(tiny_t5, settings):
     assert type(cache.cross_attention_cache) is DynamicCache
     assert len(cache.self_attention_cache) == 2
     assert torch.equal(adaptive.sequences, plain.sequences)
+
+
+def test_whisper_returns_all_tokens_of_its_cache():
+    """It makes the cache it returns anew, out of what the layers' keys and values are."""
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        vocab_size=200,
+        num_mel_bins=16,
+        max_source_positions=50,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    settings = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 40}
+    sounds = torch.randn(1, 16, 100)
+    plain = model.generate(sounds, **settings)
+    adaptive = carry(model).generate(sounds, **settings)
+    assert torch.equal(adaptive["sequences"], plain["sequences"])
+    returned = carry(model, bits=8).generate(sounds, **settings).past_key_values
+    assert returned.get_seq_length() == plain.past_key_values.get_seq_length() == 40

@@ -78,7 +78,7 @@ def test_a_prompt_of_200_packs_192_and_leaves_8():
     layer.update(*states(200, width=64))
     for store in (layer._quantized_keys, layer._quantized_values):
         assert (store.blocks.length, store.length) == (192, 200)
-    assert layer.keys.shape == layer.values.shape == (1, HEADS, 8, 64)
+        assert store.raw.shape == (1, HEADS, 8, 64)
 
 
 @pytest.mark.parametrize(("key_bits", "value_bits"), WIDTHS)
@@ -94,8 +94,21 @@ def test_the_unquantised_tail_is_always_shorter_than_a_block():
     layer = make_layer(8, 4)
     for step in range(5 * BLOCK):
         layer.update(*states(1, seed=step))
-        assert layer.keys.shape[-2] == (step + 1) % BLOCK
+        assert {store.raw.shape[-2] for store in layer.stores()} == {(step + 1) % BLOCK}
         assert layer.get_seq_length() == step + 1
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize(("key_bits", "value_bits"), WIDTHS)
+def test_keys_and_values_are_all_tokens(key_bits, value_bits, sinks):
+    """Whisper, RAG and others read them of any cache's layers."""
+    layer = make_layer(key_bits, value_bits, sink_length=sinks)
+    assert layer.keys is layer.values is None
+    for tokens in (3, 2 * BLOCK):
+        fill(layer, tokens)
+        assert layer.keys.shape[-2] == layer.get_seq_length()
+        for read, stored in zip((layer.keys, layer.values), layer.decode(), strict=True):
+            assert torch.equal(read[0], stored[0])
 
 
 def test_nothing_is_quantised_twice():
@@ -421,7 +434,7 @@ def test_kvpress_contract_reads_everything_and_writes_everything():
     torch.testing.assert_close(got_keys[:, :, :-1], keys[:, :, keep], rtol=0, atol=8 / 255)
     torch.testing.assert_close(got_values[:, :, :-1], values[:, :, keep], rtol=0, atol=8 / 63)
     fill(layer, 2 * BLOCK, seed=4, chunk=1)
-    assert layer.keys.shape[-2] < BLOCK
+    assert layer._quantized_keys.raw.shape[-2] < BLOCK
 
 
 def test_growth_is_exact_at_first_and_bounded_by_a_64th():

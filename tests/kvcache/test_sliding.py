@@ -50,6 +50,7 @@ def test_it_returns_what_the_stock_layer_returns(window, bits, chunk):
         assert ours.get_seq_length() == stock.get_seq_length()
         assert ours.get_max_length() == stock.get_max_length() == window
         assert_close(ours.decode(), (stock.keys, stock.values), bits)
+        assert torch.equal(ours.keys[0], ours.decode()[0][0])
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (16, 16), (8, 16)])
