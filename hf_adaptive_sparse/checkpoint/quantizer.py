@@ -33,6 +33,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     runtime_formats,
     storable_weights,
 )
+from hf_adaptive_sparse.checkpoint.reloading import take_compressed_
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.kvcache.generation import share_profile
@@ -425,6 +426,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.config.quantization_config = config
     share_profile(model)
     model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
+    take_compressed_(model)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         model._weight_conversions = [c for c in conversions if not _is_ours(c)]
