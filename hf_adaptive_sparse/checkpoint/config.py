@@ -273,7 +273,6 @@ class SparsityConfig(QuantizationConfigMixin):
         self.weight_bits = bits if any(width < 16 for width in bits.values()) else 16
         if self.weight_bits == 16:  # which says nothing
             self._passed -= set(WEIGHT_FIELDS)
-            self.weight_group_size = None
 
     def group_size(self, name: str) -> int | None:
         """Return the columns that share a scale in a module; ``None``: one per row, or no scale."""

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_adaptive_sparse.architecture import parameter_name
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
+from hf_adaptive_sparse.checkpoint.changed_weights import holds, warn_of_changed
 from hf_adaptive_sparse.checkpoint.config import QUANT_METHOD, SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.profile import (
@@ -234,6 +235,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
 
         That of a part of a model, whose own config says of no compression, has plain weights. A
         ``state_dict`` that ``save_pretrained`` was given is not used: transformers passes none on.
+        A weight that its codes no longer hold is stored as it is, and the config says so.
 
         Raises:
             CheckpointError: If a weight that the config names is not there.
@@ -261,7 +263,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             if formats[key][0] == UPPER_BYTE_BITS and tensor_name(key, "codebook") not in dense
         }
         # In the model's order, so that equal models make equal shards.
-        state = {}
+        state, changed = {}, []
         for key in list(dense):
             weight = dense.pop(key)
             if key not in formats:
@@ -274,9 +276,16 @@ class AdaptiveSparseQuantizer(HfQuantizer):
                 continue
             if weight.device.type == "meta":
                 weight = load_offloaded_parameter(model, key)
-            state |= stored_tensors(key, weight, *formats[key])
+            stored = stored_tensors(key, weight, *formats[key])
+            if not holds(stored, key, weight, *formats[key]):
+                changed.append(weight_name(key))
+                pruned = config.sparsity[changed[-1]] > 0
+                stored = stored_tensors(key, weight, 16, None) if pruned else {key: weight}
+            state |= stored
             if self.consumes_model and key not in sparse:
                 empty_(model, [key])
+        config.store_plain(changed)
+        warn_of_changed(changed)
         return state, {}
 
 
