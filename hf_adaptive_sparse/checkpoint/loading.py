@@ -34,6 +34,7 @@ from hf_adaptive_sparse.checkpoint.quantizer import (
     attach,
     check_plain,
     hub_arguments,
+    ignore_mismatched_sizes,
 )
 from hf_adaptive_sparse.kvcache.generation import install
 from hf_adaptive_sparse.pruning.apply import PruningReport
@@ -154,9 +155,11 @@ def _from_pretrained(
         kwargs["quantization_config"] = quantization_config
     given = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
     token = hub_arguments.set(given)
+    ignoring = ignore_mismatched_sizes.set(bool(kwargs.get("ignore_mismatched_sizes")))
     try:
         return original(cls, *args, **kwargs)
     finally:
+        ignore_mismatched_sizes.reset(ignoring)
         hub_arguments.reset(token)
 
 

@@ -66,6 +66,9 @@ logger = logging.getLogger(__name__)
 hub_arguments: ContextVar[Mapping[str, Any]] = ContextVar("hub_arguments", default={})  # noqa: B039
 """Revision, token and so on of the ``from_pretrained`` in progress, for its processor."""
 
+ignore_mismatched_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
+"""Whether the ``from_pretrained`` in progress makes plain tensors of another shape anew."""
+
 
 class AdaptiveSparseQuantizer(HfQuantizer):
     """Loads, prunes and saves models with a `SparsityConfig`."""
@@ -153,7 +156,13 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         files, formats = self.checkpoint_files, parameter_formats(model, self.quantization_config)
         if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
             return conversions
-        checked = validate_checkpoint(model, files, formats, conversions)
+        checked = validate_checkpoint(
+            model,
+            files,
+            formats,
+            conversions,
+            ignore_mismatched_sizes=ignore_mismatched_sizes.get(),
+        )
         kept = runtime_formats(model, self.quantization_config)
         if not self._runs_sparse(model, kept):
             return conversions
