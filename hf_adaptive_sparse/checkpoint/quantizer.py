@@ -260,10 +260,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         formats = parameter_formats(model, config)
         sparse = {parameter_name(n, weight) for n, weight in sparse_weights(model).items()}
         for key in sorted(formats.keys() - sparse - dense.keys()):
-            raise CheckpointError(
-                f"The model's sparsity profile names {key!r}, which it does not have. If modules "
-                "were renamed or replaced, call hf_adaptive_sparse.prune again."
-            )
+            raise _absent(key, dense)
         if self.consumes_model:
             _copy_from_files_(model, dense, formats.keys())
         became_plain = {
@@ -296,6 +293,19 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         config.store_plain(changed)
         warn_of_changed(changed)
         return state, {}
+
+
+def _absent(key: str, state: Collection[str]) -> CheckpointError:
+    """Return what says that a model lacks a weight that its profile names, and why."""
+    way_out = "If modules were renamed or replaced, call hf_adaptive_sparse.prune again."
+    if any(name.endswith(".base_layer.weight") for name in state):
+        way_out = (
+            "A PEFT adapter wraps it: save the adapter with peft_model.save_pretrained(), or call "
+            "merge_and_unload() or unload() of the PEFT model first, and save what that returns."
+        )
+    return CheckpointError(
+        f"The model's sparsity profile names {key!r}, which it does not have. {way_out}"
+    )
 
 
 def _plain_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
