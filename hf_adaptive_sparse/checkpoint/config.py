@@ -278,7 +278,6 @@ class SparsityConfig(QuantizationConfigMixin):
         self.weight_bits = bits if any(width < 16 for width in bits.values()) else 16
         if self.weight_bits == 16:  # which says nothing
             self._passed -= set(WEIGHT_FIELDS)
-            self.weight_group_size = None
 
     def value_format(self, name: str) -> ValueFormat:
         """Return how a module's values are stored, of a config that names each module by itself."""

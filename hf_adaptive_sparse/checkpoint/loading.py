@@ -34,6 +34,7 @@ from hf_adaptive_sparse.checkpoint.quantizer import (
     AdaptiveSparseQuantizer,
     attach,
     hub_arguments,
+    ignore_mismatched_sizes,
 )
 from hf_adaptive_sparse.kvcache.generation import install
 from hf_adaptive_sparse.profiles import QUANT_METHOD
@@ -155,9 +156,11 @@ def _from_pretrained(
         kwargs["quantization_config"] = quantization_config
     given = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
     token = hub_arguments.set(given)
+    ignoring = ignore_mismatched_sizes.set(bool(kwargs.get("ignore_mismatched_sizes")))
     try:
         return original(cls, *args, **kwargs)
     finally:
+        ignore_mismatched_sizes.reset(ignoring)
         hub_arguments.reset(token)
 
 

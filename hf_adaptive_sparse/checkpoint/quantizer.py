@@ -34,6 +34,7 @@ from hf_adaptive_sparse.checkpoint.profile import (
     runtime_formats,
     storable_weights,
 )
+from hf_adaptive_sparse.checkpoint.reloading import take_compressed_
 from hf_adaptive_sparse.checkpoint.state_dict import stored_state_dict
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.kvcache.generation import share_profile
@@ -60,6 +61,9 @@ logger = logging.getLogger(__name__)
 
 hub_arguments: ContextVar[Mapping[str, Any]] = ContextVar("hub_arguments", default={})  # noqa: B039
 """Revision, token and so on of the ``from_pretrained`` in progress, for its processor."""
+
+ignore_mismatched_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
+"""Whether the ``from_pretrained`` in progress makes plain tensors of another shape anew."""
 
 
 class AdaptiveSparseQuantizer(HfQuantizer):
@@ -148,7 +152,13 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         files, formats = self.checkpoint_files, parameter_formats(model, self.quantization_config)
         if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
             return conversions
-        checked = validate_checkpoint(model, files, formats, conversions)
+        checked = validate_checkpoint(
+            model,
+            files,
+            formats,
+            conversions,
+            ignore_mismatched_sizes=ignore_mismatched_sizes.get(),
+        )
         kept = runtime_formats(model, self.quantization_config)
         if not self._runs_sparse(model, kept):
             return conversions
@@ -280,6 +290,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.config.quantization_config = config
     share_profile(model)
     model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
+    take_compressed_(model)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
         model._weight_conversions = [c for c in conversions if not decompresses(c)]

@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_adaptive_sparse.architecture import parameter_name
+from hf_adaptive_sparse.checkpoint.changed_weights import holds, warn_of_changed
 from hf_adaptive_sparse.checkpoint.config import our_config
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.profile import parameter_formats
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
-from hf_adaptive_sparse.packing.stored_names import KINDS, tensor_name
+from hf_adaptive_sparse.packing.stored_names import KINDS, tensor_name, weight_name
 from hf_adaptive_sparse.packing.stored_weight import stored_tensors
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS, encode
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
@@ -26,6 +27,7 @@ def stored_state_dict(
 
     That of a part of a model, whose own config names no compression, has plain weights. A
     ``state_dict`` that ``save_pretrained`` was given is not used: transformers passes none on.
+    A weight that its codes no longer hold is stored as it is, and the config says so.
 
     Args:
         model: The model.
@@ -49,10 +51,7 @@ def stored_state_dict(
     formats = parameter_formats(model, config)
     sparse = {parameter_name(n, weight) for n, weight in sparse_weights(model).items()}
     for key in sorted(formats.keys() - sparse - dense.keys()):
-        raise CheckpointError(
-            f"The model's sparsity profile names {key!r}, which it does not have. If modules "
-            "were renamed or replaced, call hf_adaptive_sparse.prune again."
-        )
+        raise _absent(key, dense)
     if consume:
         _copy_from_files_(model, dense, formats.keys())
     became_plain = {
@@ -61,7 +60,7 @@ def stored_state_dict(
         if formats[key].bits == UPPER_BYTE_BITS and tensor_name(key, "codebook") not in dense
     }
     # In the model's order, so that equal models make equal shards.
-    state = {}
+    state, changed = {}, []
     for key in list(dense):
         weight = dense.pop(key)
         if key not in formats:
@@ -74,10 +73,31 @@ def stored_state_dict(
             continue
         if weight.device.type == "meta":
             weight = load_offloaded_parameter(model, key)
-        state |= stored_tensors(key, weight, *formats[key])
+        stored = stored_tensors(key, weight, *formats[key])
+        if not holds(stored, key, weight, formats[key]):
+            changed.append(weight_name(key))
+            stored = {key: weight}
+            if (config.sparsity or {})[changed[-1]] > 0:
+                stored = stored_tensors(key, weight, 16, None)
+        state |= stored
         if consume and key not in sparse:
             empty_(model, [key])
+    config.store_plain(changed)
+    warn_of_changed(changed)
     return state
+
+
+def _absent(key: str, state: Collection[str]) -> CheckpointError:
+    """Return the error of a model without a weight that its profile names."""
+    way_out = "If modules were renamed or replaced, call hf_adaptive_sparse.prune again."
+    if any(name.endswith(".base_layer.weight") for name in state):
+        way_out = (
+            "A PEFT adapter wraps it: save the adapter with peft_model.save_pretrained(), or call "
+            "merge_and_unload() or unload() of the PEFT model first, and save what that returns."
+        )
+    return CheckpointError(
+        f"The model's sparsity profile names {key!r}, which it does not have. {way_out}"
+    )
 
 
 def _plain_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -103,6 +103,8 @@ def validate_checkpoint(
     files: Sequence[str],
     formats: Formats,
     conversions: Iterable[Any],
+    *,
+    ignore_mismatched_sizes: bool = False,
 ) -> dict[str, CheckedWeight]:
     """Check that safetensors files hold exactly the model, compressed where its config says so.
 
@@ -111,6 +113,7 @@ def validate_checkpoint(
         files: The safetensors files.
         formats: Runtime names of the parameters that are stored compressed, and how.
         conversions: transformers' renamings and converters for this load.
+        ignore_mismatched_sizes: Let plain tensors have another shape than the model's.
 
     Returns:
         Runtime name of each compressed parameter -> what was found out about it.
@@ -126,7 +129,9 @@ def validate_checkpoint(
     where = Path(files[0]).parent
     _check_compressed(stored, formats, where)
     _check_names(model, expected, stored, headers.values(), where)
-    _check_shapes(expected, stored, formats)
+    if not ignore_mismatched_sizes:
+        _check_plain_shapes(expected, stored)
+    _check_compressed_shapes(expected, stored, formats)
     offsets = _check_bitmasks(expected, stored, formats)
     _check_scales(stored)
     _check_codebooks(stored)
@@ -245,14 +250,20 @@ def _ignored(name: str, model: Any, kind: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _check_shapes(expected: Mapping[str, torch.Tensor], stored: _Stored, formats: Formats) -> None:
+def _check_plain_shapes(expected: Mapping[str, torch.Tensor], stored: _Stored) -> None:
     for name, header in stored.plain.items():
         shape = tuple(expected[name].shape)
         if header.shape != shape:
             raise CheckpointError(
                 f"{header.file}: tensor {header.name!r} has the shape {list(header.shape)}, the "
-                f"model's {name!r} is {list(shape)}."
+                f"model's {name!r} is {list(shape)}. A new head of another size takes "
+                "ignore_mismatched_sizes=True."
             )
+
+
+def _check_compressed_shapes(
+    expected: Mapping[str, torch.Tensor], stored: _Stored, formats: Formats
+) -> None:
     for name, mask in stored.bitmasks.items():
         *leading, columns = expected[name].shape
         numel = expected[name].numel()

@@ -108,14 +108,24 @@ def decompress_(model: nn.Module, names: Collection[str] | None = None) -> None:
     Args:
         model: A model.
         names: Of linears, and of stacks of experts; ``None``: all.
+
+    Raises:
+        ValueError: If a weight is not in memory; then nothing is changed.
     """
+    chosen = {n: w for n, w in sparse_weights(model).items() if names is None or n in names}
+    for name, weight in chosen.items():
+        parts = weight.state_dict() if isinstance(weight, SparseLinear) else weight.parts
+        if any(part.is_meta for part in parts.values()):
+            raise ValueError(
+                f"The weight of {name!r} is offloaded, where it cannot be decompressed. Load the "
+                "model with sparsity_config=SparsityConfig(runtime='dense')."
+            )
     stacks = sparse_stacks(model)
-    for name in list(stacks):
-        if names is None or name in names:
+    for name, weight in chosen.items():
+        if isinstance(weight, SparseLinear):
+            model.set_submodule(name, weight.to_linear())
+        else:
             release_(stacks.pop(name), stacks.values())
-    for name, module in sparse_linears(model).items():
-        if names is None or name in names:
-            model.set_submodule(name, module.to_linear())
 
 
 def _check_here(name: str, weight: torch.Tensor, owner: nn.Module) -> None:

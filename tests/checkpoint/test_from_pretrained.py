@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import hf_adaptive_sparse as has
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.loading import apply_config
+from tests.conftest import llama_config
 
 MAGNITUDE = has.SparsityConfig(metric="magnitude", kv_cache=8)
 
@@ -73,6 +77,30 @@ def test_a_dense_llava_is_pruned_by_every_class(
     model.save_pretrained(tmp_path / "out")
     again = loader.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(*map(state, (model, again)), strict=True))
+
+
+@pytest.mark.parametrize("runtime", ["dense", "sparse"])
+def test_a_head_of_another_size_is_made_anew_where_that_is_asked_for(
+    tmp_path: Path, runtime: str
+) -> None:
+    model = LlamaForSequenceClassification(llama_config(num_labels=2))
+    apply_config(model, MAGNITUDE, progress=False)
+    model.save_pretrained(tmp_path)
+    load = partial(
+        LlamaForSequenceClassification.from_pretrained,
+        tmp_path,
+        sparsity_config=has.SparsityConfig(runtime=runtime),
+    )
+    with pytest.raises(CheckpointError, match=r"'score.weight' .*ignore_mismatched_sizes=True"):
+        load(num_labels=5)
+    loaded = load(num_labels=5, ignore_mismatched_sizes=True)
+    assert loaded.score.weight.shape == (5, 64)
+    norms = [m.state_dict()["model.layers.1.input_layernorm.weight"] for m in (model, loaded)]
+    assert torch.equal(*norms)
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight_bitmask' must be"):
+        load(intermediate_size=320, ignore_mismatched_sizes=True)
+    with pytest.raises(CheckpointError, match=r"'score.weight'"):  # it holds for one call
+        load(num_labels=5)
 
 
 def state(model: PreTrainedModel) -> list[torch.Tensor]:

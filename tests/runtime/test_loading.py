@@ -409,6 +409,9 @@ def test_device_maps_may_offload_layers(
         device_map=device_map,
         offload_folder=str(tmp_path / "offloaded"),
     )
+    if place == "disk":
+        with pytest.raises(ValueError, match=r"'model.layers.2.*' is offloaded, .*runtime='dense'"):
+            loaded.dequantize()
     assert len(sparse_linears(loaded)) == 28
     assert torch.equal(generate(loaded), generate(tiny_llama))
 

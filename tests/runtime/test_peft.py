@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import hf_adaptive_sparse as has
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
@@ -118,3 +119,25 @@ def test_merging_into_the_sparse_weight_is_refused(folder: Path) -> None:
         model.merge_and_unload()
     assert len(sparse_linears(model)) == 28
     assert adapted(load(folder, "dense")).merge_and_unload() is not None
+
+
+def test_saving_the_wrapped_model_itself_says_what_to_save_instead(
+    folder: Path, tmp_path: Path
+) -> None:
+    base = load(folder, "dense")
+    model = adapted(base)
+    with pytest.raises(CheckpointError, match=r"PEFT adapter .*merge_and_unload\(\)"):
+        base.save_pretrained(tmp_path / "out")
+    model.unload().save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("folder", [8], indirect=True)
+def test_a_merged_adapter_is_saved_without_loss(
+    folder: Path, text_batches: Batches, tmp_path: Path
+) -> None:
+    merged = adapted(load(folder, "dense")).merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "merged")
+    for runtime in ("dense", "sparse"):
+        loaded = load(tmp_path / "merged", runtime)
+        expected = merged(**text_batches[0]).logits
+        torch.testing.assert_close(loaded(**text_batches[0]).logits, expected, rtol=1e-4, atol=1e-5)
