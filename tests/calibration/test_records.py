@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,10 +17,14 @@ from hf_adaptive_sparse.calibration.records import DataError, _select, load_imag
 TEXTS = ["first line", "second line", ""]
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **settings: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
 def png(color: str = "red", size: tuple[int, int] = (20, 30), mode: str = "RGB") -> bytes:
-    out = io.BytesIO()
-    Image.new(mode, size, color).save(out, "PNG")
-    return out.getvalue()
+    return encoded(Image.new(mode, size, color))
 
 
 def write_text(path: Path) -> Path:
@@ -111,6 +117,32 @@ def test_image_forms(tmp_path: Path) -> None:
 def test_bad_images(image: object) -> None:
     with pytest.raises(DataError, match=r"image"):
         load_image(image)
+
+
+def test_a_png_that_breaks_while_it_is_decoded() -> None:
+    content = bytearray(encoded(Image.effect_noise((64, 64), 50)))
+    length = content.index(b"IDAT") - 4  # the next chunk is looked for amid the pixels
+    content[length : length + 4] = struct.pack(">I", 500)
+    with pytest.raises(DataError, match="cannot be opened: broken PNG file"):
+        load_image(bytes(content))
+
+
+def test_16_bits_are_scaled_not_clipped() -> None:
+    grey = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    opened = np.asarray(load_image(encoded(Image.fromarray(grey))))
+    assert (opened == (grey >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_of_an_unknown_range_are_refused(dtype: type) -> None:
+    with pytest.raises(DataError, match=r"8 or 16 bits per channel; mode '[IF]' has 32"):
+        load_image(Image.fromarray(np.zeros((4, 4), dtype)))
+
+
+def test_images_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by a quarter
+    assert load_image(encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (20, 40)
 
 
 def test_errors_of_files(tmp_path: Path) -> None:
