@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from hf_adaptive_sparse.architecture import media_token_ids
+from hf_adaptive_sparse.architecture import context_length, media_token_ids
 from hf_adaptive_sparse.calibration.media import accepted_media, require_processor
 from hf_adaptive_sparse.calibration.questions import (
     format_question,
@@ -119,7 +119,10 @@ def load_batches(
         logger.warning("%s holds %d of %d samples.", records.name, len(samples), num_samples)
     if medium is None:
         return [_window_batch(chunk) for chunk in _chunks(samples, batch_size)]
-    return [question_batch(processor, chunk) for chunk in _chunks(samples, batch_size)]
+    context = context_length(config)
+    return [
+        question_batch(processor, chunk, context=context) for chunk in _chunks(samples, batch_size)
+    ]
 
 
 def _chunks(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -25,8 +25,11 @@ Medium = Literal["image", "video", "audio"]
 MEDIA: tuple[Medium, ...] = (IMAGE, VIDEO, AUDIO)
 """In the order in which data that have several are used."""
 
+COLUMN = "column"
+"""Key of a row: the column of its image, video or sound, for messages."""
+
 PLACE = "place"
-"""Key of a row: its cell, for messages (``"Column 'video' of row 3 of x.jsonl"``)."""
+"""Key of a row: where it was read, for messages (``"row 3 of x.jsonl"``)."""
 
 PLURAL: Mapping[Medium, str] = {IMAGE: "images", VIDEO: "videos", AUDIO: "sounds"}
 _PARTS: Mapping[Medium, tuple[str, ...]] = {
@@ -63,7 +66,7 @@ class Media:
             raise DataError("The rows of one batch must all have an image, a video or a sound.")
         if medium is None:
             return None
-        places = [row[PLACE] for row in rows if PLACE in row]
+        places = [f"Column {row[COLUMN]!r} of {row[PLACE]}" for row in rows if PLACE in row]
         return cls(
             medium, [row[medium] for row in rows], places if len(places) == len(rows) else ()
         )

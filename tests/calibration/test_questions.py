@@ -130,10 +130,19 @@ def test_padding_is_restored_after_an_error() -> None:
         pass
 
 
-def test_empty_answer() -> None:
-    processor = make_llava_processor()
-    with pytest.raises(DataError, match=r"answer to 'what\?' has no tokens"):
-        question_batch(processor, rows(""), "{question} ")
+@pytest.mark.parametrize("answer", ["", " \n", "<image>"])
+@pytest.mark.parametrize("prompt", [None, "{question} "])
+def test_empty_answer(answer: str, prompt: str | None) -> None:
+    asked = {**rows(answer)[0], "column": "image", "place": "row 3 of x.jsonl"}
+    with pytest.raises(DataError, match=r"to 'what\?' \(row 3 of x.jsonl\) has none"):
+        question_batch(make_llava_processor(), [asked], prompt)
+
+
+def test_an_answer_cannot_ask_for_a_second_image() -> None:
+    batch = question_batch(make_llava_processor(), rows("<image> red"))
+    assert torch.equal(
+        batch["labels"], question_batch(make_llava_processor(), rows("red"))["labels"]
+    )
 
 
 def test_most_frequent_answer() -> None:

@@ -200,6 +200,17 @@ def test_bad_rows_are_named() -> None:
         list(read_records(rows))
 
 
+def test_lone_surrogates_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b \\ud800"}\n')
+    message = r"row 1 of .*a\.jsonl has the lone surrogate '\\ud800'"
+    with pytest.raises(DataError, match=message):
+        list(read_records(path))
+    path.write_text('{"image": "", "question": "q", "answer": "\\ude00"}\n')
+    with pytest.raises(DataError, match=r"row 0 of .*surrogate '\\ude00'"):
+        list(read_records(path))
+
+
 def test_null_text_is_skipped() -> None:
     assert [r["text"] for r in read_records([{"text": None}, {"text": "a"}])] == ["a"]
 
