@@ -56,6 +56,23 @@ def test_json_forms(tmp_path: Path) -> None:
     assert [row["text"] for row in read_records(path)] == ["x", "y"]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_columns_are_those_of_all_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text('{"id": 1}\n{"text": "x"}\n')
+    assert [row["text"] for row in read_records(path)] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [("txt", "x"), ("jsonl", '{"text": "x"}'), ("json", '[{"text": "x"}]')],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str, content: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(content, encoding="utf-8-sig")
+    assert [row["text"] for row in read_records(path)] == ["x"]
+
+
 def test_folder_prefers_files_of_the_split(tmp_path: Path) -> None:
     for name in ("train-0", "train-1", "validation-0"):
         table = pa.table({"text": [name]})
