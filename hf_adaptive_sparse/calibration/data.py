@@ -153,11 +153,14 @@ def check_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Batch]:
                     f"A batch must hold tensors; {key!r} of batch {index} is "
                     f"{type(value).__name__}."
                 )
+        if "decoder_input_ids" in batch:  # held against its labels where it is used
+            checked.append(dict(batch))
+            continue
         tokens = batch.get("input_ids", batch.get("inputs_embeds"))
         if tokens is None:
             raise DataError(
-                f"A batch must hold input_ids or inputs_embeds; batch {index} holds "
-                f"{', '.join(batch) or 'nothing'}."
+                f"A batch must hold input_ids, inputs_embeds or decoder_input_ids; batch {index} "
+                f"holds {', '.join(batch) or 'nothing'}."
             )
         dims = 2 if "input_ids" in batch else 3
         if tokens.ndim != dims or tokens.numel() == 0:
