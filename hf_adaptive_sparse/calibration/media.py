@@ -39,6 +39,9 @@ _PARTS: Mapping[Medium, tuple[str, ...]] = {
 }
 """Attributes of a processor, one of which reads the medium."""
 
+_PLACED_BY_THE_PROCESSOR = ("Florence2Processor",)
+"""Processors that put the placeholder of an image before every text, whatever it holds."""
+
 
 @dataclass(frozen=True)
 class Media:
@@ -167,6 +170,12 @@ def placeholder(processor: Any, medium: Medium) -> str:
         if isinstance(token, str):
             return token
     return f"<{medium}>"
+
+
+def needed_placeholder(processor: Any, medium: Medium | None) -> str:
+    """Return what a plain prompt must hold for a medium; nothing, if the processor adds it."""
+    placed = type(processor).__name__ in _PLACED_BY_THE_PROCESSOR
+    return "" if medium is None or placed else placeholder(processor, medium)
 
 
 def sampling_rate(processor: Any) -> int:

@@ -26,6 +26,7 @@ from hf_adaptive_sparse.calibration.media import (
     Media,
     Medium,
     medium_of,
+    needed_placeholder,
     placeholder,
     processed,
 )
@@ -109,7 +110,7 @@ def format_question(
         return _rendered(processor, text, medium)
     bos = tokenizer.bos_token
     start = "" if bos is None or _adds_bos(tokenizer) else bos
-    return f"{start}{'' if medium is None else placeholder(processor, medium)}{text}"
+    return f"{start}{needed_placeholder(processor, medium)}{text}"
 
 
 def _without_placeholders(processor: Any, text: str) -> str:

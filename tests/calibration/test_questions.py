@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import LlavaProcessor
+from transformers import CLIPImageProcessor, Florence2Processor, LlavaProcessor
 
 from hf_adaptive_sparse.calibration.media import Media
 from hf_adaptive_sparse.calibration.questions import (
@@ -100,6 +100,17 @@ def test_labels_are_the_answers_where_a_tokenizer_adds_an_end_of_its_own() -> No
     assert batch["input_ids"][0, -2:].tolist() == [2, 2]
     scored = batch["labels"][0]
     assert processor.tokenizer.decode(scored[scored != -100]).strip() == "two dogs"
+
+
+def test_labels_are_the_answers_where_a_processor_places_the_image_itself() -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", 4
+    images = CLIPImageProcessor(size={"height": 16, "width": 16}, crop_size=16)
+    images.image_seq_length = 3
+    batch = question_batch(Florence2Processor(images, tokenizer), rows("no", "a red square"))
+    assert ((batch["input_ids"] == 4).sum(1) == 3).all()
+    for labels, answer in zip(batch["labels"], ("no", "a red square"), strict=True):
+        assert tokenizer.decode(labels[labels != -100]) == f" {answer}"
 
 
 def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:
