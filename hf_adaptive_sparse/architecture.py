@@ -191,6 +191,20 @@ def _nothing_prunable(model: nn.Module, layers_name: str, layers: nn.ModuleList)
             f"{type(model).__name__} hold their weights in Conv1D instead, transposed (as GPT-2 "
             "does). Only the KV cache can be quantised: target_sparsity=0 with a kv_cache."
         )
+    own = {
+        type(module).__name__
+        for module in layers.modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and any(key == "weight" and p.is_floating_point() for key, p in module.named_parameters())
+    }
+    if own:
+        return ValueError(
+            f"Pruning works on nn.Linear with torch's own forward; the linears in {layers_name!r} "
+            f"of {type(model).__name__} have another one ({', '.join(sorted(own))}), which the "
+            "sparse runtime would not run. Only the KV cache can be quantised: target_sparsity=0 "
+            "with a kv_cache."
+        )
     return ValueError(
         f"No prunable linears in {layers_name!r} of {type(model).__name__}: its decoder layers "
         "must hold nn.Linear with floating-point weights of their own (already quantised linears "

@@ -32,6 +32,8 @@ from hf_adaptive_sparse.architecture import (
     num_decoder_layers,
     prunable_weights,
 )
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
 from tests.families.catalogue import PHI
 from tests.families.tiny_models import tiny_config, tiny_model
 
@@ -145,6 +147,17 @@ def test_conv1d_models_are_refused_with_the_reason():
         layer.self_attn = layer.mlp = nn.Identity()
     with pytest.raises(ValueError, match="No prunable linears"):
         prunable_weights(bare)
+
+
+def test_linears_with_a_forward_of_their_own_are_refused_with_the_reason(tiny_llama):
+    model = on_meta("falcon", AutoModelForCausalLM, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"FalconForCausalLM have another one \(FalconLinear\)"):
+        prunable_weights(model)
+    for name, linear in prunable_weights(tiny_llama).items():
+        weight = SparseWeight.from_dense(linear.weight.detach())
+        tiny_llama.set_submodule(name, SparseLinear.from_weight(weight))
+    with pytest.raises(ValueError, match=r"No prunable linears.*runtime='dense'"):
+        prunable_weights(tiny_llama)
 
 
 def test_experts_are_prunable_where_their_layout_is_known():

@@ -264,6 +264,7 @@ def test_snippet_imports_the_plugin_first(tmp_path: Path, images: bool, audio: b
     assert "'user/llava-sparse'" in ast.unparse(tree)
     strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
     assert 'USER: <image>\n"What?"' in strings
+    assert "must be installed: without it" in body
     assert "initialised at random" in body
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from hf_adaptive_sparse.architecture import media_token_ids
+from hf_adaptive_sparse.architecture import context_length, media_token_ids
 from hf_adaptive_sparse.calibration.media import accepted_media, require_processor
 from hf_adaptive_sparse.calibration.questions import (
     format_question,
@@ -119,7 +119,10 @@ def load_batches(
         logger.warning("%s holds %d of %d samples.", records.name, len(samples), num_samples)
     if medium is None:
         return [_window_batch(chunk) for chunk in _chunks(samples, batch_size)]
-    return [question_batch(processor, chunk) for chunk in _chunks(samples, batch_size)]
+    context = context_length(config)
+    return [
+        question_batch(processor, chunk, context=context) for chunk in _chunks(samples, batch_size)
+    ]
 
 
 def _chunks(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -150,11 +153,14 @@ def check_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Batch]:
                     f"A batch must hold tensors; {key!r} of batch {index} is "
                     f"{type(value).__name__}."
                 )
+        if "decoder_input_ids" in batch:  # held against its labels where it is used
+            checked.append(dict(batch))
+            continue
         tokens = batch.get("input_ids", batch.get("inputs_embeds"))
         if tokens is None:
             raise DataError(
-                f"A batch must hold input_ids or inputs_embeds; batch {index} holds "
-                f"{', '.join(batch) or 'nothing'}."
+                f"A batch must hold input_ids, inputs_embeds or decoder_input_ids; batch {index} "
+                f"holds {', '.join(batch) or 'nothing'}."
             )
         dims = 2 if "input_ids" in batch else 3
         if tokens.ndim != dims or tokens.numel() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 from hf_adaptive_sparse.calibration.tables import TEXT, DataError, Row, Table
 
 FILE_TYPES = (".parquet", ".jsonl", ".json", ".txt")
+
+ROWS_WITH_COLUMNS = 1000
+"""Rows of a jsonl or json file that are read to learn its columns: a row need not have them all."""
+
+_ENCODING = "utf-8-sig"  # with or without a byte order mark
 
 
 def local_table(path: Path, split: str) -> Table:
@@ -36,8 +42,9 @@ def local_table(path: Path, split: str) -> Table:
         return Table(str(path), [TEXT], lambda _: _text_lines(path))
     if kind in (".jsonl", ".json"):
         read = _json_lines if kind == ".jsonl" else _json_rows
-        first = next(iter(read(path)), {})
-        return Table(str(path), list(first), lambda _: read(path), path.parent)
+        rows = itertools.islice(read(path), ROWS_WITH_COLUMNS)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        return Table(str(path), columns, lambda _: read(path), path.parent)
     raise DataError(f"Data files must be {', '.join(FILE_TYPES)}; got {path.name}.")
 
 
@@ -83,7 +90,7 @@ def _parquet_table(files: Sequence[Path], name: str, folder: Path) -> Table:
 
 def _text_lines(path: Path) -> Iterator[Row]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding=_ENCODING) as lines:
             for line in lines:
                 yield {TEXT: line}
     except (OSError, UnicodeDecodeError) as error:
@@ -103,7 +110,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding=_ENCODING))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not readable UTF-8 text: {error}") from error
     except ValueError:  # many ".json" files hold one object per line

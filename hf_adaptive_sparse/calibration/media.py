@@ -25,8 +25,11 @@ Medium = Literal["image", "video", "audio"]
 MEDIA: tuple[Medium, ...] = (IMAGE, VIDEO, AUDIO)
 """In the order in which data that have several are used."""
 
+COLUMN = "column"
+"""Key of a row: the column of its image, video or sound, for messages."""
+
 PLACE = "place"
-"""Key of a row: its cell, for messages (``"Column 'video' of row 3 of x.jsonl"``)."""
+"""Key of a row: where it was read, for messages (``"row 3 of x.jsonl"``)."""
 
 PLURAL: Mapping[Medium, str] = {IMAGE: "images", VIDEO: "videos", AUDIO: "sounds"}
 _PARTS: Mapping[Medium, tuple[str, ...]] = {
@@ -35,6 +38,9 @@ _PARTS: Mapping[Medium, tuple[str, ...]] = {
     AUDIO: ("feature_extractor", "audio_processor"),
 }
 """Attributes of a processor, one of which reads the medium."""
+
+_PLACED_BY_THE_PROCESSOR = ("Florence2Processor",)
+"""Processors that put the placeholder of an image before every text, whatever it holds."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Media:
             raise DataError("The rows of one batch must all have an image, a video or a sound.")
         if medium is None:
             return None
-        places = [row[PLACE] for row in rows if PLACE in row]
+        places = [f"Column {row[COLUMN]!r} of {row[PLACE]}" for row in rows if PLACE in row]
         return cls(
             medium, [row[medium] for row in rows], places if len(places) == len(rows) else ()
         )
@@ -164,6 +170,12 @@ def placeholder(processor: Any, medium: Medium) -> str:
         if isinstance(token, str):
             return token
     return f"<{medium}>"
+
+
+def needed_placeholder(processor: Any, medium: Medium | None) -> str:
+    """Return what a plain prompt must hold for a medium; nothing, if the processor adds it."""
+    placed = type(processor).__name__ in _PLACED_BY_THE_PROCESSOR
+    return "" if medium is None or placed else placeholder(processor, medium)
 
 
 def sampling_rate(processor: Any) -> int:

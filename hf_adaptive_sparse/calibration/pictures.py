@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from transformers.video_utils import load_video
 
 from hf_adaptive_sparse.calibration.tables import DataError
@@ -21,8 +21,6 @@ MAX_FRAMES = 8
 DECODERS = {"torchcodec": "torchcodec", "pyav": "av", "opencv": "cv2", "decord": "decord"}
 """What transformers decodes videos with -> the module that it needs, the first found is used."""
 
-_UNREADABLE = (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
-
 
 def load_image(image: Any) -> Image.Image:
     """Open an image of a record.
@@ -31,10 +29,10 @@ def load_image(image: Any) -> Image.Image:
         image: A PIL image, encoded bytes, a path, or ``{"bytes": ..., "path": ...}``.
 
     Returns:
-        The image in RGB.
+        The image in RGB, upright.
 
     Raises:
-        DataError: If it cannot be opened.
+        DataError: If it cannot be opened, or has values of an unknown range.
     """
     try:
         image = encoded(image)
@@ -43,13 +41,30 @@ def load_image(image: Any) -> Image.Image:
         elif isinstance(image, str | os.PathLike):
             image = Image.open(image)
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
-    except _UNREADABLE as error:
+            return _in_rgb(image)
+    except Exception as error:  # Pillow raises what its parsing happens to meet
         raise DataError(f"An image cannot be opened: {error}") from error
     raise DataError(
         "An image must be a PIL image, encoded bytes, a path, or {'bytes', 'path'}; got "
         f"{type(image).__name__}."
     )
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """Return an image upright and in RGB, 16 bits of grey scaled to 8: Pillow would clip them.
+
+    Raises:
+        ValueError: If its values are of 32 bits, whose range nothing tells.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"it must have 8 or 16 bits per channel; mode {image.mode!r} has 32, of an unknown "
+            "range. Scale its values to 8 bits."
+        )
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def load_frames(video: Any) -> list[Image.Image]:
@@ -108,13 +123,13 @@ def _decoded(video: bytes | str | os.PathLike[str]) -> list[Image.Image]:
             wanted = set(_spaced(getattr(animation, "n_frames", 1)))
             # Frames build on those before them: all are gone through, the wanted are kept.
             return [
-                frame.convert("RGB")
+                _in_rgb(frame)
                 for number, frame in enumerate(ImageSequence.Iterator(animation))
                 if number in wanted
             ]
     except UnidentifiedImageError:
         return _decoded_film(video)
-    except _UNREADABLE as error:
+    except Exception as error:
         raise DataError(f"A video cannot be opened: {error}") from error
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,14 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from hf_adaptive_sparse.architecture import UNLIMITED_CONTEXT
 from hf_adaptive_sparse.calibration.media import (
     MEDIA,
+    PLACE,
     Media,
     Medium,
     medium_of,
+    needed_placeholder,
     placeholder,
     processed,
 )
@@ -101,15 +105,19 @@ def format_question(
     template = prompt if prompt is not None else "{question}" if chat else PLAIN_PROMPT
     if "{question}" not in template:
         raise ValueError(f"prompt must contain {{question}}, got {prompt!r}.")
-    for other in MEDIA:
-        # A question that spells a placeholder would ask for a second image.
-        question = question.replace(placeholder(processor, other), "")
-    text = template.replace("{question}", question.strip())
+    text = template.replace("{question}", _without_placeholders(processor, question))
     if chat:
         return _rendered(processor, text, medium)
     bos = tokenizer.bos_token
     start = "" if bos is None or _adds_bos(tokenizer) else bos
-    return f"{start}{'' if medium is None else placeholder(processor, medium)}{text}"
+    return f"{start}{needed_placeholder(processor, medium)}{text}"
+
+
+def _without_placeholders(processor: Any, text: str) -> str:
+    """Return a text that asks for no image, video or sound: each placeholder would ask for one."""
+    for medium in MEDIA:
+        text = text.replace(placeholder(processor, medium), "")
+    return text.strip()
 
 
 def _rendered(processor: Any, text: str, medium: Medium | None) -> str:
@@ -180,7 +188,11 @@ def encode_questions(
 
 
 def question_batch(
-    processor: Any, rows: Sequence[Row], prompt: str | None = None
+    processor: Any,
+    rows: Sequence[Row],
+    prompt: str | None = None,
+    *,
+    context: int = UNLIMITED_CONTEXT,
 ) -> dict[str, torch.Tensor]:
     """Make a batch of answered questions, padded on the right.
 
@@ -189,6 +201,7 @@ def question_batch(
         rows: Questions about images, videos or sounds. Of several answers the most frequent is
             used, of equally frequent ones the first.
         prompt: See `format_question`.
+        context: Most tokens that the model takes.
 
     Returns:
         The processor's output and ``labels`` (batch, seq) int64: -100 but on the tokens of the
@@ -196,14 +209,15 @@ def question_batch(
         an answer exist, and its loss would drown theirs.
 
     Raises:
-        DataError: If an answer leaves no token to score, or something cannot be opened.
+        DataError: If an answer leaves no token to score, a question with its answer is longer than
+            the context, or something cannot be opened.
     """
     prompts = [
         format_question(processor, row[QUESTION], prompt, medium=medium_of(row)) for row in rows
     ]
+    answers = [_without_placeholders(processor, most_frequent(row["answers"])) for row in rows]
     answered = [
-        text + format_answer(text, most_frequent(row["answers"]))
-        for text, row in zip(prompts, rows, strict=True)
+        text + format_answer(text, answer) for text, answer in zip(prompts, answers, strict=True)
     ]
     tokenizer = getattr(processor, "tokenizer", processor)
     eos = tokenizer.eos_token or ""
@@ -211,13 +225,27 @@ def question_batch(
     batch = encode_questions(processor, texts, Media.of(rows), "right")
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for index, (before, text) in enumerate(zip(prompts, answered, strict=True)):
-        answer = answer_ids(processor, before, text)
+        # The blank before an empty answer is a token, too.
+        answer = answer_ids(processor, before, text) if answers[index] else []
         if not answer:
-            raise DataError(f"The answer to {rows[index][QUESTION]!r} has no tokens.")
+            raise DataError(
+                f"An answer must have a token to score; that to {_named(rows[index])} has none."
+            )
         read = batch["input_ids"][index, : int(batch["attention_mask"][index].sum())]
+        if len(read) > context:
+            raise DataError(
+                f"A question with its answer must fit into the model's context of {context} "
+                f"tokens; {_named(rows[index])} takes {len(read)}. Shorten it, or leave it out."
+            )
         end = _answer_end(read.tolist(), answer, len(read) - bool(eos))
         labels[index, end - len(answer) : end] = read[end - len(answer) : end]
     return {**batch, "labels": labels}
+
+
+def _named(row: Row) -> str:
+    """Return the beginning of a row's question and where it was read, for messages."""
+    place = f" ({row[PLACE]})" if PLACE in row else ""
+    return f"{textwrap.shorten(row[QUESTION], 60)!r}{place}"
 
 
 def _answer_end(ids: Sequence[int], answer: Sequence[int], expected: int) -> int:

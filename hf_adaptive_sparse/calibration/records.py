@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from hf_adaptive_sparse.calibration.hub_datasets import hub_table
 from hf_adaptive_sparse.calibration.local_files import FILE_TYPES, local_table
-from hf_adaptive_sparse.calibration.media import MEDIA, PLACE, PLURAL, Medium
+from hf_adaptive_sparse.calibration.media import COLUMN, MEDIA, PLACE, PLURAL, Medium
 from hf_adaptive_sparse.calibration.pictures import load_image
 from hf_adaptive_sparse.calibration.tables import (
     AUDIO,
@@ -76,8 +76,8 @@ class Records:
     Attributes:
         name: The source, for messages.
         kind: ``"text"``: rows have ``text`` (str). Else they have ``question`` (str), ``answers``
-            (tuple of str, not empty), ``place`` (str, for messages) and what is asked about:
-            ``image``, ``video`` or ``audio``, as `media` opens them.
+            (tuple of str, not empty), ``column`` and ``place`` (str, for messages) and what is
+            asked about: ``image``, ``video`` or ``audio``, as `media` opens them.
         rows: Starts a new pass over the rows.
     """
 
@@ -204,6 +204,7 @@ def _texts(table: Table) -> Iterator[Row]:
                 f"Column 'text' must hold text; row {number} of {table.name} holds "
                 f"{type(text).__name__}."
             )
+        _check_unicode(text, f"row {number} of {table.name}")
         yield {TEXT: text}
 
 
@@ -212,6 +213,7 @@ def _questions(
 ) -> Iterator[Row]:
     wanted = [column, *([] if question is None else [question]), answer]
     for number, row in enumerate(table.scan(wanted)):
+        place = f"row {number} of {table.name}"
         answers = read_answers(row.get(answer))
         asked = TRANSCRIBE if question is None else row.get(question)
         lacking = {
@@ -222,16 +224,33 @@ def _questions(
         if any(lacking.values()):
             names = " and ".join(repr(name) for name, lacks in lacking.items() if lacks)
             raise DataError(
-                f"Every row must have {_article(column)}, a question and an answer; row {number} "
-                f"of {table.name} lacks one: nothing usable in {names}."
+                f"Every row must have {_article(column)}, a question and an answer; {place} lacks "
+                f"one: nothing usable in {names}."
             )
+        _check_unicode("".join((str(asked), *answers)), place)
         shown = row[column] if table.folder is None else _resolve(row[column], table.folder)
         yield {
             medium: shown,
             QUESTION: asked,
             "answers": answers,
-            PLACE: f"Column {column!r} of row {number} of {table.name}",
+            COLUMN: column,
+            PLACE: place,
         }
+
+
+def _check_unicode(text: str, place: str) -> None:
+    """Refuse lone surrogates, which JSON can spell and no tokenizer takes.
+
+    Raises:
+        DataError: If the text has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"Text must be valid Unicode; {place} has the lone surrogate "
+            f"{text[error.start]!r}. Remove it, or write the pair that it is a half of."
+        ) from error
 
 
 def _article(column: str) -> str:

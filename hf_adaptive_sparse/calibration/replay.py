@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers
-from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
+from hf_adaptive_sparse.calibration.sequence_pairs import model_pairs
 from hf_adaptive_sparse.calibration.stand_in import standing_in
 
 _POOL_DEPTH = 8
@@ -204,7 +204,7 @@ def run_decoder(
     Args:
         model: The model.
         batch: Inputs of its forward; ``labels`` are ignored, but for what an encoder-decoder is
-            not to read (`sequence_pairs`).
+            not to read (`model_pairs`).
         stop_after: The decoder layers.
     """
 
@@ -213,7 +213,7 @@ def run_decoder(
 
     device = execution_device(model.get_input_embeddings())
     if model.config.is_encoder_decoder:
-        batch = sequence_pairs(batch, model.config).inputs
+        batch = model_pairs(batch, model).inputs
     inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
     handle = stop_after[-1].register_forward_hook(stop)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_adaptive_sparse.architecture import media_token_ids
 from hf_adaptive_sparse.calibration.questions import IGNORED
@@ -59,6 +59,22 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
     given = batch.get("decoder_input_ids") is not None
     pairs = _given(batch) if given else _divided(batch, config)
     return _of_another_length(pairs, _special_tokens(config)[0])
+
+
+def model_pairs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> SequencePairs:
+    """Return the `sequence_pairs` of a batch for an encoder-decoder.
+
+    Raises:
+        ValueError: As for `sequence_pairs`; or if the encoder reads features instead of tokens
+            (Whisper), and the batch has no decoder_input_ids.
+    """
+    if model.main_input_name != "input_ids" and batch.get("decoder_input_ids") is None:
+        raise ValueError(
+            f"The encoder of {type(model).__name__} reads no tokens, so a batch must have "
+            f"{model.main_input_name}, decoder_input_ids and labels; this one has "
+            f"{', '.join(batch) or 'nothing'}. Give a list of such batches instead of a dataset."
+        )
+    return sequence_pairs(batch, model.config)
 
 
 def _given(batch: Mapping[str, torch.Tensor]) -> SequencePairs:

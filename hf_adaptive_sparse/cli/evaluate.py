@@ -95,7 +95,7 @@ def _check_not_given(options: argparse.Namespace, names: tuple[str, ...], why: s
 def _run_tasks(options: argparse.Namespace) -> Answer:
     found = evaluate_tasks(
         model_of(options),
-        options.tasks.split(","),
+        list(dict.fromkeys(name.strip() for name in options.tasks.split(","))),
         data=task_data(options.task_data),
         setting=Setting(
             kv_cache=_kv_choice(options.kv_bits), sequence_length=options.sequence_length

@@ -55,14 +55,14 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         "--target-sparsity",
         type=float,
         metavar="RATIO",
-        help="mean fraction of the decoder's weights to remove (default: 0.5; free under a "
-        "budget in bytes)",
+        help="mean fraction of the decoder's weights to remove (default: 0.5; in a search under a "
+        "budget in bytes: free)",
     )
     parser.add_argument(
         "--metric",
         default="lognorm",
         help=f"{_names(updates=False)}, which score weights; {_names(updates=True)}, which also "
-        "update those that stay (default: lognorm; of compress: the quality's)",
+        "update those that stay (default: lognorm; compress takes that of its --quality)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
 
@@ -146,8 +146,8 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluation",
         metavar="DATA",
-        help="data to evaluate on, named as for --calibration (default: WikiText-2, validation "
-        "split)",
+        help="Hub dataset (name:config:split) or parquet, jsonl or text file to evaluate on "
+        "(default: WikiText-2, validation split)",
     )
     parser.add_argument(
         "--evaluation-samples", type=int, default=64, metavar="N", help="windows or questions"
@@ -182,7 +182,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=50,
         metavar="N",
-        help="default: 50; of compress: the quality's",
+        help="default: 50; compress takes that of its --quality",
     )
     parser.add_argument(
         "--timeout",

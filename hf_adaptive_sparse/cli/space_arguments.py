@@ -165,6 +165,7 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
     """
     check_left_to_search(options, config)
     check_weight_widths(options)
+    check_needed(options)
     budgets = (options.fit, options.size, options.max_loss)
     target: float | str | None = config.target_sparsity
     if config.pattern != "unstructured":
@@ -172,7 +173,7 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
     elif options.target_sparsity is None and any(budget is not None for budget in budgets):
         target = FREE
     limits: dict[str, Any] = {}
-    if options.fit is not None or options.context is not None or options.batch != 1:
+    if options.fit is not None:
         limits = {"context_length": options.context, "batch_size": options.batch}
     reach = options.sparsity_range
     space = SearchSpace(
@@ -196,6 +197,31 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
     if options.max_loss is not None:
         check_max_loss(options, space)
     return space
+
+
+def check_needed(options: argparse.Namespace) -> None:
+    """Refuse options that say nothing without another one.
+
+    Raises:
+        ValueError: If the other one is missing.
+    """
+    if options.fit is not None and options.context is None:
+        raise ValueError(
+            "--fit needs --context: the tokens per sequence whose KV cache has to fit beside the "
+            "weights."
+        )
+    cached = {"--context": options.context is not None, "--batch": options.batch != 1}
+    given = [option for option, is_given in cached.items() if is_given]
+    if given and options.fit is None:
+        raise ValueError(
+            f"{' and '.join(given)} say how large a KV cache has to fit: give --fit, too, or leave "
+            "them out."
+        )
+    if options.target_sparsity == 0.0 and (options.sparsity_low or options.sparsity_high):
+        raise ValueError(
+            "--sparsity-low and --sparsity-high need weights to prune, got --target-sparsity 0. "
+            "Give the mean ratio, or a budget in bytes (--size, or --fit with --context) instead."
+        )
 
 
 def check_left_to_search(options: argparse.Namespace, config: SparsityConfig) -> None:

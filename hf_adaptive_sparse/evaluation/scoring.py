@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import cache_argument, media_token_ids
 from hf_adaptive_sparse.calibration.questions import IGNORED
-from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
+from hf_adaptive_sparse.calibration.sequence_pairs import model_pairs
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, evaluating, new_cache, to_model
 
 CHUNK_LOGITS = 1 << 24
@@ -89,7 +89,7 @@ def predict(
     """
     inputs = to_model(model, batch)
     if model.config.is_encoder_decoder:
-        pairs = sequence_pairs(inputs, model.config)
+        pairs = model_pairs(inputs, model)
         inputs, targets = pairs.inputs, pairs.targets
     else:
         targets = scored_targets(inputs, media_token_ids(model.config))

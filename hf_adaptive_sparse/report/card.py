@@ -27,9 +27,9 @@ _TAGS_OF_PRUNING = ("sparsity", "pruning")
 
 PAPER = "https://arxiv.org/abs/2507.20613"
 
-_WHY_IMPORT = """\
-The import comes first because transformers does not look for plugins by itself: without it the
-checkpoint still loads, with a warning, but its compressed weights are **initialised at random**."""
+_WHY_PACKAGE = """\
+The package must be installed: without it the checkpoint still loads, with a warning, but its
+compressed weights are **initialised at random**."""
 
 _PLAIN_WEIGHTS = """\
 The weights of this checkpoint are plain, so it also loads without the plugin; the import is what
@@ -216,7 +216,7 @@ def _usage(facts: CardFacts) -> tuple[str, str, str]:
 def _why_import(facts: CardFacts) -> str:
     if facts.prunes and facts.checkpoint_format == "dense":
         return _DENSE_FORMAT
-    return _WHY_IMPORT if facts.prunes or facts.weight_bits else _PLAIN_WEIGHTS
+    return _WHY_PACKAGE if facts.prunes or facts.weight_bits else _PLAIN_WEIGHTS
 
 
 def _recipe(facts: CardFacts) -> str:

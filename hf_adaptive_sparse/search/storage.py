@@ -209,13 +209,18 @@ def _storage_error_behind(error: BaseException | None) -> BaseException | None:
 
 
 def _describe(name: str, error: BaseException) -> str:
-    detail = next(iter(str(error).splitlines()), type(error).__name__)
+    detail = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
     if isinstance(error, ImportError):
-        extra = "redis" if name.startswith(("redis", "unix")) else "postgresql"
+        extras = {"redis": "redis", "unix": "redis", "postgres": "postgresql"}
+        extra = next((extra for scheme, extra in extras.items() if name.startswith(scheme)), None)
+        install = (
+            "the driver that SQLAlchemy wants for it"
+            if extra is None
+            else f"'hf-adaptive-sparse[{extra}]'"
+        )
         return (
             f"The storage {_without_password(name)} cannot be used: {detail}. Its driver is not "
-            f"installed: pip install 'hf-adaptive-sparse[{extra}]' (for other databases, the "
-            "driver that SQLAlchemy names)."
+            f"installed: pip install {install}."
         )
     return (
         f"The storage {_without_password(name)} cannot be used: {detail}. Check that it exists, "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -117,6 +118,16 @@ def test_no_questions(tmp_path: Path, tiny_llava) -> None:
     pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="holds no questions"):
         load_batches(tmp_path / "a.parquet", make_llava_processor(), config=tiny_llava.config)
+
+
+def test_a_question_beyond_the_context_is_named(tmp_path: Path, tiny_llava) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"image": "a.png", "question": q, "answer": "b"} for q in ("what?", "what " * 600)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = r"context of 512 tokens; 'what what .*' \(row 1 of .*a\.jsonl\) takes \d{3,4}\. "
+    with pytest.raises(DataError, match=message):
+        load_batches(path, make_llava_processor(), config=tiny_llava.config, batch_size=2)
 
 
 class TestReadyBatches:

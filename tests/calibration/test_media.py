@@ -62,6 +62,12 @@ def animation(count: int, kind: str = "GIF") -> bytes:
     return out.getvalue()
 
 
+def tiff_without_width() -> bytes:
+    """Two frames, of which the second lacks the tag of its width."""
+    before, tag, behind = animation(2, "TIFF").rpartition(b"\x00\x01\x04\x00")
+    return before + tag.replace(b"\x01", b"\xff") + behind
+
+
 @pytest.fixture
 def audio_model() -> PreTrainedModel:
     torch.manual_seed(0)
@@ -211,6 +217,7 @@ def test_every_form_of_a_video(tmp_path: Path) -> None:
         (3, "must be a list of frames.* got int"),
         ("missing.gif", "cannot be opened"),
         ([b"no image"], "image cannot be opened"),
+        (tiff_without_width(), "be opened: Missing dimensions"),
     ],
 )
 def test_bad_videos(video: Any, message: str) -> None:

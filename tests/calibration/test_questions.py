@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import LlavaProcessor
+from transformers import CLIPImageProcessor, Florence2Processor, LlavaProcessor
 
 from hf_adaptive_sparse.calibration.media import Media
 from hf_adaptive_sparse.calibration.questions import (
@@ -102,6 +102,17 @@ def test_labels_are_the_answers_where_a_tokenizer_adds_an_end_of_its_own() -> No
     assert processor.tokenizer.decode(scored[scored != -100]).strip() == "two dogs"
 
 
+def test_labels_are_the_answers_where_a_processor_places_the_image_itself() -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", 4
+    images = CLIPImageProcessor(size={"height": 16, "width": 16}, crop_size=16)
+    images.image_seq_length = 3
+    batch = question_batch(Florence2Processor(images, tokenizer), rows("no", "a red square"))
+    assert ((batch["input_ids"] == 4).sum(1) == 3).all()
+    for labels, answer in zip(batch["labels"], ("no", "a red square"), strict=True):
+        assert tokenizer.decode(labels[labels != -100]) == f" {answer}"
+
+
 def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:
     processor = make_llava_processor()
     batch = question_batch(processor, rows("no"), "\n{question}\n")
@@ -130,10 +141,19 @@ def test_padding_is_restored_after_an_error() -> None:
         pass
 
 
-def test_empty_answer() -> None:
-    processor = make_llava_processor()
-    with pytest.raises(DataError, match=r"answer to 'what\?' has no tokens"):
-        question_batch(processor, rows(""), "{question} ")
+@pytest.mark.parametrize("answer", ["", " \n", "<image>"])
+@pytest.mark.parametrize("prompt", [None, "{question} "])
+def test_empty_answer(answer: str, prompt: str | None) -> None:
+    asked = {**rows(answer)[0], "column": "image", "place": "row 3 of x.jsonl"}
+    with pytest.raises(DataError, match=r"to 'what\?' \(row 3 of x.jsonl\) has none"):
+        question_batch(make_llava_processor(), [asked], prompt)
+
+
+def test_an_answer_cannot_ask_for_a_second_image() -> None:
+    batch = question_batch(make_llava_processor(), rows("<image> red"))
+    assert torch.equal(
+        batch["labels"], question_batch(make_llava_processor(), rows("red"))["labels"]
+    )
 
 
 def test_most_frequent_answer() -> None:

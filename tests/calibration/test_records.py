@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,10 +17,14 @@ from hf_adaptive_sparse.calibration.records import DataError, _select, load_imag
 TEXTS = ["first line", "second line", ""]
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **settings: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
 def png(color: str = "red", size: tuple[int, int] = (20, 30), mode: str = "RGB") -> bytes:
-    out = io.BytesIO()
-    Image.new(mode, size, color).save(out, "PNG")
-    return out.getvalue()
+    return encoded(Image.new(mode, size, color))
 
 
 def write_text(path: Path) -> Path:
@@ -48,6 +54,23 @@ def test_json_forms(tmp_path: Path) -> None:
     assert [row["text"] for row in read_records(path)] == ["x"]
     path.write_text('{"text": "x"}\n{"text": "y"}\n')
     assert [row["text"] for row in read_records(path)] == ["x", "y"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_columns_are_those_of_all_rows(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text('{"id": 1}\n{"text": "x"}\n')
+    assert [row["text"] for row in read_records(path)] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [("txt", "x"), ("jsonl", '{"text": "x"}'), ("json", '[{"text": "x"}]')],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, suffix: str, content: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(content, encoding="utf-8-sig")
+    assert [row["text"] for row in read_records(path)] == ["x"]
 
 
 def test_folder_prefers_files_of_the_split(tmp_path: Path) -> None:
@@ -113,6 +136,32 @@ def test_bad_images(image: object) -> None:
         load_image(image)
 
 
+def test_a_png_that_breaks_while_it_is_decoded() -> None:
+    content = bytearray(encoded(Image.effect_noise((64, 64), 50)))
+    length = content.index(b"IDAT") - 4  # the next chunk is looked for amid the pixels
+    content[length : length + 4] = struct.pack(">I", 500)
+    with pytest.raises(DataError, match="cannot be opened: broken PNG file"):
+        load_image(bytes(content))
+
+
+def test_16_bits_are_scaled_not_clipped() -> None:
+    grey = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    opened = np.asarray(load_image(encoded(Image.fromarray(grey))))
+    assert (opened == (grey >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_of_an_unknown_range_are_refused(dtype: type) -> None:
+    with pytest.raises(DataError, match=r"8 or 16 bits per channel; mode '[IF]' has 32"):
+        load_image(Image.fromarray(np.zeros((4, 4), dtype)))
+
+
+def test_images_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by a quarter
+    assert load_image(encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)).size == (20, 40)
+
+
 def test_errors_of_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_records(tmp_path / "missing.parquet")
@@ -166,6 +215,17 @@ def test_bad_rows_are_named() -> None:
     rows = [{"image": png(), "question": "q", "answer": a} for a in ("yes", None)]
     with pytest.raises(DataError, match=r"row 1 of .* lacks one"):
         list(read_records(rows))
+
+
+def test_lone_surrogates_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b \\ud800"}\n')
+    message = r"row 1 of .*a\.jsonl has the lone surrogate '\\ud800'"
+    with pytest.raises(DataError, match=message):
+        list(read_records(path))
+    path.write_text('{"image": "", "question": "q", "answer": "\\ude00"}\n')
+    with pytest.raises(DataError, match=r"row 0 of .*surrogate '\\ude00'"):
+        list(read_records(path))
 
 
 def test_null_text_is_skipped() -> None:

@@ -429,8 +429,9 @@ def test_options_make_the_space(flags, expected):
     ("flags", "message"),
     [
         (["--size", "4G"], "must be a size of at least one byte"),
-        (["--fit", "4GiB"], "fit_bytes needs context_length"),
-        (["--context", "8"], "need fit_bytes"),
+        (["--fit", "4GiB"], "--fit needs --context"),
+        (["--context", "8", "--batch", "2"], "--context and --batch say how large"),
+        (["--target-sparsity", "0", "--sparsity-low", "0.3"], "got --target-sparsity 0. Give"),
         (["--kv-mean-bits", "9"], "kv_mean_bits must lie between"),
         (["--search-weight-bits", "16,8,4"], "16,8,4 leaves the mean open. Give --search-weight"),
         (["--search-weight-mean", "8"], "--search-weight-mean 8 needs the widths"),

@@ -75,8 +75,9 @@ def test_tasks_resume_and_write_results(
     data = tmp_path / "vqa.jsonl"
     data.write_text("\n".join(json.dumps({**row, "answers": [row["answer"]]}) for row in rows))
     arguments = [
-        "evaluate", str(llava_folder), "--tasks", "vqav2,wikitext2", "--task-data", f"vqav2={data}",
-        "--task-data", f"wikitext2={text_file}", "--task-samples", "3", "--sequence-length", "64",
+        "evaluate", str(llava_folder), "--tasks", "vqav2, wikitext2,vqav2",
+        "--task-data", f"vqav2={data}", "--task-data", f"wikitext2={text_file}",
+        "--task-samples", "3", "--sequence-length", "64",
         "--results", str(tmp_path / "results"), "--no-progress",
     ]  # fmt: skip
     assert main([*arguments, "--json"]) == 0

@@ -50,10 +50,17 @@ def test_an_unreachable_server_is_one_clear_error(scheme):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_driver_says_what_installs_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("url", "installed"),
+    [
+        ("postgresql://127.0.0.1/x", r"'hf-adaptive-sparse\[postgresql\]'"),
+        ("mysql://127.0.0.1/x", "the driver that SQLAlchemy wants for it"),
+    ],
+)
+def test_a_missing_driver_says_what_installs_it(monkeypatch, url, installed):
     def missing(*_, **__):
-        raise ModuleNotFoundError("No module named 'psycopg'", name="psycopg")
+        raise ModuleNotFoundError("No driver.")
 
     monkeypatch.setattr(optuna.storages, "RDBStorage", missing)
-    with pytest.raises(StorageError, match=r"pip install 'hf-adaptive-sparse\[postgresql\]'"):
-        open_on("postgresql://127.0.0.1/x")
+    with pytest.raises(StorageError, match=rf"used: No driver\. Its .* pip install {installed}\.$"):
+        open_on(url)
