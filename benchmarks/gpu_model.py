@@ -29,10 +29,15 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument, prunable_weights
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.report import markdown_table
 from hf_adaptive_sparse.runtime.conversion import compress_
 
-SPARSE = {"sparse, 16 bits": (16, None), "sparse, 8 bits": (8, 128), "sparse, 4 bits": (4, 128)}
+SPARSE = {
+    "sparse, 16 bits": ValueFormat(16),
+    "sparse, 8 bits": ValueFormat(8, 128),
+    "sparse, 4 bits": ValueFormat(4, 128),
+}
 PLAIN, ADAPTIVE = "dense", "dense, adaptive cache"
 
 

@@ -120,13 +120,13 @@ def measure_row(
     return Measured(name, sparsity, losses, accuracy, seconds)
 
 
-def preset_config(quality: Preset, target: float, result: SearchResult) -> SparsityConfig:
+def preset_config(preset: Preset, target: float, result: SearchResult) -> SparsityConfig:
     """The config of a preset's final prune, with the profile that was searched."""
     profile = result.best_profile.sparsity
     if profile is None:
         raise RuntimeError("The search found no sparsity profile.")
     asked = SparsityConfig(target_sparsity=target, sparsity=dict(profile.ratios))
-    return quality.config(asked)
+    return preset.config(asked)
 
 
 def measure_all(inputs: Inputs, target: float, trials: int | None, seed: int) -> dict[str, Any]:

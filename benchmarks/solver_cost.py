@@ -19,7 +19,7 @@ import torch
 from environment import write_result
 
 from hf_adaptive_sparse.evaluation.resource_meter import ResourceMeter
-from hf_adaptive_sparse.pruning.metrics import get_metric
+from hf_adaptive_sparse.pruning.metrics import check_scores, get_metric
 from hf_adaptive_sparse.pruning.output_loss import OutputLoss
 from hf_adaptive_sparse.pruning.patterns import UNSTRUCTURED
 from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
@@ -49,7 +49,7 @@ def run(method: str, rows: int, columns: int, seed: int) -> dict[str, Any]:
             count = removal_count(weight.numel(), 0.5)
             new, _ = SOLVERS[method](weight, OutputLoss(hessian), count, UNSTRUCTURED)
         else:
-            removed = mask_from_scores(get_metric("wanda").score(weight, norm), 0.5)
+            removed = mask_from_scores(check_scores(get_metric("wanda")).score(weight, norm), 0.5)
             new = weight.masked_fill(removed, 0.0)
             if method in WEIGHT_UPDATES:
                 new = WEIGHT_UPDATES[method](weight, removed, OutputLoss(hessian))

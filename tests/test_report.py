@@ -312,9 +312,11 @@ def test_a_card_of_a_model_that_is_not_pruned_speaks_of_what_is_there(
     assert ("- Weight bits: 8" in body.splitlines()) == bool(weight_bits)
 
 
-def test_local_paths_are_not_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_local_paths_are_not_published(tmp_path: Path, exists: bool) -> None:
     base = tmp_path / "secret" / "my-model"
-    base.mkdir(parents=True)
+    if exists:
+        base.mkdir(parents=True)
     metadata, body = card_of(tmp_path, base_model=str(base), repo_id=None)
     assert "base_model" not in metadata
     assert "secret" not in body

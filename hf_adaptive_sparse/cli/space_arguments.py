@@ -89,7 +89,7 @@ def add_space(parser: argparse.ArgumentParser) -> None:
         default=SearchSpace.kv_bits,
         metavar="BITS",
         help="widths of keys and values to search, such as 6,8; one width fixes them; "
-        "none leaves the cache alone (default: 6,8)",
+        f"none leaves the cache alone (default: {','.join(map(str, SearchSpace.kv_bits or ()))})",
     )
     bits.add_argument(
         "--kv-mean-bits",
@@ -214,8 +214,8 @@ def check_needed(options: argparse.Namespace) -> None:
     given = [option for option, is_given in cached.items() if is_given]
     if given and options.fit is None:
         raise ValueError(
-            f"{' and '.join(given)} say how large a KV cache has to fit: give --fit, too, or leave "
-            "them out."
+            "--context and --batch size the KV cache that --fit counts, got "
+            f"{' and '.join(given)} without --fit: give --fit, too."
         )
     if options.target_sparsity == 0.0 and (options.sparsity_low or options.sparsity_high):
         raise ValueError(

@@ -26,7 +26,7 @@ from hf_adaptive_sparse.staging import check_output, staged_folder
 def search_study(
     model: ModelSource, plan: SearchPlan, *, workers: int = 1, progress: bool = True
 ) -> SearchResult:
-    """Work on a study, alone or beside other workers, until it has its trials.
+    """Run trials of a study, alone or with other workers, until it is complete.
 
     Started several times, on one machine or many, with the same storage and study, it does one
     search together. The result is that of all workers; its comparison with uniform is made on the
@@ -42,6 +42,11 @@ def search_study(
         ValueError: If an argument or the data are invalid, or the study is not of this search.
         OSError: If the model cannot be found, or the storage cannot be used.
     """
+    if plan.storage is None:
+        raise ValueError(
+            "search_study needs a storage that all workers read, got storage=None: set "
+            "SearchPlan(storage=...), or call search_to_folder."
+        )
     with companions(model, plan.work, workers) as own:
         return plan.search(plan.load(own), progress=progress)
 

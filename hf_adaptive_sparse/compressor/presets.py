@@ -68,8 +68,8 @@ class Preset:
 
 PRESETS = MappingProxyType(
     {
-        quality.name: quality
-        for quality in (
+        preset.name: preset
+        for preset in (
             Preset(
                 name="best",
                 summary="a searched profile, mask and weights together by ALPS",

@@ -70,8 +70,8 @@ def prune_to_folder(
         calibration: Data to calibrate on. ``None``: WikiText-2, training split.
         seed: Seed recorded in the model card.
         offload: Prune from disk to disk with one decoder layer in memory at a time. The result is
-            the same, bit for bit, in shards of one layer each; only models are off by a rounding
-            whose decoder is given further visual features between layers (Qwen3-VL). An interrupted
+            the same, bit for bit, in shards of one layer each; only models whose decoder receives
+            further visual features between layers (Qwen3-VL) may differ by rounding. An interrupted
             run leaves its finished layers in a partial folder beside ``output``; the same call
             goes on with the layer it had reached.
         overwrite: Replace what is in ``output`` when the job is done.
@@ -108,7 +108,7 @@ def prune_to_folder(
 def output_folder(
     target: Path, *, offload: bool, overwrite: bool, keep: tuple[str, ...] = ()
 ) -> AbstractContextManager[Path]:
-    """Return the folder of the job; a failed one leaves there what the next goes on from.
+    """Return the folder of the job; a failed job leaves files there from which the next resumes.
 
     Args:
         target: What the folder becomes.

@@ -69,7 +69,7 @@ class SearchPlan:
             so. ``None``: it holds for one-shot masks.
 
     Raises:
-        ValueError: If the space lacks a budget, or has what ``max_loss`` is to find.
+        ValueError: If the space lacks a budget or, with ``max_loss``, fixes one.
     """
 
     space: SearchSpace

@@ -21,7 +21,7 @@ class ResourceMeter:
     The peak of the process's resident memory is the kernel's own high-water mark, set back on
     entry, so nothing between two samples is missed and nothing is slowed down. Where it cannot be
     set back (other systems than Linux, some containers), the peak of the process's whole life is
-    given, and ``peak_since_start`` says so. Two of one process must not be nested: the
+    given, and ``peak_since_start`` says so. Meters of one process must not be nested: the
     inner one sets the mark back for both.
 
     Attributes:

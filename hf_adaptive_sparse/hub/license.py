@@ -27,7 +27,7 @@ def license_of(
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        ``license`` and, of one that the Hub has no identifier for, ``license_name`` and
+        ``license`` and, for a license without a Hub identifier, ``license_name`` and
         ``license_link``; a link to a file of the repo is made absolute, one to a file of a local
         folder left out. Empty if there is no card, it states none, or it cannot be read.
     """

@@ -17,7 +17,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.files import replacing
-from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
@@ -176,7 +175,7 @@ def _base_name(base_model: str | None) -> str | None:
     """Return the base model's name without the path of a local folder."""
     if base_model is None or _is_repo_id(base_model):
         return base_model
-    return public_name(base_model)
+    return Path(base_model).expanduser().resolve().name
 
 
 def _summary(facts: CardFacts) -> str:

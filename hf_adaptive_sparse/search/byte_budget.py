@@ -57,7 +57,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class ByteBudget:
-    """Limits in bytes, and the sizes that a profile's bytes are added up from.
+    """Limits in bytes, and the sizes needed to compute the bytes of a profile.
 
     Attributes:
         linears: Prunable linear -> its formats.

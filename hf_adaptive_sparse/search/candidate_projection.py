@@ -130,7 +130,7 @@ def project_onto_bytes(
 
     Args:
         draw: The wishes.
-        held: The parts of the draw that exact means settle.
+        held: The parts of the draw that the exact means already fix.
         space: The search space.
         shape: The space applied to the model.
         budget: The limits.
@@ -158,7 +158,7 @@ class Moves:
 
     Args:
         draw: The wishes.
-        held: The parts of the draw that exact means settle.
+        held: The parts of the draw that the exact means already fix.
         space: The search space.
         shape: The space applied to the model.
     """

@@ -33,10 +33,10 @@ def check_bound(
     objective: ObjectiveSpec = "perplexity",
     timeout_seconds: float | None = None,
 ) -> None:
-    """Check the bound, and that nothing else decides what it decides.
+    """Check the bound, and that no other setting fixes the size.
 
     Raises:
-        ValueError: If either is not so.
+        ValueError: If either check fails.
     """
     number = isinstance(max_loss, Real) and not isinstance(max_loss, bool)
     if not number or not 0.0 < float(max_loss) < 1.0:  # type: ignore[arg-type]
@@ -46,11 +46,12 @@ def check_bound(
         )
     if Goal.of(objective).to_json() != "perplexity":
         raise ValueError(
-            f"max_loss bounds the perplexity, got objective={objective!r}: leave one out."
+            f"max_loss bounds the perplexity, got objective={objective!r} (--objective): leave one "
+            "out."
         )
     if timeout_seconds is not None:
         raise ValueError(
-            "max_loss needs its searches complete, so timeout_seconds excludes it, got "
+            "max_loss needs its searches complete, so it takes no timeout_seconds (--timeout), got "
             f"{timeout_seconds!r}: give fewer trials."
         )
     decided = {
@@ -63,8 +64,9 @@ def check_bound(
     given = [setting for setting, is_given in decided.items() if is_given]
     if given:
         raise ValueError(
-            f"max_loss finds the size that its bound allows, {' and '.join(given)} fixes it: leave "
-            "one of them out. (target_sparsity='free', or 0 to leave the weights alone, is fine.)"
+            f"max_loss finds the size that its bound allows, but it is fixed by "
+            f"{' and '.join(given)}: leave one of them out. (A target_sparsity of 'free', or 0 to "
+            "leave the weights alone, is fine.)"
         )
 
 

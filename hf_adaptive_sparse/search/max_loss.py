@@ -191,7 +191,8 @@ class _Searches:
         final: As for `search_within`.
         n_trials: Trials of each search.
         study_name: Start of the studies' names.
-        ranking: What ranks the weights, and which: ``metric`` and ``modules_to_not_convert``.
+        ranking: How weights are ranked and which are left out: ``metric`` and
+            ``modules_to_not_convert``.
         settings: The other settings of the searches.
         found: Budget -> its search; without those whose trials all failed.
         tried: Budget -> increase of the perplexity on the evaluation data, in the order tried;

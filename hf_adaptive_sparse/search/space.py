@@ -94,6 +94,8 @@ class SearchSpace:
             layer), from 4, 8 and 16. A single width: every block takes it. ``None``: 16, the
             model's dtype.
         weight_mean_bits: Exact mean of the weights' widths, weighted by the prunable weights.
+            Several widths without a mean and without a budget in bytes leave the size open: for
+            ``max_loss`` alone.
         fit_bytes: Most memory that weights and KV cache may take together: the weights as the
             sparse runtime holds them, all other parameters and buffers, and the cache of
             ``batch_size`` sequences of up to ``context_length`` tokens. What a forward computes

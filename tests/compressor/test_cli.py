@@ -430,7 +430,8 @@ def test_options_make_the_space(flags, expected):
     [
         (["--size", "4G"], "must be a size of at least one byte"),
         (["--fit", "4GiB"], "--fit needs --context"),
-        (["--context", "8", "--batch", "2"], "--context and --batch say how large"),
+        (["--context", "8", "--batch", "2"], "got --context and --batch without --fit"),
+        (["--context", "8"], "got --context without --fit"),
         (["--target-sparsity", "0", "--sparsity-low", "0.3"], "got --target-sparsity 0. Give"),
         (["--kv-mean-bits", "9"], "kv_mean_bits must lie between"),
         (["--search-weight-bits", "16,8,4"], "16,8,4 leaves the mean open. Give --search-weight"),

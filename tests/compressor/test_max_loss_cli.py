@@ -10,7 +10,8 @@ from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.inputs import config_of
 from hf_adaptive_sparse.cli.space_arguments import loss, space_of
-from hf_adaptive_sparse.compressor import compress, search_space
+from hf_adaptive_sparse.compressor import compress
+from hf_adaptive_sparse.compressor.presets import get_preset
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -59,7 +60,7 @@ def test_other_losses_are_usage_errors(text, capsys):
     ("changes", "said"),
     [
         ({"objective": "kl"}, "bounds the perplexity, got objective='kl'"),
-        ({"timeout_seconds": 60.0}, "timeout_seconds excludes it, got 60.0"),
+        ({"timeout_seconds": 60.0}, r"no timeout_seconds \(--timeout\), got 60.0"),
     ],
 )
 def test_what_a_bound_excludes_is_refused_before_anything_is_loaded(tmp_path, changes, said):
@@ -75,7 +76,7 @@ def test_a_bound_leaves_the_ratios_open_unless_they_are_fixed(flags, target):
     arguments = ["compress", "m", "--output", "o", "--max-loss", "1%", *flags]
     options = build_parser().parse_args(arguments)
     config = config_of(options)
-    space = space_of(options, config, search_space(config))
+    space = space_of(options, config, get_preset("best").space(config))
     assert (space.target_sparsity, space.size_bytes) == (target, None)
 
 
@@ -123,14 +124,14 @@ def test_the_smallest_model_is_pruned_by_its_profile_to_its_size(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--size", "4GB"], "size_bytes (--size) fixes it"),
-        (["--fit", "4GB", "--context", "8"], "fit_bytes (--fit) fixes it"),
-        (["--target-sparsity", "0.5"], "target_sparsity (--target-sparsity) fixes it"),
-        ([*KV_ALONE, "--kv-mean-bits", "3"], "kv_mean_bits (--kv-mean-bits) fixes it"),
+        (["--size", "4GB"], "fixed by size_bytes (--size)"),
+        (["--fit", "4GB", "--context", "8"], "fixed by fit_bytes (--fit)"),
+        (["--target-sparsity", "0.5"], "fixed by target_sparsity (--target-sparsity)"),
+        ([*KV_ALONE, "--kv-mean-bits", "3"], "fixed by kv_mean_bits (--kv-mean-bits)"),
         ([*KV_ALONE, "--kv-split", "equal"], "--kv-split equal fixes it"),
         (["--search-weight-bits", "4,8", "--search-weight-mean", "6"], "--search-weight-mean"),
         (["--objective", "kl"], "bounds the perplexity, got objective='kl'"),
-        (["--timeout", "5"], "timeout_seconds excludes it, got 5.0"),
+        (["--timeout", "5"], "no timeout_seconds (--timeout), got 5.0"),
         (["--target-sparsity", "0", "--kv-bits", "none"], "The space is empty"),
         (["--evaluation-samples", "4", *KV_ALONE], "at least 16 held-out windows, got 4"),
     ],

@@ -6,6 +6,7 @@ import pytest
 from optuna import create_study
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.jobs import search_study
 from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.search.errors import StudyMismatch
@@ -53,6 +54,11 @@ def test_each_kind_of_search_takes_its_own_plans():
         SearchPlan(KV_ALONE, max_loss=0.01).search(loaded)
     with pytest.raises(ValueError, match="max_loss must be set"):
         SearchPlan(KV_ALONE).search_within(loaded)
+
+
+def test_workers_of_a_study_need_a_storage():
+    with pytest.raises(ValueError, match=r"needs a storage .* got storage=None"):
+        search_study(ModelSource("no/such/model"), SearchPlan(SearchSpace()), workers=2)
 
 
 @pytest.mark.parametrize(

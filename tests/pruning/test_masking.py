@@ -1,4 +1,4 @@
-"""Masks laid over a model: equal to a real prune, and gone without a trace."""
+"""Masks on a model: equal to a real prune, and gone without a trace."""
 
 from __future__ import annotations
 

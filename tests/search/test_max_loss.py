@@ -193,12 +193,12 @@ def test_the_dense_model_is_measured_as_the_searches_measure(within, tiny_llama)
         (CACHE, {"windows": 3}, "at least 16 held-out windows, got 3"),
         (CACHE, {"tokens": 7}, r"longest: 7 tokens\) fills .* \(residual_length=8"),
         (CACHE, {"objective": "kl"}, "bounds the perplexity, got objective='kl'"),
-        (CACHE, {"timeout_seconds": 5.0}, "timeout_seconds excludes it, got 5.0"),
-        (replace(CACHE, kv_mean_bits=4, kv_split="free"), {}, r"kv_mean_bits \(\S+\) fixes it"),
-        (replace(WEIGHTS, weight_mean_bits=12), {}, r"weight_mean_bits \(\S+\) fixes it"),
-        (replace(WEIGHTS, fit_bytes=10**9, context_length=8), {}, r"fit_bytes \(--fit\) fixes it"),
-        (replace(WEIGHTS, size_bytes=10**9), {}, r"size_bytes \(--size\) fixes it"),
-        (SearchSpace(kv_bits=None), {}, r"target_sparsity \(\S+\) fixes it"),
+        (CACHE, {"timeout_seconds": 5.0}, r"no timeout_seconds \(--timeout\), got 5.0"),
+        (replace(CACHE, kv_mean_bits=4, kv_split="free"), {}, r"fixed by kv_mean_bits \(\S+\)"),
+        (replace(WEIGHTS, weight_mean_bits=12), {}, r"fixed by weight_mean_bits \(\S+\)"),
+        (replace(WEIGHTS, fit_bytes=10**9, context_length=8), {}, r"fixed by fit_bytes \(--fit\)"),
+        (replace(WEIGHTS, size_bytes=10**9), {}, r"fixed by size_bytes \(--size\)"),
+        (SearchSpace(kv_bits=None), {}, r"fixed by target_sparsity \(\S+\)"),
     ],
 )
 def test_bad_input_is_refused_with_the_way_out(within, space, changes, message):
