@@ -115,7 +115,7 @@ def read_records(
         token: Token for private or gated Hub datasets.
 
     Returns:
-        Records of text or of questions.
+        Records of text or of questions: of what the first row holds, if that is usable.
 
     Raises:
         DataError: If the source cannot be read or has no usable columns.
