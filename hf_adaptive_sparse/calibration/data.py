@@ -153,31 +153,43 @@ def check_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Batch]:
                     f"A batch must hold tensors; {key!r} of batch {index} is "
                     f"{type(value).__name__}."
                 )
-        if "decoder_input_ids" in batch:  # held against its labels where it is used
-            checked.append(dict(batch))
-            continue
-        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-        if tokens is None:
-            raise DataError(
-                f"A batch must hold input_ids, inputs_embeds or decoder_input_ids; batch {index} "
-                f"holds {', '.join(batch) or 'nothing'}."
-            )
-        dims = 2 if "input_ids" in batch else 3
-        if tokens.ndim != dims or tokens.numel() == 0:
-            raise DataError(
-                f"input_ids must have the shape (batch, seq), inputs_embeds (batch, seq, width), "
-                f"none of them 0; batch {index} has {tuple(tokens.shape)}."
-            )
-        for key in ("attention_mask", "labels"):
-            if key in batch and batch[key].shape != tokens.shape[:2]:
-                raise DataError(
-                    f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch "
-                    f"{index} has {tuple(batch[key].shape)}."
-                )
+        _check_tokens(batch, index)
         checked.append(dict(batch))
     if not checked:
         raise DataError("At least one batch is needed; the list is empty.")
     return checked
+
+
+def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
+    """Check what a model reads of a ready batch.
+
+    Beside ``decoder_input_ids`` an encoder may read features instead, and labels are those of the
+    decoder: `sequence_pairs` checks them.
+
+    Raises:
+        DataError: If tokens are missing, empty or of mismatched shapes.
+    """
+    decoder_is_fed = "decoder_input_ids" in batch
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if tokens is None:
+        if decoder_is_fed:
+            return
+        raise DataError(
+            f"A batch must hold input_ids, inputs_embeds or decoder_input_ids; batch {index} "
+            f"holds {', '.join(batch) or 'nothing'}."
+        )
+    dims = 2 if "input_ids" in batch else 3
+    if tokens.ndim != dims or tokens.numel() == 0:
+        raise DataError(
+            f"input_ids must have the shape (batch, seq), inputs_embeds (batch, seq, width), "
+            f"none of them 0; batch {index} has {tuple(tokens.shape)}."
+        )
+    for key in ("attention_mask",) if decoder_is_fed else ("attention_mask", "labels"):
+        if key in batch and batch[key].shape != tokens.shape[:2]:
+            raise DataError(
+                f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch "
+                f"{index} has {tuple(batch[key].shape)}."
+            )
 
 
 __all__ = [

@@ -43,8 +43,7 @@ def local_table(path: Path, split: str) -> Table:
     if kind in (".jsonl", ".json"):
         read = _json_lines if kind == ".jsonl" else _json_rows
         rows = itertools.islice(read(path), ROWS_WITH_COLUMNS)
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        return Table(str(path), columns, lambda _: read(path), path.parent)
+        return Table.of_dicts(str(path), rows, lambda _: read(path), path.parent)
     raise DataError(f"Data files must be {', '.join(FILE_TYPES)}; got {path.name}.")
 
 

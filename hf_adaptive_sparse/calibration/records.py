@@ -115,7 +115,7 @@ def read_records(
         token: Token for private or gated Hub datasets.
 
     Returns:
-        Records of text or of questions.
+        Records of text or of questions: of what the first row holds, if that is usable.
 
     Raises:
         DataError: If the source cannot be read or has no usable columns.
@@ -142,8 +142,7 @@ def open_table(
     rows = list(source)
     if not all(isinstance(row, Mapping) for row in rows):
         raise DataError("A list of records must hold dicts, one per row.")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return Table("the list of records", columns, lambda _: rows)
+    return Table.of_dicts("the list of records", rows, lambda _: rows)
 
 
 def _looks_like_path(source: str) -> bool:
@@ -158,27 +157,18 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _select(table: Table, media: Collection[Medium] = MEDIA) -> Records:
-    answer = next((c for c in ANSWER_COLUMNS if c in table.columns), None)
-    asks = answer is not None and QUESTION in table.columns
-    shown = {
-        medium: column
-        for medium in MEDIA
-        if (column := _first(MEDIA_COLUMNS[medium], table)) is not None
-    }
-    for medium, column in shown.items():
-        if medium not in media:
-            continue
-        columns: tuple[str | None, str] | None = (QUESTION, str(answer)) if asks else None
-        if columns is None and medium == "audio":
-            said = _first(TRANSCRIPT_COLUMNS, table)
-            columns = None if said is None else (None, said)
-        if columns is not None:
-            rows = partial(_questions, table, medium, column, *columns)
-            return Records(table.name, _KINDS[medium], rows)
-    if TEXT in table.columns:
-        return Records(table.name, "text", lambda: _texts(table))
+    """Return the records of a table: what its first row holds, else what any row does.
+
+    Raises:
+        DataError: If there are no usable columns.
+    """
+    for columns in (table.first_columns, table.columns):
+        records = _of_columns(columns, table, media)
+        if records is not None:
+            return records
     found = f"{table.name} has the columns {', '.join(table.columns) or '(none)'}"
-    if asks and shown:
+    shown = [medium for medium in MEDIA if _first(MEDIA_COLUMNS[medium], table.columns)]
+    if shown and _asked(table.columns) is not None:
         about = " or ".join(PLURAL[medium] for medium in shown)
         raise DataError(
             f"{found}: questions about {about}, but the model takes none. Use data with a 'text' "
@@ -190,8 +180,32 @@ def _select(table: Table, media: Collection[Medium] = MEDIA) -> Records:
     )
 
 
-def _first(names: Iterable[str], table: Table) -> str | None:
-    return next((name for name in names if name in table.columns), None)
+def _of_columns(
+    columns: Collection[str], table: Table, media: Collection[Medium]
+) -> Records | None:
+    """Return the records that some columns of a table make, if they do."""
+    for medium in MEDIA:
+        column = _first(MEDIA_COLUMNS[medium], columns)
+        if column is None or medium not in media:
+            continue
+        asked = _asked(columns)
+        if asked is None and medium == "audio":
+            said = _first(TRANSCRIPT_COLUMNS, columns)
+            asked = None if said is None else (None, said)
+        if asked is not None:
+            rows = partial(_questions, table, medium, column, *asked)
+            return Records(table.name, _KINDS[medium], rows)
+    return Records(table.name, "text", lambda: _texts(table)) if TEXT in columns else None
+
+
+def _asked(columns: Collection[str]) -> tuple[str | None, str] | None:
+    """Return the columns of the question and of its answer, if both are there."""
+    answer = _first(ANSWER_COLUMNS, columns)
+    return None if answer is None or QUESTION not in columns else (QUESTION, answer)
+
+
+def _first(names: Iterable[str], columns: Collection[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
 
 
 def _texts(table: Table) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hf_adaptive_sparse.architecture import context_length
 from hf_adaptive_sparse.checkpoint.config import our_config
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
@@ -126,11 +127,15 @@ def bench(
         runtimes: Runtimes to measure a compressed model in.
 
     Raises:
-        ValueError: If a number is below 1, or a model cannot be measured.
+        ValueError: If a number is below 1, the tokens do not fit a model's context, or a model
+            cannot be measured.
         OSError: If a model cannot be found.
     """
     check_count(prompt_tokens, "prompt_tokens")
     check_count(new_tokens, "new_tokens")
+    for source in (model, dense):
+        if source is not None:
+            _check_context(source, prompt_tokens, new_tokens)
     jobs: list[tuple[ModelSource, str]]
     jobs = [(model, runtime) for runtime in runtimes] if _is_ours(model) else [(model, "dense")]
     jobs += [] if dense is None else [(dense, "dense")]
@@ -142,6 +147,15 @@ def bench(
     # The share of one figure for all: what the machine reached at best.
     rows = [replace(row, bandwidth_share=_share(row, bandwidth)) for row in rows]
     return BenchResult(tuple(rows), prompt_tokens, new_tokens, bandwidth)
+
+
+def _check_context(source: ModelSource, prompt_tokens: int, new_tokens: int) -> None:
+    context = context_length(source.load_config())
+    if prompt_tokens + new_tokens > context:
+        raise ValueError(
+            f"prompt_tokens and new_tokens together must fit the context of {source.name}, "
+            f"{context} tokens; got {prompt_tokens} and {new_tokens}. Give fewer."
+        )
 
 
 def _share(row: BenchRow, bandwidth: float) -> float | None:

@@ -66,8 +66,9 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
     same.
 
     Args:
-        config: ``model.config`` of the model that the cache will be used with; itself, not an equal
-            one, for flex attention to get tensors that it can compile with.
+        config: ``model.config`` of the model that the cache will be used with, the object itself
+            and no copy. The cache looks there for the attention in use: flex attention, which is
+            compiled, gets plain tensors.
         kv_cache: Bits per layer, group size and residual length. None: the profile that ``config``
             carries, else 8 bits throughout.
         offloading: Keep every layer's contents in CPU memory but while it computes (CUDA only),

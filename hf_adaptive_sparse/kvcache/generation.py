@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from hf_adaptive_sparse.architecture import generating_parts
+from hf_adaptive_sparse.architecture import decoder_layers, generating_parts
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
@@ -75,7 +75,7 @@ def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
         if profile is None:
             return
         if generation_config.is_assistant:
-            profile = _of_first_layers(profile, len(made))
+            profile = _of_first_layers(profile, len(made), of=len(decoder_layers(self)[1]))
         if type(made) is EncoderDecoderCache:
             cache = AdaptiveQuantizedCache(self.config, profile)
             model_kwargs[name] = AdaptiveEncoderDecoderCache(cache, made.cross_attention_cache)
@@ -90,11 +90,17 @@ def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
     return prepare
 
 
-def _of_first_layers(profile: KVCacheConfig, count: int) -> KVCacheConfig:
-    """Return the profile of the first layers: an early exit drafts with no more of its model."""
+def _of_first_layers(profile: KVCacheConfig, count: int, *, of: int) -> KVCacheConfig:
+    """Return the profile of the first layers: an early exit drafts with no more of its model.
+
+    Args:
+        profile: A profile. Lists that do not fit the whole model are left for the cache to refuse.
+        count: Layers that draft.
+        of: Layers of the whole model.
+    """
     lists: dict[str, Any] = {
         name: bits[:count]
         for name in ("bits", "key_bits", "value_bits")
-        if isinstance(bits := getattr(profile, name), tuple)
+        if isinstance(bits := getattr(profile, name), tuple) and len(bits) == of
     }
     return replace(profile, **lists)

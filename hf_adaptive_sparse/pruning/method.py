@@ -33,9 +33,15 @@ class PruningMethod:
         """Return the method of two names.
 
         Raises:
-            ValueError: If there is no such metric or update, or the two exclude each other.
+            ValueError: If there is no such metric or update, the two exclude each other, or the
+                metric's solver is missing.
         """
         chosen = get_metric(metric)
+        if not isinstance(chosen, ScoringMetric) and metric not in SOLVERS:
+            raise ValueError(
+                f"A SolvedMetric must have a solver of its name; {metric!r} has none. Add it to "
+                "pruning.solvers.SOLVERS."
+            )
         return cls(chosen, check_weight_update(weight_update, chosen))
 
     @property

@@ -76,8 +76,14 @@ def register_metric(metric: MetricClass) -> MetricClass:
     """Class decorator that adds a metric under its ``name``.
 
     Raises:
+        TypeError: If the class is neither a `ScoringMetric` nor a `SolvedMetric`.
         ValueError: If the name is taken.
     """
+    if not issubclass(metric, ScoringMetric | SolvedMetric):
+        raise TypeError(
+            f"A metric must derive from ScoringMetric, and have score(), or from SolvedMetric, and "
+            f"have a solver in pruning.solvers.SOLVERS; {metric.__name__} does not."
+        )
     if metric.name in METRICS:
         raise ValueError(
             f"A metric named {metric.name!r} is already registered "

@@ -130,6 +130,10 @@ def test_a_question_beyond_the_context_is_named(tmp_path: Path, tiny_llava) -> N
         load_batches(path, make_llava_processor(), config=tiny_llava.config, batch_size=2)
 
 
+FED = {"decoder_input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)}
+"""What the decoder of an encoder-decoder is given."""
+
+
 class TestReadyBatches:
     config = llama_config()
 
@@ -140,6 +144,8 @@ class TestReadyBatches:
         checked = self.check(text_batches)
         assert all(a["input_ids"] is b["input_ids"] for a, b in zip(checked, text_batches))  # noqa: B905
         assert len(self.check([{"inputs_embeds": torch.ones(1, 2, 3)}])) == 1
+        assert len(self.check([{**FED, "input_ids": torch.ones(1, 2)}])) == 1
+        assert len(self.check([{**FED, "input_features": torch.ones(1, 8, 9)}])) == 1
 
     @pytest.mark.parametrize(
         ("batches", "error", "message"),
@@ -154,6 +160,13 @@ class TestReadyBatches:
                 [{"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 3)}],
                 DataError,
                 r"labels must have the shape \(1, 2\)",
+            ),
+            ([{**FED, "input_ids": torch.ones(2)}], DataError, r"batch 0 has \(2,\)"),
+            ([{**FED, "input_ids": torch.ones(1, 0)}], DataError, r"batch 0 has \(1, 0\)"),
+            (
+                [{**FED, "input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 3)}],
+                DataError,
+                r"attention_mask must have the shape \(1, 2\)",
             ),
         ],
     )

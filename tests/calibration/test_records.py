@@ -12,7 +12,14 @@ import pytest
 from PIL import Image
 
 from hf_adaptive_sparse.calibration.hub_datasets import hub_table
-from hf_adaptive_sparse.calibration.records import DataError, _select, load_image, read_records
+from hf_adaptive_sparse.calibration.media import Medium
+from hf_adaptive_sparse.calibration.records import (
+    DataError,
+    Records,
+    _select,
+    load_image,
+    read_records,
+)
 
 TEXTS = ["first line", "second line", ""]
 
@@ -57,10 +64,27 @@ def test_json_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
-def test_columns_are_those_of_all_rows(tmp_path: Path, suffix: str) -> None:
+def test_rows_after_the_first_say_what_it_lacks(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_text('{"id": 1}\n{"text": "x"}\n')
     assert [row["text"] for row in read_records(path)] == ["x"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "list"])
+def test_the_first_row_decides_what_is_read_where_it_can(tmp_path: Path, form: str) -> None:
+    asked = {"image": "a.png", "question": "q", "answer": "a"}
+    rows = [{"text": "x"}, asked, {"text": "y"}]
+    path = tmp_path / f"a.{form}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def records(*media: Medium) -> Records:
+        return read_records(rows if form == "list" else path, media=media)
+
+    assert [row["text"] for row in records("image")] == ["x", "y"]
+    rows[:] = [asked, {"text": "x"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert records("image").kind == "visual_question"
+    assert [row["text"] for row in records()] == ["x"]  # of no use to a model without images
 
 
 @pytest.mark.parametrize(

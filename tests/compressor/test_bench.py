@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
@@ -161,7 +161,18 @@ def test_bad_input_is_one_line(
     with pytest.raises(ValueError, match="new_tokens must be a whole number >= 1, got 0"):
         bench(ModelSource(folders[0]), new_tokens=0)
     (folders[1] / "model.safetensors").write_bytes(b"")
-    assert main(["bench", str(folders[1])]) == 2
+    assert main(["bench", str(folders[1]), "--prompt-tokens", "8"]) == 2
     error = capsys.readouterr().err
     assert "cannot be measured in the dense runtime" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_more_tokens_than_the_context_holds_are_refused(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", str(folders[1]), "--new-tokens", "2", "--prompt-tokens"]
+    assert main([*arguments, "511"]) == 2
+    assert "dense, 512 tokens; got 511 and 2. Give fewer." in capsys.readouterr().err
+    benching._check_context(ModelSource(folders[1]), 510, 2)
+    MambaConfig().save_pretrained(tmp_path / "unlimited")
+    benching._check_context(ModelSource(tmp_path / "unlimited"), 9999, 2)

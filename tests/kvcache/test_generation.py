@@ -161,6 +161,12 @@ def test_an_early_exit_drafts_with_the_first_layers_of_the_profile(tiny_llama):
     assert torch.equal(generate(exact, prompts(), assistant_early_exit=2).sequences, plain)
 
 
+def test_a_profile_that_does_not_fit_an_assistant_is_refused(tiny_llama):
+    assistant = carry(tiny_llama, bits=(8,) * 6)
+    with pytest.raises(ValueError, match="the model has 4 layers, the list has 6 entries"):
+        generate(tiny_llama, prompts(), assistant_model=assistant)
+
+
 def test_chunked_prefill(tiny_llama):
     assert_same_generation(tiny_llama, prompts(2, 50), prefill_chunk_size=7)
 

@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 
+from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.metrics import (
     METRICS,
     Magnitude,
+    Metric,
+    SolvedMetric,
     check_scores,
     get_metric,
     register_metric,
@@ -115,6 +118,20 @@ def test_registry():
     with pytest.raises(ValueError, match="'magnitude' is already registered"):
         register_metric(type("Second", (Magnitude,), {}))
     assert METRICS["magnitude"] is Magnitude
+
+
+def test_a_metric_of_no_known_kind_is_refused():
+    unknown = type("Unknown", (Metric,), {"name": "unknown", "score": Magnitude.score})
+    with pytest.raises(TypeError, match=r"ScoringMetric.*SolvedMetric.*; Unknown does not"):
+        register_metric(unknown)
+    assert "unknown" not in METRICS
+
+
+def test_a_solved_metric_without_a_solver_is_refused(monkeypatch):
+    unsolved = type("Unsolved", (SolvedMetric,), {"name": "unsolved"})
+    monkeypatch.setitem(METRICS, "unsolved", unsolved)
+    with pytest.raises(ValueError, match=r"'unsolved' has none\. Add it to .*SOLVERS"):
+        PruningMethod.of("unsolved")
 
 
 def test_sparsegpt_has_no_scores():
