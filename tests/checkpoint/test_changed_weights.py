@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.changed_weights import holds
 from hf_adaptive_sparse.checkpoint.loading import apply_config
-from hf_adaptive_sparse.packing.stored_weight import stored_tensors
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat, stored_tensors
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime.conversion import quantise_
 
@@ -27,7 +27,7 @@ def pruned_weight(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 def still_held(weight: torch.Tensor, bits: int, group_size: int | None) -> bool:
     stored = stored_tensors("x.weight", weight, bits, group_size)
-    return holds(stored, "x.weight", weight, bits, group_size)
+    return holds(stored, "x.weight", weight, ValueFormat(bits, group_size))
 
 
 @pytest.mark.parametrize("cast", SCALE_DTYPES, ids=str)
