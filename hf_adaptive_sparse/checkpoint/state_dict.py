@@ -47,6 +47,7 @@ def stored_state_dict(
     config = our_config(model)
     if config is None:
         return _plain_state_dict(model)
+    model.config.quantization_config = config  # a dict there would not see what changes below
     if not config.compressed_modules:
         return None
     dense: dict[str, torch.Tensor] = model.state_dict()
@@ -93,7 +94,7 @@ def stored_state_dict(
 def _absent(key: str, state: Collection[str]) -> CheckpointError:
     """Return the error of a model without a weight that its profile names."""
     way_out = "If modules were renamed or replaced, call hf_adaptive_sparse.prune again."
-    if any(name.endswith(".base_layer.weight") for name in state):
+    if any(".base_layer." in name for name in state):
         way_out = (
             "A PEFT adapter wraps it: save the adapter with peft_model.save_pretrained(), or call "
             "merge_and_unload() or unload() of the PEFT model first, and save what that returns."
