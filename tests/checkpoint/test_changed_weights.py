@@ -139,3 +139,22 @@ def test_a_step_with_codes_is_restored_after_one_without(
     tiny_llama.load_state_dict(stored, strict=False)
     for name, weight in tiny_llama.state_dict().items():
         assert torch.equal(weight, first[name]), name
+    later = LlamaForCausalLM.from_pretrained(tmp_path / "second")
+    assert later.config.quantization_config.weight_group_size == 96
+    later.load_state_dict(stored, strict=False)
+    for name, weight in later.state_dict().items():
+        assert torch.equal(weight, first[name]), name
+
+
+def test_training_is_saved_where_the_config_is_a_dict(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    config = has.SparsityConfig(metric="magnitude", weight_bits=8)
+    apply_config(tiny_llama, config, progress=False)
+    tiny_llama.config = type(tiny_llama.config).from_dict(tiny_llama.config.to_dict())
+    with torch.no_grad():
+        tiny_llama.get_parameter(f"{UP}.weight").add_(1e-3)
+    tiny_llama.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    for name, weight in tiny_llama.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
