@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.packing.bitmask import compress, compressed_size_bytes, decompress
+from hf_adaptive_sparse.packing.bitmask import (
+    BitmaskError,
+    compress,
+    compressed_size_bytes,
+    decompress,
+    row_bytes,
+)
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, tensor_name
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
@@ -79,21 +85,30 @@ def checkpoint_bytes(
 
 
 def restored_weight(
-    tensors: Mapping[str, torch.Tensor], columns: int, bits: int, group_size: int | None
+    tensors: Mapping[str, torch.Tensor], shape: Sequence[int], form: ValueFormat
 ) -> torch.Tensor:
-    """Return the weight ``(out, columns)``, or with experts, that stored tensors make.
+    """Return the weight that stored tensors make.
 
     Args:
         tensors: The tensors, by their `stored_kinds`.
-        columns: Columns of the weight.
-        bits: As for `stored_tensors`.
-        group_size: As for `stored_tensors`.
+        shape: Shape of the weight: ``(out, in)``, or ``(experts, out, in)``.
+        form: How its values are stored.
 
     Raises:
         BitmaskError: If they do not make one.
     """
-    shape = (*tensors["bitmask"].shape[:-1], columns)
+    *leading, columns = shape
+    # The shapes first: they bound what is allocated.
+    widths = {"bitmask": row_bytes(columns), "scales": group_count(columns, form.group_size)}
+    for kind in BY_ROW:
+        expected = [*leading, widths[kind]]
+        if kind in tensors and list(tensors[kind].shape) != expected:
+            raise BitmaskError(
+                f"the {kind} of a weight {[*leading, columns]} must be {expected}, got "
+                f"{list(tensors[kind].shape)}."
+            )
     rows = {k: t.flatten(0, -2) if k in BY_ROW else t for k, t in tensors.items()}
-    if bits == 16:
-        return decompress(rows["values"], rows["bitmask"], columns).view(shape)
-    return SparseWeight.from_tensors(columns, group_size=group_size, **rows).to_dense().view(shape)
+    if form.bits == 16:
+        return decompress(rows["values"], rows["bitmask"], columns).view(*shape)
+    weight = SparseWeight.from_tensors(columns, group_size=form.group_size, **rows)
+    return weight.to_dense().view(*shape)
