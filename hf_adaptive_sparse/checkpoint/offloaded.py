@@ -134,7 +134,7 @@ class OffloadedLayers(LayerResidence):
         for name in self._names(index):
             key, tensor = self._key(name), state[name[len(self._layer(index)) :]]
             if name in self._formats:
-                tensors |= stored_tensors(key, tensor, *self._formats[name])
+                tensors |= stored_tensors(key, tensor, self._formats[name])
             elif self._untouched(name):
                 tensors |= self._source.tensors([name])
             else:

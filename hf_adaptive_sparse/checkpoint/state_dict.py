@@ -83,7 +83,7 @@ def stored_state_dict(
         if form.bits == 16 and not (config.sparsity or {})[weight_name(key)]:
             state[key] = weight
         else:
-            state |= stored_tensors(key, weight, *form)
+            state |= stored_tensors(key, weight, form)
         if consume and key not in sparse:
             empty_(model, [key])
     config.store_plain(changed)

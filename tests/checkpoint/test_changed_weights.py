@@ -35,7 +35,7 @@ def test_a_rounded_weight_is_held_through_casts_and_no_longer_once_trained(
 ) -> None:
     weight, form = pruned_weight(dtype), ValueFormat(bits, group_size)
     assert not holds(form, weight, dtype)
-    quantise_(weight, bits, group_size)
+    quantise_(weight, form)
     assert holds(form, weight, dtype)
     weight = weight.to(cast)
     assert holds(form, weight, dtype)
@@ -49,7 +49,7 @@ def test_a_rounded_weight_is_held_through_casts_and_no_longer_once_trained(
 @pytest.mark.parametrize("bits", [8, 4])
 def test_one_unit_in_one_kept_weight_is_training(bits: int, dtype: torch.dtype) -> None:
     weight = pruned_weight(dtype)
-    quantise_(weight, bits, None)
+    quantise_(weight, ValueFormat(bits))
     pattern = weight.view(torch.int32 if dtype == torch.float32 else torch.int16)
     largest = int(weight[50].abs().argmax())
     column = next(int(c) for c in weight[50].nonzero() if int(c) != largest)
@@ -61,7 +61,7 @@ def test_a_stack_of_experts_is_held_in_blocks_of_rows(monkeypatch: pytest.Monkey
     monkeypatch.setattr(bitmask, "_CHUNK_ELEMENTS", 1 << 10)
     stack = torch.stack([pruned_weight(torch.bfloat16, seed) for seed in (0, 1)])
     for expert in stack:
-        quantise_(expert, 4, 64)
+        quantise_(expert, ValueFormat(4, 64))
     assert holds(ValueFormat(4, 64), stack, torch.bfloat16)
     stack[1, -1] *= 1.5
     stack[1, -1, :64] += 1e-3
