@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 
-from hf_adaptive_sparse.packing.stored_names import tensor_name
-from hf_adaptive_sparse.packing.stored_weight import ValueFormat, restored_weight, stored_kinds
-from hf_adaptive_sparse.packing.weight_codes import CODE_BITS
+from hf_adaptive_sparse.packing.bitmask import row_chunks
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
+from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -17,29 +17,36 @@ _TOLERANCE = 2
 """Units in the last place by which a cast moves a weight, against its codes with the cast scale."""
 
 
-def holds(
-    stored: Mapping[str, torch.Tensor],
-    key: str,
-    weight: torch.Tensor,
-    form: ValueFormat,
-) -> bool:
-    """Return whether stored tensors make a weight, up to what casting it may have changed.
+def holds(form: ValueFormat, weight: torch.Tensor, rounded_in: torch.dtype) -> bool:
+    """Return whether a format holds a weight without loss, but for what a cast changed.
+
+    In the dtype that it was rounded in, a weight is exactly what its codes make.
 
     Args:
-        stored: What `stored_tensors` returned for the other arguments.
-        key: Name of the weight.
+        form: How the values of the weight are stored.
         weight: ``(out, in)``, or ``(experts, out, in)``.
-        form: How its values are stored.
+        rounded_in: Dtype that the weight had when codes last made it.
+
+    Raises:
+        ValueError: If codes cannot hold the weight, because it is not finite, or its dtype.
     """
     if form.bits not in CODE_BITS:
         return True
-    parts = {kind: stored[tensor_name(key, kind)] for kind in stored_kinds(form.bits)}
-    found = restored_weight(parts, weight.shape[-1], *form)
-    if torch.equal(found, weight):
-        return True
-    narrowest = _narrowest(weight)
-    unit, tiny = torch.finfo(narrowest).eps, torch.finfo(narrowest).tiny
-    return torch.allclose(found, weight, rtol=_TOLERANCE * unit, atol=tiny * unit)
+    rows = weight.detach().flatten(0, -2)
+    blocks = (rows[start:stop] for start, stop in row_chunks(*rows.shape))
+    return all(_holds_rows(form, block, rounded_in) for block in blocks)
+
+
+def _holds_rows(form: ValueFormat, rows: torch.Tensor, rounded_in: torch.dtype) -> bool:
+    found = decode(*encode(rows, *form), *form).to(rows.dtype)
+    if rows.dtype == rounded_in:
+        return torch.equal(found, rows)
+    if not torch.equal(rows.to(rounded_in).to(rows.dtype), rows):  # changed after the cast
+        return False
+    limits = [torch.finfo(dtype) for dtype in (rows.dtype, rounded_in)]
+    unit = max(limit.eps for limit in limits)
+    step = max(limit.smallest_normal * limit.eps for limit in limits)
+    return torch.allclose(found, rows, rtol=_TOLERANCE * unit, atol=step)
 
 
 def warn_of_changed(names: Collection[str]) -> None:
@@ -53,11 +60,3 @@ def warn_of_changed(names: Collection[str]) -> None:
             len(names),
             next(iter(names)),
         )
-
-
-def _narrowest(weight: torch.Tensor) -> torch.dtype:
-    """Return the dtype of fewest digits that holds a weight, which may have been cast since."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
-            return dtype
-    return weight.dtype

@@ -55,7 +55,7 @@ CHECKPOINT_FIELDS = (
 """The fields a checkpoint's ``config.json`` holds, besides versions and provenance."""
 
 WEIGHT_FIELDS = ("weight_bits", "weight_group_size")
-"""Fields that ``config.json`` holds only where they say something, which makes it version 2."""
+"""Fields that ``config.json`` holds only where they say something; bits make it version 2 or 3."""
 
 METHOD_FIELDS = ("weight_update",)
 """Fields that ``config.json`` holds only where they were passed: later additions to version 1."""
@@ -268,6 +268,8 @@ class SparsityConfig(QuantizationConfigMixin):
     def store_plain(self, names: Collection[str]) -> None:
         """Set the bits of the values of modules to 16.
 
+        A ``weight_group_size`` stays: files of an earlier step may have codes by it.
+
         Args:
             names: Modules that ``sparsity`` names.
         """
@@ -276,8 +278,9 @@ class SparsityConfig(QuantizationConfigMixin):
         bits = {name: self.value_bits(name) for name in self.sparsity or {}}
         bits |= dict.fromkeys(names, 16)
         self.weight_bits = bits if any(width < 16 for width in bits.values()) else 16
-        if self.weight_bits == 16:  # which says nothing
-            self._passed -= set(WEIGHT_FIELDS)
+        if self.weight_bits == 16:  # which says nothing, nor does no group size
+            said = {"weight_bits"} if self.weight_group_size else set(WEIGHT_FIELDS)
+            self._passed -= said
 
     def value_format(self, name: str) -> ValueFormat:
         """Return how a module's values are stored, of a config that names each module by itself."""

@@ -9,7 +9,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.packing.bitmask import BitmaskError, row_bytes
+from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.stored_names import tensor_name, weight_name
 from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_kinds
 
@@ -44,7 +44,6 @@ class DecompressWeight(ConversionOps):
         """
         name: str = kwargs["full_layer_name"]
         empty = kwargs["model"].get_parameter(name)
-        *leading, columns = empty.shape
         config, module = self.hf_quantizer.quantization_config, weight_name(name)
         form = config.value_format(module)
         try:
@@ -52,14 +51,7 @@ class DecompressWeight(ConversionOps):
                 kind: _only(input_dict[tensor_name(name.rpartition(".")[2], kind)])
                 for kind in stored_kinds(form.bits)
             }
-            shape = list(tensors["bitmask"].shape)
-            # The model's shape first: it bounds what is allocated.
-            if shape != [*leading, row_bytes(columns)]:
-                raise BitmaskError(
-                    f"the bitmask of a weight {[*leading, columns]} must be "
-                    f"{[*leading, row_bytes(columns)]}, got {shape}."
-                )
-            weight = restored_weight(tensors, columns, *form)
+            weight = restored_weight(tensors, empty.shape, form)
             # transformers casts what it reads; bfloat16 that it read as bytes is not cast yet.
             return {name: weight.to(empty.dtype) if "codebook" in tensors else weight}
         except KeyError as missing:

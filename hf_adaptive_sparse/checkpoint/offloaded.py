@@ -134,7 +134,7 @@ class OffloadedLayers(LayerResidence):
         for name in self._names(index):
             key, tensor = self._key(name), state[name[len(self._layer(index)) :]]
             if name in self._formats:
-                tensors |= stored_tensors(key, tensor, *self._formats[name])
+                tensors |= stored_tensors(key, tensor, self._formats[name])
             elif self._untouched(name):
                 tensors |= self._source.tensors([name])
             else:
@@ -189,11 +189,11 @@ class OffloadedLayers(LayerResidence):
                     continue
                 key = self._key(name)
                 if name in self._formats:
-                    columns = self._model.get_parameter(name).shape[-1]
+                    shape = self._model.get_parameter(name).shape
                     form = self._formats[name]
                     kinds = stored_kinds(form.bits)
                     stored = {kind: file.get_tensor(tensor_name(key, kind)) for kind in kinds}
-                    tensors[name] = restored_weight(stored, columns, *form)
+                    tensors[name] = restored_weight(stored, shape, form)
                 else:
                     tensors[name] = file.get_tensor(key).clone()
         fill_(self._model, tensors)

@@ -42,6 +42,7 @@ from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.stored_names import leaf_names, weight_name
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
+from hf_adaptive_sparse.packing.weight_codes import CODE_BITS
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
     RuntimeChoice,
@@ -81,6 +82,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         self.device: torch.device | None = None
         self.row_offsets: Mapping[str, torch.Tensor] = {}
         """Of weights that are being loaded, by module name: counted when the files are checked."""
+        self.rounded_in: dict[str, torch.dtype] = {}
+        """Of plain weights that codes made: the dtype they had then, by parameter name."""
         self.runtime_choice = RuntimeChoice("dense", "the model was pruned in memory")
 
     def is_serializable(self) -> bool:
@@ -235,7 +238,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Return what ``save_pretrained`` writes: see `stored_state_dict`."""
-        return stored_state_dict(model, consume=self.consumes_model), {}
+        return stored_state_dict(model, self.rounded_in, consume=self.consumes_model), {}
 
 
 def _store_cast_weights_plain_(model: PreTrainedModel, config: SparsityConfig) -> None:
@@ -290,6 +293,12 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.config.quantization_config = config
     share_profile(model)
     model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    model.hf_quantizer.rounded_in = {
+        key: parameters[key].dtype
+        for key, form in parameter_formats(model, config).items()
+        if form.bits in CODE_BITS and key in parameters
+    }
     take_compressed_(model)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:

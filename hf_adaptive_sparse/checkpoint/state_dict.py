@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -15,13 +15,13 @@ from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.profile import parameter_formats
 from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.packing.stored_names import KINDS, tensor_name, weight_name
-from hf_adaptive_sparse.packing.stored_weight import stored_tensors
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat, stored_tensors
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS, encode
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
 
 
 def stored_state_dict(
-    model: PreTrainedModel, *, consume: bool = False
+    model: PreTrainedModel, rounded_in: Mapping[str, torch.dtype], *, consume: bool = False
 ) -> dict[str, torch.Tensor] | None:
     """Return the state dict with compressed weights, under runtime names.
 
@@ -31,6 +31,8 @@ def stored_state_dict(
 
     Args:
         model: The model.
+        rounded_in: Parameter name -> dtype that it had when codes last made it. One that is not
+            named was not cast since.
         consume: Let go of each weight when it is compressed: the model is of no use after, and
             never in memory twice.
 
@@ -45,6 +47,7 @@ def stored_state_dict(
     config = our_config(model)
     if config is None:
         return _plain_state_dict(model)
+    model.config.quantization_config = config  # a dict there would not see what changes below
     if not config.compressed_modules:
         return None
     dense: dict[str, torch.Tensor] = model.state_dict()
@@ -73,13 +76,14 @@ def stored_state_dict(
             continue
         if weight.device.type == "meta":
             weight = load_offloaded_parameter(model, key)
-        stored = stored_tensors(key, weight, *formats[key])
-        if not holds(stored, key, weight, formats[key]):
+        form = formats[key]
+        if not holds(form, weight, rounded_in.get(key, weight.dtype)):
             changed.append(weight_name(key))
-            stored = {key: weight}
-            if (config.sparsity or {})[changed[-1]] > 0:
-                stored = stored_tensors(key, weight, 16, None)
-        state |= stored
+            form = ValueFormat(16)
+        if form.bits == 16 and not (config.sparsity or {})[weight_name(key)]:
+            state[key] = weight
+        else:
+            state |= stored_tensors(key, weight, form)
         if consume and key not in sparse:
             empty_(model, [key])
     config.store_plain(changed)
@@ -90,7 +94,7 @@ def stored_state_dict(
 def _absent(key: str, state: Collection[str]) -> CheckpointError:
     """Return the error of a model without a weight that its profile names."""
     way_out = "If modules were renamed or replaced, call hf_adaptive_sparse.prune again."
-    if any(name.endswith(".base_layer.weight") for name in state):
+    if any(".base_layer." in name for name in state):
         way_out = (
             "A PEFT adapter wraps it: save the adapter with peft_model.save_pretrained(), or call "
             "merge_and_unload() or unload() of the PEFT model first, and save what that returns."

@@ -23,7 +23,7 @@ from hf_adaptive_sparse.architecture import (
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
-from hf_adaptive_sparse.packing.stored_weight import checkpoint_bytes, stored_tensors
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat, checkpoint_bytes, stored_tensors
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
@@ -143,7 +143,7 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
             _check_in_memory(module.weight, parameter_name(name, module))
             weight = module.weight.detach()
             memory = weight.numel() * weight.element_size()
-            stored = _stored_bytes(weight, *formats[name]) if name in formats else memory
+            stored = _stored_bytes(weight, formats[name]) if name in formats else memory
             counted.add(id(module.weight))
         zeros = weight.numel() - int(weight.count_nonzero())
         reports.append(WeightReport(name, weight.numel(), zeros, stored, memory))
@@ -180,15 +180,15 @@ def _check_in_memory(tensor: torch.Tensor, name: str) -> None:
         )
 
 
-def _stored_bytes(weight: torch.Tensor, bits: int, group_size: int | None) -> int:
+def _stored_bytes(weight: torch.Tensor, form: ValueFormat) -> int:
     """Return the bytes that a plain weight takes in a checkpoint of the bitmask format."""
-    if bits == UPPER_BYTE_BITS:  # how many exceptions there are only encoding tells
-        return sum(t.nbytes for t in stored_tensors("weight", weight, bits, group_size).values())
+    if form.bits == UPPER_BYTE_BITS:  # how many exceptions there are only encoding tells
+        return sum(t.nbytes for t in stored_tensors("weight", weight, form).values())
     rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
     width = weight.element_size()
     # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
     nnz = int(weight.view(_BYTES_VIEWS[width]).count_nonzero())
-    return checkpoint_bytes(rows, columns, nnz, bits, group_size, width)
+    return checkpoint_bytes(rows, columns, nnz, form, width)
 
 
 def weight_bytes_on_disk(folder: str | os.PathLike[str]) -> int:

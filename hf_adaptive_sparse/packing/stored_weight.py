@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from hf_adaptive_sparse.packing.bitmask import compress, compressed_size_bytes, decompress
+from hf_adaptive_sparse.packing.bitmask import (
+    BitmaskError,
+    compress,
+    compressed_size_bytes,
+    decompress,
+    row_bytes,
+)
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, tensor_name
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
@@ -18,7 +24,8 @@ class ValueFormat(NamedTuple):
     """How the values of a weight are stored.
 
     Attributes:
-        bits: 16 (the weight's own dtype), 12 (bfloat16 without loss), 8 or 4 (codes).
+        bits: 16 (the weight's own dtype), 12 (bfloat16 without loss, see upper_bytes.py), 8 or 4
+            (codes).
         group_size: Columns that share a scale, of codes; ``None``: one scale per row, or no scale.
     """
 
@@ -26,24 +33,20 @@ class ValueFormat(NamedTuple):
     group_size: int | None = None
 
 
-def stored_tensors(
-    key: str, weight: torch.Tensor, bits: int, group_size: int | None
-) -> dict[str, torch.Tensor]:
+def stored_tensors(key: str, weight: torch.Tensor, form: ValueFormat) -> dict[str, torch.Tensor]:
     """Return what a checkpoint stores for the weight called ``key``, by tensor name.
 
     Args:
         key: Name of the weight in the checkpoint.
         weight: ``(out, in)``, or ``(experts, out, in)``, of which bitmask and scales keep the first
             dimension; of any floating-point dtype with 16 bits, bfloat16 with 12.
-        bits: Bits of the values: 16 (the weight's own dtype), 12 (the same, see upper_bytes.py), 8
-            or 4.
-        group_size: Columns per scale, of codes; ``None``: one scale per row.
+        form: How its values are stored.
     """
     rows = weight.detach().flatten(0, -2)
-    if bits == 16:  # of any dtype, float64 included
-        tensors = dict(zip(stored_kinds(bits), compress(rows), strict=True))
+    if form.bits == 16:  # of any dtype, float64 included
+        tensors = dict(zip(stored_kinds(form.bits), compress(rows), strict=True))
     else:
-        tensors = SparseWeight.from_dense(rows, bits, group_size).tensors()
+        tensors = SparseWeight.from_dense(rows, *form).tensors()
     return {
         tensor_name(key, kind): t.unflatten(0, weight.shape[:-1]) if kind in BY_ROW else t
         for kind, t in tensors.items()
@@ -57,7 +60,7 @@ def stored_kinds(bits: int) -> tuple[str, ...]:
 
 
 def checkpoint_bytes(
-    rows: int, columns: int, kept: int, bits: int, group_size: int | None, value_bytes: int
+    rows: int, columns: int, kept: int, form: ValueFormat, value_bytes: int
 ) -> int:
     """Return the bytes of a weight's `stored_tensors`: values, bitmask and scales.
 
@@ -67,33 +70,40 @@ def checkpoint_bytes(
         rows: Rows of the weight; of experts, those of all together.
         columns: Columns of the weight.
         kept: Values that are stored.
-        bits: Bits of the values: 16 (the weight's own dtype), 8 or 4. The bytes of 12 bits depend
-            on the values.
-        group_size: As for `stored_tensors`.
+        form: How the values are stored, not in 12 bits, whose bytes depend on the values.
         value_bytes: Bytes of an element of the weight's own dtype, which the scales have, too.
     """
-    if bits == 16:
+    if form.bits == 16:
         return compressed_size_bytes(rows, columns, kept, value_bytes)
-    scales = rows * group_count(columns, group_size) * value_bytes
-    return (kept * bits + 7) // 8 + compressed_size_bytes(rows, columns, 0, 0) + scales
+    scales = rows * group_count(columns, form.group_size) * value_bytes
+    return (kept * form.bits + 7) // 8 + compressed_size_bytes(rows, columns, 0, 0) + scales
 
 
 def restored_weight(
-    tensors: Mapping[str, torch.Tensor], columns: int, bits: int, group_size: int | None
+    tensors: Mapping[str, torch.Tensor], shape: Sequence[int], form: ValueFormat
 ) -> torch.Tensor:
-    """Return the weight ``(out, columns)``, or with experts, that stored tensors make.
+    """Return the weight that stored tensors make.
 
     Args:
         tensors: The tensors, by their `stored_kinds`.
-        columns: Columns of the weight.
-        bits: As for `stored_tensors`.
-        group_size: As for `stored_tensors`.
+        shape: Shape of the weight: ``(out, in)``, or ``(experts, out, in)``.
+        form: How its values are stored.
 
     Raises:
         BitmaskError: If they do not make one.
     """
-    shape = (*tensors["bitmask"].shape[:-1], columns)
+    *leading, columns = shape
+    # The shapes first: they bound what is allocated.
+    widths = {"bitmask": row_bytes(columns), "scales": group_count(columns, form.group_size)}
+    for kind in BY_ROW:
+        expected = [*leading, widths[kind]]
+        if kind in tensors and list(tensors[kind].shape) != expected:
+            raise BitmaskError(
+                f"the {kind} of a weight {[*leading, columns]} must be {expected}, got "
+                f"{list(tensors[kind].shape)}."
+            )
     rows = {k: t.flatten(0, -2) if k in BY_ROW else t for k, t in tensors.items()}
-    if bits == 16:
-        return decompress(rows["values"], rows["bitmask"], columns).view(shape)
-    return SparseWeight.from_tensors(columns, group_size=group_size, **rows).to_dense().view(shape)
+    if form.bits == 16:
+        return decompress(rows["values"], rows["bitmask"], columns).view(*shape)
+    weight = SparseWeight.from_tensors(columns, group_size=form.group_size, **rows)
+    return weight.to_dense().view(*shape)

@@ -61,6 +61,6 @@ class LayerQuantiser:
         weight = self._weights[name]
         stored = stored_weight(weight, name)
         check_finite(stored, parameter_name(name, weight))
-        how = self._waiting.pop(name)
+        form = self._waiting.pop(name)
         for matrix in stored if stored.ndim == 3 else (stored,):
-            quantise_(matrix, *how)
+            quantise_(matrix, form)

@@ -87,18 +87,17 @@ def compress_(model: nn.Module, weights: Mapping[str, ValueFormat]) -> None:
 
 
 @torch.no_grad()
-def quantise_(weight: torch.Tensor, bits: int, group_size: int | None) -> None:
+def quantise_(weight: torch.Tensor, form: ValueFormat) -> None:
     """Replace a weight by what it is in values of 8 or 4 bits; doing so again changes nothing.
 
     Args:
         weight: ``(out, in)``, float32, bfloat16 or float16, finite.
-        bits: 8 or 4.
-        group_size: Columns per scale; ``None``: one scale per row.
+        form: How its values are stored: in 8 or 4 bits.
 
     Raises:
         ValueError: If the weight cannot be quantised.
     """
-    weight.copy_(SparseWeight.from_dense(weight, bits, group_size).to_dense())
+    weight.copy_(SparseWeight.from_dense(weight, *form).to_dense())
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_adaptive_sparse.packing.sparse_weight import size_bytes
-from hf_adaptive_sparse.packing.stored_weight import checkpoint_bytes
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat, checkpoint_bytes
 from hf_adaptive_sparse.packing.weight_codes import default_group_size, group_count
 
 OWN_DTYPE = 16
@@ -66,9 +66,8 @@ class LinearBytes:
         """Return the bytes in a checkpoint: a plain weight where nothing is removed."""
         if self._is_plain(kept, bits):
             return self.numel * self.value_bytes
-        return checkpoint_bytes(
-            self.rows, self.columns, kept, bits, default_group_size(bits), self.value_bytes
-        )
+        form = ValueFormat(bits, default_group_size(bits))
+        return checkpoint_bytes(self.rows, self.columns, kept, form, self.value_bytes)
 
     def _is_plain(self, kept: int, bits: int) -> bool:
         return kept == self.numel and bits == OWN_DTYPE

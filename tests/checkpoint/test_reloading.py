@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from tests.families.tiny_models import tiny_model
 
+Changes = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 DENSE = has.SparsityConfig(runtime="dense")
 IDS = torch.arange(5, 37)
 EXAMPLES = [{"input_ids": IDS, "labels": IDS}] * 2
@@ -154,11 +156,98 @@ def test_a_weight_may_lie_in_two_files(tiny_llama: LlamaForCausalLM, tmp_path: P
     assert not differing(twin, model)
 
 
-def test_what_is_damaged_is_named(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def stored(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def test_what_waits_is_never_mixed_with_another_load(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
     model = pruned(tiny_llama)
-    model.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.weight"
-    stored[f"{name}_values"] = stored[f"{name}_values"][:-1]
-    with pytest.raises(CheckpointError, match=f"{name}: "):
-        model.load_state_dict(stored, strict=False)
+    earlier = {f"{UP}_values": stored(model, tmp_path)[f"{UP}_values"] * 2}
+    files, plain = load_file(tmp_path / "model.safetensors"), {UP: model.state_dict()[UP] + 1}
+    bitmask = {f"{UP}_bitmask": files[f"{UP}_bitmask"]}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(dict(earlier), strict=False)
+    assert copy.deepcopy(twin)._parts_that_wait == {}
+    assert pickle.loads(pickle.dumps(twin))._parts_that_wait == {}
+    for part in (f"{UP}_values", f"{UP}_bitmask"):
+        twin.load_state_dict({part: files[part]}, strict=False)
+    assert not differing(twin, model)
+    twin.load_state_dict(dict(earlier), strict=False)
+    twin.load_state_dict(dict(plain), strict=False)
+    twin.load_state_dict(dict(bitmask), strict=False)
+    assert torch.equal(twin.state_dict()[UP], plain[UP])
+
+
+def test_a_plain_weight_goes_before_compressed_parts_of_it(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    model = pruned(tiny_llama)
+    files = stored(model, tmp_path) | {UP: torch.ones_like(model.get_parameter(UP))}
+    result = model.load_state_dict(files, strict=False)
+    assert set(result.unexpected_keys) == {f"{UP}_values", f"{UP}_bitmask"}
+    assert (model.get_parameter(UP) == 1).all()
+
+
+@pytest.mark.parametrize("carried", ["none", "dict"])
+def test_a_model_without_our_config_object_can_be_loaded(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, carried: str
+) -> None:
+    model = pruned(tiny_llama, weight_bits=8)
+    files, before = stored(model, tmp_path), copy.deepcopy(model)
+    if carried == "none":
+        model.dequantize()
+        model.load_state_dict(before.state_dict())
+        assert f"{UP}_values" in model.load_state_dict(files, strict=False).unexpected_keys
+    else:
+        model.config = type(model.config).from_dict(model.config.to_dict())
+        emptied(model).load_state_dict(files, strict=False)
+    assert not differing(model, before)
+
+
+def test_codes_are_restored_in_the_dtype_of_the_model(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = pruned(tiny_llama, weight_bits=8)
+    files = stored(model, tmp_path / "float32")
+    model.to(torch.bfloat16).load_state_dict(files, strict=False)
+    loaded = LlamaForCausalLM.from_pretrained(
+        tmp_path / "float32", sparsity_config=DENSE, dtype=torch.bfloat16
+    )
+    assert not differing(model, loaded)
+    assert f"{UP}_scales" in stored(model, tmp_path / "bfloat16")
+    assert not caplog.records
+
+
+def test_codes_need_as_many_scales_as_the_config_says(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    files = stored(pruned(copy.deepcopy(tiny_llama), weight_bits=4), tmp_path)
+    other = pruned(tiny_llama, weight_bits=4, weight_group_size=32)
+    with pytest.raises(CheckpointError, match=r"weight: the scales of a weight .* must be"):
+        other.load_state_dict(files, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda parts: {"values": parts["values"][:-1]}, "the bitmask keeps|values"),
+        (lambda parts: {"bitmask": torch.tensor(1, dtype=torch.uint8)}, "the bitmask of a weight"),
+        (lambda parts: {"scales": torch.ones(3, 1)}, "is stored as values, bitmask; got bitmask, "),
+    ],
+    ids=["values", "scalar", "surplus"],
+)
+def test_what_is_damaged_is_named(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, changes: Changes, message: str
+) -> None:
+    model = pruned(tiny_llama)
+    files = stored(model, tmp_path)
+    parts = {kind: files[f"{UP}_{kind}"] for kind in ("values", "bitmask")}
+    files |= {f"{UP}_{kind}": part for kind, part in changes(parts).items()}
+    with pytest.raises(CheckpointError, match=f"{UP}: .*({message})"):
+        model.load_state_dict(files, strict=False)

@@ -121,10 +121,11 @@ def test_merging_into_the_sparse_weight_is_refused(folder: Path) -> None:
     assert adapted(load(folder, "dense")).merge_and_unload() is not None
 
 
+@pytest.mark.parametrize("runtime", ["dense", "sparse"])
 def test_saving_the_wrapped_model_itself_says_what_to_save_instead(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, runtime: str
 ) -> None:
-    base = load(folder, "dense")
+    base = load(folder, runtime)
     model = adapted(base)
     with pytest.raises(CheckpointError, match=r"PEFT adapter .*merge_and_unload\(\)"):
         base.save_pretrained(tmp_path / "out")
