@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -73,6 +75,31 @@ def tiny_llava() -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="default",
     )
     return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def tiny_whisper() -> WhisperForConditionalGeneration:
+    """A random Whisper for sounds of 8 x 32 features; it suppresses no tokens."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=128,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_source_positions=16,
+        num_mel_bins=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return WhisperForConditionalGeneration(config).eval()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from transformers import BartConfig, WhisperConfig, WhisperForConditionalGeneration
+from transformers import BartConfig
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import decoder_layers, prunable_weights
@@ -268,40 +268,18 @@ def test_florence_search(florence, answered):
     assert math.isfinite(found.best_value)
 
 
-@pytest.fixture
-def whisper():
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=128,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_source_positions=16,
-        num_mel_bins=8,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    return WhisperForConditionalGeneration(config).eval()
-
-
-def test_an_encoder_of_features_is_given_what_the_decoder_reads(whisper):
+def test_an_encoder_of_features_is_given_what_the_decoder_reads(tiny_whisper):
     fed = torch.randint(3, 128, (2, 10))
     batch = {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": fed, "labels": fed}
-    assert has.prune(whisper, has.SparsityConfig(metric="wanda"), [batch]).mean_sparsity == 0.5
-    expected = whisper(**batch).loss.exp()
-    assert has.perplexity(whisper, [batch]) == pytest.approx(float(expected), rel=1e-4)
+    assert has.prune(tiny_whisper, has.SparsityConfig(metric="wanda"), [batch]).mean_sparsity == 0.5
+    expected = tiny_whisper(**batch).loss.exp()
+    assert has.perplexity(tiny_whisper, [batch]) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_an_encoder_of_features_takes_no_tokens(whisper):
+def test_an_encoder_of_features_takes_no_tokens(tiny_whisper):
     batch = {"input_features": torch.randn(2, 8, 32), "input_ids": torch.ones(2, 10).long()}
     message = r"WhisperForConditionalGeneration reads no tokens.*has input_features, input_ids\."
     with pytest.raises(ValueError, match=message):
-        has.prune(whisper, has.SparsityConfig(metric="wanda"), [batch])
+        has.prune(tiny_whisper, has.SparsityConfig(metric="wanda"), [batch])
     with pytest.raises(ValueError, match=message):
-        has.perplexity(whisper, [batch])
+        has.perplexity(tiny_whisper, [batch])

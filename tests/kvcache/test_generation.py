@@ -12,8 +12,6 @@ from transformers import (
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
@@ -285,31 +283,12 @@ def test_encoder_decoder_models_quantise_self_attention(tiny_t5, settings):
     assert torch.equal(adaptive.sequences, plain.sequences)
 
 
-def test_whisper_returns_all_tokens_of_its_cache():
+def test_whisper_returns_all_tokens_of_its_cache(tiny_whisper):
     """It makes the cache it returns anew, out of what the layers' keys and values are."""
-    config = WhisperConfig(
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        vocab_size=200,
-        num_mel_bins=16,
-        max_source_positions=50,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=3,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-    )
-    torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(config).eval()
+    model = tiny_whisper
     model.generation_config.eos_token_id = None
     settings = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 40}
-    sounds = torch.randn(1, 16, 100)
+    sounds = torch.randn(1, 8, 32)
     plain = model.generate(sounds, **settings)
     adaptive = carry(model).generate(sounds, **settings)
     assert torch.equal(adaptive["sequences"], plain["sequences"])
