@@ -158,13 +158,15 @@ def _fits(mask: torch.Tensor, query: torch.Tensor, tokens: int) -> bool:
 
 def _why_not(query: torch.Tensor, packed: PackedCache, mask: torch.Tensor | None) -> str:
     """Return, for people, what keeps the kernels from serving a call."""
-    device, most = query.device.type, MAX_CODES
+    device = query.device.type
     if device == "cpu" and active_path() is None:
         return "the native kernels are not built or switched off"
-    if device == "cpu" and packed.blocks.block_length > most:
-        return f"the kernels read blocks of up to {most} tokens; choose a smaller residual_length"
-    if device == "cpu" and query.shape[3] > most:
-        return f"the kernels read keys of up to {most} channels, these have {query.shape[3]}"
+    if device == "cpu" and packed.blocks.block_length > MAX_CODES:
+        return (
+            f"the kernels read blocks of up to {MAX_CODES} tokens; choose a smaller residual_length"
+        )
+    if device == "cpu" and query.shape[3] > MAX_CODES:
+        return f"the kernels read keys of up to {MAX_CODES} channels, these have {query.shape[3]}"
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         return f"no kernel supports masks in {mask.dtype} with queries in {query.dtype}"
     return f"no kernel supports {query.dtype} on {device}"
