@@ -5,9 +5,11 @@ whose weights are gone. Its forms stay on the device side by side and take turns
 else happens hits all alike: dense with ``DynamicCache``, dense with the adaptive cache, sparse with
 values of 16, 8 and 4 bits and the adaptive cache. Per form: bytes of model and cache, time of a
 prompt, and time per token behind it as ``generate()`` spends it, Python included, and on the device
-alone (by torch's profiler: the sum of its kernels).
+alone (by torch's profiler: the sum of its kernels). With ``--graphs`` dense and sparse weights also
+decode as ``generate(..., cache_implementation="static")`` does: compiled, one CUDA graph per token,
+which leaves Python nothing to do between the kernels. Compiling takes about a minute per form.
 
-    python benchmarks/gpu_model.py [--layers 32] [--context 2048] [--rounds 24]
+    python benchmarks/gpu_model.py [--layers 32] [--context 2048] [--rounds 24] [--graphs]
 
 Writes ``results/gpu_model.json``. ``TRITON_INTERPRET=1 python benchmarks/gpu_model.py --rehearse``
 walks through the script on the CPU and writes nothing.
@@ -19,13 +21,14 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gpu
 import torch
 from environment import write_result
 from kv_bytes import stock_nbytes
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument, prunable_weights
@@ -75,32 +78,77 @@ class Form:
         self.prefills: list[float] = []
         self.decodes: list[float] = []
 
-    def run(self, ids: torch.Tensor) -> float:
-        """Return the milliseconds of one pass."""
-        gpu.synchronise(ids.device)
-        started = time.perf_counter()
-        self.model(ids, logits_to_keep=1, **{cache_argument(self.model): self.cache})
-        gpu.synchronise(ids.device)
-        return 1000 * (time.perf_counter() - started)
+    def make_cache(self) -> Any:
+        """Return an empty cache of this form."""
+        return make_cache(self.name, self.model.config)
+
+    def step(self) -> None:
+        """Decode one token."""
+        self.forward(self.model, self.prompt[:, :1])
+
+    def forward(self, function: Callable[..., Any], ids: torch.Tensor, **inputs: Any) -> None:
+        """Pass tokens ``(batch, n)`` through the model, or what it was compiled to."""
+        cache = {cache_argument(self.model): self.cache}
+        function(input_ids=ids, logits_to_keep=1, **cache, **inputs)
 
     def prefill(self) -> None:
         """Time the prompt, with a new cache."""
-        self.cache = make_cache(self.name, self.model.config)
-        self.prefills.append(self.run(self.prompt))
+        self.cache = self.make_cache()
+        prompt = self.prompt
+        self.prefills.append(milliseconds(prompt.device, lambda: self.forward(self.model, prompt)))
 
     def decode(self) -> None:
         """Time one token behind it."""
-        self.decodes.append(self.run(self.prompt[:, :1]))
+        self.decodes.append(milliseconds(self.prompt.device, self.step))
 
     def kernel_ms(self) -> float:
         """Return what the kernels of one token take."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
-            self.run(self.prompt[:, :1])
+            milliseconds(self.prompt.device, self.step)
         return sum(event.device_time_total for event in profile.events()) / 1000
 
 
-@torch.inference_mode()
+class GraphForm(Form):
+    """A form whose step is compiled and recorded, with a cache of fixed size.
+
+    Args:
+        form: The form with the same model.
+        spare: Tokens that the cache has room for behind the prompt.
+        settings: Of ``torch.compile``.
+    """
+
+    def __init__(self, form: Form, spare: int, **settings: Any) -> None:
+        weights = form.name.removesuffix(", adaptive cache")
+        super().__init__(f"{weights}, static cache, graphs", form.model, form.prompt)
+        self.spare = spare
+        self.compiled = torch.compile(form.model.forward, fullgraph=True, **settings)
+
+    def make_cache(self) -> Any:
+        """Return a cache of the size that the graph is recorded for."""
+        return StaticCache(self.model.config, max_cache_len=self.prompt.shape[1] + self.spare)
+
+    def prefill(self) -> None:
+        """Time the prompt, which is not compiled: only the step is."""
+        super().prefill()
+        self.position = torch.full_like(self.prompt[:, :1], self.prompt.shape[1])
+
+    def step(self) -> None:
+        """Decode one token by what was recorded."""
+        self.forward(self.compiled, self.prompt[:, :1].clone(), position_ids=self.position)
+        self.position += 1
+
+
+def milliseconds(device: torch.device, function: Callable[[], None]) -> float:
+    """Return what a call takes, the device's work included."""
+    gpu.synchronise(device)
+    started = time.perf_counter()
+    function()
+    gpu.synchronise(device)
+    return 1000 * (time.perf_counter() - started)
+
+
+@torch.no_grad()
 def measure(forms: list[Form], rounds: int, warm_up: int, device: torch.device) -> None:
     for number in range(3):
         for form in forms:
@@ -115,12 +163,17 @@ def measure(forms: list[Form], rounds: int, warm_up: int, device: torch.device) 
                 form.decodes.clear()
 
 
+def cache_bytes(cache: Any) -> int:
+    own: int | None = getattr(cache, "nbytes", None)
+    return stock_nbytes(cache) if own is None else own
+
+
 def rows_of(forms: list[Form], device: torch.device) -> list[dict[str, Any]]:
     return [
         {
             "form": form.name,
             "model_bytes": form.model.get_memory_footprint(),
-            "cache_bytes": stock_nbytes(form.cache) if form.name == PLAIN else form.cache.nbytes,
+            "cache_bytes": cache_bytes(form.cache),
             "prefill_ms": min(form.prefills),
             "decode_ms": statistics.median(form.decodes),
             "kernels_ms": form.kernel_ms() if device.type == "cuda" else None,
@@ -151,13 +204,14 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> int:
     parser = gpu.parser(__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--graphs", action="store_true", help="also compiled, in CUDA graphs")
     options = parser.parse_args()
     device = gpu.find_device(parser, options.rehearse)
     sizes = (4096, 11008, 32, 32000)
@@ -174,7 +228,12 @@ def main() -> int:
     models = make_models(config, device, options.seed)
     prompt = torch.randint(5, sizes[3], (options.batch, options.context), device=device)
     forms = [Form(name, model, prompt) for name, model in models.items()]
-    measure(forms, options.rounds, min(options.rounds, 4), device)
+    warm_up = min(options.rounds, 4)
+    if options.graphs:
+        how = {"backend": "aot_eager"} if options.rehearse else {"mode": "reduce-overhead"}
+        spare = options.rounds + warm_up + 1
+        forms += [GraphForm(form, spare, **how) for form in forms if form.name != ADAPTIVE]
+    measure(forms, options.rounds, warm_up, device)
     result: dict[str, Any] = {
         "question": "a whole model on a GPU: sparse weights and packed cache against dense",
         "seed": options.seed,

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    CompileConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -450,6 +452,26 @@ def test_torch_compile(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     compiled = torch.compile(loaded.model, fullgraph=True)
     hidden = compiled(**inputs(loaded), use_cache=False).last_hidden_state
     torch.testing.assert_close(loaded.lm_head(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_generate_compiles_sparse_weights_with_a_static_cache(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """On a GPU transformers does so by itself, and records CUDA graphs: no break may be in them."""
+    loaded = LlamaForCausalLM.from_pretrained(
+        save(tiny_llama, tmp_path, kv_cache=has.KVCacheConfig(bits=8)), sparsity_config=SPARSE
+    )
+    settings = {**inputs(loaded), "max_new_tokens": 6, "do_sample": False}
+    expected = loaded.generate(**settings, cache_implementation="dynamic")
+    everywhere = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    everywhere._compile_all_devices = True
+    torch._dynamo.reset()
+    counters.clear()
+    found = loaded.generate(**settings, cache_implementation="static", compile_config=everywhere)
+    assert torch.equal(found, expected)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
 
 
 def test_parameters_are_frozen_after_loading(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
