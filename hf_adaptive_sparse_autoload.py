@@ -29,10 +29,17 @@ def install() -> None:
     """Import the plugin once transformers may look for it; at once if it may already."""
     if PLUGIN in sys.modules or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    if any(name in sys.modules for name in AWAITED):
+    begun = [name for name in AWAITED if name in sys.modules]
+    if begun and not _any_executes(begun):
         _import_plugin()
     else:
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder(begun))
+
+
+def _any_executes(names: Sequence[str]) -> bool:
+    """Return whether the import of one of these modules has not come to its end."""
+    specs = [getattr(sys.modules.get(name), "__spec__", None) for name in names]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 def _import_plugin() -> None:
@@ -51,9 +58,16 @@ class _Finder(MetaPathFinder):
 
     Nothing is removed from the list ``sys.meta_path``: other threads, which import other modules,
     may be going through it, and would miss a finder.
+
+    Where an awaited module is the first to import torch, it executes already when the finder is
+    made. Then the plugin follows any module of transformers that is executed after it.
+
+    Args:
+        begun: Awaited modules that execute already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, begun: Sequence[str]) -> None:
+        self.begun = begun
         self.executing: list[str] = []
 
     def find_spec(
@@ -63,7 +77,7 @@ class _Finder(MetaPathFinder):
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         """Return the spec of an awaited module with a loader around its own; else None."""
-        if fullname not in AWAITED:
+        if fullname not in AWAITED and not (self.begun and fullname.startswith("transformers.")):
             return None
         others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         specs = (finder.find_spec(fullname, path, target) for finder in others)
@@ -75,7 +89,7 @@ class _Finder(MetaPathFinder):
     def executed(self, name: str) -> None:
         """Import the plugin, unless an awaited module that imported this one still executes."""
         self.executing.remove(name)
-        if not self.executing and self in sys.meta_path:
+        if not self.executing and not _any_executes(self.begun) and self in sys.meta_path:
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
             _import_plugin()
 

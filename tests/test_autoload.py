@@ -65,6 +65,21 @@ def test_a_checkpoint_loads_whichever_part_of_transformers_comes_first(awaited: 
     assert output(script + LOAD) == "True\nAdaptiveSparseQuantizer 0.4"
 
 
+@pytest.mark.parametrize("awaited", autoload.AWAITED)
+def test_a_checkpoint_loads_where_transformers_is_what_imports_torch(awaited: str) -> None:
+    script = (
+        "import sys, hf_adaptive_sparse_autoload as autoload\n"
+        "class Torch:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == 'torch' and {awaited!r} in sys.modules:\n"
+        "            autoload.install()\n"
+        "sys.meta_path.insert(0, Torch())\n"
+        f"import {awaited}\n"
+    )
+    found = output(script + LOAD, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert found == "AdaptiveSparseQuantizer 0.4"
+
+
 def test_it_follows_transformers_that_is_there_already() -> None:
     script = (
         "import sys, transformers.modeling_utils\n"

@@ -40,7 +40,7 @@ from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.kvcache.generation import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.stored_names import leaf_names, weight_name
-from hf_adaptive_sparse.packing.stored_weight import ValueFormat
+from hf_adaptive_sparse.packing.stored_weight import StoredWeight, ValueFormat
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS
 from hf_adaptive_sparse.runtime.choice import (
@@ -56,7 +56,6 @@ from hf_adaptive_sparse.runtime.conversion import (
     sparse_weights,
 )
 from hf_adaptive_sparse.runtime.sparse_experts import sparse_stacks
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 logger = logging.getLogger(__name__)
 

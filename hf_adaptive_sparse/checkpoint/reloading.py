@@ -20,8 +20,7 @@ from hf_adaptive_sparse.checkpoint.config import our_config
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name
-from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_kinds
-from hf_adaptive_sparse.runtime.stored_form import stored_bits
+from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_bits, stored_kinds
 
 _WAITING = "_parts_that_wait"
 

@@ -175,9 +175,15 @@ def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
                 continue
             plain = stored.plain.get(name)
             seen = f"{plain.file} stores it dense" if plain else f"{where} does not hold it"
+            way_out = ""
+            if plain and not stored.bitmasks:
+                way_out = (
+                    " Nothing here is compressed, as when a model was made by from_config and "
+                    "saved: remove 'quantization_config' from its config.json to load it."
+                )
             raise CheckpointError(
                 f"The config says that {name!r} is compressed, so {tensor_name(name, kind)} is "
-                f"needed, but {seen}."
+                f"needed, but {seen}.{way_out}"
             )
         if name in stored.plain or name in stored.converted:
             header = stored.plain.get(name, stored.values[name])

@@ -108,6 +108,21 @@ def popcount(bitmask: torch.Tensor) -> int:
     return int(row_popcounts(bitmask).sum())
 
 
+def kept_mask(weight: torch.Tensor) -> torch.Tensor:
+    """Return which entries of a weight are kept.
+
+    Args:
+        weight: ``(out, in)``, any real dtype of 1, 2, 4 or 8 bytes.
+
+    Returns:
+        bool ``(out, in)``: where the bit pattern is not all zero.
+
+    Raises:
+        BitmaskError: If its dtype has another size.
+    """
+    return _pattern(weight) != 0
+
+
 def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a weight into its kept values and their bitmask.
 
@@ -125,8 +140,7 @@ def compress(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if weight.dim() != 2:
         raise BitmaskError(f"A weight must be of shape (out, in), got {_describe(weight)}.")
-    # Integers, because -0.0 == 0.0 and NaN != NaN.
-    pattern = weight.detach().contiguous().view(_integer_view(weight.dtype))
+    pattern = _pattern(weight)
     parts = [pattern[start:stop] for start, stop in row_chunks(*pattern.shape)]
     bitmask = torch.cat([pack_mask(part != 0) for part in parts])
     values = pattern.new_empty(popcount(bitmask))
@@ -187,6 +201,11 @@ def check_bitmask(bitmask: torch.Tensor, columns: int) -> None:
         raise BitmaskError(
             f"the bitmask sets bits after the last of its {columns} columns; those must be 0."
         )
+
+
+def _pattern(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight as integers, in which -0.0 differs from 0.0 and NaN equals itself."""
+    return weight.detach().contiguous().view(_integer_view(weight.dtype))
 
 
 def _integer_view(dtype: torch.dtype) -> torch.dtype:

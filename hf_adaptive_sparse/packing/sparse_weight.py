@@ -46,10 +46,11 @@ from hf_adaptive_sparse.packing.bitmask import (
     check_bitmask,
     compress,
     decompress,
+    kept_mask,
+    pack_mask,
     row_bytes,
     row_chunks,
     row_popcounts,
-    unpack_mask,
 )
 from hf_adaptive_sparse.packing.stored_names import KINDS
 
@@ -405,9 +406,9 @@ def _encode_rows(
     weight: torch.Tensor, bits: int, group_size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return bitmask, kept codes int8 and scales of some rows."""
-    _, bitmask = compress(weight)
+    mask = kept_mask(weight)
     codes, scales = weight_codes.encode(weight, bits, group_size)
-    return bitmask, codes[unpack_mask(bitmask, weight.shape[1])], scales
+    return pack_mask(mask), codes[mask], scales
 
 
 def _check_count(weight: SparseWeight) -> None:

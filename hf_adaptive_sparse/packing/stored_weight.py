@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,15 @@ from hf_adaptive_sparse.packing.bitmask import (
     decompress,
     row_bytes,
 )
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, stored_count
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, tensor_name
-from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
+from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS, UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import group_count
+
+_CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
+"""Dtype of the values that are codes, by their bits."""
+
+_VALUE_DTYPES = {**_CODE_DTYPES, UPPER_BYTE_BITS: torch.uint8}
 
 
 class ValueFormat(NamedTuple):
@@ -57,6 +63,56 @@ def stored_kinds(bits: int) -> tuple[str, ...]:
     """Return the kinds of tensors that a checkpoint stores for a weight."""
     of_their_own = {16: (), UPPER_BYTE_BITS: ("codebook",)}.get(bits, ("scales",))
     return ("values", "bitmask", *of_their_own)
+
+
+def stored_bits(values: torch.Tensor, codebook: torch.Tensor | None) -> int:
+    """Return the bits that values are stored in: 12 with a codebook, 8 or 4 for codes, else 16."""
+    if codebook is not None:
+        return UPPER_BYTE_BITS
+    return next((bits for bits, dtype in _CODE_DTYPES.items() if dtype == values.dtype), 16)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """How one weight is stored, before it is there.
+
+    Attributes:
+        nnz: Weights that are kept.
+        bits: 16 for values in the weight's dtype; 12 for bfloat16 by a codebook; 8 or 4 for codes.
+        group_size: Columns per scale, of codes; ``None``: one scale per row.
+        exceptions: With 12 bits: values that the codebook holds.
+    """
+
+    nnz: int
+    bits: int = 16
+    group_size: int | None = None
+    exceptions: int = 0
+
+    def empty(
+        self, *shape: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> dict[str, torch.Tensor]:
+        """Return its tensors, uninitialised, by their kind.
+
+        Args:
+            shape: ``out, in``, or ``experts, out, in``.
+            dtype: Dtype of the weight, whichever bits its values take.
+            device: Where they lie.
+
+        Raises:
+            ValueError: If ``group_size`` is invalid.
+        """
+        *leading, columns = shape
+        kinds = {
+            "values": ((stored_count(self.nnz, self.bits),), _VALUE_DTYPES.get(self.bits, dtype)),
+            "bitmask": ((*leading, row_bytes(columns)), torch.uint8),
+        }
+        if self.bits == UPPER_BYTE_BITS:
+            kinds["codebook"] = ((BOOK_WORDS + self.exceptions,), torch.int64)
+        elif self.bits != 16:
+            kinds["scales"] = ((*leading, group_count(columns, self.group_size)), dtype)
+        return {
+            kind: torch.empty(size, dtype=of, device=device) for kind, (size, of) in kinds.items()
+        }
 
 
 def checkpoint_bytes(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
-from hf_adaptive_sparse.packing.stored_weight import ValueFormat
+from hf_adaptive_sparse.packing.stored_weight import StoredWeight, ValueFormat
 from hf_adaptive_sparse.runtime.expert_modules import hold_, hold_empty_, release_
 from hf_adaptive_sparse.runtime.sparse_experts import (
     SparseStack,
@@ -16,7 +16,6 @@ from hf_adaptive_sparse.runtime.sparse_experts import (
     sparse_stacks,
 )
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 
 def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:

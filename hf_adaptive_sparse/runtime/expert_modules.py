@@ -12,6 +12,7 @@ from torch import nn
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
+from hf_adaptive_sparse.packing.stored_weight import StoredWeight
 from hf_adaptive_sparse.runtime.parameters import FrozenParameter
 from hf_adaptive_sparse.runtime.sparse_experts import (
     EAGER,
@@ -21,7 +22,6 @@ from hf_adaptive_sparse.runtime.sparse_experts import (
     stacks_of,
 )
 from hf_adaptive_sparse.runtime.sparse_linear import dtype_after
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight
 
 
 def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> SparseStack:

@@ -41,18 +41,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
             return sparse_linear.linear(x, weight, bias)
         product = _Product.apply(x, bias, weight)
         return product
-    product = _linear(
-        x,
-        weight.values,
-        weight.bitmask,
-        weight.row_offsets,
-        weight.scales,
-        bias,
-        weight.shape[1],
-        weight.group_size or _NO_GROUPS,
-        weight.block_offsets,
-        weight.codebook,
-    )
+    product = _linear(x, bias, *_tensors(weight), weight.shape[1], weight.group_size or _NO_GROUPS)
     return product
 
 
@@ -92,7 +81,7 @@ class _Product(torch.autograd.Function):
 
 
 def _tensors(weight: SparseWeight) -> tuple[torch.Tensor | None, ...]:
-    """Return the tensors that the operator for the gradient takes, in its order."""
+    """Return the tensors of a weight in the order in which the operators take them."""
     return (
         weight.values,
         weight.bitmask,
@@ -116,8 +105,7 @@ def _gradients(
     """Return the gradients for x and the bias of what ``_save`` has saved, where wanted."""
     x = bias = None
     if for_x:
-        *parts, block_offsets, codebook = ctx.saved_tensors
-        x = _input_gradient(gradient, *parts, ctx.columns, ctx.group_size, block_offsets, codebook)
+        x = _input_gradient(gradient, *ctx.saved_tensors, ctx.columns, ctx.group_size)
     if for_bias:
         bias = gradient.sum(tuple(range(gradient.dim() - 1))) if gradient.dim() > 1 else gradient
     return x, bias
@@ -126,23 +114,24 @@ def _gradients(
 @torch.library.custom_op("hf_adaptive_sparse::linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
+    bias: torch.Tensor | None,
     values: torch.Tensor,
     bitmask: torch.Tensor,
     row_offsets: torch.Tensor,
     scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    columns: int,
-    group_size: int,
     block_offsets: torch.Tensor | None,
     codebook: torch.Tensor | None,
+    columns: int,
+    group_size: int,
 ) -> torch.Tensor:
-    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets, codebook)
-    return sparse_linear.linear(x, _weight(*parts), bias)
+    parts = (values, bitmask, row_offsets, scales, block_offsets, codebook)
+    return sparse_linear.linear(x, _weight(*parts, columns, group_size), bias)
 
 
 @_linear.register_fake
 def _fake_linear(
     x: torch.Tensor,
+    bias: torch.Tensor | None,
     values: torch.Tensor,
     bitmask: torch.Tensor,
     *_: Any,
@@ -157,13 +146,13 @@ def _input_gradient(
     bitmask: torch.Tensor,
     row_offsets: torch.Tensor,
     scales: torch.Tensor | None,
-    columns: int,
-    group_size: int,
     block_offsets: torch.Tensor | None,
     codebook: torch.Tensor | None,
+    columns: int,
+    group_size: int,
 ) -> torch.Tensor:
-    parts = (values, bitmask, row_offsets, scales, columns, group_size, block_offsets, codebook)
-    return sparse_linear.input_gradient(gradient, _weight(*parts))
+    parts = (values, bitmask, row_offsets, scales, block_offsets, codebook)
+    return sparse_linear.input_gradient(gradient, _weight(*parts, columns, group_size))
 
 
 @_input_gradient.register_fake
@@ -173,10 +162,10 @@ def _fake_input_gradient(
     bitmask: torch.Tensor,
     row_offsets: torch.Tensor,
     scales: torch.Tensor | None,
-    columns: int,
-    group_size: int,
     block_offsets: torch.Tensor | None,
     codebook: torch.Tensor | None,
+    columns: int,
+    group_size: int,
 ) -> torch.Tensor:
     return gradient.new_empty((*gradient.shape[:-1], columns))
 
@@ -186,33 +175,32 @@ def _weight(
     bitmask: torch.Tensor,
     row_offsets: torch.Tensor,
     scales: torch.Tensor | None,
-    columns: int,
-    group_size: int,
     block_offsets: torch.Tensor | None,
     codebook: torch.Tensor | None,
+    columns: int,
+    group_size: int,
 ) -> SparseWeight:
     shape, group = (bitmask.shape[0], columns), group_size or None
     return SparseWeight(shape, bitmask, values, row_offsets, scales, group, block_offsets, codebook)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, *tensors, _, columns, group_size, block_offsets, codebook = inputs
-    _save(ctx, columns, group_size, (*tensors, block_offsets, codebook))
+    _, _, *tensors, columns, group_size = inputs
+    _save(ctx, columns, group_size, tuple(tensors))
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    for_x, for_bias = _gradients(ctx, gradient, ctx.needs_input_grad[0], ctx.needs_input_grad[5])
-    return for_x, None, None, None, None, for_bias, None, None, None, None
+    for_x, for_bias = _gradients(ctx, gradient, *ctx.needs_input_grad[:2])
+    return for_x, for_bias, None, None, None, None, None, None, None, None
 
 
 def _remember_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, *tensors, columns, group_size, block_offsets, codebook = inputs
-    _save(ctx, columns, group_size, (*tensors, block_offsets, codebook))
+    _, *tensors, columns, group_size = inputs
+    _save(ctx, columns, group_size, tuple(tensors))
 
 
 def _backward_of_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *parts, block_offsets, codebook = ctx.saved_tensors
-    product = _linear(gradient, *parts, None, ctx.columns, ctx.group_size, block_offsets, codebook)
+    product = _linear(gradient, None, *ctx.saved_tensors, ctx.columns, ctx.group_size)
     return product, None, None, None, None, None, None, None, None
 
 

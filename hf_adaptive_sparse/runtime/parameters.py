@@ -11,7 +11,7 @@ from torch import nn
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW
-from hf_adaptive_sparse.runtime.stored_form import stored_bits
+from hf_adaptive_sparse.packing.stored_weight import stored_bits
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 
 

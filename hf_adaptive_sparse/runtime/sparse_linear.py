@@ -12,10 +12,10 @@ from torch import nn
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
 from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
+from hf_adaptive_sparse.packing.stored_weight import StoredWeight, stored_bits
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
-from hf_adaptive_sparse.runtime.stored_form import StoredWeight, stored_bits
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 _OFFSETS = ("row_offsets", "block_offsets")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -335,6 +336,16 @@ def test_weights_of_a_part_saved_on_its_own_are_told_from_its_config(
     tiny_llama.model.save_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"stores it dense|no linear"):
         type(tiny_llama.model).from_pretrained(folder)
+
+
+def test_a_model_made_of_a_config_alone_is_told_how_to_load(folder: Path, tmp_path: Path) -> None:
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    fresh.save_pretrained(tmp_path / "fresh")
+    with pytest.raises(CheckpointError, match=r"stores it dense\. .*remove 'quantization_config'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
+    edit_config(tmp_path / "fresh", lambda config: config.pop("quantization_config"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
+    assert torch.equal(loaded.get_submodule(UP).weight, fresh.get_submodule(UP).weight)
 
 
 def test_code_in_the_repo_is_not_run(folder: Path) -> None:

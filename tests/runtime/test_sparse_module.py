@@ -137,15 +137,15 @@ def test_the_operators_pass_torchs_own_checks() -> None:
     for bias in (module.bias.detach().requires_grad_(), None):
         arguments = (
             x,
+            bias,
             weight.values.detach(),
             weight.bitmask.detach(),
             weight.row_offsets,
             None,
-            bias,
+            None,
+            None,
             77,
             0,
-            None,
-            None,
         )
         torch.library.opcheck(torch.ops.hf_adaptive_sparse.linear.default, arguments)
 
