@@ -295,6 +295,15 @@ def test_a_model_that_is_not_whole_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["prune", "bench"])
+def test_a_repo_that_cannot_be_reached_is_named(capsys, tmp_path: Path, command: str) -> None:
+    output = ["--output", tmp_path / "out"] if command == "prune" else []
+    code, stdout, stderr = run(capsys, command, "someone/lost", *output)
+    assert (code, stdout) == (2, "")
+    assert "someone/lost is no local folder, and cannot be read from the Hub: " in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_checkpoint_without_the_head_is_refused(capsys, llava_folder: Path, tmp_path: Path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 128}
     headless = BertModel(BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
