@@ -203,6 +203,22 @@ def test_the_objective_and_the_trials_are_called_what_they_are(
     assert f"- Search: {distinct} trials\n" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("given", "bits"), [([], 6), (["--kv-bits", "8"], 8), (["--kv-bits", "none"], None)]
+)
+def test_prune_takes_kv_bits_which_override_the_profiles(
+    capsys, llava_folder: Path, tmp_path: Path, given: list[str], bits: int | None
+) -> None:
+    profile = tmp_path / "profile.json"
+    CompressionProfile(kv_cache=KVCacheConfig(bits=6)).save(profile)
+    arguments = [llava_folder, "--output", tmp_path / "out", "--profile", profile, "--no-progress"]
+    code, _, stderr = run(capsys, "prune", *arguments, *given)
+    assert code == 0, stderr
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["target_sparsity"] == 0
+    assert (config["kv_cache"] and config["kv_cache"]["key_bits"]) == (bits and [bits] * 4)
+
+
 def test_prune_by_globs_without_data(capsys, llava_folder: Path, tmp_path: Path) -> None:
     code, stdout, _ = run(
         capsys, "prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude",
