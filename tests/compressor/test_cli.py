@@ -458,6 +458,12 @@ def test_options_make_the_space(flags, expected):
         (["--context", "8", "--batch", "2"], "got --context and --batch without --fit"),
         (["--context", "8"], "got --context without --fit"),
         (["--target-sparsity", "0", "--sparsity-low", "0.3"], "got --target-sparsity 0. Give"),
+        (["--blocks", "4", "--granularity", "layer"], "got --blocks 4 and --granularity layer."),
+        (
+            ["--sparsity-low", "0.3", "--sparsity-high", "0.7", "--sparsity-range", "0.1"],
+            "got 0.1 and no target, or both bounds",
+        ),
+        (["--size", "4GiB", "--sparsity-range", "0.1"], "got 0.1 and no target, or both bounds"),
         (["--kv-mean-bits", "9"], "kv_mean_bits must lie between"),
         (["--search-weight-bits", "16,8,4"], "16,8,4 leaves the mean open. Give --search-weight"),
         (["--search-weight-mean", "8"], "--search-weight-mean 8 needs the widths"),
