@@ -56,7 +56,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"The output folder {output} cannot be made: {parent} is not writable.")
+        raise OutputError(
+            f"The output folder {output} cannot be made: {parent} is no folder that can be written."
+        )
 
 
 @contextmanager

@@ -629,8 +629,10 @@ def test_an_index_that_disagrees_with_its_shards(
         inspect(folder)
 
 
-def test_neither_folder_nor_repo() -> None:
-    for name in ("/no/such/folder", "./missing", "a/b/c"):
+def test_neither_folder_nor_repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for name in ("/no/such/folder", "./missing", "a/b/c", "file"):
         with pytest.raises(ValueError, match="There is no folder"):
             inspect(name)
 

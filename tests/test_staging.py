@@ -75,13 +75,13 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_is_not_writable(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="not writable"):
+    with pytest.raises(OutputError, match="no folder that can be written"):
         check_output(tmp_path / "out", overwrite=False)
 
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="not writable"):
+    with pytest.raises(OutputError, match="no folder that can be written"):
         check_output(tmp_path / "file" / "out", overwrite=False)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.options import add_command
 from hf_adaptive_sparse.compressor import ModelSource, bench
+from hf_adaptive_sparse.compressor.benching import PROMPT_TOKENS
 from hf_adaptive_sparse.report import format_bytes, text_table
 
 RUNTIMES = {"both": ("sparse", "dense"), "sparse": ("sparse",), "dense": ("dense",)}
@@ -32,7 +33,12 @@ def add_bench(commands: Any) -> None:
         default="both",
         help="runtime of a compressed model (default: both, one after the other)",
     )
-    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: 512")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {PROMPT_TOKENS}, or fewer where the context has no room for them",
+    )
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: 32")
 
 

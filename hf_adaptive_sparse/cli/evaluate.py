@@ -6,25 +6,22 @@ import argparse
 from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
-from hf_adaptive_sparse.cli.inputs import evaluation_of, model_of, questions_of
+from hf_adaptive_sparse.cli.inputs import evaluation_of, kv_config, model_of, questions_of
 from hf_adaptive_sparse.cli.options import (
+    OWN_PROFILE,
     add_batches,
     add_command,
     add_evaluation,
+    add_kv_bits,
     add_model,
     add_questions,
 )
-from hf_adaptive_sparse.cli.space_arguments import widths
 from hf_adaptive_sparse.compressor import evaluate, evaluate_tasks
 from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.compressor.tasks import task_rows
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.tasks.task import Setting, known_tasks
-from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report import text_table
-
-OWN_PROFILE: tuple[int, ...] = ()
-"""Default of ``--kv-bits``: what the model's config says."""
 
 OF_TASKS = ("task_data", "task_samples", "task_batch_size", "results")
 OF_DATA = ("evaluation", "evaluation_samples", "questions", "batch_size")
@@ -37,14 +34,8 @@ def add_evaluate(commands: Any) -> None:
     )
     for add in (add_model, add_evaluation, add_questions, add_batches):
         add(parser)
-    parser.add_argument(
-        "--kv-bits",
-        type=widths,
-        metavar="BITS",
-        help="one width for all layers, one per layer joined by commas, or none "
-        "(default: the model's own profile)",
-    )
-    parser.set_defaults(kv_bits=OWN_PROFILE, default_of=parser.get_default)
+    add_kv_bits(parser, "the model's own profile")
+    parser.set_defaults(default_of=parser.get_default)
     tasks = parser.add_argument_group("benchmarks, with their official scoring")
     tasks.add_argument(
         "--tasks",
@@ -125,8 +116,6 @@ def task_data(pairs: list[str]) -> dict[str, str]:
 
 
 def _kv_choice(bits: tuple[int, ...] | None) -> KVCacheChoice:
-    if bits is None:
-        return False
     if bits == OWN_PROFILE:
         return None
-    return KVCacheConfig(bits=bits[0] if len(bits) == 1 else bits)
+    return kv_config(bits) or False

@@ -47,6 +47,13 @@ def questions_of(options: argparse.Namespace) -> DataSource | None:
     return replace(evaluation_of(options), source=options.questions)
 
 
+def kv_config(bits: tuple[int, ...] | None) -> KVCacheConfig | None:
+    """Return the KV profile of `options.add_kv_bits`; ``None`` leaves the cache alone."""
+    if bits is None:
+        return None
+    return KVCacheConfig(bits=bits[0] if len(bits) == 1 else bits)
+
+
 def plan_of(options: argparse.Namespace, space: SearchSpace) -> SearchPlan:
     """Return the search of `options.SEARCHED` in a space."""
     return SearchPlan(

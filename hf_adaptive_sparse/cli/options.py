@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
-from hf_adaptive_sparse.cli.space_arguments import add_space
+from hf_adaptive_sparse.cli.space_arguments import add_space, widths
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.pruning.metrics import METRICS
@@ -16,6 +16,9 @@ from hf_adaptive_sparse.search.objectives import OBJECTIVES, objective_label
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 
 Runner = Callable[[argparse.Namespace], Answer]
+
+OWN_PROFILE: tuple[int, ...] = ()
+"""Value of ``--kv-bits`` where it is not given: what the model or the profile says."""
 
 
 def add_command(commands: Any, name: str, runner: Runner, text: str) -> argparse.ArgumentParser:
@@ -115,6 +118,18 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="columns that share a scale at 8 and 4 bits (default: the whole row at 8, "
         f"{default_group_size(4)} at 4)",
+    )
+
+
+def add_kv_bits(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the KV cache's bits by layer; ``default`` says what applies without the option."""
+    parser.add_argument(
+        "--kv-bits",
+        type=widths,
+        default=OWN_PROFILE,
+        metavar="BITS",
+        help="bits of the KV cache: one width for all layers, one per layer joined by commas, or "
+        f"none (default: {default})",
     )
 
 

@@ -6,11 +6,13 @@ import argparse
 from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
-from hf_adaptive_sparse.cli.inputs import calibration_of, config_of, model_of
+from hf_adaptive_sparse.cli.inputs import calibration_of, config_of, kv_config, model_of
 from hf_adaptive_sparse.cli.options import (
     CALIBRATED,
+    OWN_PROFILE,
     add_command,
     add_final_prune,
+    add_kv_bits,
     add_offload,
     add_output,
 )
@@ -36,6 +38,7 @@ def add_prune(commands: Any) -> None:
         metavar="GLOB=RATIO",
         help="ratio of the modules that match; may be repeated; other modules stay dense",
     )
+    add_kv_bits(parser, "the profile's, else the cache is left alone")
 
 
 def run_prune(options: argparse.Namespace) -> Answer:
@@ -50,6 +53,8 @@ def run_prune(options: argparse.Namespace) -> Answer:
         kv_cache, weight_bits = profile.kv_cache, profile.weight_bits
         if sparsity is None and options.pattern == "unstructured":
             target = 0.0  # a profile without ratios leaves the weights in
+    if options.kv_bits != OWN_PROFILE:
+        kv_cache = kv_config(options.kv_bits)
     if sparsity is not None and options.target_sparsity is not None:
         raise ValueError(
             "The ratios of --profile or --sparsity fix their own mean, got --target-sparsity "

@@ -172,6 +172,7 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
         target = None
     elif options.target_sparsity is None and any(budget is not None for budget in budgets):
         target = FREE
+    check_ratios(options, target)
     limits: dict[str, Any] = {}
     if options.fit is not None:
         limits = {"context_length": options.context, "batch_size": options.batch}
@@ -236,6 +237,26 @@ def check_left_to_search(options: argparse.Namespace, config: SparsityConfig) ->
             f"--pattern {config.pattern} fixes every ratio, which with --kv-bits none leaves "
             "nothing to search. Prune without a search (the command prune), or give KV bits, such "
             "as --kv-bits 6,8."
+        )
+
+
+def check_ratios(options: argparse.Namespace, target: float | str | None) -> None:
+    """Refuse options of the ratios that others leave without effect.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if options.blocks is not None and not options.granularity.startswith("block"):
+        raise ValueError(
+            f"--blocks is for a granularity of blocks, got --blocks {options.blocks} and "
+            f"--granularity {options.granularity}. Leave one of them out."
+        )
+    has_bounds = options.sparsity_low is not None and options.sparsity_high is not None
+    if options.sparsity_range is not None and (has_bounds or target == FREE):
+        raise ValueError(
+            "--sparsity-range is the distance from --target-sparsity to those bounds that are not "
+            f"given, got {options.sparsity_range:g} and no target, or both bounds. Give "
+            "--target-sparsity, or --sparsity-low and --sparsity-high alone."
         )
 
 

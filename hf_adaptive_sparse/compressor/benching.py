@@ -20,6 +20,9 @@ from hf_adaptive_sparse.report.tables import format_bytes
 
 CHILD = "hf_adaptive_sparse.compressor.bench_process"
 
+PROMPT_TOKENS = 512
+"""Length of the prompt, where the context has room for it."""
+
 
 @dataclass(frozen=True)
 class BenchRow:
@@ -108,7 +111,7 @@ def bench(
     model: ModelSource,
     dense: ModelSource | None = None,
     *,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     new_tokens: int = 32,
     runtimes: Sequence[str] = ("sparse", "dense"),
 ) -> BenchResult:
@@ -122,7 +125,8 @@ def bench(
     Args:
         model: The model, compressed or not.
         dense: The dense model it was made from, to be measured beside it.
-        prompt_tokens: Length of the (random) prompt.
+        prompt_tokens: Length of the (random) prompt. ``None``: 512, or fewer where ``new_tokens``
+            would not fit the context after them.
         new_tokens: Tokens decoded after it.
         runtimes: Runtimes to measure a compressed model in.
 
@@ -131,11 +135,11 @@ def bench(
             cannot be measured.
         OSError: If a model cannot be found.
     """
-    check_count(prompt_tokens, "prompt_tokens")
     check_count(new_tokens, "new_tokens")
-    for source in (model, dense):
-        if source is not None:
-            _check_context(source, prompt_tokens, new_tokens)
+    if prompt_tokens is not None:
+        check_count(prompt_tokens, "prompt_tokens")
+    sources = [model] if dense is None else [model, dense]
+    prompt_tokens = _prompt_tokens(sources, prompt_tokens, new_tokens)
     jobs: list[tuple[ModelSource, str]]
     jobs = [(model, runtime) for runtime in runtimes] if _is_ours(model) else [(model, "dense")]
     jobs += [] if dense is None else [(dense, "dense")]
@@ -149,13 +153,18 @@ def bench(
     return BenchResult(tuple(rows), prompt_tokens, new_tokens, bandwidth)
 
 
-def _check_context(source: ModelSource, prompt_tokens: int, new_tokens: int) -> None:
-    context = context_length(source.load_config())
-    if prompt_tokens + new_tokens > context:
+def _prompt_tokens(sources: Sequence[ModelSource], asked: int | None, new_tokens: int) -> int:
+    """Return the length of the prompt, which with the new tokens fits the context of each model."""
+    contexts = {source.name: context_length(source.load_config()) for source in sources}
+    name = min(contexts, key=lambda name: contexts[name])
+    room = contexts[name] - new_tokens
+    prompt_tokens = max(1, min(PROMPT_TOKENS, room)) if asked is None else asked
+    if prompt_tokens > room:
         raise ValueError(
-            f"prompt_tokens and new_tokens together must fit the context of {source.name}, "
-            f"{context} tokens; got {prompt_tokens} and {new_tokens}. Give fewer."
+            f"prompt_tokens and new_tokens together must fit the context of {name}, "
+            f"{contexts[name]} tokens; got {prompt_tokens} and {new_tokens}. Give fewer."
         )
+    return prompt_tokens
 
 
 def _share(row: BenchRow, bandwidth: float) -> float | None:

@@ -68,12 +68,14 @@ def check_goal(
             f"The config and the space must have one target_sparsity, got "
             f"{config.target_sparsity} and {space.target}."
         )
-    if space.weight_bits is not None and config.weight_group_size is not None:
+    stored_otherwise = config.quantises_weights or config.weight_group_size is not None
+    if space.weight_bits is not None and stored_otherwise:
         raise ValueError(
-            "Searched weight bits have groups of their own (a row at 8 bits, "
-            f"{default_group_size(4)} columns at 4), got weight_group_size="
-            f"{config.weight_group_size}. Leave it out, or give weight_bits in the config instead "
-            "of searching them."
+            "Searched weight bits replace those of the config and have groups of their own (a row "
+            f"at 8 bits, {default_group_size(4)} columns at 4), got weight_bits="
+            f"{config.weight_bits!r} and weight_group_size={config.weight_group_size} beside "
+            f"widths to search, {space.weight_bits}. Give the one or the other (--weight-bits or "
+            "--search-weight-bits)."
         )
     if space.size_bytes is not None or (max_loss is not None and not kv_alone(space)):
         if config.checkpoint_format == "dense":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ class ModelSource:
             OSError: If there is no such repo, or the Hub cannot be reached.
         """
         self._check_folder()
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.name, revision=self.revision)
+        with self._named():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.name, revision=self.revision)
         return config
 
     def load_dense(self) -> PreTrainedModel:
@@ -169,7 +171,8 @@ class ModelSource:
         """
         folder = self._check_folder()
         try:
-            return load_processor(os.fspath(self.name), revision=self.revision)
+            with self._named():
+                return load_processor(os.fspath(self.name), revision=self.revision)
         except (OSError, ValueError) as error:
             if folder is None or any((folder / file).is_file() for file in PROCESSOR_FILES):
                 raise
@@ -184,6 +187,18 @@ class ModelSource:
         if folder is not None:
             read_config(FolderSource(folder))
         return folder
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the repo in an error of the body: transformers does not where the Hub is away."""
+        try:
+            yield
+        except OSError as error:
+            if str(self.name) in str(error) or local_folder(self.name) is not None:
+                raise
+            raise OSError(
+                f"{self.name} is no local folder, and cannot be read from the Hub: {error}"
+            ) from error
 
     def _damaged(self, error: SafetensorError) -> CheckpointError:
         """Return what is wrong with the weights, by file where the headers tell."""

@@ -159,12 +159,13 @@ def local_folder(repo_or_folder: str | os.PathLike[str]) -> Path | None:
     """Return the folder where there is one of that name; ``None``: it can only be a repo.
 
     Raises:
-        ValueError: If it is a path, and there is no folder.
+        ValueError: If it is a path, or a file, and there is no folder.
     """
     text = os.fspath(repo_or_folder)
     if Path(text).is_dir():
         return Path(text)
-    if Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+    is_path = Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    if is_path or Path(text).is_file():
         raise ValueError(f"There is no folder {text!r}. Name a folder or a repo 'owner/name'.")
     return None
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.files import replacing
+from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
@@ -93,6 +94,11 @@ class CardFacts:
     bound: str | None = None
 
     @property
+    def base_name(self) -> str | None:
+        """The base model's name as it may be published."""
+        return None if self.base_model is None else public_name(self.base_model)
+
+    @property
     def prunes(self) -> bool:
         """Whether weights were removed."""
         return self.target_sparsity != 0 or bool(self.achieved_sparsity)
@@ -122,7 +128,7 @@ def write_model_card(folder: str | os.PathLike[str], *, facts: CardFacts) -> Pat
 
 def model_card(facts: CardFacts) -> str:
     """Return the card's text: metadata block and Markdown."""
-    base = _base_name(facts.base_model)
+    base = facts.base_name
     title = f"{base.rsplit('/', 1)[-1]}, compressed" if base else "Compressed model"
     if facts.repo_id:
         title = facts.repo_id.rsplit("/", 1)[-1]
@@ -171,15 +177,8 @@ def _is_repo_id(name: str | None) -> bool:
     return True
 
 
-def _base_name(base_model: str | None) -> str | None:
-    """Return the base model's name without the path of a local folder."""
-    if base_model is None or _is_repo_id(base_model):
-        return base_model
-    return Path(base_model).expanduser().resolve().name
-
-
 def _summary(facts: CardFacts) -> str:
-    base = _base_name(facts.base_model)
+    base = facts.base_name
     linked = "a dense model" if base is None else escape_markdown(base)
     if base is not None and _is_repo_id(facts.base_model):
         linked = f"[{linked}](https://huggingface.co/{base})"
@@ -226,7 +225,7 @@ def _recipe(facts: CardFacts) -> str:
         ("Achieved sparsity", facts.achieved_sparsity),
     ]
     entries: list[tuple[str, object]] = [
-        ("Base model", _base_name(facts.base_model)),
+        ("Base model", facts.base_name),
         *(pruning if facts.prunes else [("Pruning", "none")]),
         ("Weight bits", _widths(facts.weight_bits) or None),
         ("Search", f"{facts.trials} trials" if facts.trials else "none"),

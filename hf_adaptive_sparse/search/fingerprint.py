@@ -64,8 +64,8 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any], stu
     if differences:
         raise StudyMismatch(
             f"The study {study!r} was made for something else and cannot be resumed with this: "
-            f"{'; '.join(differences)} differ. Give another study_name or storage to start a new "
-            "search, or the former arguments to resume."
+            f"{'; '.join(differences)} differ. To resume it, give the former arguments; to start a "
+            "new search, another output folder, storage or study_name (--study)."
         )
 
 

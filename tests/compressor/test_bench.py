@@ -167,12 +167,17 @@ def test_bad_input_is_one_line(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_more_tokens_than_the_context_holds_are_refused(
+def test_the_prompt_fits_the_context(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["bench", str(folders[1]), "--new-tokens", "2", "--prompt-tokens"]
     assert main([*arguments, "511"]) == 2
     assert "dense, 512 tokens; got 511 and 2. Give fewer." in capsys.readouterr().err
-    benching._check_context(ModelSource(folders[1]), 510, 2)
+    assert main(["bench", str(folders[1]), "--new-tokens", "512"]) == 2
+    assert "dense, 512 tokens; got 1 and 512. Give fewer." in capsys.readouterr().err
     MambaConfig().save_pretrained(tmp_path / "unlimited")
-    benching._check_context(ModelSource(tmp_path / "unlimited"), 9999, 2)
+    model, unlimited = ModelSource(folders[1]), ModelSource(tmp_path / "unlimited")
+    assert benching._prompt_tokens([model], 510, 2) == 510
+    assert benching._prompt_tokens([unlimited], 9999, 2) == 9999
+    assert benching._prompt_tokens([unlimited], None, 32) == 512
+    assert benching._prompt_tokens([unlimited, model], None, 32) == 480

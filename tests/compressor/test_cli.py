@@ -203,6 +203,22 @@ def test_the_objective_and_the_trials_are_called_what_they_are(
     assert f"- Search: {distinct} trials\n" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("given", "bits"), [([], 6), (["--kv-bits", "8"], 8), (["--kv-bits", "none"], None)]
+)
+def test_prune_takes_kv_bits_which_override_the_profiles(
+    capsys, llava_folder: Path, tmp_path: Path, given: list[str], bits: int | None
+) -> None:
+    profile = tmp_path / "profile.json"
+    CompressionProfile(kv_cache=KVCacheConfig(bits=6)).save(profile)
+    arguments = [llava_folder, "--output", tmp_path / "out", "--profile", profile, "--no-progress"]
+    code, _, stderr = run(capsys, "prune", *arguments, *given)
+    assert code == 0, stderr
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["target_sparsity"] == 0
+    assert (config["kv_cache"] and config["kv_cache"]["key_bits"]) == (bits and [bits] * 4)
+
+
 def test_prune_by_globs_without_data(capsys, llava_folder: Path, tmp_path: Path) -> None:
     code, stdout, _ = run(
         capsys, "prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude",
@@ -292,6 +308,15 @@ def test_a_model_that_is_not_whole_is_refused_in_one_line(
     code, stdout, stderr = run(capsys, command, llava_folder, *output)
     assert (code, stdout) == (2, "")
     assert message in stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "bench"])
+def test_a_repo_that_cannot_be_reached_is_named(capsys, tmp_path: Path, command: str) -> None:
+    output = ["--output", tmp_path / "out"] if command == "prune" else []
+    code, stdout, stderr = run(capsys, command, "someone/lost", *output)
+    assert (code, stdout) == (2, "")
+    assert "someone/lost is no local folder, and cannot be read from the Hub: " in stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -433,6 +458,12 @@ def test_options_make_the_space(flags, expected):
         (["--context", "8", "--batch", "2"], "got --context and --batch without --fit"),
         (["--context", "8"], "got --context without --fit"),
         (["--target-sparsity", "0", "--sparsity-low", "0.3"], "got --target-sparsity 0. Give"),
+        (["--blocks", "4", "--granularity", "layer"], "got --blocks 4 and --granularity layer."),
+        (
+            ["--sparsity-low", "0.3", "--sparsity-high", "0.7", "--sparsity-range", "0.1"],
+            "got 0.1 and no target, or both bounds",
+        ),
+        (["--size", "4GiB", "--sparsity-range", "0.1"], "got 0.1 and no target, or both bounds"),
         (["--kv-mean-bits", "9"], "kv_mean_bits must lie between"),
         (["--search-weight-bits", "16,8,4"], "16,8,4 leaves the mean open. Give --search-weight"),
         (["--search-weight-mean", "8"], "--search-weight-mean 8 needs the widths"),

@@ -236,8 +236,9 @@ def test_the_dense_model_is_not_touched_by_a_failed_search(
     assert (llava_folder / "model.safetensors").read_bytes() == before
 
 
-def test_searched_widths_have_their_own_groups() -> None:
-    config = SparsityConfig(weight_bits=8, weight_group_size=32)
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_searched_widths_are_not_beside_fixed_ones(group_size: int | None) -> None:
+    config = SparsityConfig(weight_bits=8, weight_group_size=group_size)
     space = SearchSpace(weight_bits=(4, 8, 16), weight_mean_bits=8.0)
     with pytest.raises(ValueError, match="groups of their own"):
         check_goal(config, space, None, 1)
