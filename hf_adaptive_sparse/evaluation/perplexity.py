@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.calibration.data import check_batch
 from hf_adaptive_sparse.calibration.questions import IGNORED
 from hf_adaptive_sparse.evaluation.forward import (
     KVCacheChoice,
@@ -53,7 +54,9 @@ def perplexity(
 
     Raises:
         ValueError: If there are no batches, or no token in them is scored.
-        TypeError: If ``batches`` is a name, a path or a single batch.
+        DataError: If a batch is empty or of mismatched shapes.
+        TypeError: If ``batches`` is a name, a path or a single batch, or one of them is not a dict
+            of tensors.
         NonFiniteError: If the loss of a batch is NaN or infinite.
     """
     if isinstance(batches, str | bytes | os.PathLike | Mapping):
@@ -64,6 +67,7 @@ def perplexity(
     total, count, seen, longest = 0.0, 0, 0, 0
     bar = tqdm(batches, desc="Perplexity", unit="batch", disable=not progress)
     for index, batch in enumerate(bar):
+        check_batch(batch, index)
         seen += 1
         loss, tokens = negative_log_likelihood(model, batch, kv_cache)
         if not math.isfinite(loss):
