@@ -101,7 +101,7 @@ def predict(
         inputs[cache_argument(model)] = cache
         logits = model(**inputs, use_cache=cache is not None).logits
     # A decoder alone predicts at each position the next token; of the last one nothing is known.
-    return Predictions(logits[:, : targets.shape[1]], targets.to(logits.device))
+    return Predictions(logits[:, : targets.shape[1]], targets.to(logits.device, torch.int64))
 
 
 def scored_targets(inputs: Mapping[str, torch.Tensor], media_tokens: Sequence[int]) -> torch.Tensor:
