@@ -20,13 +20,10 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import check_batch
 from hf_adaptive_sparse.calibration.questions import IGNORED
-from hf_adaptive_sparse.evaluation.forward import (
-    KVCacheChoice,
-    NonFiniteError,
-    resolve_kv_cache,
-)
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.scoring import perplexity_of, predict
 from hf_adaptive_sparse.evaluation.windows import unfilled_block, window_tokens
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ def perplexity(
         DataError: If a batch is empty or of mismatched shapes.
         TypeError: If ``batches`` is a name, a path or a single batch, or one of them is not a dict
             of tensors.
-        NonFiniteError: If the loss of a batch is NaN or infinite.
+        NonFiniteError: If keys, values or the loss of a batch are NaN or infinite.
     """
     if isinstance(batches, str | bytes | os.PathLike | Mapping):
         raise TypeError(

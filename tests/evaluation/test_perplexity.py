@@ -10,8 +10,9 @@ from torch.nn import functional
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.evaluation import perplexity as module
 from hf_adaptive_sparse.evaluation import scoring
-from hf_adaptive_sparse.evaluation.forward import NonFiniteError, evaluating
+from hf_adaptive_sparse.evaluation.forward import evaluating
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 
@@ -42,6 +43,11 @@ def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
 
 def single(row: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([row])}
+
+
+def test_ids_may_be_narrower_than_int64(tiny_llama, text_batches) -> None:
+    narrow = [{"input_ids": batch["input_ids"].int()} for batch in text_batches]
+    assert perplexity(tiny_llama, narrow) == perplexity(tiny_llama, text_batches)
 
 
 def test_uniform_model(tiny_llama) -> None:
