@@ -46,7 +46,7 @@ def single(row: list[int]) -> dict[str, torch.Tensor]:
 
 
 def test_ids_may_be_narrower_than_int64(tiny_llama, text_batches) -> None:
-    narrow = [{"input_ids": batch["input_ids"].int()} for batch in text_batches]
+    narrow = [batch | {"input_ids": batch["input_ids"].int()} for batch in text_batches]
     assert perplexity(tiny_llama, narrow) == perplexity(tiny_llama, text_batches)
 
 
