@@ -454,6 +454,7 @@ def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
         ({"timeout_seconds": 0}, ValueError, "timeout_seconds must be a number > 0 or None, got 0"),
         ({"sampler": None}, ValueError, "sampler must be one of tpe, .*, got None"),
         ({"seed": -1}, ValueError, "seed must be a whole number >= 0"),
+        ({"modules_to_not_convert": "*.mlp.*"}, ValueError, "must be a list of module names"),
         ({"metric": "lognrm"}, ValueError, "lognorm"),
         ({"metric": "sparsegpt"}, ValueError, "cannot rank weights once"),
         ({"space": 0.5}, TypeError, "space must be a SearchSpace, got float"),
