@@ -238,21 +238,23 @@ def question_batch(
     return {**batch, "labels": labels}
 
 
-def check_fits(row: Row, tokens: int, context: int) -> None:
+def check_fits(row: Row, tokens: int, context: int, max_new_tokens: int = 0) -> None:
     """Refuse a question that, with its answer, is longer than the model's context.
 
     Args:
         row: The question.
-        tokens: Tokens of both.
+        tokens: Tokens that are read: of both, unless the answer is generated.
         context: Most tokens that the model takes.
+        max_new_tokens: Tokens of a generated answer at most.
 
     Raises:
         DataError: If it is longer; it is named.
     """
-    if tokens > context:
+    if tokens + max_new_tokens > context:
+        new = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
         raise DataError(
             f"A question with its answer must fit into the model's context of {context} tokens; "
-            f"{_named(row)} takes {tokens}. Shorten it, or leave it out."
+            f"{_named(row)} takes {tokens}{new}. Shorten it, or leave it out."
         )
 
 

@@ -252,7 +252,7 @@ def generate_answers(
     # An encoder reads the question by itself.
     said = 0 if model.config.is_encoder_decoder else max_new_tokens
     for row, read in zip(rows, encoded["attention_mask"].sum(1).tolist(), strict=True):
-        check_fits(row, read + said, context_length(model))
+        check_fits(row, read, context_length(model), said)
     inputs = to_model(model, encoded)
     settings = _greedy(model, tokenizer, max_new_tokens)
     with evaluating(model), _generating_by(model, settings):
