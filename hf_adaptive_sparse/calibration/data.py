@@ -143,21 +143,34 @@ def check_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Batch]:
     """
     checked: list[Batch] = []
     for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"A batch must be a dict of tensors; batch {index} is {type(batch).__name__}."
-            )
-        for key, value in batch.items():
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(
-                    f"A batch must hold tensors; {key!r} of batch {index} is "
-                    f"{type(value).__name__}."
-                )
-        _check_tokens(batch, index)
+        check_batch(batch, index)
         checked.append(dict(batch))
     if not checked:
         raise DataError("At least one batch is needed; the list is empty.")
     return checked
+
+
+def check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
+    """Check a ready batch.
+
+    Args:
+        batch: The batch.
+        index: Its place among all, for messages.
+
+    Raises:
+        DataError: If it is empty or of mismatched shapes.
+        TypeError: If it is not a dict of tensors.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"A batch must be a dict of tensors; batch {index} is {type(batch).__name__}."
+        )
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"A batch must hold tensors; {key!r} of batch {index} is {type(value).__name__}."
+            )
+    _check_tokens(batch, index)
 
 
 def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
@@ -198,6 +211,7 @@ __all__ = [
     "Records",
     "Row",
     "Source",
+    "check_batch",
     "check_batches",
     "format_question",
     "load_batches",

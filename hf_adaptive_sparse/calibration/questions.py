@@ -232,14 +232,30 @@ def question_batch(
                 f"An answer must have a token to score; that to {_named(rows[index])} has none."
             )
         read = batch["input_ids"][index, : int(batch["attention_mask"][index].sum())]
-        if len(read) > context:
-            raise DataError(
-                f"A question with its answer must fit into the model's context of {context} "
-                f"tokens; {_named(rows[index])} takes {len(read)}. Shorten it, or leave it out."
-            )
+        check_fits(rows[index], len(read), context)
         end = _answer_end(read.tolist(), answer, len(read) - bool(eos))
         labels[index, end - len(answer) : end] = read[end - len(answer) : end]
     return {**batch, "labels": labels}
+
+
+def check_fits(row: Row, tokens: int, context: int, max_new_tokens: int = 0) -> None:
+    """Refuse a question that, with its answer, is longer than the model's context.
+
+    Args:
+        row: The question.
+        tokens: Tokens that are read: of both, unless the answer is generated.
+        context: Most tokens that the model takes.
+        max_new_tokens: Tokens of a generated answer at most.
+
+    Raises:
+        DataError: If it is longer; it is named.
+    """
+    if tokens + max_new_tokens > context:
+        new = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+        raise DataError(
+            f"A question with its answer must fit into the model's context of {context} tokens; "
+            f"{_named(row)} takes {tokens}{new}. Shorten it, or leave it out."
+        )
 
 
 def _named(row: Row) -> str:

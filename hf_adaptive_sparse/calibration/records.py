@@ -38,11 +38,13 @@ __all__ = [
     "Records",
     "Row",
     "Table",
+    "check_unicode",
     "load_image",
     "open_table",
     "read_answers",
     "read_records",
     "row_image",
+    "text_rows",
 ]
 
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -195,7 +197,7 @@ def _of_columns(
         if asked is not None:
             rows = partial(_questions, table, medium, column, *asked)
             return Records(table.name, _KINDS[medium], rows)
-    return Records(table.name, "text", lambda: _texts(table)) if TEXT in columns else None
+    return Records(table.name, "text", lambda: text_rows(table)) if TEXT in columns else None
 
 
 def _asked(columns: Collection[str]) -> tuple[str | None, str] | None:
@@ -208,7 +210,12 @@ def _first(names: Iterable[str], columns: Collection[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def _texts(table: Table) -> Iterator[Row]:
+def text_rows(table: Table) -> Iterator[Row]:
+    """Start a pass over the rows of a table that have a ``text``.
+
+    Raises:
+        DataError: If one holds something other than text, or a lone surrogate.
+    """
     for number, row in enumerate(table.scan([TEXT])):
         text = row.get(TEXT)
         if text is None:
@@ -218,7 +225,7 @@ def _texts(table: Table) -> Iterator[Row]:
                 f"Column 'text' must hold text; row {number} of {table.name} holds "
                 f"{type(text).__name__}."
             )
-        _check_unicode(text, f"row {number} of {table.name}")
+        check_unicode(text, f"row {number} of {table.name}")
         yield {TEXT: text}
 
 
@@ -241,7 +248,7 @@ def _questions(
                 f"Every row must have {_article(column)}, a question and an answer; {place} lacks "
                 f"one: nothing usable in {names}."
             )
-        _check_unicode("".join((str(asked), *answers)), place)
+        check_unicode("".join((str(asked), *answers)), place)
         shown = row[column] if table.folder is None else _resolve(row[column], table.folder)
         yield {
             medium: shown,
@@ -252,7 +259,7 @@ def _questions(
         }
 
 
-def _check_unicode(text: str, place: str) -> None:
+def check_unicode(text: str, place: str) -> None:
     """Refuse lone surrogates, which JSON can spell and no tokenizer takes.
 
     Raises:

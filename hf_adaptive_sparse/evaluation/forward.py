@@ -26,10 +26,6 @@ KVCacheChoice = KVCacheConfig | bool | None
 ``True`` is refused, as it names none."""
 
 
-class NonFiniteError(ValueError):
-    """A model computed NaN or infinity."""
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode, without gradients; restore each module's mode afterwards."""

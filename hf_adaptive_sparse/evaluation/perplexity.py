@@ -18,14 +18,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.calibration.data import check_batch
 from hf_adaptive_sparse.calibration.questions import IGNORED
-from hf_adaptive_sparse.evaluation.forward import (
-    KVCacheChoice,
-    NonFiniteError,
-    resolve_kv_cache,
-)
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.scoring import perplexity_of, predict
 from hf_adaptive_sparse.evaluation.windows import unfilled_block, window_tokens
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +51,10 @@ def perplexity(
 
     Raises:
         ValueError: If there are no batches, or no token in them is scored.
-        TypeError: If ``batches`` is a name, a path or a single batch.
-        NonFiniteError: If the loss of a batch is NaN or infinite.
+        DataError: If a batch is empty or of mismatched shapes.
+        TypeError: If ``batches`` is a name, a path or a single batch, or one of them is not a dict
+            of tensors.
+        NonFiniteError: If keys, values or the loss of a batch are NaN or infinite.
     """
     if isinstance(batches, str | bytes | os.PathLike | Mapping):
         raise TypeError(
@@ -64,6 +64,7 @@ def perplexity(
     total, count, seen, longest = 0.0, 0, 0, 0
     bar = tqdm(batches, desc="Perplexity", unit="batch", disable=not progress)
     for index, batch in enumerate(bar):
+        check_batch(batch, index)
         seen += 1
         loss, tokens = negative_log_likelihood(model, batch, kv_cache)
         if not math.isfinite(loss):

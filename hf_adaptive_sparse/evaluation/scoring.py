@@ -101,7 +101,7 @@ def predict(
         inputs[cache_argument(model)] = cache
         logits = model(**inputs, use_cache=cache is not None).logits
     # A decoder alone predicts at each position the next token; of the last one nothing is known.
-    return Predictions(logits[:, : targets.shape[1]], targets.to(logits.device))
+    return Predictions(logits[:, : targets.shape[1]], targets.to(logits.device, torch.int64))
 
 
 def scored_targets(inputs: Mapping[str, torch.Tensor], media_tokens: Sequence[int]) -> torch.Tensor:
@@ -120,7 +120,7 @@ def scored_targets(inputs: Mapping[str, torch.Tensor], media_tokens: Sequence[in
         labels = ids.clone()
     targets = labels[:, 1:].clone()
     mask = inputs.get("attention_mask")
-    if mask is not None and mask.ndim == 2:
+    if mask is not None:
         # The first real token after left padding has nothing before it to be predicted from.
         targets[(mask[:, 1:] == 0) | (mask[:, :-1] == 0)] = IGNORED
     if ids is not None:

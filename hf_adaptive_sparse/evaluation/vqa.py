@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_adaptive_sparse.architecture import cache_argument
+from hf_adaptive_sparse.architecture import cache_argument, context_length
 from hf_adaptive_sparse.calibration.media import (
     Media,
     accepted_media,
@@ -28,6 +28,7 @@ from hf_adaptive_sparse.calibration.media import (
 )
 from hf_adaptive_sparse.calibration.questions import (
     answer_ids,
+    check_fits,
     encode_questions,
     format_answer,
     format_question,
@@ -127,7 +128,7 @@ def vqa_accuracy(
         progress: Show a progress bar.
 
     Raises:
-        DataError: If the data hold no questions.
+        DataError: If the data hold no questions, or one that does not fit into the model's context.
         ValueError: If the model or the processor does not take what they are about, or an argument
             is invalid.
     """
@@ -238,12 +239,20 @@ def generate_answers(
         kv_cache: As for `vqa_accuracy`.
         max_new_tokens: Tokens per answer at most.
         prompt: See `format_question`.
+
+    Raises:
+        DataError: If a question and an answer of ``max_new_tokens`` do not fit into the model's
+            context, or something cannot be opened.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     media = Media.of(rows)
     medium = None if media is None else media.medium
     prompts = [format_question(processor, row["question"], prompt, medium=medium) for row in rows]
     encoded = encode_questions(processor, prompts, media, "left")
+    # An encoder reads the question by itself.
+    said = 0 if model.config.is_encoder_decoder else max_new_tokens
+    for row, read in zip(rows, encoded["attention_mask"].sum(1).tolist(), strict=True):
+        check_fits(row, read, context_length(model), said)
     inputs = to_model(model, encoded)
     settings = _greedy(model, tokenizer, max_new_tokens)
     with evaluating(model), _generating_by(model, settings):

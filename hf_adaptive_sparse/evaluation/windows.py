@@ -16,7 +16,18 @@ def longest_window(batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
 
 def window_tokens(batch: Mapping[str, torch.Tensor]) -> int:
     """Return the tokens of each window of a batch; 0 where it holds none."""
-    return next((batch[k].shape[1] for k in ("input_ids", "inputs_embeds") if k in batch), 0)
+    return token_shape(batch)[1]
+
+
+def token_shape(batch: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """Return how many windows a batch holds, and of how many tokens; zeros where it holds none.
+
+    Of a batch with ``decoder_input_ids`` these are counted: the encoder may read no tokens.
+    """
+    for name in ("decoder_input_ids", "input_ids", "inputs_embeds"):
+        if name in batch:
+            return batch[name].shape[0], batch[name].shape[1]
+    return 0, 0
 
 
 def unfilled_block(longest: int, kv_cache: KVCacheConfig) -> str | None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 
+class NonFiniteError(ValueError):
+    """A model computed NaN or infinity, or states whose steps would be infinite."""
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in: float32, or the elements' own where that is wider."""
     return torch.promote_types(dtype, torch.float32)
@@ -52,19 +56,19 @@ def check_finite(extent: torch.Tensor, states: torch.Tensor, what: str) -> None:
         what: Their name, for the error message.
 
     Raises:
-        ValueError: Naming the states, and what is wrong with them.
+        NonFiniteError: Naming the states, and what is wrong with them.
     """
     if bool(torch.isfinite(extent).all()):
         return
     if bool(torch.isfinite(states).all()):
         kind = str(metadata_dtype(states.dtype)).removeprefix("torch.")
-        raise ValueError(
+        raise NonFiniteError(
             f"The {what} span more than {kind} can hold, which steps and minima of "
             f"{str(states.dtype).removeprefix('torch.')} states are stored in (largest value "
             f"{torch.finfo(metadata_dtype(states.dtype)).max:.6g}, largest element "
             f"{float(states.abs().max()):.6g}): keep them at 16 bits, or use bfloat16."
         )
-    raise ValueError(
+    raise NonFiniteError(
         f"The {what} must be finite to be quantised, got NaN or Inf. The model produced them "
         f"(float16 overflow is a common cause: try bfloat16); at 16 bits they are kept as is."
     )

@@ -7,7 +7,7 @@ CPU memory while the layers are on an accelerator.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
@@ -28,9 +28,9 @@ from hf_adaptive_sparse.pruning.one_shot import rank_model
 from hf_adaptive_sparse.pruning.patterns import Pattern, parse_pattern
 from hf_adaptive_sparse.pruning.preparation import (
     Batches,
-    check_batches,
     named_weights,
     progress_bar,
+    require_batches,
     warn_of_experts,
 )
 from hf_adaptive_sparse.pruning.ranking import removal_count
@@ -104,7 +104,7 @@ def prune_model(
     layers_name, _ = decoder_layers(model)
     weights = named_weights(model, ratios)
     targets = {name: parsed.check(ratios[name], f"ratio of {name!r}") for name in weights}
-    check_batches(method, batches)
+    require_batches(method, batches)
     warn_of_experts(model)
     by_layer: dict[int, dict[str, Prunable]] = {}
     for name, weight in weights.items():
@@ -128,23 +128,12 @@ def prune_model(
             if residence is not EVERYWHERE:
                 for name, weight in turn.weights.items():
                     check_sound(weight, name)
-            for name, weight in turn.weights.items():
-                if isinstance(weight, ExpertStack):
-                    gone, experts = prune_experts_(
-                        weight,
-                        stored_weight(weight, name),
-                        name,
-                        targets[name],
-                        method,
-                        parsed,
-                        turn.statistics,
-                        min_expert_tokens,
-                        turn.experts,
-                    )
-                    without_data[name] = (*without_data.get(name, ()), *experts)
-                else:
-                    gone = _prune_linear_(model, name, targets[name], method, parsed, turn)
+            for name in turn.weights:
+                gone, experts = _prune_weight_(
+                    model, name, targets[name], method, parsed, turn, min_expert_tokens
+                )
                 removed[name] += gone
+                without_data[name] = (*without_data.get(name, ()), *experts)
             if turn.statistics is not None:
                 turn.statistics.release()
             if not turn.last:
@@ -174,18 +163,35 @@ def prune_model(
     )
 
 
-def _prune_linear_(
+def _prune_weight_(
     model: PreTrainedModel,
     name: str,
     ratio: float,
     method: PruningMethod,
     pattern: Pattern,
     turn: Turn,
-) -> int:
-    """Prune the weight of one linear in place, and return how many of its elements went."""
+    min_expert_tokens: int,
+) -> tuple[int, Sequence[int]]:
+    """Prune one linear, or the experts of a turn, in place.
+
+    Returns:
+        How many elements went, and the experts that were scored without data.
+    """
     weight = turn.weights[name]
     stored = stored_weight(weight, name)
-    return method.prune_(
+    if isinstance(weight, ExpertStack):
+        return prune_experts_(
+            weight,
+            stored,
+            name,
+            ratio,
+            method,
+            pattern,
+            turn.statistics,
+            min_expert_tokens,
+            turn.experts,
+        )
+    gone = method.prune_(
         stored,
         parameter_name(name, weight),
         removal_count(stored.numel(), ratio),
@@ -193,3 +199,4 @@ def _prune_linear_(
         None if turn.statistics is None else turn.statistics.statistic(name),
         fused_rows(model, name),
     )
+    return gone, ()

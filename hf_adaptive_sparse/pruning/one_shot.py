@@ -25,8 +25,8 @@ from hf_adaptive_sparse.pruning.metrics import (
 )
 from hf_adaptive_sparse.pruning.preparation import (
     Batches,
-    check_batches,
     progress_bar,
+    require_batches,
     warn_of_experts,
 )
 from hf_adaptive_sparse.pruning.ranking import Ranking
@@ -69,7 +69,7 @@ def rank_model(
     """
     chosen = check_scores(get_metric(metric))
     weights = prunable_weights(model, modules_to_not_convert)
-    check_batches(PruningMethod(chosen), batches)
+    require_batches(PruningMethod(chosen), batches)
     warn_of_experts(model)
     for name, weight in weights.items():
         check_sound(weight, name)

@@ -35,7 +35,7 @@ def named_weights(model: nn.Module, ratios: Mapping[str, float]) -> dict[str, Pr
     return {name: weight for name, weight in weights.items() if name in ratios}
 
 
-def check_batches(method: PruningMethod, batches: Batches | None) -> None:
+def require_batches(method: PruningMethod, batches: Batches | None) -> None:
     """Refuse missing or empty calibration data where the method needs some.
 
     Raises:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch, load_batches
 from hf_adaptive_sparse.evaluation.digests import batches_digest
-from hf_adaptive_sparse.evaluation.windows import longest_window, unfilled_block
+from hf_adaptive_sparse.evaluation.windows import longest_window, token_shape, unfilled_block
 from hf_adaptive_sparse.profiles import CalibrationConfig
 from hf_adaptive_sparse.search.space import SearchSpace
 
@@ -147,7 +147,7 @@ def warn_of_weak_evaluation(
     evaluation: Sequence[Batch], calibration: Sequence[Batch] | None, space: SearchSpace
 ) -> None:
     """Log what makes the search's values unreliable."""
-    windows = sum(_rows(batch) for batch in evaluation)
+    windows = sum(token_shape(batch)[0] for batch in evaluation)
     if windows < 2:
         logger.warning(
             "The evaluation set holds a single window: its perplexity will hardly tell profiles "
@@ -167,8 +167,3 @@ def warn_of_weak_evaluation(
 def short_windows(batches: Sequence[Mapping[str, torch.Tensor]], space: SearchSpace) -> str | None:
     """Return why the KV bits of a space make no difference on data; ``None`` if they make one."""
     return unfilled_block(longest_window(batches), space.kv_config(8, 8))
-
-
-def _rows(batch: Mapping[str, torch.Tensor]) -> int:
-    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return tokens.shape[0]

@@ -77,6 +77,11 @@ class KVPlan(ABC):
         """Parameters that a budget in bytes may move, each a place in the palette."""
         return ()
 
+    @property
+    def measurable(self) -> FreeSplit | None:
+        """This plan, where the units' sensitivities tell the best split; else ``None``."""
+        return None
+
     @abstractmethod
     def assign(self, values: Mapping[str, float]) -> tuple[LayerBits, ...]:
         """Return ``(key bits, value bits)`` per decoder layer.
@@ -223,6 +228,11 @@ class FreeSplit(KVPlan):
     def movable(self) -> tuple[str, ...]:
         """The wishes, where no mean holds them."""
         return () if self.allocation is not None else tuple(map(self._name, self.units))
+
+    @property
+    def measurable(self) -> FreeSplit | None:
+        """This plan, where there are several widths and a mean to hold."""
+        return None if self.allocation is None or len(self.palette) < 2 else self
 
     def assign(self, values: Mapping[str, float]) -> tuple[LayerBits, ...]:
         """Give every unit what it wishes for, as far as the mean allows."""

@@ -26,6 +26,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.checkpoint.fields import module_names
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -121,7 +122,7 @@ def search_within(
         )
     for what, windows in (("Evaluation", seen), ("Held-out", unseen)):
         check_lengths(windows, space, what)
-    excluded = tuple(modules_to_not_convert or ())
+    excluded = tuple(module_names(modules_to_not_convert))
     spaces, unit = spaces_by_budget(model, space, excluded)
     dense = losses_under(model, seen, CompressionProfile())
     if not sum(count for _, count in dense):
@@ -134,9 +135,20 @@ def search_within(
     if indistinct:
         spaces, unit = spaces_by_budget(model, space, excluded)
     searches = _Searches(
+        run=partial(
+            search,
+            model,
+            calibration,
+            evaluation,
+            metric=metric,
+            modules_to_not_convert=excluded,
+            compare_widths=False,
+            **settings,
+        ),
         model=model,
         calibration=calibration,
-        evaluation=evaluation,
+        metric=metric,
+        excluded=excluded,
         seen=seen,
         unseen=unseen,
         dense=dense,
@@ -145,8 +157,6 @@ def search_within(
         final=final,
         n_trials=n_trials,
         study_name=study_name or STUDY_NAME,
-        ranking={"metric": metric, "modules_to_not_convert": excluded},
-        settings=settings,
     )
     budgets = list(spaces)
     smallest = bisect_left(budgets, True, key=lambda budget: searches.at(budget) <= max_loss)
@@ -180,9 +190,11 @@ class _Searches:
     """A search for each budget that is asked for, and the loss of its best profile.
 
     Attributes:
+        run: Carries out a search, given its space, its study's name and its trials.
         model: The dense model.
         calibration: As for `search_within`.
-        evaluation: As for `search_within`.
+        metric: Metric that ranks the weights.
+        excluded: Names or globs of linears that stay dense.
         seen: The windows of the evaluation data.
         unseen: The held-out windows.
         dense: The dense model's losses on the windows that are seen.
@@ -191,17 +203,16 @@ class _Searches:
         final: As for `search_within`.
         n_trials: Trials of each search.
         study_name: Start of the studies' names.
-        ranking: How weights are ranked and which are left out: ``metric`` and
-            ``modules_to_not_convert``.
-        settings: The other settings of the searches.
         found: Budget -> its search; without those whose trials all failed.
         tried: Budget -> increase of the perplexity on the evaluation data, in the order tried;
             infinite where all trials failed.
     """
 
+    run: Callable[..., SearchResult]
     model: PreTrainedModel
     calibration: Batches | None
-    evaluation: Batches
+    metric: str
+    excluded: Sequence[str]
     seen: Batches
     unseen: Batches
     dense: Sequence[Loss]
@@ -210,8 +221,6 @@ class _Searches:
     final: FinalPrune | None
     n_trials: int
     study_name: str
-    ranking: Mapping[str, Any]
-    settings: Mapping[str, Any]
     found: dict[float, SearchResult] = field(default_factory=dict, init=False)
     tried: dict[float, float] = field(default_factory=dict, init=False)
     _after_final: dict[float, list[Loss]] = field(default_factory=dict, init=False)
@@ -232,23 +241,20 @@ class _Searches:
         if self.final is not None:
             return self._after_final[budget]
         profile = self.found[budget].best_profile
-        return losses_under(self.model, self.unseen, profile, self.calibration, **self.ranking)
+        return losses_under(
+            self.model,
+            self.unseen,
+            profile,
+            self.calibration,
+            metric=self.metric,
+            modules_to_not_convert=self.excluded,
+        )
 
     def _search(self, budget: float) -> SearchResult:
         space = self.spaces[budget]
         suffix = f"{budget:.0f}" if self.unit == BYTES else f"{budget:g}"
-        run = partial(
-            search,
-            self.model,
-            self.calibration,
-            self.evaluation,
-            space,
-            study_name=f"{self.study_name}-{suffix}",
-            compare_widths=False,
-            **self.ranking,
-            **self.settings,
-        )
-        if not chooses(self.model, space, self.ranking["modules_to_not_convert"]):
+        run = partial(self.run, space, study_name=f"{self.study_name}-{suffix}")
+        if not chooses(self.model, space, self.excluded):
             return run(n_trials=1)
         try:
             return run(n_trials=self.n_trials)

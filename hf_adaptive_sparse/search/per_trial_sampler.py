@@ -33,12 +33,15 @@ class PerTrialSampler(BaseSampler):
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make, self._seed = make, seed
-        self._sampler = make(seed)
+        self._sampler = make(self._seed_of(0))
+
+    def _seed_of(self, place: int) -> int:
+        """Return the seed of a trial, in the 32 bits that samplers take."""
+        return int(np.random.SeedSequence([self._seed, place]).generate_state(1)[0])
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Make the trial's own sampler."""
-        place = trial_place(study, trial.number)
-        seed = int(np.random.SeedSequence([self._seed, place]).generate_state(1)[0])
+        seed = self._seed_of(trial_place(study, trial.number))
         stuck = tally(study).repeats >= REPEATS_UNTIL_RANDOM
         self._sampler = RandomSampler(seed) if stuck else self._make(seed)
         self._sampler.before_trial(study, trial)

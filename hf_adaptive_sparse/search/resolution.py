@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from hf_adaptive_sparse.evaluation.windows import token_shape
 from hf_adaptive_sparse.search.trials import Tally
 
 if TYPE_CHECKING:
@@ -88,7 +89,6 @@ def resolution_warning(
 
 
 def _tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    if "attention_mask" in batch and batch["attention_mask"].ndim == 2:
+    if "attention_mask" in batch and "decoder_input_ids" not in batch:
         return int(batch["attention_mask"].sum())
-    states = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"]
-    return states.shape[0] * states.shape[1]
+    return math.prod(token_shape(batch))

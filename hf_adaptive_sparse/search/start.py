@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Evaluator
-from hf_adaptive_sparse.search.kv_plan import FreeSplit
 from hf_adaptive_sparse.search.kv_sensitivity import KVSensitivity, measure_kv_sensitivity
 from hf_adaptive_sparse.search.sensitivity import (
     Sensitivity,
@@ -95,8 +94,8 @@ def _ratios(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> Sens
 
 
 def _kv(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> KVSensitivity | None:
-    plan = shape.kv
-    if not isinstance(plan, FreeSplit) or plan.allocation is None or len(plan.palette) < 2:
+    plan = None if shape.kv is None else shape.kv.measurable
+    if plan is None:
         return None
     batches = probed_batches(evaluator)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.checkpoint.fields import module_names
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.checks import (
@@ -146,7 +147,8 @@ def search(
     check_arguments(n_trials, seed, metric, space)
     check_limits(timeout_seconds, goal, space)
     check_sampler(sampler)
-    shape = ModelShape.of(model, space, modules_to_not_convert)
+    excluded = tuple(module_names(modules_to_not_convert))
+    shape = ModelShape.of(model, space, excluded)
     check_weights(model, shape.numel)
     check_left_to_choose(n_trials, goal, space, shape)
     # A budget that cannot be met is refused here, so that it leaves no study behind.
@@ -160,7 +162,6 @@ def search(
         ranks=space.prunes and get_metric(metric).needs_calibration,
     )
     warn_of_weak_evaluation(data.evaluation, data.calibration, space)
-    excluded = tuple(modules_to_not_convert or ())
     made_for = fingerprint(
         model,
         space=space.to_dict(),

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.evaluation import perplexity as module
 from hf_adaptive_sparse.evaluation import scoring
-from hf_adaptive_sparse.evaluation.forward import NonFiniteError, evaluating
+from hf_adaptive_sparse.evaluation.forward import evaluating
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 
@@ -41,6 +43,11 @@ def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
 
 def single(row: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.tensor([row])}
+
+
+def test_ids_may_be_narrower_than_int64(tiny_llama, text_batches) -> None:
+    narrow = [batch | {"input_ids": batch["input_ids"].int()} for batch in text_batches]
+    assert perplexity(tiny_llama, narrow) == perplexity(tiny_llama, text_batches)
 
 
 def test_uniform_model(tiny_llama) -> None:
@@ -224,3 +231,20 @@ def test_windows_that_fill_no_block_are_remarked_on(
     assert (quantised == pytest.approx(plain, rel=1e-6)) == bool(said)
     assert len(caplog.records) == bool(said)
     assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": torch.tensor([5, 6, 7])}, r"shape \(batch, seq\).* batch 1 has \(3,\)"),
+        ({"labels": torch.tensor([[5, 6]])}, r"labels must have the shape \(1, 3\).* has \(1, 2\)"),
+        (
+            {"attention_mask": torch.ones(1, 1, 3, 3)},
+            r"attention_mask must have the shape \(1, 3\)",
+        ),
+    ],
+)
+def test_batches_of_wrong_shapes_are_named(tiny_llama, changes, message: str) -> None:
+    good = single([5, 6, 7])
+    with pytest.raises(DataError, match=message):
+        perplexity(tiny_llama, [good, good | changes])

@@ -59,6 +59,7 @@ class TestEverySampler:
         first, second = run(name, 14), run(name, 14)
         assert [t.params for t in first.trials] == [t.params for t in second.trials]
         assert len({tuple(t.params.values()) for t in first.trials}) > 10
+        assert len(run(name, 2, seed=2**40).trials) == 2
         if name != "random":
             other = run(name, 14, seed=1)
             assert [t.params for t in other.trials] != [t.params for t in first.trials]

@@ -16,7 +16,7 @@ from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.search import evaluator as evaluator_module
-from hf_adaptive_sparse.search.errors import SearchError, StorageError, TrialFailure
+from hf_adaptive_sparse.search.errors import SearchError, StorageError, TrialFailure, TrialsFailed
 from hf_adaptive_sparse.search.evaluation_result import Evaluation
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
@@ -418,6 +418,25 @@ def test_weights_that_are_not_finite_are_named(run, tiny_llama):
         run()
 
 
+def test_states_that_no_cache_can_hold_fail_the_trial(run, tiny_llama):
+    batch = {"input_ids": torch.randint(5, 128, (2, 32))}
+    tiny_llama.model.embed_tokens.weight.data[batch["input_ids"][0, 3]] = torch.nan
+    with pytest.raises(TrialsFailed, match=r"5 of 5 trials failed.*keys of layer 0 must be finite"):
+        run(evaluation=[batch], metric="magnitude")
+
+
+def test_an_encoder_of_features_is_searched(run, tiny_whisper, caplog):
+    def batch(rows):
+        ids = torch.randint(5, 99, (rows, 16))
+        sounds = torch.randn(rows, 8, 32)
+        return {"input_features": sounds, "decoder_input_ids": ids, "labels": ids.roll(-1, 1)}
+
+    batches = {"calibration": [batch(2)], "evaluation": [batch(2), batch(1)]}
+    result = run(model=tiny_whisper, n_trials=3, **batches)
+    assert len(result.history) == 3
+    assert "fills a block" not in caplog.text
+
+
 def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
     tiny = [{"input_ids": torch.randint(5, 128, (1, 6))}]
     run(n_trials=1, evaluation=tiny)
@@ -435,6 +454,7 @@ def test_weak_evaluations_are_warned_of(run, text_batches, caplog):
         ({"timeout_seconds": 0}, ValueError, "timeout_seconds must be a number > 0 or None, got 0"),
         ({"sampler": None}, ValueError, "sampler must be one of tpe, .*, got None"),
         ({"seed": -1}, ValueError, "seed must be a whole number >= 0"),
+        ({"modules_to_not_convert": "*.mlp.*"}, ValueError, "must be a list of module names"),
         ({"metric": "lognrm"}, ValueError, "lognorm"),
         ({"metric": "sparsegpt"}, ValueError, "cannot rank weights once"),
         ({"space": 0.5}, TypeError, "space must be a SearchSpace, got float"),

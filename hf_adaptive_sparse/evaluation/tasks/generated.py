@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.calibration.records import IMAGE, QUESTION, DataError, Row, Table
+from hf_adaptive_sparse.calibration.media import COLUMN, PLACE
+from hf_adaptive_sparse.calibration.records import (
+    IMAGE,
+    QUESTION,
+    DataError,
+    Row,
+    Table,
+    check_unicode,
+    row_image,
+)
 from hf_adaptive_sparse.evaluation.tasks.task import (
     Figures,
     Item,
@@ -51,7 +60,13 @@ class GeneratedTask(Task):
     def evaluate(
         self, model: PreTrainedModel, processor: Any, items: Sequence[Item], setting: Setting
     ) -> list[Outcome]:
-        """Generate and score an answer to each item."""
+        """Generate and score an answer to each item.
+
+        Raises:
+            DataError: If a question is no valid Unicode or does not fit into the model's context.
+        """
+        for item in items:
+            check_unicode(item.content[QUESTION], item.content[PLACE])
         prompt = setting.prompt
         if prompt is None and getattr(processor, "chat_template", None):
             prompt = self.prompt
@@ -74,17 +89,17 @@ class GeneratedTask(Task):
         return mean_figures([outcome["score"] for outcome in outcomes], {"ended_ratio": ended})
 
 
-def require_question(row: Row, number: int, table: Table, *, image: bool) -> None:
-    """Refuse a row without a question, or without an image where there must be one.
+def read_question(row: Row, number: int, table: Table, *, needs_image: bool) -> dict[str, Any]:
+    """Return the question of a row and its image, if any, as `generate_answers` takes them.
 
     Raises:
-        DataError: Naming the row.
+        DataError: Naming the row, if it has no question, or no image where there must be one.
     """
+    place = f"row {number} of {table.name}"
     for column, present in (
         (QUESTION, isinstance(row.get(QUESTION), str)),
-        (IMAGE, row.get(IMAGE) is not None or not image),
+        (IMAGE, row.get(IMAGE) is not None or not needs_image),
     ):
         if not present:
-            raise DataError(
-                f"Every row must have the column {column!r}; row {number} of {table.name} lacks it."
-            )
+            raise DataError(f"Every row must have the column {column!r}; {place} lacks it.")
+    return {IMAGE: row_image(table, row), QUESTION: row[QUESTION], COLUMN: IMAGE, PLACE: place}

@@ -15,9 +15,8 @@ from hf_adaptive_sparse.calibration.records import (
     DataError,
     Row,
     Table,
-    row_image,
 )
-from hf_adaptive_sparse.evaluation.tasks.generated import GeneratedTask, require_question
+from hf_adaptive_sparse.evaluation.tasks.generated import GeneratedTask, read_question
 from hf_adaptive_sparse.evaluation.tasks.task import (
     Figures,
     Item,
@@ -54,7 +53,7 @@ class ScienceQA(GeneratedTask):
         """Yield the questions; those with an image and those without are batched apart."""
         hints = [HINT] if HINT in table.columns else []
         for number, row in enumerate(table.scan([*self.columns, *hints])):
-            require_question(row, number, table, image=False)
+            content = read_question(row, number, table, needs_image=False)
             choices, answer = row[CHOICES], row[ANSWER]
             if not _is_choice(choices, answer):
                 raise DataError(
@@ -62,14 +61,12 @@ class ScienceQA(GeneratedTask):
                     f"of them, from 0; row {number} of {table.name} has {len(choices or ())} "
                     f"choices and the answer {answer!r}."
                 )
-            image = row_image(table, row)
-            content = {
-                IMAGE: image,
+            content |= {
                 QUESTION: lettered_question(row[QUESTION], choices, row.get(HINT)),
                 CHOICES: list(choices),
                 ANSWER: int(answer),
             }
-            yield Item(str(number), content, "text" if image is None else "image")
+            yield Item(str(number), content, "text" if content[IMAGE] is None else "image")
 
     def score(self, answer: str, content: Row) -> Outcome:
         """Score 1 for the right choice."""

@@ -18,9 +18,8 @@ from hf_adaptive_sparse.calibration.records import (
     Row,
     Table,
     read_answers,
-    row_image,
 )
-from hf_adaptive_sparse.evaluation.tasks.generated import GeneratedTask, require_question
+from hf_adaptive_sparse.evaluation.tasks.generated import GeneratedTask, read_question
 from hf_adaptive_sparse.evaluation.tasks.task import Item, Outcome, Setting, register_task
 from hf_adaptive_sparse.evaluation.vqa_answers import mean_agreement, normalize_answer
 
@@ -40,19 +39,15 @@ class SoftAccuracyTask(GeneratedTask):
         """Yield the questions."""
         ids = [QUESTION_ID] if QUESTION_ID in table.columns else []
         for number, row in enumerate(table.scan([*self.columns, *ids])):
-            require_question(row, number, table, image=True)
+            content = read_question(row, number, table, needs_image=True)
             answers = read_answers(row[ANSWERS])
             if not answers:
                 raise DataError(
                     f"Every question must have at least one answer; row {number} of {table.name} "
                     "has none (the test splits' answers are not public: use the validation split)."
                 )
-            content = {
-                IMAGE: row_image(table, row),
-                QUESTION: row[QUESTION],
-                ANSWERS: answers,
-            }
-            yield Item(f"{number}:{row[QUESTION_ID]}" if ids else str(number), content)
+            key = f"{number}:{row[QUESTION_ID]}" if ids else str(number)
+            yield Item(key, {**content, ANSWERS: answers})
 
     def score(self, answer: str, content: Row) -> Outcome:
         """Score by the share of humans who agree."""

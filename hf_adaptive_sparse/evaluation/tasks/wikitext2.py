@@ -10,9 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import media_token_ids
-from hf_adaptive_sparse.calibration.records import TEXT, Records, Table
+from hf_adaptive_sparse.calibration.records import TEXT, Records, Table, text_rows
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
-from hf_adaptive_sparse.evaluation.forward import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.evaluation.scoring import perplexity_of
 from hf_adaptive_sparse.evaluation.tasks.task import (
@@ -24,6 +23,7 @@ from hf_adaptive_sparse.evaluation.tasks.task import (
     mean_figures,
     register_task,
 )
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 
 
 @register_task
@@ -39,7 +39,7 @@ class WikiText2(Task):
         self, table: Table, processor: Any, model: PreTrainedModel, setting: Setting
     ) -> Iterator[Item]:
         """Yield the windows, each (tokens,) int64."""
-        records = Records(table.name, "text", lambda: iter(table.scan([TEXT])))
+        records = Records(table.name, "text", lambda: text_rows(table))
         windows = read_windows(
             records,
             processor,

@@ -201,3 +201,36 @@ def test_what_does_not_fit_is_refused(tiny_llama, tiny_llava, tmp_path: Path) ->
         run_task("vqav2", tiny_llava, processor, [{"text": "x"}])
     with pytest.raises(DataError, match="nothing to evaluate"):
         run_task("vqav2", tiny_llava, processor, empty)
+
+
+def test_questions_that_the_model_cannot_read_are_named(tiny_llava) -> None:
+    def asked(question: str) -> list[dict[str, Any]]:
+        return [*questions(1), questions(1)[0] | {"question": question}]
+
+    processor = make_llava_processor()
+    limit = tiny_llava.config.text_config.max_position_embeddings
+    with pytest.raises(DataError, match=rf"context of {limit} tokens; .*row 1 of the list"):
+        run_task("vqav2", tiny_llava, processor, asked("what " * limit))
+    with pytest.raises(DataError, match=r"row 1 of the list of records has the lone surrogate"):
+        run_task("textvqa", tiny_llava, processor, asked("what \ud800"))
+    options = [choices(1)[0] | {"choices": ["up", "\ud800"]}]
+    with pytest.raises(DataError, match=r"row 0 of .* has the lone surrogate"):
+        run_task("scienceqa", tiny_llava, processor, options)
+
+
+def test_a_broken_picture_is_named(tiny_llava) -> None:
+    data = [*questions(1), questions(1)[0] | {"image": b"no picture"}]
+    with pytest.raises(DataError, match=r"Column 'image' of row 1 of the list of records"):
+        run_task("vqav2", tiny_llava, make_llava_processor(), data)
+
+
+def test_rows_without_text_are_skipped(tiny_llama) -> None:
+    text = {"text": "the cat sat on the mat. " * 3}
+    setting = Setting(sequence_length=16)
+    results = [
+        run_task("wikitext2", tiny_llama, make_tokenizer(), data, setting=setting)
+        for data in ([text, text], [text, {"text": None}, text])
+    ]
+    assert results[0].value == results[1].value
+    with pytest.raises(DataError, match=r"row 0 of .* has the lone surrogate"):
+        run_task("wikitext2", tiny_llama, make_tokenizer(), [{"text": "\ud800"}])
