@@ -20,7 +20,7 @@ def run(script: str) -> str:
 
 
 def test_the_import_is_lean_and_registers() -> None:
-    """Search and report, too, load what they need at their first use, as kernels their library."""
+    """Search, report and kernels load what they need at their first use."""
     script = (
         "import sys, hf_adaptive_sparse, torch\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers\n"
@@ -28,8 +28,12 @@ def test_the_import_is_lean_and_registers() -> None:
         "assert not torch.cuda.is_initialized()\n"
         "import hf_adaptive_sparse.search.study, hf_adaptive_sparse.report\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
-        "from hf_adaptive_sparse.kernels import library\n"
+        "from hf_adaptive_sparse.kernels import library, triton_attention\n"
         "print(library.library.cache_info().currsize)\n"
+        "before = 'triton' in sys.modules\n"
+        "triton_attention.is_available()\n"
+        "assert 'hf_adaptive_sparse.kernels.triton_kernels' not in sys.modules\n"
+        "assert before == ('triton' in sys.modules)\n"
     )
     assert run(script) == "[]\n0"
 
