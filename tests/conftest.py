@@ -48,6 +48,11 @@ def llama_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**(settings | changes))
 
 
+def random_ids(batch: int = 1, tokens: int = 40, seed: int = 0) -> torch.Tensor:
+    """``(batch, tokens)`` ids of text that all tiny models know."""
+    return torch.randint(5, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama: 4 layers x 64, 4 heads over 2 key-value heads, tied embeddings, float32."""

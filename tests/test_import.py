@@ -20,14 +20,22 @@ def run(script: str) -> str:
 
 
 def test_the_import_is_lean_and_registers() -> None:
+    """Search, report and kernels load what they need at their first use."""
     script = (
         "import sys, hf_adaptive_sparse, torch\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers\n"
         "assert 'adaptive_sparse' in quantizers\n"
         "assert not torch.cuda.is_initialized()\n"
+        "import hf_adaptive_sparse.search.study, hf_adaptive_sparse.report\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+        "from hf_adaptive_sparse.kernels import library, triton_attention\n"
+        "print(library.library.cache_info().currsize)\n"
+        "before = 'triton' in sys.modules\n"
+        "triton_attention.is_available()\n"
+        "assert 'hf_adaptive_sparse.kernels.triton_kernels' not in sys.modules\n"
+        "assert before == ('triton' in sys.modules)\n"
     )
-    assert run(script) == "[]"
+    assert run(script) == "[]\n0"
 
 
 def test_importing_first_or_after_transformers_is_the_same() -> None:

@@ -14,16 +14,13 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.kernels import triton_attention, triton_sparse
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
+from tests.conftest import random_ids
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SETTINGS = {"max_new_tokens": 160, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def prompts(batch: int, tokens: int) -> torch.Tensor:
-    return torch.randint(5, 128, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
@@ -42,7 +39,7 @@ def load(folder: Path, runtime: str, device: str = "cuda") -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("metric", ["lognorm", "wanda", "ria", "sparsegpt"])
 def test_prunes_as_on_the_cpu(tiny_llama: LlamaForCausalLM, metric: str) -> None:
-    batches = [{"input_ids": prompts(8, 64)}]
+    batches = [{"input_ids": random_ids(8, 64)}]
     masks = []
     for device in ("cpu", "cuda"):
         model = copy.deepcopy(tiny_llama).to(device)
@@ -63,7 +60,7 @@ def test_both_runtimes_generate_the_same(pruned: Path, monkeypatch: pytest.Monke
     )
     assert len(sparse_linears(sparse)) == 28
     assert sparse.get_memory_footprint() < dense.get_memory_footprint()
-    ids = prompts(2, 40)
+    ids = random_ids(2, 40)
     expected = on_cpu(ids).logits
     for model in (dense, sparse):
         found = model(ids.cuda()).logits.cpu()
@@ -90,7 +87,7 @@ def test_12_bits_become_plain_and_are_saved_in_12_again(
     config = has.SparsityConfig(metric="magnitude", weight_bits=12)
     has.prune(tiny_llama.bfloat16(), config, progress=False)
     tiny_llama.save_pretrained(tmp_path / "a")
-    ids = prompts(2, 30)
+    ids = random_ids(2, 30)
     expected = load(tmp_path / "a", "dense", "cpu")(ids).logits
     for model in (load(tmp_path / "a", "sparse"), load(tmp_path / "a", "sparse", "cpu").cuda()):
         held = sparse_linears(model).values()
@@ -105,7 +102,9 @@ def test_gradients_go_through_sparse_weights(pruned: Path) -> None:
     gradients = []
     for device in ("cpu", "cuda"):
         model = load(pruned, "sparse", device)
-        states = model.get_input_embeddings()(prompts(2, 70).to(device)).detach().requires_grad_()
+        states = (
+            model.get_input_embeddings()(random_ids(2, 70).to(device)).detach().requires_grad_()
+        )
         model(inputs_embeds=states, use_cache=False).logits.square().mean().backward()
         gradients.append(states.grad.cpu())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
@@ -113,7 +112,7 @@ def test_gradients_go_through_sparse_weights(pruned: Path) -> None:
 
 def test_a_compiled_model_decodes_the_same(pruned: Path) -> None:
     model = load(pruned, "sparse")
-    ids = prompts(1, 150).cuda()
+    ids = random_ids(1, 150).cuda()
     outputs = []
     for forward in (model, torch.compile(model)):
         cache = has.AdaptiveQuantizedCache(model.config, has.KVCacheConfig(bits=8))
@@ -127,7 +126,7 @@ def test_a_compiled_model_decodes_the_same(pruned: Path) -> None:
 def test_a_search_leaves_the_model_as_it_was(tiny_llama: LlamaForCausalLM) -> None:
     model = tiny_llama.cuda()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    data = [{"input_ids": prompts(4, 64)} for _ in range(2)]
+    data = [{"input_ids": random_ids(4, 64)} for _ in range(2)]
     space = has.SearchSpace(blocks=2, kv_mean_bits=7.0)
     result = has.search(model, data, data, space, n_trials=5, progress=False)
     assert result.best_config.kv_cache is not None
@@ -148,4 +147,4 @@ def test_compress_takes_the_gpu_by_itself(
     assert torch.cuda.max_memory_allocated() > 0
     model = has.AutoModelForVision2Seq.from_pretrained(out, device_map="cuda")
     assert has.sparsity_report(model).mean_sparsity == pytest.approx(0.5, abs=1e-3)
-    assert model.generate(prompts(1, 5).cuda(), **SETTINGS).shape == (1, 165)
+    assert model.generate(random_ids(1, 5).cuda(), **SETTINGS).shape == (1, 165)

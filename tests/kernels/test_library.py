@@ -4,7 +4,6 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_a_library_of_another_version_is_not_used(absent_library, caplog):
 
 @needs_compiler
 def test_building(monkeypatch, tmp_path):
-    quick = ["-O1" if flag == "-O3" else flag for flag in build.FLAGS]
+    quick = ["-O0" if flag == "-O3" else flag for flag in build.FLAGS]
     monkeypatch.setattr(build, "FLAGS", quick)
     output = tmp_path / "kernels.so"
     assert build.build(output) == output
@@ -189,15 +188,3 @@ def test_neon_agrees_with_portable_in_an_emulator(tmp_path, fuzz):
     command = ["qemu-aarch64-static", str(program), str(library.PATHS["neon"]), "60"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, (run.stdout, run.stderr)
-
-
-def test_importing_the_package_loads_no_library():
-    script = (
-        "import hf_adaptive_sparse\n"
-        "from hf_adaptive_sparse.kernels import library\n"
-        "print(library.library.cache_info().currsize)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "0\n", done.stderr

@@ -8,9 +8,6 @@ same contract holds the compiled kernels.
 import dataclasses
 import importlib.util
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -197,19 +194,21 @@ def test_all_bits_on_a_device(place, head_dim, dtype):
 
 
 @pytest.mark.parametrize(
-    ("bits", "head_dim", "block", "heads", "queries", "group_size"),
+    ("bits", "head_dim", "block", "heads", "queries", "group_size", "masked"),
     [
-        ((8, 8), 128, 128, 8, 1, 64),
-        ((8, 6), 128, 128, 1, 1, 64),
-        ((6, 8), 64, 128, 4, 2, 64),
-        ((6, 6), 256, 128, 7, 1, 64),
-        ((4, 4), 96, 64, 5, 1, 32),
-        ((3, 3), 128, 128, 2, 1, 128),
-        ((2, 2), 80, 64, 2, 1, 64),
-        ((4, 2), 80, 256, 2, 1, 64),
+        ((8, 8), 128, 128, 8, 1, 64, True),
+        ((8, 6), 128, 128, 1, 1, 64, False),
+        ((6, 8), 64, 128, 4, 2, 64, True),
+        ((6, 6), 256, 128, 7, 1, 64, False),
+        ((4, 4), 96, 64, 5, 1, 32, True),
+        ((3, 3), 128, 128, 2, 1, 128, False),
+        ((2, 2), 80, 64, 2, 1, 64, True),
+        ((4, 2), 80, 256, 2, 1, 64, False),
     ],
 )
-def test_calls_that_single_warps_take(device, bits, head_dim, block, heads, queries, group_size):
+def test_calls_that_single_warps_take(
+    device, bits, head_dim, block, heads, queries, group_size, masked
+):
     """What models ask for while they decode; the kernels agree within the same bound."""
     dtype = (torch.bfloat16, torch.float16)[bits[0] % 4 // 2]
     made = make_cache(
@@ -224,8 +223,7 @@ def test_calls_that_single_warps_take(device, bits, head_dim, block, heads, quer
         kv_heads=1,
     )
     query = make_query(made[0], heads=heads, queries=queries)
-    assert check(device, made, query) == triton_plan.WARP
-    mask = make_mask("added", (1, heads, queries, made[0].length))
+    mask = make_mask("added", (1, heads, queries, made[0].length)) if masked else None
     assert check(device, made, query, mask) == triton_plan.WARP
 
 
@@ -240,9 +238,9 @@ def test_tiles_within_a_block_and_tokens_that_are_not_seen(device):
             skip=skip,
             lengths=lengths,
             dtype=torch.bfloat16,
-            kv_heads=2,
+            kv_heads=1,
         )
-        query = make_query(made[0], heads=4, queries=2)
+        query = make_query(made[0], heads=2, queries=2)
         assert check(device, made, query, is_causal=sinks == 3) == triton_plan.WARP
 
 
@@ -381,15 +379,14 @@ def test_the_blocks_of_a_cache_are_read_where_they_lie(tiny_llama):
 def test_gqa_ratios_and_queries(device, repeats, queries):
     """From one row of the matrix product to more than one program takes."""
     dtype = DTYPES[repeats % 3]
-    made = make_cache(batch=2, head_dim=128, key_bits=6, value_bits=6, dtype=dtype, blocks=1)
+    made = make_cache(batch=2, key_bits=6, value_bits=6, dtype=dtype, blocks=1)
     check(device, made, make_query(made[0], heads=2 * repeats, queries=queries))
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2, 7])
-@pytest.mark.parametrize("raw", [0, 1, 63])
+@pytest.mark.parametrize(
+    ("blocks", "raw"), [(0, 1), (0, 63), (1, 0), (1, 1), (2, 63), (7, 0), (7, 1), (7, 63)]
+)
 def test_lengths(device, blocks, raw):
-    if not blocks and not raw:
-        return  # nothing to see: below
     made = make_cache(blocks=blocks, raw=raw, block=64, key_bits=4, kv_heads=1, batch=2)
     check(device, made, make_query(made[0], heads=1))
 
@@ -428,11 +425,12 @@ def make_mask(kind, shape, seed=3):
 @pytest.mark.parametrize(("rows", "heads"), [(2, 4), (2, 1), (1, 4), (1, 1)])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_masks(device, kind, rows, heads, queries):
-    made = make_cache(batch=2, block=64, dtype=torch.float16, sinks=1)
+    made = make_cache(batch=2, blocks=1, block=64, dtype=torch.float16, sinks=1)
     query = make_query(made[0], heads=4, queries=queries)
     mask = make_mask(kind, (rows, heads, queries, made[0].length))
     check(device, made, query, mask)
-    check(device, made, query, mask[:, :, :1])
+    if queries > 1:
+        check(device, made, query, mask[:, :, :1])
 
 
 def test_a_mask_for_left_padding(device):
@@ -627,16 +625,3 @@ def test_refusals_of_shapes(device):
     assert not triton_attention.is_supported(query.double(), cache, None)
     mask = torch.ones(1, 1, 1, cache.length, dtype=torch.int32, device=device)
     assert not triton_attention.is_supported(query, cache, mask)
-
-
-def test_triton_is_imported_at_the_first_use():
-    program = (
-        "import sys, torch, hf_adaptive_sparse\n"
-        "from hf_adaptive_sparse.kernels import triton_attention\n"
-        "before = 'triton' in sys.modules\n"
-        "triton_attention.is_available()\n"
-        "assert 'hf_adaptive_sparse.kernels.triton_kernels' not in sys.modules\n"
-        "assert before == ('triton' in sys.modules)\n"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -17,14 +17,10 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from tests.conftest import random_ids
 
 MEAN_7 = KVCacheConfig(key_bits=(8, 6, 8, 6), value_bits=(6, 8, 6, 8))
 MEAN_7_SHORT = replace(MEAN_7, residual_length=64)
-
-
-def random_ids(batch, tokens, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, 128, (batch, tokens), generator=generator)
 
 
 @torch.no_grad()

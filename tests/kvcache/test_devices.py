@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from tests.conftest import random_ids
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,13 +17,9 @@ pytestmark = [
 PROFILES = [KVCacheConfig(bits=16), KVCacheConfig(bits=(8, 6, 4, 3), residual_length=16)]
 
 
-def prompts(batch, tokens):
-    return torch.randint(5, 128, (batch, tokens), generator=torch.Generator().manual_seed(0))
-
-
 def generate(model, cache, device, **settings):
     defaults = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    ids = prompts(2, 50).to(device)
+    ids = random_ids(2, 50).to(device)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     return model.generate(
@@ -70,16 +67,16 @@ def test_layers_on_two_devices(tiny_llama, settings):
 def test_a_cache_that_stayed_behind_says_so(tiny_llama):
     model = tiny_llama.cuda()
     cache = AdaptiveQuantizedCache(model.config, PROFILES[1])
-    model(input_ids=prompts(1, 40).cuda(), past_key_values=cache)
+    model(input_ids=random_ids(1, 40).cuda(), past_key_values=cache)
     with pytest.raises(ValueError, match="keys on cuda:0, got states on cpu"):
-        model.cpu()(input_ids=prompts(1, 1), past_key_values=cache)
+        model.cpu()(input_ids=random_ids(1, 1), past_key_values=cache)
 
 
 def test_batch_operations_take_indices_from_any_device(tiny_llama):
     model = tiny_llama.cuda()
     cache = AdaptiveQuantizedCache(model.config, PROFILES[1])
-    model(input_ids=prompts(2, 40).cuda(), past_key_values=cache)
+    model(input_ids=random_ids(2, 40).cuda(), past_key_values=cache)
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_select_indices(torch.tensor([1]).cuda())
     cache.batch_select_indices(torch.tensor([True]))
-    assert model(input_ids=prompts(1, 3).cuda(), past_key_values=cache).logits.shape[0] == 1
+    assert model(input_ids=random_ids(1, 3).cuda(), past_key_values=cache).logits.shape[0] == 1

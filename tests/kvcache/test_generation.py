@@ -17,6 +17,7 @@ from transformers import (
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.generation import AdaptiveEncoderDecoderCache, install
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from tests.conftest import random_ids
 
 SMALL = {"group_size": 16, "residual_length": 16}
 
@@ -39,14 +40,9 @@ def carry(model, bits=16, **changes):
     return model
 
 
-def prompts(batch=1, tokens=40, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, 128, (batch, tokens), generator=generator)
-
-
 def repetitive(tokens=40):
     """A prompt in which prompt lookup finds candidates."""
-    return prompts(1, 10).repeat(1, tokens // 10)
+    return random_ids(1, 10).repeat(1, tokens // 10)
 
 
 def generate(model, ids, **settings):
@@ -76,15 +72,15 @@ def llama(request, tiny_llama):
 
 
 def test_greedy(llama):
-    assert_same_generation(llama, prompts(2))
+    assert_same_generation(llama, random_ids(2))
 
 
 def test_beam_search(llama):
-    assert_same_generation(llama, prompts(2), num_beams=3, num_return_sequences=2)
+    assert_same_generation(llama, random_ids(2), num_beams=3, num_return_sequences=2)
 
 
 def test_beam_sampling(tiny_llama):
-    ids = prompts(2)
+    ids = random_ids(2)
     results = []
     for model in (tiny_llama, carry(tiny_llama)):
         torch.manual_seed(7)
@@ -93,7 +89,7 @@ def test_beam_sampling(tiny_llama):
 
 
 def test_sampling_with_a_seed(llama):
-    ids = prompts(2)
+    ids = random_ids(2)
     results = []
     for model in (llama, carry(llama)):
         torch.manual_seed(7)
@@ -104,7 +100,7 @@ def test_sampling_with_a_seed(llama):
 
 
 def test_left_padded_batch(llama):
-    ids = prompts(3, 40)
+    ids = random_ids(3, 40)
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 7, 33)):
         ids[row, :padding], mask[row, :padding] = 0, 0
@@ -124,10 +120,12 @@ def test_assisted_decoding(llama):
     assistant = copy.deepcopy(llama)
     for layer in assistant.model.layers[1:]:
         layer.mlp.down_proj.weight.data.mul_(0.7)
-    assert_same_generation(llama, prompts(), assistant_model=assistant)
+    assert_same_generation(llama, random_ids(), assistant_model=assistant)
     # An assistant with a profile of its own drafts from its own adaptive cache.
-    plain = generate(llama, prompts()).sequences
-    drafted = generate(carry(llama), prompts(), assistant_model=carry(assistant, bits=4)).sequences
+    plain = generate(llama, random_ids()).sequences
+    drafted = generate(
+        carry(llama), random_ids(), assistant_model=carry(assistant, bits=4)
+    ).sequences
     assert torch.equal(drafted, plain)
 
 
@@ -151,29 +149,29 @@ def test_rejected_drafts_leave_no_trace_at_8_bits(tiny_llama, drafting):
 
 def test_an_early_exit_drafts_with_the_first_layers_of_the_profile(tiny_llama):
     model = carry(tiny_llama, bits=(8, 6, 8, 6))
-    drafted = generate(model, prompts(), assistant_early_exit=2)
+    drafted = generate(model, random_ids(), assistant_early_exit=2)
     assert [layer.key_bits for layer in drafted.past_key_values.layers] == [8, 6, 8, 6]
     assert model.config.num_hidden_layers == 4
     exact = carry(tiny_llama, bits=(16,) * 4)
-    plain = generate(tiny_llama, prompts()).sequences
-    assert torch.equal(generate(exact, prompts(), assistant_early_exit=2).sequences, plain)
+    plain = generate(tiny_llama, random_ids()).sequences
+    assert torch.equal(generate(exact, random_ids(), assistant_early_exit=2).sequences, plain)
 
 
 def test_a_profile_that_does_not_fit_an_assistant_is_refused(tiny_llama):
     assistant = carry(tiny_llama, bits=(8,) * 6)
     with pytest.raises(ValueError, match="the model has 4 layers, the list has 6 entries"):
-        generate(tiny_llama, prompts(), assistant_model=assistant)
+        generate(tiny_llama, random_ids(), assistant_model=assistant)
 
 
 def test_chunked_prefill(tiny_llama):
-    assert_same_generation(tiny_llama, prompts(2, 50), prefill_chunk_size=7)
+    assert_same_generation(tiny_llama, random_ids(2, 50), prefill_chunk_size=7)
 
 
 def test_a_conversation_goes_on_with_the_same_cache(tiny_llama):
     results = []
     for model in (tiny_llama, carry(tiny_llama)):
-        first = generate(model, prompts(1, 30))
-        turn = torch.cat([first.sequences, prompts(1, 11, seed=3)], dim=1)
+        first = generate(model, random_ids(1, 30))
+        turn = torch.cat([first.sequences, random_ids(1, 11, seed=3)], dim=1)
         second = generate(model, turn, past_key_values=first.past_key_values)
         assert second.past_key_values is first.past_key_values
         results.append(second.sequences)
@@ -191,7 +189,7 @@ def test_a_vlm_generates_with_the_profile_of_its_whole_config(tiny_llava, image_
 
 def test_bits_of_the_profile_reach_the_cache(tiny_llama):
     model = carry(tiny_llama, bits=(8, 6, 4, 2))
-    cache = generate(model, prompts()).past_key_values
+    cache = generate(model, random_ids()).past_key_values
     assert [layer.key_bits for layer in cache.layers] == [8, 6, 4, 2]
     assert cache.kv_cache.residual_length == 16
 
@@ -200,33 +198,33 @@ def test_bits_of_the_profile_reach_the_cache(tiny_llama):
 
 
 def test_models_without_a_profile_are_left_alone(tiny_llama):
-    assert type(generate(tiny_llama, prompts()).past_key_values) is DynamicCache
+    assert type(generate(tiny_llama, random_ids()).past_key_values) is DynamicCache
     tiny_llama.config.quantization_config = {"quant_method": "adaptive_sparse", "kv_cache": False}
-    assert type(generate(tiny_llama, prompts()).past_key_values) is DynamicCache
+    assert type(generate(tiny_llama, random_ids()).past_key_values) is DynamicCache
 
 
 def test_a_cache_that_is_passed_is_used(tiny_llama):
     model, cache = carry(tiny_llama), DynamicCache(config=tiny_llama.config)
-    assert generate(model, prompts(), past_key_values=cache).past_key_values is cache
+    assert generate(model, random_ids(), past_key_values=cache).past_key_values is cache
 
 
 def test_a_cache_implementation_is_honoured(tiny_llama):
     model = carry(tiny_llama)
     for name, kind in (("static", StaticCache), ("dynamic", DynamicCache)):
-        out = generate(model, prompts(), cache_implementation=name)
+        out = generate(model, random_ids(), cache_implementation=name)
         assert type(out.past_key_values) is kind
     model.generation_config.cache_implementation = "dynamic"
-    assert type(generate(model, prompts()).past_key_values) is DynamicCache
+    assert type(generate(model, random_ids()).past_key_values) is DynamicCache
 
 
 def test_no_cache_is_no_cache(tiny_llama):
-    out = generate(carry(tiny_llama, bits=2), prompts(), use_cache=False)
+    out = generate(carry(tiny_llama, bits=2), random_ids(), use_cache=False)
     assert out.past_key_values is None
-    assert torch.equal(out.sequences, generate(tiny_llama, prompts()).sequences)
+    assert torch.equal(out.sequences, generate(tiny_llama, random_ids()).sequences)
 
 
 def test_a_plain_forward_is_not_touched(tiny_llama):
-    out = carry(tiny_llama)(input_ids=prompts(), use_cache=True)
+    out = carry(tiny_llama)(input_ids=random_ids(), use_cache=True)
     assert type(out.past_key_values) is DynamicCache
 
 
@@ -244,7 +242,7 @@ def test_copies_and_pickles_use_their_own_config(tiny_llama):
     twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     twin.config.quantization_config["kv_cache"]["key_bits"] = 2
     bits = [
-        generate(m, prompts()).past_key_values.layers[0].key_bits for m in (model, twin, thawed)
+        generate(m, random_ids()).past_key_values.layers[0].key_bits for m in (model, twin, thawed)
     ]
     assert bits == [4, 2, 4]
     assert "_prepare_cache_for_generation" not in vars(model)
@@ -272,7 +270,7 @@ def tiny_t5():
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
 def test_encoder_decoder_models_quantise_self_attention(tiny_t5, settings):
-    ids = prompts(1, 20) % 60 + 2
+    ids = random_ids(1, 20) % 60 + 2
     plain = generate(tiny_t5, ids, **settings)
     adaptive = generate(carry(tiny_t5), ids, **settings)
     cache = adaptive.past_key_values

@@ -10,6 +10,7 @@ from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from tests.conftest import random_ids
 
 BASE = {
     "vocab_size": 128,
@@ -123,10 +124,6 @@ def make_model(name):
     return getattr(transformers, f"{CLASSES.get(kind, kind)}ForCausalLM")(config).eval()
 
 
-def prompts(batch, tokens, seed=0):
-    return torch.randint(5, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
 def generate(model, cache, ids, **settings):
     defaults = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
@@ -145,7 +142,7 @@ def generate(model, cache, ids, **settings):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_tokens_at_16_bits(name):
     model = make_model(name)
-    ids = prompts(2, 30)
+    ids = random_ids(2, 30)
     expected = generate(model, DynamicCache(config=model.config), ids)
     cache = AdaptiveQuantizedCache(model.config, KVCacheConfig(bits=16))
     got = generate(model, cache, ids)
@@ -156,7 +153,7 @@ def test_the_same_tokens_at_16_bits(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_bounded_difference_at_8_bits(name):
     model = make_model(name)
-    ids = prompts(2, 60)
+    ids = random_ids(2, 60)
     profile = KVCacheConfig(bits=8, residual_length=16)
     sequences, _ = generate(model, DynamicCache(config=model.config), ids)
     with torch.no_grad():
@@ -201,7 +198,7 @@ def test_plain_and_sliding_layers_are_quantised_and_others_are_those_of_transfor
 def test_beams_and_rollbacks_in_windows(name, settings):
     """Beam search reorders the ring; prompt lookup takes rejected tokens back out of it."""
     model = make_model(name)
-    ids = prompts(1, 10).repeat(1, 4)
+    ids = random_ids(1, 10).repeat(1, 4)
     expected = generate(model, DynamicCache(config=model.config), ids, **settings)[0]
     cache = AdaptiveQuantizedCache(model.config, KVCacheConfig(bits=16, residual_length=8))
     assert torch.equal(generate(model, cache, ids, **settings)[0], expected)
@@ -216,7 +213,7 @@ def test_a_model_of_states_alone_takes_the_cache_too():
     )
     model = transformers.MambaForCausalLM(config).eval()
     tokens = [
-        model.generate(prompts(2, 9), cache_params=cache, max_new_tokens=20, eos_token_id=None)
+        model.generate(random_ids(2, 9), cache_params=cache, max_new_tokens=20, eos_token_id=None)
         for cache in (DynamicCache(config=config), AdaptiveQuantizedCache(config))
     ]
     assert torch.equal(*tokens)

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.saving import layer_state
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from tests.conftest import random_ids
 
 PROFILES = [
     KVCacheConfig(bits=16),
@@ -19,10 +20,6 @@ PROFILES = [
     KVCacheConfig(bits=(3, 16, 4, 2), value_bits=(16, 6, 2, 8), residual_length=16, sink_length=3),
     KVCacheConfig(bits=6, residual_length=16, key_mode="token"),
 ]
-
-
-def random_ids(batch, tokens, seed=0):
-    return torch.randint(5, 128, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def through_file(state):

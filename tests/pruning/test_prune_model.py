@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.calibration.activations import collect_inputs
@@ -22,6 +22,7 @@ from hf_adaptive_sparse.pruning.patterns import parse_pattern
 from hf_adaptive_sparse.pruning.ranking import mask_from_scores, removal_count
 from hf_adaptive_sparse.pruning.solvers import WEIGHT_UPDATES
 from hf_adaptive_sparse.pruning.sparsegpt import inverse_factor, solve
+from tests.conftest import llama_config
 from tests.families.tiny_models import tiny_model
 
 ALL_METRICS = sorted(METRICS)
@@ -34,11 +35,20 @@ def prune(model, ratios, batches, **options):
     return prune_model(model, ratios=ratios, batches=batches, progress=False, **options)
 
 
-@pytest.mark.parametrize("sequential", [True, False])
+sequential_and_one_shot = pytest.mark.parametrize("sequential", [True, False])
+
+
 @pytest.mark.parametrize(("metric", "update"), METHODS)
 class TestContract:
     """Holds for every metric and weight update."""
 
+    @pytest.fixture
+    def tiny_llama(self):
+        """Of two layers, so that the second sees what was pruned of the first."""
+        torch.manual_seed(0)
+        return LlamaForCausalLM(llama_config(num_hidden_layers=2)).eval()
+
+    @sequential_and_one_shot
     def test_counts_are_exact_and_nothing_else_changes(
         self, tiny_llava, image_batches, metric, update, sequential
     ):
@@ -75,7 +85,7 @@ class TestContract:
             if name not in pruned:
                 assert torch.equal(tensor, before[name]), name
 
-    def test_deterministic(self, tiny_llama, text_batches, metric, update, sequential):
+    def test_deterministic(self, tiny_llama, text_batches, metric, update):
         ratios = resolve_ratios(tiny_llama, 0.55)
         models = [copy.deepcopy(tiny_llama) for _ in range(2)]
         for model in models:
@@ -85,12 +95,11 @@ class TestContract:
                 text_batches,
                 metric=metric,
                 weight_update=update,
-                sequential=sequential,
             )
         first, second = (model.state_dict() for model in models)
         assert all(torch.equal(first[key], second[key]) for key in first)
 
-    def test_zero_rows_and_columns(self, tiny_llama, text_batches, metric, update, sequential):
+    def test_zero_rows_and_columns(self, tiny_llama, text_batches, metric, update):
         with torch.no_grad():
             for module in prunable_weights(tiny_llama).values():
                 module.weight[3] = 0
@@ -102,13 +111,12 @@ class TestContract:
             text_batches,
             metric=metric,
             weight_update=update,
-            sequential=sequential,
         )
         assert report.mean_sparsity == pytest.approx(0.5, abs=1e-4)
         for module in prunable_weights(tiny_llama).values():
             assert module.weight.isfinite().all()
 
-    def test_n_of_m(self, tiny_llama, text_batches, metric, update, sequential):
+    def test_n_of_m(self, tiny_llama, text_batches, metric, update):
         ratios = resolve_ratios(tiny_llama, 0.5, pattern="2:4")
         report = prune(
             tiny_llama,
@@ -116,7 +124,6 @@ class TestContract:
             text_batches,
             metric=metric,
             weight_update=update,
-            sequential=sequential,
             pattern="2:4",
         )
         assert report.mean_sparsity == 0.5
@@ -125,6 +132,7 @@ class TestContract:
             groups = (module.weight == 0).view(-1, 4).sum(1)
             assert (groups == 2).all()
 
+    @sequential_and_one_shot
     def test_padding_changes_nothing(self, tiny_llama, text_batches, metric, update, sequential):
         bare = [{"input_ids": batch["input_ids"][1:]} for batch in text_batches]
         padded = []
@@ -148,7 +156,7 @@ class TestContract:
             0.002 if PruningMethod.of(metric, update).needs_hessian else 0
         ) * report_size(model)
 
-    def test_bf16(self, tiny_llama, text_batches, metric, update, sequential):
+    def test_bf16(self, tiny_llama, text_batches, metric, update):
         tiny_llama.bfloat16()
         ratios = resolve_ratios(tiny_llama, 0.5)
         report = prune(
@@ -157,26 +165,24 @@ class TestContract:
             text_batches,
             metric=metric,
             weight_update=update,
-            sequential=sequential,
         )
         assert report.mean_sparsity == 0.5
         assert {m.weight.dtype for m in prunable_weights(tiny_llama).values()} == {torch.bfloat16}
 
     def test_weights_that_are_not_finite_are_named_before_anything_changes(
-        self, tiny_llama, text_batches, metric, update, sequential
+        self, tiny_llama, text_batches, metric, update
     ):
-        name = "model.layers.2.mlp.down_proj"
+        name = "model.layers.1.mlp.down_proj"
         tiny_llama.get_submodule(name).weight.data[1, 2] = torch.nan
         before = copy.deepcopy(tiny_llama.state_dict())
         ratios = resolve_ratios(tiny_llama, 0.5)
-        with pytest.raises(ValueError, match=r"'model\.layers\.2\.mlp\.down_proj\.weight' holds"):
+        with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.down_proj\.weight' holds"):
             prune(
                 tiny_llama,
                 ratios,
                 text_batches,
                 metric=metric,
                 weight_update=update,
-                sequential=sequential,
             )
         after = tiny_llama.state_dict()
         assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)
@@ -186,7 +192,7 @@ def report_size(model):
     return sum(m.weight.numel() for m in prunable_weights(model).values())
 
 
-@pytest.mark.parametrize("sequential", [True, False])
+@sequential_and_one_shot
 @pytest.mark.parametrize(
     ("metric", "update"),
     [("lognorm", None), ("wanda", None), ("sparsegpt", None), ("lognorm", "obs")],

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import optuna
 import pytest
@@ -23,48 +19,9 @@ from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import open_storage
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
 from hf_adaptive_sparse.search.trials import tally
+from tests.search import processes
 
 SPACE = SearchSpace(blocks=4, kv_bits=None)
-
-SETUP = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from hf_adaptive_sparse.search.evaluator import Evaluator
-from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.study import search
-
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-    num_attention_heads=2, num_key_value_heads=1,
-)).eval()
-generator = torch.Generator().manual_seed(5)
-batches = [{"input_ids": torch.randint(0, 64, (1, 24), generator=generator)} for _ in range(2)]
-
-def run_search(storage):
-    return search(
-        model, batches[:1], batches[1:], SearchSpace(blocks=4, kv_bits=None),
-        n_trials=14, storage=storage, progress=False,
-    )
-"""
-
-CHILD = (
-    SETUP
-    + """
-import os, signal, sys
-
-original, calls = Evaluator.measure, []
-
-def deadly(*arguments):
-    calls.append(1)
-    if len(calls) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments)
-
-Evaluator.measure = deadly
-run_search(sys.argv[1])
-"""
-)
 
 
 def counted(result):
@@ -76,26 +33,17 @@ def counted(result):
 @pytest.mark.parametrize("name", ["study.db", "study.journal"])
 def test_a_killed_search_resumes_and_loses_no_completed_trial(tmp_path, name):
     storage = tmp_path / name
-    killed = subprocess.run(
-        [sys.executable, "-c", CHILD, str(storage)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    processes.run_together(storage, tmp_path / "evaluated", kill_at=[5], n_trials=14)
     before = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(storage))
     done = {t.number: t.value for t in before.trials if t.state == TrialState.COMPLETE}
     assert len(done) == 4
     assert [t.state for t in before.trials].count(TrialState.RUNNING) == 1
 
-    namespace = {}
-    exec(SETUP, namespace)
-    resumed = namespace["run_search"](storage)
+    resumed = processes.small_search(storage, n_trials=14)
     assert tally(resumed.study).attempts == 14
     assert {number: resumed.history[number]["value"] for number in done} == done
     assert [row["state"] for row in resumed.history].count("fail") == 1
-    straight = namespace["run_search"](None)
+    straight = processes.small_search(None, n_trials=14)
     assert counted(resumed) == counted(straight)
 
 
@@ -272,14 +220,6 @@ def test_a_torn_last_line_of_a_journal_is_dropped(run, tmp_path, caplog):
     assert "unfinished record" in caplog.text
     assert [row["state"] for row in result.history] == ["complete"] * 3
     assert len(run(storage=path, n_trials=3).history) == 3
-
-
-def test_the_package_is_imported_without_optuna():
-    code = (
-        "import sys, hf_adaptive_sparse; from hf_adaptive_sparse.search.study import search; "
-        "sys.exit('optuna' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_profile_without_any_choice_is_tried_again(

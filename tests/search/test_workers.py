@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
+from functools import partial
 
 import optuna
 import pytest
@@ -24,74 +20,10 @@ from hf_adaptive_sparse.search.trials import (
     tally,
 )
 from tests import servers
+from tests.search import processes
 
 TRIALS = 12
-
-WORKER = """
-import os, signal, sys, time
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from hf_adaptive_sparse.search.evaluator import Evaluator
-from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.study import search
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
-    num_attention_heads=2, num_key_value_heads=1,
-)).eval()
-generator = torch.Generator().manual_seed(5)
-batches = [{"input_ids": torch.randint(0, 64, (1, 24), generator=generator)} for _ in range(2)]
-
-storage, log, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-original, calls = Evaluator.__call__, []
-
-def watched(self, candidate, reporter=None):
-    calls.append(1)
-    with open(log, "a") as file:
-        file.write(candidate.digest + "\\n")
-    time.sleep(0.15)
-    if len(calls) == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, candidate, reporter)
-
-Evaluator.__call__ = watched
-print("ready", flush=True)
-sys.stdin.readline()
-result = search(
-    model, batches[:1], batches[1:], SearchSpace(blocks=4, kv_bits=None),
-    n_trials=TRIALS, storage=storage, early_stopping=False, progress=False,
-)
-print(result.best_value, len(result.history))
-""".replace("TRIALS", str(TRIALS))
-
-
-def start(storage: str, log: Path, kill_at: int = 0) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, storage, str(log), str(kill_at)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def run_together(workers: list[subprocess.Popen]) -> list[str]:
-    """Let all workers go at the same moment, and return what each printed last."""
-    for worker in workers:
-        assert worker.stdout.readline() == "ready\n", worker.communicate()[1]
-    for worker in workers:
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    said = []
-    for worker in workers:
-        out, err = worker.communicate(timeout=240)
-        assert worker.returncode in (0, -signal.SIGKILL), err
-        said.append(out.strip())
-    return said
+run_together = partial(processes.run_together, n_trials=TRIALS, early_stopping=False)
 
 
 def load(storage: str) -> optuna.Study:
@@ -128,12 +60,10 @@ def storage(request, tmp_path):
 @pytest.mark.slow
 def test_three_workers_of_which_one_is_killed_share_a_study(storage, tmp_path):
     log = tmp_path / "evaluated"
-    said = run_together([start(storage, log), start(storage, log), start(storage, log, kill_at=2)])
+    found = run_together(storage, log, kill_at=[0, 0, 2])
     study = load(storage)
     assert_whole(study)
-    best = tally(study).best.value
-    assert said[:2] == [f"{best} {len(study.trials)}"] * 2
-    assert said[2] == ""
+    assert found == [(tally(study).best.value, len(study.trials))] * 2
 
     evaluated = Counter(log.read_text().split())
     retries = [trial for trial in study.trials if RETRY_OF in trial.user_attrs]
@@ -157,9 +87,9 @@ def test_three_workers_of_which_one_is_killed_share_a_study(storage, tmp_path):
 @pytest.mark.slow
 def test_the_last_workers_death_leaves_a_study_that_resumes_whole(tmp_path):
     storage, log = str(tmp_path / "study.journal"), tmp_path / "evaluated"
-    run_together([start(storage, log, kill_at=3), start(storage, log, kill_at=4)])
+    run_together(storage, log, kill_at=[3, 4])
     assert len(tally(load(storage)).running) in (1, 2)
-    run_together([start(storage, log)])
+    run_together(storage, log, kill_at=[0])
     study = load(storage)
     assert_whole(study)
     killed = [t for t in study.trials if t.state == TrialState.FAIL and not set_aside(t)]
