@@ -42,8 +42,10 @@ typedef struct {
     int *is_finite;  /* whether all of x is */
     void *numbers;   /* float or, where a variant multiplies them, bfloat16; where it rounds x to
                         codes, those as int16 or split */
-    int64_t segment; /* with codes: columns that share a step of x; part of one group */
+    int64_t segment; /* with codes: columns that share a step of x, a power of two; part of one group */
     int64_t segments;
+    int64_t groups;         /* of codes, per row */
+    int64_t group_segments; /* of a group that is whole */
     float *steps;         /* [token][segment] */
     int32_t *corrections; /* [token][segment][lane], of codes that are split: see sparse_body.h */
 } has_sparse_x;

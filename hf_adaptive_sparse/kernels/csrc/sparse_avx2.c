@@ -9,6 +9,7 @@
 #define FOURS 1
 #define FUSES 0
 #define IN_REGISTERS 1
+#define VECTOR_BYTES 32
 
 enum { AHEAD_BYTES = 1536, AT_ONCE = 4 };
 

@@ -1,7 +1,8 @@
 /* Expansion on x86-64 without an instruction for it: a table says for each byte of the mask which of
  * the next values go to its eight columns, and one byte shuffle puts them there. Included where
- * FORCED functions may use AVX2, F16C and POPCNT. */
+ * FORCED functions may use AVX2, F16C and POPCNT, and AVX-512 BW if VECTOR_BYTES are 64, not 32. */
 #include <immintrin.h>
+#include <string.h>
 
 #include "numbers.h"
 #include "sparse.h"
@@ -75,49 +76,79 @@ FORCED int64_t expand_16(const uint8_t *mask, const uint16_t *values, int64_t at
 FORCED int64_t expand_8(const uint8_t *mask, const int8_t *values, int64_t at, int64_t n,
                         void *out) {
     const int8_t *next = values + at;
-    for (int64_t i = 0; i < n; i += 8) {
-        if (i % 64 == 0) _mm_prefetch((const char *)next + AHEAD_BYTES, _MM_HINT_T0);
-        __m128i order = _mm_loadl_epi64((const __m128i *)has_expand_bytes[mask[i / 8]]);
-        __m128i row = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)next), order);
-        _mm_storel_epi64((__m128i *)((int8_t *)out + i), row);
-        next += kept(mask[i / 8]);
+    for (int64_t i = 0; i < n; i += 64) {
+        _mm_prefetch((const char *)next + AHEAD_BYTES, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int64_t byte = 0; byte < 8; byte++) {
+            uint32_t places = mask[i / 8 + byte];
+            __m128i order = _mm_loadl_epi64((const __m128i *)has_expand_bytes[places]);
+            __m128i row = _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)next), order);
+            _mm_storel_epi64((__m128i *)((int8_t *)out + i + 8 * byte), row);
+            next += kept(places);
+        }
     }
     return next - values - at;
 }
 
-/* The 32 codes in 16 bytes, lower halves of bytes first, through a table of sixteen bytes. */
-FORCED __m256i look_up_32(const uint8_t *codes, __m128i table) {
+/* As many codes of 4 bits as a vector has bytes, lower halves of bytes first, through a table of
+ * sixteen bytes; and these as the upper bytes of values whose lower ones are given. */
+#if VECTOR_BYTES == 64
+typedef __m512i bytes;
+
+FORCED bytes look_up_next(const uint8_t *codes, __m128i table) {
+    __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    __m512i half = _mm512_set1_epi8(15); /* (pairs | pairs << 4) & half */
+    pairs = _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi16(pairs, 4), half, 0xa8);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), pairs);
+}
+
+FORCED void store_joined(const uint8_t *lower, bytes upper, uint16_t *out) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    __m512i of = _mm512_loadu_si512(lower);
+    __m512i low = _mm512_unpacklo_epi8(of, upper), high = _mm512_unpackhi_epi8(of, upper);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first, high));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi64(low, second, high));
+}
+#else
+typedef __m256i bytes;
+
+FORCED bytes look_up_next(const uint8_t *codes, __m128i table) {
     __m256i pairs = _mm256_cvtepu8_epi16(load(codes));
     pairs = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table),
                                _mm256_and_si256(pairs, _mm256_set1_epi8(15)));
 }
 
-FORCED void look_up(const uint8_t *codes, int64_t n, __m128i table, void *out) {
-    for (int64_t i = 0; i < n; i += 32) {
+FORCED void store_joined(const uint8_t *lower, bytes upper, uint16_t *out) {
+    __m256i of = _mm256_loadu_si256((const __m256i *)lower);
+    __m256i low = _mm256_unpacklo_epi8(of, upper), high = _mm256_unpackhi_epi8(of, upper);
+    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256((__m256i *)out + 1, _mm256_permute2x128_si256(low, high, 0x31));
+}
+#endif
+
+enum { AT_A_TIME = sizeof(bytes) };
+
+FORCED void look_up(const uint8_t *codes, int64_t n, __m128i table, uint8_t *out) {
+    for (int64_t i = 0; i < n; i += AT_A_TIME) {
         if (i % 128 == 0) _mm_prefetch((const char *)codes + i / 2 + AHEAD_BYTES, _MM_HINT_T0);
-        _mm256_storeu_si256((__m256i *)((uint8_t *)out + i), look_up_32(codes + i / 2, table));
+        bytes found = look_up_next(codes + i / 2, table);
+        memcpy(out + i, &found, sizeof found);
     }
 }
 
 FORCED void decode_4(const uint8_t *codes, int64_t n, int8_t *out) {
-    look_up(codes, n, _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1), out);
-}
-
-/* Join the lower bytes of 32 values with their upper ones. */
-FORCED void store_joined(const uint8_t *lower, __m256i upper, uint16_t *out) {
-    __m256i of = _mm256_loadu_si256((const __m256i *)lower);
-    __m256i even = _mm256_unpacklo_epi8(of, upper), odd = _mm256_unpackhi_epi8(of, upper);
-    _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(even, odd, 0x20));
-    _mm256_storeu_si256((__m256i *)out + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+    const __m128i signs = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    look_up(codes, n, signs, (uint8_t *)out);
 }
 
 FORCED void decode_12(const uint8_t *lower, const uint8_t *codes, int64_t n, const uint8_t *book,
                       uint16_t *out) {
-    for (int64_t i = 0; i < n; i += 32) {
+    for (int64_t i = 0; i < n; i += AT_A_TIME) {
         if (i % 64 == 0) _mm_prefetch((const char *)lower + i + AHEAD_BYTES, _MM_HINT_T0);
         if (i % 128 == 0) _mm_prefetch((const char *)codes + i / 2 + AHEAD_BYTES, _MM_HINT_T0);
-        store_joined(lower + i, look_up_32(codes + i / 2, load(book)), out + i);
+        store_joined(lower + i, look_up_next(codes + i / 2, load(book)), out + i);
     }
 }
 
@@ -140,8 +171,11 @@ FORCED int64_t expand_12(const uint8_t *mask, const uint8_t *lower, const uint8_
     uint16_t values[HAS_SPARSE_BLOCK + 64];
     int64_t count = count_kept(mask, n);
     look_up(codes, at + count, load(book), upper);
-    for (int64_t i = 0; i < count; i += 32)
-        store_joined(lower + i, _mm256_loadu_si256((const __m256i *)(upper + at + i)), values + i);
+    for (int64_t i = 0; i < count; i += AT_A_TIME) {
+        bytes next;
+        memcpy(&next, upper + at + i, sizeof next);
+        store_joined(lower + i, next, values + i);
+    }
     return expand_16(mask, values, 0, n, out);
 }
 

@@ -27,11 +27,12 @@ enum { CODED_X_BYTES = ROUNDS ? 2 : 4 };            /* of x, where the weight ha
 typedef struct {
     const uint8_t *mask;
     int64_t at;      /* number of its next value */
-    int64_t group;   /* number of its first group of codes */
+    int64_t segment; /* and segment of codes */
+    group_cursor group;
     int is_near_end; /* of all values: they are copied before they are read */
     uint8_t mask_copy[PIECE / 8 + 64];
     uint8_t first_copy[PIECE * 4 + 64], second_copy[PIECE / 2 + 64];
-    uint8_t decoded[PIECE * 2 + 64];
+    uint8_t decoded[PIECE * 2 + 128];
 } registered_row;
 
 HAS_INLINE const uint8_t *readable(const registered_row *row, const uint8_t *from, int64_t bytes,
@@ -65,21 +66,32 @@ static TARGET inline __attribute__((always_inline)) const uint8_t *take_values(
     return readable(row, call->values + at * item_bytes, count * item_bytes, row->first_copy);
 }
 
-/* Add the products of n columns of int8 codes with 1 to AT_ONCE tokens, times factors of
- * [segment][token]; segments are multiples of a step. */
+/* What codes count, all from the same segment on: of the row, and of x for each token. */
+typedef struct {
+    int64_t segment; /* columns, a multiple of a step */
+    const float *units;
+    const float *steps; /* [token][segment], used where a variant ROUNDS */
+    int64_t stride;     /* steps from token to token */
+} code_factors;
+
+/* Add the products of n columns of int8 codes with 1 to AT_ONCE tokens. */
 static TARGET inline __attribute__((always_inline)) const uint8_t *add_codes(
-    const uint8_t *mask, const uint8_t *values, int64_t n, int64_t segment, int step,
-    const void *x, int64_t x_stride, int tokens, const float (*factors)[AT_ONCE], float *sums) {
+    const uint8_t *mask, const uint8_t *values, int64_t n, const code_factors *of, int step,
+    const void *x, int64_t x_stride, int tokens, float *sums) {
     float_sum totals[AT_ONCE];
     for (int t = 0; t < tokens; t++) totals[t] = load_sum(sums + LANES * t);
-    for (int64_t first = 0; first < n; first += segment, factors++) {
+    int64_t segment = of->segment, s = 0;
+    for (int64_t first = 0; first < n; first += segment, s++) {
         int64_t end = first + segment < n ? first + segment : n;
         code_sum parts[AT_ONCE];
         memset(parts, 0, (size_t)tokens * sizeof *parts);
         for (int64_t i = first; i < end; i += step)
             values = add_code_step(mask_word(mask, i), step, values,
                                    (const uint8_t *)x + i * CODED_X_BYTES, x_stride, tokens, parts);
-        for (int t = 0; t < tokens; t++) totals[t] = scaled(parts[t], (*factors)[t], totals[t]);
+        for (int t = 0; t < tokens; t++) {
+            float step_of_x = ROUNDS ? of->steps[t * of->stride + s] : 1;
+            totals[t] = scaled(parts[t], of->units[s] * step_of_x, totals[t]);
+        }
     }
     for (int t = 0; t < tokens; t++) store_sum(sums + LANES * t, totals[t]);
     return values;
@@ -88,8 +100,8 @@ static TARGET inline __attribute__((always_inline)) const uint8_t *add_codes(
 /* Products of n columns with up to AT_ONCE tokens. How many is a constant, TOKENS, within each case,
  * so that their sums stay in registers. */
 #define OPERANDS                                                                                \
-    const uint8_t *mask, const uint8_t *values, int64_t n, int64_t segment, const void *x,      \
-        int64_t x_stride, int64_t tokens, const float (*factors)[AT_ONCE], float *sums
+    const uint8_t *mask, const uint8_t *values, int64_t n, const code_factors *of,              \
+        const void *x, int64_t x_stride, int64_t tokens, float *sums
 #define CASE(count, product)                                                                    \
     case count: {                                                                               \
         enum { TOKENS = count < AT_ONCE ? count : AT_ONCE };                                    \
@@ -102,7 +114,7 @@ static TARGET inline __attribute__((always_inline)) const uint8_t *add_codes(
     }
 #define ADD_VALUES(name, bits, is_bfloat16)                                                     \
     static TARGET __attribute__((noinline)) const uint8_t *name(OPERANDS) {                     \
-        (void)segment, (void)factors;                                                           \
+        (void)of;                                                                               \
         FOR_TOKENS(add_values(mask, values, round_up_64(n), bits, is_bfloat16, x, x_stride,     \
                               TOKENS, sums))                                                    \
     }
@@ -112,9 +124,9 @@ ADD_VALUES(add_float16, 16, 0)
 ADD_VALUES(add_bfloat16, 16, 1)
 
 static TARGET __attribute__((noinline)) const uint8_t *add_8(OPERANDS) {
-    if (segment < 64)
-        FOR_TOKENS(add_codes(mask, values, n, segment, 32, x, x_stride, TOKENS, factors, sums))
-    FOR_TOKENS(add_codes(mask, values, n, segment, 64, x, x_stride, TOKENS, factors, sums))
+    if (of->segment < 64)
+        FOR_TOKENS(add_codes(mask, values, n, of, 32, x, x_stride, TOKENS, sums))
+    FOR_TOKENS(add_codes(mask, values, n, of, 64, x, x_stride, TOKENS, sums))
 }
 
 /* Add the products of columns `column` to `column` + n of a row with all tokens. */
@@ -128,27 +140,24 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
                                              : is_bfloat16 ? add_bfloat16
                                                            : add_float16;
     const uint8_t *mask = row->mask + column / 8, *end = NULL;
-    float units[PIECE_SEGMENTS], factors[PIECE_SEGMENTS][AT_ONCE];
+    float units[PIECE_SEGMENTS];
+    int64_t segments = bits <= 8 ? segments_in(x, n) : 0;
     __builtin_prefetch(mask + 512, 0, 3);
     if (n % 64 != 0 || (bits <= 8 && x->segment < 64)) { /* what follows is not ours, or not there */
         mask = memcpy(row->mask_copy, mask, (size_t)mask_bytes);
         memset(row->mask_copy + mask_bytes, 0, 64);
     }
     const uint8_t *values = take_values(call, row, ahead, mask, n, bits);
-    if (bits <= 8) units_of(call, row->group, column, n, x->segment, units);
+    take_units(call, x, &row->group, segments, units);
     for (int64_t t = 0, tokens; t < call->tokens; t += tokens) {
         const uint8_t *numbers =
             (const uint8_t *)x->numbers + (t * x->stride + column) * x_bytes;
         tokens = call->tokens - t < AT_ONCE ? call->tokens - t : AT_ONCE;
-        for (int64_t s = 0; bits <= 8 && s * x->segment < n; s++)
-            for (int64_t i = 0; i < tokens; i++) {
-                float step = ROUNDS ? x->steps[(t + i) * x->segments + column / x->segment + s] : 1;
-                factors[s][i] = units[s] * step;
-            }
-        end = add(mask, values, n, x->segment, numbers, x->stride, tokens,
-                  (const float (*)[AT_ONCE])factors, sums[t]);
+        code_factors of = {x->segment, units, x->steps + t * x->segments + row->segment, x->segments};
+        end = add(mask, values, n, &of, numbers, x->stride, tokens, sums[t]);
     }
     row->at += (end - values) / (item_bits / 8);
+    row->segment += segments;
 }
 
 #undef OPERANDS
@@ -160,12 +169,13 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
 static TARGET inline __attribute__((always_inline)) void multiply_row(
     const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits, int is_bfloat16,
     exceptions *ahead, float (*sums)[LANES]) {
-    int64_t size = group_columns(call), end = offset_of(call, row + 1);
+    int64_t end = offset_of(call, row + 1);
     int64_t end_byte = bits == 12 ? values_of_12(call) + end / 2 : end * bits / 8;
     registered_row of;
     of.mask = call->bitmask + row * ((call->columns + 7) / 8);
     of.at = offset_of(call, row);
-    of.group = row * ((call->columns + size - 1) / size);
+    of.segment = 0;
+    of.group = first_group(x, row);
     of.is_near_end = end_byte + 64 > call->value_bytes;
     for (int64_t column = 0; column < call->columns; column += PIECE) {
         int64_t n = call->columns - column < PIECE ? call->columns - column : PIECE;

@@ -35,19 +35,18 @@ static TARGET inline __attribute__((always_inline)) int64_t multiply_12(
 /* One token times the segments of a row that make whole blocks of 64; returns how many columns those
  * have, 0 where what lies behind the row's values cannot be read. */
 static TARGET inline __attribute__((always_inline)) int64_t multiply_codes(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at, int bits,
-    float *sums) {
+    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at,
+    group_cursor *group, int bits, float *sums) {
     enum { SEGMENTS = 64 }; /* at a time */
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
     int64_t whole = call->columns, step = SEGMENTS * x->segment;
     if (whole % 64 != 0) whole -= whole % x->segment;
-    int64_t size = group_columns(call), groups = (call->columns + size - 1) / size;
     float factors[SEGMENTS];
     if (offset_of(call, row + 1) * bits / 8 + 64 > call->value_bytes || x->segment < 64) return 0;
-    for (int64_t first = 0; first < whole; first += step) {
-        int64_t n = whole - first < step ? whole - first : step, s = first / x->segment;
-        units_of(call, row * groups, first, n, x->segment, factors);
-        for (int64_t i = 0; i * x->segment < n; i++) factors[i] *= x->steps[s + i];
+    for (int64_t first = 0, s = 0; first < whole; first += step, s += SEGMENTS) {
+        int64_t n = whole - first < step ? whole - first : step, count = segments_in(x, n);
+        take_units(call, x, group, count, factors);
+        for (int64_t i = 0; i < count; i++) factors[i] *= x->steps[s + i];
         *at += expand_and_add_codes(mask + first / 8, call->values, *at, n, bits, split_of(x, 0, s),
                                     x->segment, corrections_of(x, 0, s), factors, sums);
     }
@@ -64,24 +63,21 @@ static TARGET inline __attribute__((always_inline)) void multiply_row(
     const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
     int64_t at = offset_of(call, row), step = x->segment;
     int64_t column = 0;
+    group_cursor group = first_group(x, row);
 #if FUSES
     if (call->tokens == 1 && bits == 12) column = multiply_12(call, x, row, &at, ahead, sums[0]);
-    if (call->tokens == 1 && bits <= 8) column = multiply_codes(call, x, row, &at, bits, sums[0]);
+    if (call->tokens == 1 && bits <= 8)
+        column = multiply_codes(call, x, row, &at, &group, bits, sums[0]);
 #endif
-    int64_t size = group_columns(call), group_end = (column / size + 1) * size;
-    int64_t group = row * ((call->columns + size - 1) / size) + column / size;
     for (; column < call->columns; column += step) {
         int64_t n = call->columns - column < step ? call->columns - column : step;
         __builtin_prefetch(mask + column / 8 + 512, 0, 3);
         at += expand(call, mask + column / 8, n, at, bits, ahead, block);
-        int64_t s = column / step;
+        int64_t s = segments_in(x, column);
         n = round_up_64(n);
         if (bits <= 8) {
-            if (column == group_end) {
-                group++;
-                group_end += size;
-            }
-            float unit = number_at(call->scales, group, call->dtype) * inverse_limit(call);
+            float unit;
+            take_units(call, x, &group, 1, &unit);
             for (int64_t t = 0; t < call->tokens; t++) {
                 float factor = unit * x->steps[t * x->segments + s];
 #if FUSES
