@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -94,11 +95,13 @@ def open_storage(storage: Storage) -> BaseStorage:
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 return JournalStorage(journal.JournalRedisBackend(name))
         if "://" not in name:
-            path = Path(name)
+            # Not relative: Optuna's lock is a link to this path, and one that a killed process left
+            # would be waited for without end if the link led nowhere.
+            path = Path(name).absolute()
             if path.suffix in JOURNAL_SUFFIXES:
                 _check_parent(path)
                 _drop_torn_line(path)
-                return JournalStorage(journal.JournalFileBackend(name))
+                return JournalStorage(journal.JournalFileBackend(str(path)))
             if path.suffix not in DATABASE_SUFFIXES:
                 raise ValueError(
                     "storage must be a URL (sqlite:///study.db, postgresql://…), a journal file "
@@ -146,7 +149,7 @@ def _is_being_made(error: BaseException) -> bool:
 
 
 def _check_parent(path: Path) -> None:
-    if not path.absolute().parent.is_dir():
+    if not path.parent.is_dir():
         raise StorageError(f"The folder of the storage {str(path)!r} must exist; it does not.")
 
 
@@ -198,14 +201,23 @@ def _storage_error_behind(error: BaseException | None) -> BaseException | None:
     """Return what a storage's driver raised on the way to ``error``.
 
     Optuna wraps only some of the drivers' exceptions, and trips over others itself. The drivers are
-    optional, so their exceptions are told by the module that they come from.
+    optional, so their exceptions are told by the module that they come from; those of a journal, by
+    where they were raised.
     """
     found = None
     while error is not None:
         if type(error).__module__.split(".")[0] in ("sqlalchemy", "redis"):
             found = error
+        if isinstance(error, OSError) and _raised_in(error).startswith("optuna.storages"):
+            found = error
         error = error.__cause__ or error.__context__
     return found
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the name of the module that raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
 
 
 def _describe(name: str, error: BaseException) -> str:
@@ -221,6 +233,11 @@ def _describe(name: str, error: BaseException) -> str:
         return (
             f"The storage {_without_password(name)} cannot be used: {detail}. Its driver is not "
             f"installed: pip install {install}."
+        )
+    if isinstance(error, OSError):
+        return (
+            f"The storage {_without_password(name)} cannot be used: {detail}. Completed trials are "
+            "kept, so once that is mended, the same call resumes the search."
         )
     return (
         f"The storage {_without_password(name)} cannot be used: {detail}. Check that it exists, "

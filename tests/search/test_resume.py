@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sqlite3
+from pathlib import Path
 
 import optuna
 import pytest
 import torch
+from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from hf_adaptive_sparse.search import evaluator as evaluator_module
@@ -220,6 +223,47 @@ def test_a_torn_last_line_of_a_journal_is_dropped(run, tmp_path, caplog):
     assert "unfinished record" in caplog.text
     assert [row["state"] for row in result.history] == ["complete"] * 3
     assert len(run(storage=path, n_trials=3).history) == 3
+
+
+def test_a_journal_that_can_grow_no_more_is_one_clear_error(run, tmp_path, monkeypatch):
+    """As on a full disk: what was completed is kept, a record that was cut off is dropped."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "study.journal"
+    run(storage=path, n_trials=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 2000, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"study\.journal cannot be used: .* resumes the"):
+            run(storage=path, n_trials=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [row["state"] for row in run(storage=path).history].count("complete") == 3
+
+
+def test_a_lock_that_a_killed_process_left_is_not_waited_for_without_end(
+    run, tmp_path, monkeypatch
+):
+    """Optuna tells the age of a lock by what it links to, which a relative path may not be."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(JournalFileSymlinkLock.__init__, "__defaults__", (3,))
+    journal = Path("out/study.journal")
+    run(storage=journal, n_trials=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileSymlinkLock, "release", lambda lock: None)
+        open_storage(journal)
+    assert Path("out/study.journal.lock").is_symlink()
+
+    def alarm(*_):
+        raise AssertionError("The lock is waited for.")
+
+    previous = signal.signal(signal.SIGALRM, alarm)
+    signal.alarm(30)
+    try:
+        assert len(run(storage=journal, n_trials=2).history) == 2
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_a_profile_without_any_choice_is_tried_again(
