@@ -70,10 +70,11 @@ def _end(study: Study, trial: FrozenTrial) -> None:
             return
     except UpdateFinishedTrialError:  # another worker was first, or its own came back to life
         return
+    then = "It is tried again." if should_retry(trial) else "It had drawn no profile yet."
     logger.warning(
         "Trial %d was left unfinished: its worker has stopped. %s",
         trial.number,
-        "It counts as failed." if hopeless else "It is tried again.",
+        "It counts as failed." if hopeless else then,
     )
     if not hopeless:
         _enqueue_again(study, trial, kills)
