@@ -148,7 +148,7 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
         memset(row->mask_copy + mask_bytes, 0, 64);
     }
     const uint8_t *values = take_values(call, row, ahead, mask, n, bits);
-    take_units(call, x, &row->group, segments, units);
+    if (bits <= 8) take_units(call, x, &row->group, segments, units);
     for (int64_t t = 0, tokens; t < call->tokens; t += tokens) {
         const uint8_t *numbers =
             (const uint8_t *)x->numbers + (t * x->stride + column) * x_bytes;
