@@ -8,6 +8,10 @@ nothing: it waits until a program loads the part of transformers that loads mode
 knows quantization plugins, and imports the plugin behind it. That is what lets other programs,
 such as lm-evaluation-harness, read compressed checkpoints through their own command lines.
 
+One case stays: a program whose first import is ``transformers.modeling_utils`` itself, and which
+loads by a model class of its own without any further import of transformers, has to import the
+plugin.
+
 This module lies beside the package, because importing anything inside the package imports torch.
 """
 

@@ -9,8 +9,14 @@ from pathlib import Path
 def public_name(name: str | os.PathLike[str]) -> str:
     """Return a name as it is on the Hub; of a local path only its last part.
 
-    A path is what exists, or is absolute: a folder may have been removed since it was read.
+    A path is what exists, or looks like one: a folder may have been removed since it was read.
     """
     path = Path(name).expanduser()
-    is_local = path.is_absolute() or path.exists()
+    is_local = path.exists() or looks_like_path(name)
     return Path(os.path.abspath(path)).name if is_local else os.fspath(name)
+
+
+def looks_like_path(name: str | os.PathLike[str]) -> bool:
+    """Return whether a name can be no repo of the Hub, ``owner/name``, but a path."""
+    text = os.fspath(name)
+    return Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1

@@ -21,4 +21,5 @@ def test_of_a_local_path_only_the_last_part_is_published(
         assert public_name(path) == "model"
     assert public_name(tmp_path / "link") == "link"
     assert public_name("someone/model") == "someone/model"
-    assert public_name(tmp_path / "removed" / "model") == "model"
+    for removed in (tmp_path / "removed/model", "../removed/model", "a/removed/model"):
+        assert public_name(removed) == "model"

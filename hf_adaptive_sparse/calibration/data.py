@@ -188,8 +188,8 @@ def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
         if decoder_is_fed:
             return
         raise DataError(
-            f"A batch must hold input_ids, inputs_embeds or decoder_input_ids; batch {index} "
-            f"holds {', '.join(batch) or 'nothing'}."
+            f"A batch must hold input_ids or inputs_embeds, or beside an encoder's features "
+            f"decoder_input_ids and labels; batch {index} holds {', '.join(batch) or 'nothing'}."
         )
     dims = 2 if "input_ids" in batch else 3
     if tokens.ndim != dims or tokens.numel() == 0:
@@ -199,9 +199,10 @@ def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
         )
     for key in ("attention_mask",) if decoder_is_fed else ("attention_mask", "labels"):
         if key in batch and batch[key].shape != tokens.shape[:2]:
+            own = " Add decoder_input_ids to labels of a length of their own."
             raise DataError(
                 f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch "
-                f"{index} has {tuple(batch[key].shape)}."
+                f"{index} has {tuple(batch[key].shape)}.{own if key == 'labels' else ''}"
             )
 
 

@@ -172,7 +172,7 @@ def space_of(options: argparse.Namespace, config: SparsityConfig, base: SearchSp
         target = None
     elif options.target_sparsity is None and any(budget is not None for budget in budgets):
         target = FREE
-    check_ratios(options, target)
+    check_ratios(options, config.pattern, target)
     limits: dict[str, Any] = {}
     if options.fit is not None:
         limits = {"context_length": options.context, "batch_size": options.batch}
@@ -240,7 +240,7 @@ def check_left_to_search(options: argparse.Namespace, config: SparsityConfig) ->
         )
 
 
-def check_ratios(options: argparse.Namespace, target: float | str | None) -> None:
+def check_ratios(options: argparse.Namespace, pattern: str, target: float | str | None) -> None:
     """Refuse options of the ratios that others leave without effect.
 
     Raises:
@@ -251,12 +251,23 @@ def check_ratios(options: argparse.Namespace, target: float | str | None) -> Non
             f"--blocks is for a granularity of blocks, got --blocks {options.blocks} and "
             f"--granularity {options.granularity}. Leave one of them out."
         )
+    shaping = {"--sparsity-range": options.sparsity_range}
+    if options.search_weight_bits is None:
+        shaping["--blocks"] = options.blocks
+    given = [option for option, value in shaping.items() if value is not None]
+    if given and target in (None, 0.0):
+        fixed = "--target-sparsity 0" if target == 0.0 else f"--pattern {pattern}"
+        raise ValueError(
+            f"With {fixed} there are no ratios to search, got {' and '.join(given)}. Leave one of "
+            "them out."
+        )
     has_bounds = options.sparsity_low is not None and options.sparsity_high is not None
     if options.sparsity_range is not None and (has_bounds or target == FREE):
         raise ValueError(
             "--sparsity-range is the distance from --target-sparsity to those bounds that are not "
-            f"given, got {options.sparsity_range:g} and no target, or both bounds. Give "
-            "--target-sparsity, or --sparsity-low and --sparsity-high alone."
+            f"given, got {options.sparsity_range:g} with "
+            f"{'both bounds' if has_bounds else 'no target'}. Give --target-sparsity, or "
+            "--sparsity-low and --sparsity-high alone."
         )
 
 

@@ -41,7 +41,8 @@ def perplexity(
 
     Args:
         model: A model with a language head. Its mode (train, eval) is restored.
-        batches: Inputs of the forward, each with ``input_ids`` (batch, seq) int64. Scored are the
+        batches: Inputs of the forward, each with ``input_ids`` (batch, seq) int64, and an
+            ``attention_mask`` of that shape where there is padding. Scored are the
             ``labels`` where a batch has them, else every token that has one before it; never
             padding and never tokens of images, videos or sounds. An encoder-decoder reads what
             comes before them, see `sequence_pairs`.

@@ -21,6 +21,7 @@ from hf_adaptive_sparse.checkpoint.headers import (
     shard_names,
 )
 from hf_adaptive_sparse.hub.errors import check_repo_id, explained
+from hf_adaptive_sparse.naming import looks_like_path
 
 CONFIG_NAME = "config.json"
 MAX_JSON_BYTES = 100_000_000
@@ -164,8 +165,7 @@ def local_folder(repo_or_folder: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(repo_or_folder)
     if Path(text).is_dir():
         return Path(text)
-    is_path = Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
-    if is_path or Path(text).is_file():
+    if looks_like_path(text) or Path(text).is_file():
         raise ValueError(f"There is no folder {text!r}. Name a folder or a repo 'owner/name'.")
     return None
 

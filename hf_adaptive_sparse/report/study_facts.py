@@ -168,7 +168,7 @@ def facts_of(study: Study) -> StudyFacts:
         rows=rows,
         profile=profile,
         numel=layout.get("numel", {}),
-        labels=_labels(made_for.get("objective")),
+        labels=_labels(made_for["objective"]),
         measured=attributes.get(SENSITIVITY),
         held_out=held_out_of(attributes, number),
         narrowing=narrowing,
@@ -198,7 +198,7 @@ def _from_file(folder: Path, name: str | None) -> StudyFacts:
         rows=rows,
         profile=None if best is None else SearchResult.load_profile(folder).to_dict(),
         numel={},
-        labels=_labels(data.get("objective")),
+        labels=_labels(data["objective"]),
         measured=None,
         held_out=held_out_of(data, number),
         narrowing=narrowing_of(data, number),
@@ -215,7 +215,7 @@ def _best(rows: Sequence[Row]) -> Row | None:
 
 def _labels(objective: Any) -> tuple[str, ...]:
     """Return names for the figures of an objective's JSON form: a name, weights, or a list."""
-    parts = objective if isinstance(objective, list) else [objective or "perplexity"]
+    parts = objective if isinstance(objective, list) else [objective]
     return tuple(
         " + ".join(f"{weight:g} {objective_label(name)}" for name, weight in part.items())
         if isinstance(part, Mapping)

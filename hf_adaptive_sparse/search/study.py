@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STUDY_NAME = "hf-adaptive-sparse"
-DEFAULT_OBJECTIVE = "perplexity"
 
 
 def search(
@@ -165,14 +164,13 @@ def search(
     made_for = fingerprint(
         model,
         space=space.to_dict(),
+        objective=goal.to_json(),
         metric=metric,
         image_weight=data.image_weight,
         excluded=excluded,
         calibration=data.calibration,
         evaluation=data.evaluation,
     )
-    if goal.to_json() != DEFAULT_OBJECTIVE:
-        made_for["objective"] = goal.to_json()
     baseline = uniform_params_on_front if goal.sweeps_budget else uniform_params
     with quiet_optuna(), storage_errors(_storage_name(storage)):
         study = open_study(

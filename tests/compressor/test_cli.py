@@ -461,9 +461,17 @@ def test_options_make_the_space(flags, expected):
         (["--blocks", "4", "--granularity", "layer"], "got --blocks 4 and --granularity layer."),
         (
             ["--sparsity-low", "0.3", "--sparsity-high", "0.7", "--sparsity-range", "0.1"],
-            "got 0.1 and no target, or both bounds",
+            "got 0.1 with both bounds.",
         ),
-        (["--size", "4GiB", "--sparsity-range", "0.1"], "got 0.1 and no target, or both bounds"),
+        (
+            ["--target-sparsity", "0", "--blocks", "4"],
+            "With --target-sparsity 0 there are no ratios to search, got --blocks.",
+        ),
+        (
+            ["--target-sparsity", "0", "--sparsity-range", "0.1"],
+            "With --target-sparsity 0 there are no ratios to search, got --sparsity-range.",
+        ),
+        (["--size", "4GiB", "--sparsity-range", "0.1"], "got 0.1 with no target"),
         (["--kv-mean-bits", "9"], "kv_mean_bits must lie between"),
         (["--search-weight-bits", "16,8,4"], "16,8,4 leaves the mean open. Give --search-weight"),
         (["--search-weight-mean", "8"], "--search-weight-mean 8 needs the widths"),

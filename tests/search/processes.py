@@ -25,7 +25,7 @@ from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
+PROCESSES.set_forkserver_preload([__name__, "optuna.storages", "sqlalchemy"])
 
 
 def small_search(storage: str | Path | None, **options: Any) -> SearchResult:

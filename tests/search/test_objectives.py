@@ -191,7 +191,7 @@ class TestSearches:
 
     def test_another_objective_is_another_study(self, run, tmp_path):
         run(n_trials=1, storage=tmp_path / "s.log")
-        with pytest.raises(ValueError, match=r"objective \(None, now 'kl'\)"):
+        with pytest.raises(ValueError, match=r"objective \('perplexity', now 'kl'\)"):
             run(n_trials=1, storage=tmp_path / "s.log", objective="kl")
 
     def test_equal_values_are_remarked_on_by_their_name(self, run, questions, monkeypatch, caplog):

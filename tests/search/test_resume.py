@@ -225,7 +225,7 @@ def test_a_torn_last_line_of_a_journal_is_dropped(run, tmp_path, caplog):
     assert len(run(storage=path, n_trials=3).history) == 3
 
 
-def test_a_journal_that_can_grow_no_more_is_one_clear_error(run, tmp_path, monkeypatch):
+def test_a_journal_that_can_grow_no_more_is_one_clear_error(run, tmp_path):
     """As on a full disk: what was completed is kept, a record that was cut off is dropped."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "study.journal"

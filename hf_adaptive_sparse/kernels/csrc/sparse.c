@@ -174,7 +174,7 @@ HAS_EXPORT int has_sparse_linear(int variant, const has_sparse_call *call) {
         .segment = codes ? segment_of(call->group_size) : HAS_SPARSE_BLOCK,
     };
     x.segments = (call->columns + x.segment - 1) / x.segment;
-    x.group_segments = call->group_size ? call->group_size / x.segment : x.segments;
+    x.group_segments = codes && call->group_size ? call->group_size / x.segment : x.segments;
     x.groups = (x.segments + x.group_segments - 1) / x.group_segments;
     int64_t split = x.segments * ((x.segment + 63) / 64 * 64); /* a segment begins at 64 bytes */
     if (codes && x.stride < split) x.stride = split;
