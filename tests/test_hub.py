@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +22,9 @@ from hf_adaptive_sparse.hub.push import folder_files
 from hf_adaptive_sparse.packing.bitmask import compress
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from tests.conftest import llama_config
-from tests.hub_server import READER, WRITER, Blob, HubServer, running_hub
+from tests.hub_server import READER, WRITER, Blob, HubServer, run_online, running_hub
 
 REPO = "user/tiny"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -728,34 +724,7 @@ def test_license_of_a_repo(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> N
     assert license_of("user/never-seen") == {}
 
 
-# Through transformers, in a process of its own: addresses and offline mode are read at import
-
-
-def run_online(hub: HubServer, tmp_path: Path, script: str) -> str:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_CACHE": str(tmp_path / "home/hub"),
-        "HF_TOKEN": WRITER,
-        "NO_PROXY": "127.0.0.1,localhost",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+# Through transformers
 
 
 @pytest.mark.slow
@@ -774,7 +743,7 @@ for revision in ("main", {first!r}):
     out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     print(float((weight == 0).float().mean()), out.shape[1])
 """
-    lines = run_online(hub, tmp_path, script).split("\n")
+    lines = run_online(hub, tmp_path / "home", script).split("\n")
     assert [float(line.split()[0]) for line in lines[:2]] == [0.5, 0.25]
     assert all(3 < int(line.split()[1]) <= 7 for line in lines[:2])
 
@@ -797,7 +766,7 @@ states = model.state_dict().items(), again.state_dict().items()
 same = all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(*states, strict=True))
 print(same, again.config.quantization_config.kv_cache.bits)
 """
-    assert run_online(hub, tmp_path, script).split()[0] == "True"
+    assert run_online(hub, tmp_path / "home", script).split()[0] == "True"
     assert hub.repos[REPO].private
     found = inspect(REPO, token=READER, endpoint=hub.endpoint)
     assert found.sparsity == (0.5, 0.5)
