@@ -66,6 +66,15 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def milliseconds(device: torch.device, function: Callable[[], Any]) -> float:
+    """Return what a call takes, the device's work included."""
+    synchronise(device)
+    started = time.perf_counter()
+    function()
+    synchronise(device)
+    return 1000 * (time.perf_counter() - started)
+
+
 def best_seconds(
     functions: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 5
 ) -> float:

@@ -245,13 +245,11 @@ def measure_decoding(
     times: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(sizes.rounds + 5):
         for name, cache in caches.items():
-            gpu.synchronise(device)
             torch.backends.cuda.enable_cudnn_sdp(name != WITHOUT_CUDNN)
-            started = time.perf_counter()
-            model(token, **{cache_argument(model): cache})
-            gpu.synchronise(device)
+            step = functools.partial(model, token, **{cache_argument(model): cache})
+            spent = gpu.milliseconds(device, step)
             if turn >= 5:
-                times[name].append((time.perf_counter() - started) * 1000)
+                times[name].append(spent)
     found: dict[str, Any] = {
         name: {"median_ms": statistics.median(series), "mean_ms": statistics.fmean(series)}
         for name, series in times.items()

@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -95,17 +94,19 @@ class Form:
         """Time the prompt, with a new cache."""
         self.cache = self.make_cache()
         prompt = self.prompt
-        self.prefills.append(milliseconds(prompt.device, lambda: self.forward(self.model, prompt)))
+        self.prefills.append(
+            gpu.milliseconds(prompt.device, lambda: self.forward(self.model, prompt))
+        )
 
     def decode(self) -> None:
         """Time one token behind it."""
-        self.decodes.append(milliseconds(self.prompt.device, self.step))
+        self.decodes.append(gpu.milliseconds(self.prompt.device, self.step))
 
     def kernel_ms(self) -> float:
         """Return what the kernels of one token take."""
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
-            milliseconds(self.prompt.device, self.step)
+            gpu.milliseconds(self.prompt.device, self.step)
         return sum(event.device_time_total for event in profile.events()) / 1000
 
 
@@ -137,15 +138,6 @@ class GraphForm(Form):
         """Decode one token by what was recorded."""
         self.forward(self.compiled, self.prompt[:, :1].clone(), position_ids=self.position)
         self.position += 1
-
-
-def milliseconds(device: torch.device, function: Callable[[], None]) -> float:
-    """Return what a call takes, the device's work included."""
-    gpu.synchronise(device)
-    started = time.perf_counter()
-    function()
-    gpu.synchronise(device)
-    return 1000 * (time.perf_counter() - started)
 
 
 @torch.no_grad()

@@ -251,8 +251,9 @@ def generate_answers(
     encoded = encode_questions(processor, prompts, media, "left")
     # An encoder reads the question by itself.
     said = 0 if model.config.is_encoder_decoder else max_new_tokens
+    context = context_length(model)
     for row, read in zip(rows, encoded["attention_mask"].sum(1).tolist(), strict=True):
-        check_fits(row, read, context_length(model), said)
+        check_fits(row, read, context, said)
     inputs = to_model(model, encoded)
     settings = _greedy(model, tokenizer, max_new_tokens)
     with evaluating(model), _generating_by(model, settings):

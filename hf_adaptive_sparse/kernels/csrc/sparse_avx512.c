@@ -26,6 +26,8 @@ enum { AHEAD_BYTES = 1536 };
 
 #define FORCED static TARGET inline __attribute__((always_inline))
 
+#include "sparse_join.h"
+
 FORCED int64_t expand_32(const uint8_t *mask, const uint32_t *values, int64_t at, int64_t n,
                          void *out) {
     const uint32_t *next = values + at;
@@ -125,14 +127,6 @@ FORCED __m512i even_columns(__m512i lower, __m512i upper) {
 FORCED __m512i odd_columns(__m512i lower, __m512i upper) {
     const __m512i bytes = _mm512_set1_epi16(0xff);
     return _mm512_ternarylogic_epi32(bytes, _mm512_srli_epi16(lower, 8), upper, 0xca);
-}
-
-FORCED void store_joined(__m512i lower, __m512i upper, void *out) {
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    __m512i even = _mm512_unpacklo_epi8(lower, upper), odd = _mm512_unpackhi_epi8(lower, upper);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(even, first, odd));
-    _mm512_storeu_si512((uint8_t *)out + 64, _mm512_permutex2var_epi64(even, second, odd));
 }
 
 FORCED __m512i four_books(const uint8_t *book) {

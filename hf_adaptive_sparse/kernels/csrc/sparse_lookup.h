@@ -91,8 +91,10 @@ FORCED int64_t expand_8(const uint8_t *mask, const int8_t *values, int64_t at, i
 }
 
 /* As many codes of 4 bits as a vector has bytes, lower halves of bytes first, through a table of
- * sixteen bytes; and these as the upper bytes of values whose lower ones are given. */
+ * sixteen bytes; and the values of which two vectors are the lower and the upper bytes. */
 #if VECTOR_BYTES == 64
+#include "sparse_join.h"
+
 typedef __m512i bytes;
 
 FORCED bytes look_up_next(const uint8_t *codes, __m128i table) {
@@ -102,14 +104,6 @@ FORCED bytes look_up_next(const uint8_t *codes, __m128i table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), pairs);
 }
 
-FORCED void store_joined(const uint8_t *lower, bytes upper, uint16_t *out) {
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    __m512i of = _mm512_loadu_si512(lower);
-    __m512i low = _mm512_unpacklo_epi8(of, upper), high = _mm512_unpackhi_epi8(of, upper);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first, high));
-    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi64(low, second, high));
-}
 #else
 typedef __m256i bytes;
 
@@ -120,15 +114,20 @@ FORCED bytes look_up_next(const uint8_t *codes, __m128i table) {
                                _mm256_and_si256(pairs, _mm256_set1_epi8(15)));
 }
 
-FORCED void store_joined(const uint8_t *lower, bytes upper, uint16_t *out) {
-    __m256i of = _mm256_loadu_si256((const __m256i *)lower);
-    __m256i low = _mm256_unpacklo_epi8(of, upper), high = _mm256_unpackhi_epi8(of, upper);
+FORCED void store_joined(bytes lower, bytes upper, void *out) {
+    __m256i low = _mm256_unpacklo_epi8(lower, upper), high = _mm256_unpackhi_epi8(lower, upper);
     _mm256_storeu_si256((__m256i *)out, _mm256_permute2x128_si256(low, high, 0x20));
     _mm256_storeu_si256((__m256i *)out + 1, _mm256_permute2x128_si256(low, high, 0x31));
 }
 #endif
 
 enum { AT_A_TIME = sizeof(bytes) };
+
+FORCED bytes load_bytes(const uint8_t *at) {
+    bytes of;
+    memcpy(&of, at, sizeof of);
+    return of;
+}
 
 FORCED void look_up(const uint8_t *codes, int64_t n, __m128i table, uint8_t *out) {
     for (int64_t i = 0; i < n; i += AT_A_TIME) {
@@ -148,7 +147,7 @@ FORCED void decode_12(const uint8_t *lower, const uint8_t *codes, int64_t n, con
     for (int64_t i = 0; i < n; i += AT_A_TIME) {
         if (i % 64 == 0) _mm_prefetch((const char *)lower + i + AHEAD_BYTES, _MM_HINT_T0);
         if (i % 128 == 0) _mm_prefetch((const char *)codes + i / 2 + AHEAD_BYTES, _MM_HINT_T0);
-        store_joined(lower + i, look_up_next(codes + i / 2, load(book)), out + i);
+        store_joined(load_bytes(lower + i), look_up_next(codes + i / 2, load(book)), out + i);
     }
 }
 
@@ -171,11 +170,8 @@ FORCED int64_t expand_12(const uint8_t *mask, const uint8_t *lower, const uint8_
     uint16_t values[HAS_SPARSE_BLOCK + 64];
     int64_t count = count_kept(mask, n);
     look_up(codes, at + count, load(book), upper);
-    for (int64_t i = 0; i < count; i += AT_A_TIME) {
-        bytes next;
-        memcpy(&next, upper + at + i, sizeof next);
-        store_joined(lower + i, next, values + i);
-    }
+    for (int64_t i = 0; i < count; i += AT_A_TIME)
+        store_joined(load_bytes(lower + i), load_bytes(upper + at + i), values + i);
     return expand_16(mask, values, 0, n, out);
 }
 
