@@ -11,7 +11,7 @@ In one call:
   single calls take is beside it. Weights rotate, so that none is read from the L2 cache. Bytes over
   time are stated as a share of the bandwidth that a large copy reaches.
 - tokens: 2 to 64 tokens.
-- prefill: 2,048 tokens, by the size of the tiles that are decompressed.
+- prefill: 2,048 tokens, by the size of the tiles that are decompressed; likewise in graphs.
 - 2:4: weights of that pattern as torch's semi-structured tensors, one token and 2,048.
 
     python benchmarks/gpu_sparse.py
@@ -270,15 +270,14 @@ def measure_tile_bytes(
     """Time of many tokens, by the bytes of a decompressed tile, against the dense product."""
     dense = pruned(shape, device)
     x = torch.randn(sizes.prefill, shape[1], device=device).bfloat16()
-    plain = gpu.best_seconds([functools.partial(functional.linear, x, dense)] * 3, device)
+    plain = gpu.seconds_of([functools.partial(functional.linear, x, dense)] * 3, device)
     rows, before = [], sparse_tiles.GPU_TILE_BYTES
     for (name, format), size in itertools.product(FORMATS.items(), sizes.tile_bytes):
         weight = indexed(SparseWeight.from_dense(dense, *format))
         sparse_tiles.GPU_TILE_BYTES = size
         try:
-            spent = gpu.best_seconds(
-                [functools.partial(sparse_linear.linear, x, weight)] * 3, device
-            )
+            spent = gpu.seconds_of([functools.partial(sparse_linear.linear, x, weight)] * 3, device)
+            tile_rows = sparse_tiles._tile_rows(weight, weight.dtype, sizes.prefill)
         finally:
             sparse_tiles.GPU_TILE_BYTES = before
         rows.append(
@@ -287,9 +286,11 @@ def measure_tile_bytes(
                 "tokens": sizes.prefill,
                 "values": name,
                 "tile_bytes": size,
-                "us": spent * 1e6,
-                "dense_us": plain * 1e6,
-                "speed": plain / spent,
+                "tile_rows": tile_rows,
+                **spent,
+                "dense_us": plain["device_us"],
+                "speed": plain["device_us"] / spent["device_us"],
+                "call_speed": plain["call_us"] / spent["call_us"],
             }
         )
         gpu.say(rows[-1])
@@ -335,11 +336,14 @@ def table(result: dict[str, Any]) -> str:
         f"{row['speed']:.2f} | {row['call_speed']:.2f} | {row['share_of_copy']:.0%} |"
         for row in result["products"]
     ]
-    lines += ["", "| prefill | values | MiB of a tile | times as fast as dense |"]
-    lines += ["| --- | --- | ---: | ---: |"]
+    lines += [
+        "",
+        "| prefill | values | MiB of a tile | rows | times as fast as dense | with the call |",
+    ]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     lines += [
         f"| {row['shape']} x {row['tokens']} | {row['values']} | {row['tile_bytes'] / 2**20:g} | "
-        f"{row['speed']:.2f} |"
+        f"{row['tile_rows']} | {row['speed']:.2f} | {row['call_speed']:.2f} |"
         for row in result["tile_bytes"]
     ]
     lines += ["", "| 2:4 | tokens | dense, µs | ours | semi-structured |"]

@@ -160,8 +160,38 @@ def _is_part(
         part.shape[3:] == shape
         and part.dtype == dtype
         and part.device == device
-        and part[0, 0, 0].is_contiguous()
+        and _is_dense(part.shape[3:], part.stride()[3:])
     )
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether elements lie side by side; a view to ask costs as much as all of this."""
+    elements = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != elements:
+            return False
+        elements *= size
+    return True
+
+
+def blocks_of_a_head(parts: Sequence[torch.Tensor]) -> int | None:
+    """Return how many blocks lie from one head's first to the next one's, the same in all parts.
+
+    None if that is not the same, or if there is anything between blocks. Rows that a buffer has
+    room for behind a head's own count, too.
+
+    Args:
+        parts: ``(batch, kv_heads, blocks, ...)``, what belongs to a block of a head contiguous.
+    """
+    apart = {_blocks_apart(part) for part in parts}
+    return apart.pop() if len(apart) == 1 else None
+
+
+def _blocks_apart(part: torch.Tensor) -> int | None:
+    of_batch, of_head, of_block = part.stride()[:3]
+    size = part.shape[3:].numel()
+    is_regular = of_block == size and of_head % size == 0 and of_batch == part.shape[1] * of_head
+    return of_head // size if is_regular else None
 
 
 def _check_room(parts: Sequence[torch.Tensor], how: Format, blocks: torch.Tensor) -> None:

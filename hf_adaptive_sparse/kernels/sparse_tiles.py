@@ -3,15 +3,16 @@
 Rows of the weight are decompressed into a buffer of at most ``TILE_BYTES``, tile after tile, and
 each tile goes through the matrix product that torch has for the device, and no dense copy of the
 weight exists. With hundreds of tokens that product takes so long on a CPU that decompressing hardly
-shows; an H200 multiplies 2,048 so fast that it adds 20 to 60 %.
+shows; an H100 multiplies 2,048 so fast that it adds 10 to 25 %.
 
 A CPU that does not multiply 16-bit numbers itself leaves it to torch to widen them, and that takes
 two to eight times as long as a product of float32. There, tiles are decompressed to float32, and
 only the product is rounded to the weight's dtype: x and the product of a tile are there in float32.
 
 On a GPU all of it is enqueued on the current stream, in order: a tile is overwritten after the
-product that reads it. Tiles are larger there, and equal, because a product of few rows leaves most
-of the device idle.
+product that reads it. Tiles are larger there, because a product of few rows leaves most of the
+device idle. They have as many rows as keep all of its processors busy, or a multiple: with few more
+than that, a second round would take as long as the first.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ import torch
 
 from hf_adaptive_sparse.kernels import sparse_native, triton_sparse
 from hf_adaptive_sparse.kernels.library import multiplies
+from hf_adaptive_sparse.kernels.triton_device import processors
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 TILE_BYTES = 16 << 20
 """Bytes of a tile at most, unless a single row is longer."""
 
 GPU_TILE_BYTES = 64 << 20
-"""The same on a GPU, unless ``_GPU_ROWS`` rows are longer: tiles are whole multiples of those."""
+"""The same on a GPU, but twice that where fewer rows would leave processors idle."""
 
 _GPU_ROWS = 128  # that a program of a matrix product takes
+_GPU_TOKENS = 256  # the same
 _CPU_ROWS = 64  # of which torch's product wants whole multiples: 762 rows take 1.3 times as long
 
 _buffers = threading.local()
@@ -49,7 +52,7 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     dtype = _product_dtype(weight)
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    for start, stop, tile in _tiles(weight, dtype):
+    for start, stop, tile in _tiles(weight, dtype, x.shape[0]):
         part = output[:, start:stop]
         product = part if part.dtype == dtype else tile.new_empty(part.shape)
         if bias is None:
@@ -68,7 +71,7 @@ def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor
     """
     total = gradient.new_zeros((gradient.shape[0], weight.shape[1]), dtype=torch.float32)
     dtype = _product_dtype(weight)
-    for start, stop, tile in _tiles(weight, dtype):
+    for start, stop, tile in _tiles(weight, dtype, gradient.shape[0]):
         total += gradient[:, start:stop].to(dtype) @ tile
     return total.to(gradient.dtype)
 
@@ -79,10 +82,12 @@ def _product_dtype(weight: SparseWeight) -> torch.dtype:
     return weight.dtype
 
 
-def _tiles(weight: SparseWeight, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _tiles(
+    weight: SparseWeight, dtype: torch.dtype, tokens: int
+) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield first row, last row + 1 and the decompressed rows, which the next tile overwrites."""
     rows, columns = weight.shape
-    step = _tile_rows(weight, dtype)
+    step = _tile_rows(weight, dtype, tokens)
     buffer = _buffer(step * columns, dtype, weight.device).view(step, columns)
     for start in range(0, rows, max(1, step)):
         stop = min(rows, start + step)
@@ -91,15 +96,20 @@ def _tiles(weight: SparseWeight, dtype: torch.dtype) -> Iterator[tuple[int, int,
         yield start, stop, tile
 
 
-def _tile_rows(weight: SparseWeight, dtype: torch.dtype) -> int:
+def _tile_rows(weight: SparseWeight, dtype: torch.dtype, tokens: int) -> int:
     rows, columns = weight.shape
     row_bytes = max(1, columns * dtype.itemsize)
     if weight.device.type == "cpu":
         most = max(1, TILE_BYTES // row_bytes)
         return min(rows, most - most % _CPU_ROWS if most > _CPU_ROWS else most)
-    most = max(1, GPU_TILE_BYTES // row_bytes // _GPU_ROWS) * _GPU_ROWS
-    tiles = max(1, -(-rows // most))
-    return min(rows, -(-rows // (tiles * _GPU_ROWS)) * _GPU_ROWS)
+    most = GPU_TILE_BYTES // row_bytes
+    programs = -(-max(1, tokens) // _GPU_TOKENS)
+    busy = max(1, processors(weight.device) // programs) * _GPU_ROWS
+    if busy <= most:
+        return min(rows, most - most % busy)
+    if busy <= 2 * most:
+        return min(rows, busy)
+    return min(rows, max(_GPU_ROWS, most - most % _GPU_ROWS))
 
 
 def _decompress(weight: SparseWeight, start: int, stop: int, tile: torch.Tensor) -> None:

@@ -38,15 +38,20 @@ def takes(how: Format, tokens: int, width: int) -> bool:
 
 
 def prepare(
-    blocks: torch.Tensor, how: Format, parts: Sequence[torch.Tensor], refused: torch.Tensor
+    blocks: torch.Tensor,
+    how: Format,
+    parts: Sequence[torch.Tensor],
+    refused: torch.Tensor,
+    room: int,
 ) -> Call:
     """Return the launch that fills ``parts``.
 
     Args:
         blocks: ``(batch, kv_heads, blocks, tokens, head_dim)``, channels side by side.
         how: Their format, which ``takes`` takes.
-        parts: Contiguous, as the codec has them.
+        parts: As the codec has them, see ``encoding.blocks_of_a_head``.
         refused: int32 ``(1,)``, becomes 1 where blocks cannot be stored.
+        room: What that says of the parts.
     """
     batch, heads, count, tokens, width = blocks.shape
     strides = blocks.stride()[:4]
@@ -63,11 +68,13 @@ def prepare(
     }
     token_stride = strides[3]
     kind = (
-        *(blocks.device, blocks.dtype, blocks.data_ptr() % ALIGNMENT),
+        *(blocks.device, blocks.dtype),
+        *(tensor.data_ptr() % ALIGNMENT for tensor in (blocks, *parts, refused)),
         *(token_stride % ALIGNMENT == 0, token_stride == 1),
         *(stride >> 31 for stride in strides),
     )
-    arguments: tuple[torch.Tensor | int, ...] = (blocks, *parts, refused, *strides, heads, count)
+    sizes = (heads, count, room)
+    arguments: tuple[torch.Tensor | int, ...] = (blocks, *parts, refused, *strides, *sizes)
     return Call(how.layout, (batch * heads * count, pieces, 1), arguments, constants, kind)
 
 

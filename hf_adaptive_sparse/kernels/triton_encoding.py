@@ -7,11 +7,12 @@ way back. With ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, for tests.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
-from hf_adaptive_sparse.kernels.encoding import Format, empty_parts
+from hf_adaptive_sparse.kernels.encoding import Format, blocks_of_a_head, empty_parts
 from hf_adaptive_sparse.kernels.library import DTYPES
 from hf_adaptive_sparse.kernels.triton_device import (
     Launch,
@@ -37,19 +38,27 @@ def is_supported(blocks: torch.Tensor, how: Format) -> bool:
     )
 
 
-def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None:
-    """Return the parts of ``blocks``, or None where they cannot be stored.
+def encode(
+    blocks: torch.Tensor,
+    how: Format,
+    room: Sequence[torch.Tensor] | None = None,
+    refused: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...] | None:
+    """Return the parts of ``blocks``, or None where they are known not to be storable.
 
-    They cannot where there is NaN or Inf, or spans overflow: torch says what is wrong. To know it,
-    the host waits for the device.
+    They are not where there is NaN or Inf, or spans overflow.
 
     Args:
         blocks: ``(batch, kv_heads, blocks, tokens, head_dim)``, see ``is_supported``; copied where
             the channels of a head are not side by side.
         how: The codec's format.
+        room: Tensors to fill, as ``encoding.encode`` has them; None: new ones.
+        refused: int32 ``(1,)`` on the device, which becomes 1 where blocks cannot be stored and is
+            for the caller to read. None: the host waits for the device to know.
 
     Returns:
-        New tensors ``(batch, kv_heads, blocks, ...)``, contiguous, as the codec has them.
+        ``(batch, kv_heads, blocks, ...)`` each, as the codec has them: ``room``, or new tensors
+        where heads do not lie there as the kernels have them.
 
     Raises:
         LaunchError: If Triton fails to compile or launch the kernel for this call, now or before:
@@ -57,13 +66,17 @@ def encode(blocks: torch.Tensor, how: Format) -> tuple[torch.Tensor, ...] | None
     """
     if blocks.stride(4) != 1:
         blocks = blocks.contiguous()
-    parts = empty_parts(blocks, how)
+    apart = None if room is None else blocks_of_a_head(room)
+    if room is None or apart is None:
+        parts, apart = empty_parts(blocks, how), blocks.shape[2]
+    else:
+        parts = tuple(room)
+    flag = blocks.new_zeros(1, dtype=torch.int32) if refused is None else refused
     with on_device(blocks.device):
-        refused = blocks.new_zeros(1, dtype=torch.int32)
-        call = prepare(blocks, how, parts, refused)
+        call = prepare(blocks, how, parts, flag, apart)
         kernel = (call.kernel, blocks.device, blocks.dtype, *call.constants.values())
         launch(_failures, kernel, lambda: launch_call(call, _compiled, _kernels))
-        return None if bool(refused) else parts
+        return None if refused is None and bool(flag) else parts
 
 
 _failures: dict[object, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from hf_adaptive_sparse.kvcache.reserve import Reserve
 
 GROWTH = 64
 """A full buffer grows by 1/64 of itself at least: slack stays below 2 %, appending is O(1)."""
+
+_NO_CONTEXT = contextlib.nullcontext()
 
 LONG_ROW_BYTES = 1024
 """Rows of a head that are longer need not be neighbours: who reads one reads several pages."""
@@ -33,18 +36,15 @@ class RowBuffer:
     Args:
         template: Any tensor ``(batch, kv_heads, any, ...)`` with the dtype and device to store.
         step: Rows to grow by at least.
+        capacity: Rows to make room for at once.
     """
 
-    def __init__(self, template: torch.Tensor, step: int) -> None:
+    def __init__(self, template: torch.Tensor, step: int, capacity: int = 0) -> None:
         self.step = step
         self._first, self._end = 0, 0
         self._reserve: Reserve | None = None
-        with torch.inference_mode(False):
-            self._storage = torch.zeros(
-                (*template.shape[:2], 0, *template.shape[3:]),
-                dtype=template.dtype,
-                device=template.device,
-            )
+        with _ordinary():
+            self._storage = self._allocate(template, capacity)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave reserved address space out of copies, whose rows are elsewhere."""
@@ -128,7 +128,7 @@ class RowBuffer:
 
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace the storage by ``function`` of it: a selection along the batch, or a move."""
-        with torch.inference_mode(False), torch.no_grad():
+        with _ordinary():
             self._storage, self._reserve = function(self._storage), None
 
     def _make_room(self, count: int) -> None:
@@ -138,30 +138,40 @@ class RowBuffer:
         self._move_to(max(needed, self.capacity if self._first else 0))
 
     def _move_to(self, capacity: int) -> None:
-        held = self.rows
-        with torch.inference_mode(False), torch.no_grad():
+        count = self.length
+        with _ordinary():
             if self._reserve is not None and not self._first and 0 < capacity <= self._reserve.rows:
                 self._storage = _by_head(self._reserve.take(capacity))
                 return
-            storage = self._allocate(capacity)
-            if held.shape[2]:
-                storage[:, :, : held.shape[2]] = held
+            storage = self._allocate(self._storage, capacity)
+            if count:
+                storage.narrow(2, 0, count).copy_(self.rows)
             self._storage = storage
-        self._first, self._end = 0, held.shape[2]
+        self._first, self._end = 0, count
 
-    def _allocate(self, capacity: int) -> torch.Tensor:
-        """Return zeros for as many rows; reserved memory is, and takes pages once it is written."""
-        batch, kv_heads, _, *row = shape = self._storage.shape
+    def _allocate(self, template: torch.Tensor, capacity: int) -> torch.Tensor:
+        """Return room for as many rows; reserved memory takes pages once it is written."""
+        batch, kv_heads, _, *row = shape = template.shape
         self._reserve = None
-        head_bytes = torch.Size(row).numel() * self._storage.itemsize
-        if capacity and batch and kv_heads and head_bytes > LONG_ROW_BYTES and self._storage.is_cpu:
+        head_bytes = torch.Size(row).numel() * template.itemsize
+        if capacity and batch and kv_heads and head_bytes > LONG_ROW_BYTES and template.is_cpu:
             try:
-                self._reserve = Reserve(capacity, (batch, kv_heads, *row), self._storage.dtype)
+                self._reserve = Reserve(capacity, (batch, kv_heads, *row), template.dtype)
             except OSError:  # ordinary memory does as well, with more copies
                 pass
             else:
                 return _by_head(self._reserve.take(capacity))
-        return self._storage.new_zeros((*shape[:2], capacity, *row))
+        return template.new_empty((*shape[:2], capacity, *row))
+
+
+def _ordinary() -> contextlib.AbstractContextManager[object]:
+    """Return what makes new tensors ordinary ones, without a graph; nothing if they are anyway."""
+    if torch.is_inference_mode_enabled():  # what it had switched off comes back without it
+        both = contextlib.ExitStack()
+        both.enter_context(torch.inference_mode(False))
+        both.enter_context(torch.no_grad())
+        return both
+    return torch.no_grad() if torch.is_grad_enabled() else _NO_CONTEXT
 
 
 def _by_head(rows: torch.Tensor) -> torch.Tensor:

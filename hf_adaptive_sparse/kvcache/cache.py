@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 from hf_adaptive_sparse.architecture import cross_attention_layers
 from hf_adaptive_sparse.kvcache.attending import Attending
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
+from hf_adaptive_sparse.kvcache.refusals import Refusals
 from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
 from hf_adaptive_sparse.profiles import (
@@ -96,10 +97,12 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
             layer if index in read_directly else _quantized(layer, kv_cache, bits, index)
             for index, (layer, bits) in enumerate(_with_bits(config, kv_cache))
         ]
+        self._refusals = Refusals()
         attending = Attending.of(config)
-        for layer in layers:
-            if isinstance(layer, AdaptiveQuantizedLayer):
-                layer.attending = attending
+        quantized = [layer for layer in layers if isinstance(layer, AdaptiveQuantizedLayer)]
+        for layer in quantized:
+            layer.attending, layer.refusals = attending, self._refusals
+            layer.is_last = layer is quantized[-1]
         # QuantizedCache's own constructor would give every layer the same arguments. That this is
         # a DynamicCache, too, is what models and EncoderDecoderCache ask for.
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
@@ -125,6 +128,7 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         ``torch.load(..., weights_only=True)`` reads it back, for ``load_state_dict``. A cache may
         also be pickled whole.
         """
+        self._refusals.check()
         return {
             "format_version": FORMAT_VERSION,
             "kv_cache": self.kv_cache.to_dict(),

@@ -15,6 +15,7 @@ from hf_adaptive_sparse.kernels import encoding, triton_decoding, triton_encodin
 from hf_adaptive_sparse.kernels.library import DTYPES
 from hf_adaptive_sparse.kernels.triton_device import say_what_failed
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+from hf_adaptive_sparse.kvcache.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,11 @@ def empty_parts(codec: Codec, blocks: torch.Tensor) -> Parts:
 
 
 def encode_into(
-    codec: Codec, blocks: torch.Tensor, parts: Sequence[torch.Tensor], what: str
+    codec: Codec,
+    blocks: torch.Tensor,
+    parts: Sequence[torch.Tensor],
+    what: str,
+    refusals: Refusals | None = None,
 ) -> None:
     """Write the parts of ``blocks`` to tensors of their shapes, a block of a head contiguous.
 
@@ -43,22 +48,28 @@ def encode_into(
         blocks: See ``Codec.encode``.
         parts: ``(batch, kv_heads, blocks, ...)`` each, as ``empty_parts`` has them.
         what: What the states are, for error messages.
+        refusals: Where a GPU's kernel may leave word of what it refused; None: it is waited for.
 
     Raises:
-        ValueError: If the codec cannot represent the states; ``parts`` then mean nothing.
+        NonFiniteError: If the codec cannot represent the states; ``parts`` then mean nothing.
     """
-    for part, encoded in zip(parts, encode_blocks(codec, blocks, what, parts), strict=True):
+    found = encode_blocks(codec, blocks, what, parts, refusals)
+    for part, encoded in zip(parts, found, strict=True):
         if encoded is not part:
             part.copy_(encoded)
 
 
 @torch.no_grad()
 def encode_blocks(
-    codec: Codec, blocks: torch.Tensor, what: str, room: Sequence[torch.Tensor] | None = None
+    codec: Codec,
+    blocks: torch.Tensor,
+    what: str,
+    room: Sequence[torch.Tensor] | None = None,
+    refusals: Refusals | None = None,
 ) -> Parts:
     """Return the parts of ``blocks``, see ``Codec.encode``: those of ``room`` if a kernel can."""
     how = codec.kernel_format
-    parts = None if how is None else _encode_by_kernel(blocks, how, room)
+    parts = None if how is None else _encode_by_kernel(blocks, how, what, room, refusals)
     if parts is not None:
         return codec.parts_type(*parts)
     # A few blocks at a time: what encoding computes with in between stays in the caches.
@@ -101,13 +112,18 @@ def decode_blocks(
 
 
 def _encode_by_kernel(
-    blocks: torch.Tensor, how: encoding.Format, room: Sequence[torch.Tensor] | None
+    blocks: torch.Tensor,
+    how: encoding.Format,
+    what: str,
+    room: Sequence[torch.Tensor] | None,
+    refusals: Refusals | None,
 ) -> tuple[torch.Tensor, ...] | None:
     parts = encoding.encode(blocks, how, room)
     if parts is not None or not triton_encoding.is_supported(blocks, how):
         return parts
     try:
-        return triton_encoding.encode(blocks, how)
+        refused = None if refusals is None else refusals.flag(blocks, what)
+        return triton_encoding.encode(blocks, how, room, refused)
     except triton_encoding.LaunchError as error:
         say_what_failed(
             logger,

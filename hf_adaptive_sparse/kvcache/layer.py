@@ -18,6 +18,7 @@ from transformers.cache_utils import BaseQuantizedLayer
 from hf_adaptive_sparse.kvcache.attending import Attending
 from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
 from hf_adaptive_sparse.kvcache.checks import check_rank, refuse_misfits
+from hf_adaptive_sparse.kvcache.refusals import Refusals
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
 from hf_adaptive_sparse.kvcache.view import CacheView, lazy_views
@@ -58,6 +59,9 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     Attributes:
         attending: How the model attends that the cache was made for.
+        refusals: What a GPU refused of this cache's keys and values; None: the host waits for the
+            GPU to know, at every encoding.
+        is_last: Whether no later layer of the cache is quantised.
 
     Raises:
         ValueError: If ``key_mode`` is unknown.
@@ -65,6 +69,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     is_croppable = True
     attending = Attending({})
+    refusals: Refusals | None = None
+    is_last = False
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
     # `_quantize` know keys from values, which may have different bits.
     axis_key = -1
@@ -168,7 +174,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         Raises:
             ValueError: If the states do not fit what is stored already (batch, heads, head size,
                 dtype), or are to be quantised and hold NaN or Inf. What is stored has not changed
-                then; memory that was made for more may stay.
+                then; memory that was made for more may stay. Of NaN and Inf on a GPU the last layer
+                of a cache tells for all, once in a forward pass, and they are stored by then.
         """
         if torch.compiler.is_dynamo_compiling():
             got: tuple[torch.Tensor, torch.Tensor] = self._update_uncompiled(
@@ -275,12 +282,16 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             values.append(value_states)
         else:
             # Both are encoded before either is stored: a refusal leaves the layer as it was.
+            if self.refusals is not None:
+                self.refusals.begin(self.layer_idx)
             what = (f"keys of layer {self.layer_idx}", f"values of layer {self.layer_idx}")
-            new_keys = keys.prepare(key_states, what[0], hold_back=back)
-            new_values = values.prepare(value_states, what[1], hold_back=back)
+            new_keys = keys.prepare(key_states, what[0], back, self.refusals)
+            new_values = values.prepare(value_states, what[1], back, self.refusals)
             keys.commit(new_keys)
             values.commit(new_values)
         self.cumulative_length += tokens
+        if self.is_last and self.refusals is not None and self.refusals.are_unread:
+            self.refusals.check()  # of all layers
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> TokenStore:
         """Return ``tensor`` ``(batch, kv_heads, seq, head_dim)`` as a store without a tail.

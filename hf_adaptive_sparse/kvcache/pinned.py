@@ -82,13 +82,16 @@ class Pinned:
         batch, kv_heads, raw_tokens, head_dim = raw.shape
         sinks, end = self.sinks, self.sinks + self.blocks.length
         whole = raw.new_empty((batch, kv_heads, self.blocks.length + raw_tokens, head_dim))
-        whole[:, :, :sinks] = raw[:, :, :sinks]
-        whole[:, :, end:] = raw[:, :, sinks:]
+        if sinks:
+            whole.narrow(2, 0, sinks).copy_(raw.narrow(2, 0, sinks))
+        if sinks < raw_tokens:
+            tail = raw_tokens - sinks
+            whole.narrow(2, end, tail).copy_(raw.narrow(2, sinks, tail))
         decode_blocks(
             codec,
             self.blocks.parts,
             self.blocks.block_length,
-            whole[:, :, sinks:end],
+            whole.narrow(2, sinks, end - sinks),
             lengths if self.blocks.has_short_ones else None,
         )
-        return whole[:, :, self.skip :]
+        return whole[:, :, self.skip :] if self.skip else whole

@@ -18,6 +18,7 @@ from hf_adaptive_sparse.kvcache.buffer import RowBuffer
 from hf_adaptive_sparse.kvcache.codec import Codec, Parts
 from hf_adaptive_sparse.kvcache.coding import empty_parts, encode_into
 from hf_adaptive_sparse.kvcache.pinned import Blocks, Pinned
+from hf_adaptive_sparse.kvcache.refusals import Refusals
 
 
 class Addition(NamedTuple):
@@ -65,8 +66,7 @@ class TokenStore:
         self.dtype = template.dtype
         self._blocks: Blocks | None = None
         # Raw tokens are allocated in eighths of a block, so that a nearly empty tail takes little.
-        empty = template.detach()[:, :, :0]
-        self._raw = RowBuffer(empty, step=max(1, block_length // 8))
+        self._raw = RowBuffer(template, step=max(1, block_length // 8))
         self._parts: list[RowBuffer] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,20 +142,27 @@ class TokenStore:
         self._raw.append(states.detach() if states.requires_grad else states)
 
     def prepare(
-        self, states: torch.Tensor, what: str, *, whole: bool = False, hold_back: int = 0
+        self,
+        states: torch.Tensor,
+        what: str,
+        hold_back: int = 0,
+        refusals: Refusals | None = None,
+        *,
+        whole: bool = False,
     ) -> Addition:
         """Encode the blocks that ``states`` fill up, behind those stored; nothing counts yet.
 
         Args:
             states: ``(batch, kv_heads, n, head_dim)`` to be added.
             what: What the states are, for error messages.
-            whole: Encode all tokens, the last ones as a shorter block.
             hold_back: Newest tokens that are not to be encoded yet.
+            refusals: See ``coding.encode_into``.
+            whole: Encode all tokens, the last ones as a shorter block.
 
         Raises:
-            ValueError: If the codec cannot represent the states.
+            NonFiniteError: If the codec cannot represent the states.
         """
-        states, tokens = states.detach(), states.shape[2]
+        states, tokens = states.detach() if states.requires_grad else states, states.shape[2]
         sinks = 0 if self.lengths else min(self.sink_length - self.sinks, tokens)
         tail = self._raw.length - self.sinks
         pending = tail + tokens - sinks
@@ -166,10 +173,14 @@ class TokenStore:
             lengths, end = (*lengths, pending - end), pending
         if self.codec is None or not lengths:
             return Addition((), states, sinks)
-        waiting = self.raw[:, :, self.sinks :]
-        fresh = torch.cat([waiting, states[:, :, sinks:]], dim=-2) if tail else states[:, :, sinks:]
-        raw = torch.cat([states[:, :, :sinks], fresh[:, :, end:]], dim=-2)
-        self._encode(self.codec, fresh[:, :, :end], what)
+        # Every operation on a view costs a GPU's host as much as a launch: none without need.
+        fresh = states.narrow(2, sinks, tokens - sinks) if sinks else states
+        if tail:
+            fresh = torch.cat([self.raw.narrow(2, self.sinks, tail), fresh], dim=2)
+        raw = fresh.narrow(2, end, fresh.shape[2] - end)
+        if sinks:
+            raw = torch.cat([states.narrow(2, 0, sinks), raw], dim=2)
+        self._encode(self.codec, fresh.narrow(2, 0, end), what, refusals)
         return Addition(lengths, raw, sinks)
 
     def commit(self, addition: Addition) -> None:
@@ -179,9 +190,9 @@ class TokenStore:
                 part.extend(len(addition.lengths))
             self.lengths += addition.lengths
             self._blocks = None
-            kept = self.raw[:, :, : self.sinks]
+            kept = self.raw.narrow(2, 0, self.sinks) if self.sinks else None
             self._raw.clear()
-            if kept.shape[-2]:
+            if kept is not None:
                 self._raw.append(kept)
         self.sinks += addition.sinks
         if addition.raw.shape[2]:
@@ -246,13 +257,18 @@ class TokenStore:
             buffer.transform(function)
         self._blocks = None
 
-    def _encode(self, codec: Codec, states: torch.Tensor, what: str) -> None:
+    def _encode(
+        self, codec: Codec, states: torch.Tensor, what: str, refusals: Refusals | None
+    ) -> None:
         """Write blocks of ``states`` to the rows behind those stored."""
         missing = -states.shape[-2] % self.block_length
         if missing:  # copies of the last token change no step and no minimum
             filler = states[:, :, -1:].expand(-1, -1, missing, -1)
             states = torch.cat([states, filler], dim=-2)
         blocks = states.unflatten(-2, (-1, self.block_length))
+        count = blocks.shape[2]
         if not self._parts:
-            self._parts = [RowBuffer(part, step=1) for part in empty_parts(codec, blocks)]
-        encode_into(codec, blocks, [part.room(blocks.shape[2]) for part in self._parts], what)
+            empty = empty_parts(codec, blocks)
+            self._parts = [RowBuffer(part, step=1, capacity=count) for part in empty]
+        room = [part.room(count) for part in self._parts]
+        encode_into(codec, blocks, room, what, refusals)

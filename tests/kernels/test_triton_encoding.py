@@ -111,6 +111,29 @@ def test_blocks_are_read_where_they_lie(device):
         assert_same_parts(found, codec.encode(whole[..., place], "keys"))
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_parts_are_written_to_the_room_there_is(device, name):
+    """Behind the rows of a buffer that has more; where heads lie otherwise, to new tensors."""
+    codec = CODECS[name](6, 16)
+    blocks = torch.randn(2, 3, 2, 16, 40).bfloat16()
+    expected = codec.encode(blocks, "keys")
+    for how in ("contiguous", "heads apart"):
+        memory = [
+            torch.full((2, 3, 7, *part.shape[3:]), 7.0).to(device, part.dtype) for part in expected
+        ]
+        if how == "heads apart":
+            memory = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in memory]
+        room = [part.narrow(2, 3, 2) for part in memory]
+        found = triton_encoding.encode(on(device, blocks), codec.kernel_format, room)
+        assert_same_parts(found, expected)
+        is_there = how == "contiguous"
+        assert all((f is part) == is_there for f, part in zip(found, room, strict=True))
+        for part in memory:
+            rows = part.float().cpu()
+            assert (rows[:, :, :3] == 7).all()
+            assert (rows[:, :, 5:] == 7).all()
+
+
 def test_what_is_for_torch(device, monkeypatch):
     channel, group = ChannelCodec(8).kernel_format, GroupCodec(8, 1).kernel_format
     blocks = torch.randn(1, 1, 1, 16, 64, device=device)

@@ -326,16 +326,23 @@ def test_a_full_device_is_asked_to_measure_once(device, monkeypatch):
     assert len(tries) == 1
 
 
-def test_tiles_on_a_gpu_are_equal_and_whole():
-    """By shape and device alone; 16-bit values."""
-    for rows, columns, expected in (
-        (11008, 4096, 5504),
-        (4096, 11008, 2048),
-        (8192, 28672, 1024),
-        (100, 4096, 100),
-        (0, 64, 0),
-    ):
-        weight = types.SimpleNamespace(
-            shape=(rows, columns), dtype=torch.bfloat16, device=torch.device("cuda")
-        )
-        assert sparse_tiles._tile_rows(weight, weight.dtype) == expected
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "expected"),
+    [
+        (11008, 4096, 2048, 8192),  # four rounds of 132 processors, which have 128 x 256 each
+        (4096, 11008, 2048, 2048),
+        (4096, 11008, 8192, 2560),
+        (8192, 28672, 2048, 2048),  # of more bytes than a tile should have
+        (8192, 28672, 256, 1152),  # processors cannot be kept busy
+        (8192, 1 << 20, 2048, 128),
+        (100, 4096, 2048, 100),
+        (100, 4096, 0, 100),
+        (0, 64, 9, 0),
+    ],
+)
+def test_tiles_on_a_gpu_keep_its_processors_busy(monkeypatch, rows, columns, tokens, expected):
+    monkeypatch.setattr(sparse_tiles, "processors", lambda device: 132)
+    weight = types.SimpleNamespace(
+        shape=(rows, columns), dtype=torch.bfloat16, device=torch.device("cuda")
+    )
+    assert sparse_tiles._tile_rows(weight, weight.dtype, tokens) == expected
