@@ -142,7 +142,7 @@ class GraphForm(Form):
 
 @torch.no_grad()
 def measure(forms: list[Form], rounds: int, warm_up: int, device: torch.device) -> None:
-    for number in range(3):
+    for number in range(6):
         for form in forms:
             form.prefill()
             if number == 0:
