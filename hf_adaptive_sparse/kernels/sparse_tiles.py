@@ -48,20 +48,27 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
         weight: ``(rows, columns)``; codes times scales are rounded to the weight's dtype.
         bias: ``(rows,)`` in that dtype, or None.
     """
-    output = x.new_empty((x.shape[0], weight.shape[0]))
-    dtype = _product_dtype(weight)
-    x = x.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    for start, stop, tile in _tiles(weight, dtype, x.shape[0]):
+    tokens, rows = x.shape[0], weight.shape[0]
+    result, dtype = x.dtype, _product_dtype(weight)
+    if dtype is not result:
+        x = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    output: torch.Tensor | None = None
+    for start, stop, tile in _tiles(weight, dtype, tokens):
+        if stop - start == rows:  # what takes a host microseconds shows on a GPU
+            product = torch.mm(x, tile.t()) if bias is None else torch.addmm(bias, x, tile.t())
+            return product if dtype is result else product.to(result)
+        if output is None:
+            output = x.new_empty((tokens, rows), dtype=result)
         part = output[:, start:stop]
-        product = part if part.dtype == dtype else tile.new_empty(part.shape)
+        product = part if dtype is result else tile.new_empty(part.shape)
         if bias is None:
-            torch.mm(x, tile.T, out=product)
+            torch.mm(x, tile.t(), out=product)
         else:
-            torch.addmm(bias[start:stop], x, tile.T, out=product)
+            torch.addmm(bias[start:stop], x, tile.t(), out=product)
         if product is not part:
             part.copy_(product)
-    return output
+    return x.new_empty((tokens, rows), dtype=result) if output is None else output
 
 
 def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
@@ -88,10 +95,10 @@ def _tiles(
     """Yield first row, last row + 1 and the decompressed rows, which the next tile overwrites."""
     rows, columns = weight.shape
     step = _tile_rows(weight, dtype, tokens)
-    buffer = _buffer(step * columns, dtype, weight.device).view(step, columns)
+    buffer = _buffer((step, columns), dtype, weight.device)
     for start in range(0, rows, max(1, step)):
         stop = min(rows, start + step)
-        tile = buffer[: stop - start]
+        tile = buffer if stop - start == step else buffer[: stop - start]
         _decompress(weight, start, stop, tile)
         yield start, stop, tile
 
@@ -125,15 +132,15 @@ def _decompress(weight: SparseWeight, start: int, stop: int, tile: torch.Tensor)
     tile.copy_(weight.dense_rows(start, stop).to(weight.dtype))  # codes times scales are rounded
 
 
-def _buffer(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return ``count`` elements of memory: on the CPU one buffer per thread, kept for reuse."""
+def _buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return memory of a shape: on the CPU of one buffer per thread, kept for reuse."""
     if device.type != "cpu":
-        return torch.empty(count, dtype=dtype, device=device)  # that allocator reuses by itself
-    size_bytes = count * dtype.itemsize
+        return torch.empty(shape, dtype=dtype, device=device)  # that allocator reuses by itself
+    size_bytes = shape[0] * shape[1] * dtype.itemsize
     kept: torch.Tensor | None = getattr(_buffers, "kept", None)
     if kept is None or kept.numel() < size_bytes:
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             kept = torch.empty(max(size_bytes, TILE_BYTES), dtype=torch.uint8)
         _buffers.kept = kept
-    return kept[:size_bytes].view(dtype)
+    return kept[:size_bytes].view(dtype).view(shape)

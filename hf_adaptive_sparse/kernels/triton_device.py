@@ -162,6 +162,11 @@ class Call(NamedTuple):
     kind: tuple[object, ...]
 
 
+def launch_key(call: Call) -> tuple[object, ...]:
+    """Return what ``launch_call`` remembers a launch by."""
+    return (call.kernel, *call.kind, *call.constants.values())
+
+
 def launch_call(
     call: Call, compiled: dict[object, Launch], kernels: Callable[[], ModuleType]
 ) -> None:
@@ -172,7 +177,7 @@ def launch_call(
         compiled: What launches a kernel again, by what it is compiled for.
         kernels: Imports the module that has the kernel.
     """
-    asked = (call.kernel, *call.kind, *call.constants.values())
+    asked = launch_key(call)
     again = compiled.get(asked)
     if again is not None:
         again(call.grid, call.arguments)

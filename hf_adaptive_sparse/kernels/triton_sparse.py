@@ -31,6 +31,7 @@ from hf_adaptive_sparse.kernels.triton_device import (
     compile_and_launch,
     launch,
     launch_call,
+    launch_key,
     on_device,
     serves,
 )
@@ -137,10 +138,12 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
                 *(weight.device, weight.dtype, weight.shape, weight.row_offsets.dtype),
                 *(*_alignments(arguments), *written),
             )
-            known = weight.prepared[asked] = (kernel, kind, constants)
-        kernel, kind, constants = known
-        call = Call("decompress", (stop - start, 1, 1), arguments, constants, kind)
-        launch(_failures, kernel, lambda: launch_call(call, _chosen, _kernels))
+            call = Call("decompress", (stop - start, 1, 1), arguments, constants, kind)
+            launch(_failures, kernel, lambda: launch_call(call, _chosen, _kernels))
+            weight.prepared[asked] = (kernel, _chosen[launch_key(call)])
+            return
+        kernel, again = known
+        launch(_failures, kernel, lambda: again((stop - start, 1, 1), arguments))
 
 
 def _alignments(arguments: tuple[Any, ...]) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def test_float32_tiles_hold_what_the_weights_dtype_holds(path, monkeypatch, bits
     monkeypatch.setattr(sparse_tiles, "multiplies", lambda dtype: dtype == torch.float32)
     weight = SparseWeight.from_dense(make_sparse(10, 45).to_dense().bfloat16(), bits)
     monkeypatch.setattr(sparse_tiles, "TILE_BYTES", 4 * 45 * 4)
-    tiles = [tile.clone() for _, _, tile in sparse_tiles._tiles(weight, torch.float32)]
+    tiles = [tile.clone() for _, _, tile in sparse_tiles._tiles(weight, torch.float32, 1)]
     assert torch.equal(torch.cat(tiles), weight.to_dense().float())
 
 
@@ -93,7 +93,7 @@ def test_tiles_are_whole_multiples_of_what_a_product_takes(monkeypatch):
     weight = make_sparse(300, 45)
     for rows, expected in ((3, [3] * 100), (64, [64] * 4 + [44]), (191, [128, 128, 44])):
         monkeypatch.setattr(sparse_tiles, "TILE_BYTES", rows * 45 * 4)
-        found = [stop - start for start, stop, _ in sparse_tiles._tiles(weight, weight.dtype)]
+        found = [stop - start for start, stop, _ in sparse_tiles._tiles(weight, weight.dtype, 1)]
         assert found == expected
 
 
