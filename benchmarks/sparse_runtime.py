@@ -21,6 +21,7 @@ Figures are ratios within one run.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -158,6 +159,7 @@ def say(what: str) -> None:
 
 def measure_loading(folder: Path, form: str) -> dict[str, float]:
     """Load a form and have it answer, in this process."""
+    gc.collect()  # or a collection of all that was imported falls into some of the forms
     with ResourceMeter() as measured:
         started = time.perf_counter()
         model = load(folder, form)

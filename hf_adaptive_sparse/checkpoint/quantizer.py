@@ -165,16 +165,14 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         if not self._runs_sparse(model, kept):
             return conversions
         found = {name: checked.get(name) or checked[f"{name}.weight"] for name in kept}
-        with torch.device("meta"):
-            replace_by_empty_(
-                model,
-                {
-                    name: StoredWeight(
-                        int(found[name].row_offsets[-1]), bits, group, found[name].exceptions
-                    )
-                    for name, (bits, group) in kept.items()
-                },
-            )
+        with torch._C.DisableTorchFunction():  # the context of a device looks at every call
+            empty = {
+                name: StoredWeight(
+                    int(found[name].row_offsets[-1]), bits, group, found[name].exceptions
+                )
+                for name, (bits, group) in kept.items()
+            }
+            replace_by_empty_(model, empty)
         self.row_offsets = {name: weight.row_offsets for name, weight in found.items()}
         direct = [["weight"], *([name.rpartition(".")[2]] for name in sparse_stacks(model))]
         return [c for c in conversions if not (decompresses(c) and c.target_patterns in direct)]

@@ -146,11 +146,12 @@ def check_book(codebook: torch.Tensor, count: int) -> None:
             f"a codebook must be int64 (n,) with n >= {BOOK_WORDS}, got {codebook.dtype} "
             f"{tuple(codebook.shape)}."
         )
-    if int(codebook[0]) & 0xFF:
+    words = codebook.numpy(force=True)  # few words, of each weight: torch would take longer
+    if words[0] & 0xFF:
         raise BitmaskError("code 0 of a codebook must stand for the byte 0; the file is damaged.")
-    numbers = codebook[BOOK_WORDS:] >> 16
-    before, behind = numbers.new_tensor([-1]), numbers.new_tensor([count])
-    if not bool((numbers.diff(prepend=before, append=behind) > 0).all()):
+    numbers = words[BOOK_WORDS:] >> 16
+    are_values = not numbers.size or 0 <= numbers[0] <= numbers[-1] < count
+    if not are_values or (numbers[1:] <= numbers[:-1]).any():
         raise BitmaskError(
             f"the exceptions of a codebook must be in ascending order, each one of {count} values; "
             "the file is damaged."
