@@ -2,8 +2,8 @@
 
 A random Llama (22 layers, hidden 2,048, grouped-query attention, bfloat16), half of whose weights
 are gone, is written layer by layer in five forms: dense, and compressed with values of 16, 12 (the
-same values, without loss), 8 and 4 bits. Times and bytes do not depend on what the weights say.
-Three questions:
+same values, without loss), 8 and 4 bits. ``--shape 7b`` gives it layers as LLaVA-1.5-7B has them.
+Times and bytes do not depend on what the weights say. Three questions:
 
 - memory: bytes of the pruned weights in memory, and the resident memory of a process that loads
   each form and has it answer, each in a process of its own.
@@ -15,7 +15,7 @@ Three questions:
 
 Figures are ratios within one run.
 
-    python benchmarks/sparse_runtime.py [--layers 22] [--context 2048] [--rounds 24]
+    python benchmarks/sparse_runtime.py [--shape 1b] [--layers 22] [--context 2048] [--rounds 24]
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.report import markdown_table
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 4, 64
+HEADS = 32
+SHAPES = {"1b": (4, 64, 5632), "7b": (32, 128, 11008)}
+"""KV heads, channels of a head, and width of the MLP."""
+
 FORMS = {"dense": None} | {f"sparse, {bits} bits": bits for bits in (16, 12, 8, 4)}
 TARGETS = {
     "memory_16": ("at most", 0.58),
@@ -64,13 +67,14 @@ TARGETS = {
 }
 
 
-def model_config(layers: int) -> LlamaConfig:
+def model_config(shape: str, layers: int) -> LlamaConfig:
+    kv_heads, head_dim, intermediate = SHAPES[shape]
     return LlamaConfig(
-        hidden_size=HEADS * HEAD_DIM,
-        intermediate_size=5632,
+        hidden_size=HEADS * head_dim,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        num_key_value_heads=kv_heads,
         vocab_size=32000,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
@@ -200,11 +204,10 @@ def loading(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
 def filled_cache(cache: Any, config: LlamaConfig, tokens: int) -> Any:
     """Put random keys and values of a prompt into every layer."""
     generator = torch.Generator().manual_seed(1)
+    heads = (config.num_key_value_heads, config.head_dim)
     for layer in range(config.num_hidden_layers):
         states = [
-            torch.randn((1, tokens, KV_HEADS, HEAD_DIM), generator=generator)
-            .to(torch.bfloat16)
-            .transpose(1, 2)
+            torch.randn((1, tokens, *heads), generator=generator).to(torch.bfloat16).transpose(1, 2)
             for _ in range(2)
         ]
         cache.update(*states, layer)
@@ -283,9 +286,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     machine = result["kernels"]
     return (
-        "# The sparse runtime in a model of a billion parameters\n\n"
+        "# The sparse runtime in a model of a billion parameters or more\n\n"
         f"Random Llama of {result['parameters'] / 1e9:.2f} B pruned parameters, half of them gone, "
-        f"bfloat16; {result['context']:,} tokens of context; {machine}. Dense decodes with "
+        f"{result['layers']} layers of {result['shape'].upper()}'s shape, bfloat16; "
+        f"{result['context']:,} tokens of context; {machine}. Dense decodes with "
         "DynamicCache, sparse with the adaptive cache at a mean of 7 bits. Memory and load times "
         f"of each form come from processes of their own, the best of {result['load_rounds']}; "
         f"decoding is the median of {result['rounds']} rounds in turns.\n\n"
@@ -303,6 +307,7 @@ def reached(value: float, kind: str, wanted: float) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=24)
@@ -317,16 +322,17 @@ def main() -> None:
         folder, form = options.child
         print(json.dumps(measure_loading(Path(folder), form)))
         return
-    config = model_config(options.layers)
+    config = model_config(options.shape, options.layers)
     with torch.device("meta"):
         linears = prunable_weights(LlamaForCausalLM(config))
         parameters = sum(module.weight.numel() for module in linears.values())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say("writing the model in every form")
-        write_models(folder, model_config(options.layers), options.seed)
+        write_models(folder, model_config(options.shape, options.layers), options.seed)
         result: dict[str, Any] = {
             "seed": options.seed,
+            "shape": options.shape,
             "layers": options.layers,
             "parameters": parameters,
             "dense_pruned_bytes": 2 * parameters,
