@@ -37,7 +37,7 @@ from hf_adaptive_sparse.packing.upper_bytes import (
     check_book,
     value_count,
 )
-from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.packing.weight_codes import are_scales, group_count
 
 Formats = Mapping[str, ValueFormat]
 """Parameter name -> how its values are stored."""
@@ -335,7 +335,7 @@ def _check_scales(stored: _Stored) -> None:
     """Refuse scales that cannot scale."""
 
     def check(name: str, header: TensorHeader, scales: torch.Tensor) -> None:
-        if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+        if not are_scales(scales):
             raise CheckpointError(
                 f"{header.file}: tensor {header.name!r} holds scales that are negative, infinite "
                 "or NaN; the file is damaged."

@@ -438,5 +438,5 @@ def _check_scales(weight: SparseWeight) -> None:
             f"codes of {weight.bits} bits need scales {expected} in float32, bfloat16 or float16, "
             f"got {got}."
         )
-    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+    if not weight_codes.are_scales(scales):
         raise BitmaskError("scales must be finite and >= 0; the file is damaged.")

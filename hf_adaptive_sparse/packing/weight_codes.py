@@ -35,6 +35,26 @@ SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtype of the scales is that of the weight they belong to."""
 
 
+_BITS_OF = {2: torch.int16, 4: torch.int32}
+
+
+def are_scales(scales: torch.Tensor) -> bool:
+    """Return whether all are finite and not negative, as scales are.
+
+    Args:
+        scales: Of ``SCALE_DTYPES``.
+    """
+    if not scales.numel():
+        return True
+    # Numbers above zero are in the order of their bits: one pass at the rate of memory.
+    bits = _BITS_OF[scales.itemsize]
+    least, most = scales.view(bits).aminmax()
+    largest = torch.tensor(torch.finfo(scales.dtype).max, dtype=scales.dtype, device="cpu")
+    if int(least) >= 0 and int(most) <= int(largest.view(bits)):
+        return True
+    return bool((torch.isfinite(scales) & (scales >= 0)).all())  # a zero may have a sign
+
+
 def code_limit(bits: int) -> int:
     """Return the largest code: 127 at 8 bits, 7 at 4.
 

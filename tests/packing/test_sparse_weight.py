@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -259,3 +260,16 @@ def test_bad_weights_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", weight_codes.SCALE_DTYPES)
+def test_scales_are_finite_and_not_negative(dtype):
+    largest = torch.finfo(dtype).max
+    good = torch.tensor([[0.0, 1.0, largest], [-0.0, 0.5, torch.finfo(dtype).tiny]], dtype=dtype)
+    assert weight_codes.are_scales(good)
+    assert weight_codes.are_scales(good[:, ::2])
+    assert weight_codes.are_scales(good[:0])
+    for bad in (math.nan, -math.nan, math.inf, -math.inf, -1.0, -torch.finfo(dtype).tiny):
+        scales = good.clone()
+        scales[1, 2] = bad
+        assert not weight_codes.are_scales(scales), bad
