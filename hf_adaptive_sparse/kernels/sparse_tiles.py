@@ -31,7 +31,10 @@ TILE_BYTES = 16 << 20
 """Bytes of a tile at most, unless a single row is longer."""
 
 GPU_TILE_BYTES = 64 << 20
-"""The same on a GPU, but twice that where fewer rows would leave processors idle."""
+"""The same on a GPU, but twice that where fewer rows would leave processors idle.
+
+And what ``_GPU_ROWS`` rows take at least.
+"""
 
 _GPU_ROWS = 128  # that a program of a matrix product takes
 _GPU_TOKENS = 256  # the same

@@ -34,7 +34,7 @@ _INFINITE: tl.constexpr = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _block_of(states, s_b, s_h, s_n, heads, blocks, room, ALIGNED: tl.constexpr):
+def _block_of(states, s_b, s_h, s_n, heads, blocks, head_blocks, ALIGNED: tl.constexpr):
     """Return where a program's block is stored, and the address of its states."""
     program = tl.program_id(0)
     pair = program // blocks
@@ -43,7 +43,7 @@ def _block_of(states, s_b, s_h, s_n, heads, blocks, room, ALIGNED: tl.constexpr)
     offset = batch * s_b + head * s_h + (program % blocks).to(tl.int64) * s_n
     if ALIGNED:
         offset = tl.multiple_of(offset, 16)
-    return pair.to(tl.int64) * room + program % blocks, states + offset
+    return pair.to(tl.int64) * head_blocks + program % blocks, states + offset
 
 
 @triton.jit
@@ -71,17 +71,20 @@ def _stored_scale(low, high, LEVELS: tl.constexpr, BFLOAT: tl.constexpr):
     return minimum_half, step_half, minimum, widen(step_half, BFLOAT)
 
 
-@triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "blocks", "room"])
+@triton.jit(
+    do_not_specialize=["s_b", "s_h", "s_n", "heads", "blocks", "head_blocks"],
+    do_not_specialize_on_alignment=["refused"],
+)
 def channel_kernel(
     states, codes, step, minimum, refused, s_b, s_h, s_n, s_t, heads, blocks,
-    room,     TOKENS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr,
+    head_blocks, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr,
     HALVINGS: tl.constexpr, COLUMNS: tl.constexpr, WORD: tl.constexpr, BFLOAT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Encode ``COLUMNS`` channels of a block: a step and a minimum each, rows of tokens."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     ROW: tl.constexpr = (WIDTH * BITS + 7) // 8
-    block, source = _block_of(states, s_b, s_h, s_n, heads, blocks, room, ALIGNED)
+    block, source = _block_of(states, s_b, s_h, s_n, heads, blocks, head_blocks, ALIGNED)
     first = tl.program_id(1) * COLUMNS
     channel = first + tl.arange(0, COLUMNS)
     channel_in = channel < WIDTH
@@ -104,10 +107,13 @@ def channel_kernel(
     store_packed(found, rows, token_in, first, BITS, WORD, ROW)
 
 
-@triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "blocks", "room"])
+@triton.jit(
+    do_not_specialize=["s_b", "s_h", "s_n", "heads", "blocks", "head_blocks"],
+    do_not_specialize_on_alignment=["refused"],
+)
 def group_kernel(
     states, codes, step, minimum, refused, s_b, s_h, s_n, s_t, heads, blocks,
-    room,     TOKENS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    head_blocks, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WORD: tl.constexpr, BFLOAT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +121,7 @@ def group_kernel(
     LEVELS: tl.constexpr = (1 << BITS) - 1
     ROW: tl.constexpr = (WIDTH * BITS + 7) // 8
     GROUPS: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
-    block, source = _block_of(states, s_b, s_h, s_n, heads, blocks, room, ALIGNED)
+    block, source = _block_of(states, s_b, s_h, s_n, heads, blocks, head_blocks, ALIGNED)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     token_in = token < TOKENS
     channel = tl.arange(0, COLUMNS)
@@ -173,10 +179,13 @@ def _group_rows(group, WIDTH: tl.constexpr, GROUP: tl.constexpr, FITS: tl.conste
     return group * GROUP + channel, channel_in, count
 
 
-@triton.jit(do_not_specialize=["s_b", "s_h", "s_n", "heads", "blocks", "room"])
+@triton.jit(
+    do_not_specialize=["s_b", "s_h", "s_n", "heads", "blocks", "head_blocks"],
+    do_not_specialize_on_alignment=["scales", "refused"],
+)
 def transposed_kernel(
     states, codes, step_codes, min_codes, scales, refused, s_b, s_h, s_n, s_t, heads, blocks,
-    room,     TOKENS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr,
+    head_blocks, TOKENS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, FITS: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, HALVINGS: tl.constexpr, COLUMNS: tl.constexpr,
     WORD: tl.constexpr, BFLOAT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +196,7 @@ def transposed_kernel(
     LEVELS: tl.constexpr = (1 << BITS) - 1
     ROW: tl.constexpr = (TOKENS * BITS + 7) // 8
     COUNT: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
-    block, source = _block_of(states, s_b, s_h, s_n, heads, blocks, room, ALIGNED)
+    block, source = _block_of(states, s_b, s_h, s_n, heads, blocks, head_blocks, ALIGNED)
     token = tl.arange(0, COLUMNS)
     token_in = token < TOKENS
     every = tl.arange(0, GROUPS)

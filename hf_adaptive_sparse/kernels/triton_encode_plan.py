@@ -42,7 +42,7 @@ def prepare(
     how: Format,
     parts: Sequence[torch.Tensor],
     refused: torch.Tensor,
-    room: int,
+    head_blocks: int,
 ) -> Call:
     """Return the launch that fills ``parts``.
 
@@ -51,7 +51,7 @@ def prepare(
         how: Their format, which ``takes`` takes.
         parts: As the codec has them, see ``encoding.blocks_of_a_head``.
         refused: int32 ``(1,)``, becomes 1 where blocks cannot be stored.
-        room: What that says of the parts.
+        head_blocks: Blocks from one head's first to the next one's in the parts.
     """
     batch, heads, count, tokens, width = blocks.shape
     strides = blocks.stride()[:4]
@@ -69,11 +69,12 @@ def prepare(
     token_stride = strides[3]
     kind = (
         *(blocks.device, blocks.dtype),
-        *(tensor.data_ptr() % ALIGNMENT for tensor in (blocks, *parts, refused)),
+        # Of `scales` and `refused` single numbers are written, wherever they lie.
+        *(tensor.data_ptr() % ALIGNMENT == 0 for tensor in (blocks, *parts[:3])),
         *(token_stride % ALIGNMENT == 0, token_stride == 1),
         *(stride >> 31 for stride in strides),
     )
-    sizes = (heads, count, room)
+    sizes = (heads, count, head_blocks)
     arguments: tuple[torch.Tensor | int, ...] = (blocks, *parts, refused, *strides, *sizes)
     return Call(how.layout, (batch * heads * count, pieces, 1), arguments, constants, kind)
 

@@ -66,14 +66,14 @@ def encode(
     """
     if blocks.stride(4) != 1:
         blocks = blocks.contiguous()
-    apart = None if room is None else blocks_of_a_head(room)
-    if room is None or apart is None:
-        parts, apart = empty_parts(blocks, how), blocks.shape[2]
+    head_blocks = None if room is None else blocks_of_a_head(room)
+    if room is None or head_blocks is None:
+        parts, head_blocks = empty_parts(blocks, how), blocks.shape[2]
     else:
         parts = tuple(room)
     flag = blocks.new_zeros(1, dtype=torch.int32) if refused is None else refused
     with on_device(blocks.device):
-        call = prepare(blocks, how, parts, flag, apart)
+        call = prepare(blocks, how, parts, flag, head_blocks)
         kernel = (call.kernel, blocks.device, blocks.dtype, *call.constants.values())
         launch(_failures, kernel, lambda: launch_call(call, _compiled, _kernels))
         return None if refused is None and bool(flag) else parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -47,8 +47,14 @@ class RowBuffer:
             self._storage = self._allocate(template, capacity)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave reserved address space out of copies, whose rows are elsewhere."""
-        return self.__dict__ | {"_reserve": None}
+        """Leave out of copies reserved address space and what was never written."""
+        storage = self._storage if self.length == self.capacity else self.rows.clone()
+        return self.__dict__ | {
+            "_reserve": None,
+            "_storage": storage,
+            "_first": 0,
+            "_end": self.length,
+        }
 
     @property
     def length(self) -> int:
@@ -151,7 +157,7 @@ class RowBuffer:
 
     def _allocate(self, template: torch.Tensor, capacity: int) -> torch.Tensor:
         """Return room for as many rows; reserved memory takes pages once it is written."""
-        batch, kv_heads, _, *row = shape = template.shape
+        batch, kv_heads, _, *row = template.shape
         self._reserve = None
         head_bytes = torch.Size(row).numel() * template.itemsize
         if capacity and batch and kv_heads and head_bytes > LONG_ROW_BYTES and template.is_cpu:
@@ -161,17 +167,21 @@ class RowBuffer:
                 pass
             else:
                 return _by_head(self._reserve.take(capacity))
-        return template.new_empty((*shape[:2], capacity, *row))
+        shape = (batch, kv_heads, capacity, *row)
+        return torch.empty(shape, dtype=template.dtype, device=template.device)
 
 
 def _ordinary() -> contextlib.AbstractContextManager[object]:
     """Return what makes new tensors ordinary ones, without a graph; nothing if they are anyway."""
-    if torch.is_inference_mode_enabled():  # what it had switched off comes back without it
-        both = contextlib.ExitStack()
-        both.enter_context(torch.inference_mode(False))
-        both.enter_context(torch.no_grad())
-        return both
+    if torch.is_inference_mode_enabled():
+        return _outside_inference()
     return torch.no_grad() if torch.is_grad_enabled() else _NO_CONTEXT
+
+
+@contextlib.contextmanager
+def _outside_inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():  # the first of which enables gradients
+        yield
 
 
 def _by_head(rows: torch.Tensor) -> torch.Tensor:

@@ -97,16 +97,29 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
             layer if index in read_directly else _quantized(layer, kv_cache, bits, index)
             for index, (layer, bits) in enumerate(_with_bits(config, kv_cache))
         ]
-        self._refusals = Refusals()
-        attending = Attending.of(config)
-        quantized = [layer for layer in layers if isinstance(layer, AdaptiveQuantizedLayer)]
-        for layer in quantized:
-            layer.attending, layer.refusals = attending, self._refusals
-            layer.is_last = layer is quantized[-1]
         # QuantizedCache's own constructor would give every layer the same arguments. That this is
         # a DynamicCache, too, is what models and EncoderDecoderCache ask for.
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
         self.kv_cache = kv_cache
+        attending = Attending.of(config)
+        for layer in self._quantized_layers():
+            layer.attending = attending
+        self._share_refusals()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to copy what means nothing, and leave out how that becomes known."""
+        self._refusals.check()
+        return {name: value for name, value in self.__dict__.items() if name != "_refusals"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let the layers of a copy share refusals of their own."""
+        self.__dict__.update(state)
+        self._share_refusals()
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        super().reset()
+        self._share_refusals()
 
     @property
     def nbytes(self) -> int:
@@ -156,6 +169,17 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
             )
         pairs = zip(self.layers, state["layers"], strict=True)
         self.layers[:] = [restored_layer(layer, stored) for layer, stored in pairs]
+        self._share_refusals()
+
+    def _quantized_layers(self) -> list[AdaptiveQuantizedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, AdaptiveQuantizedLayer)]
+
+    def _share_refusals(self) -> None:
+        """Begin anew with what is refused."""
+        quantized = self._quantized_layers()
+        self._refusals = Refusals(quantized[-1].layer_idx if quantized else -1)
+        for layer in quantized:
+            layer.refusals = self._refusals
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """Yield keys, values and sliding window of each layer, as ``DynamicCache`` does.
@@ -170,7 +194,7 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
             yield keys, values, getattr(layer, "_sliding_window_tensor", None)
 
     def __repr__(self) -> str:
-        quantized = [la for la in self.layers if isinstance(la, AdaptiveQuantizedLayer)]
+        quantized = self._quantized_layers()
         tokens = quantized[0].get_seq_length() if quantized else 0
         fields = {
             "layers": f"{len(self.layers)} ({len(quantized)} quantised)",

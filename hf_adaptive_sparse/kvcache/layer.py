@@ -61,7 +61,6 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         attending: How the model attends that the cache was made for.
         refusals: What a GPU refused of this cache's keys and values; None: the host waits for the
             GPU to know, at every encoding.
-        is_last: Whether no later layer of the cache is quantised.
 
     Raises:
         ValueError: If ``key_mode`` is unknown.
@@ -70,7 +69,6 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     is_croppable = True
     attending = Attending({})
     refusals: Refusals | None = None
-    is_last = False
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
     # `_quantize` know keys from values, which may have different bits.
     axis_key = -1
@@ -100,6 +98,12 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         self.record_past = False
         self._key_codec = key_codec(key_bits, key_mode, group_size)
         self._value_codec = value_codec(value_bits, group_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what the layers of a cache share, once it was read."""
+        if self.refusals is not None:
+            self.refusals.check()
+        return self.__dict__ | {"refusals": None}
 
     def __repr__(self) -> str:
         return (
@@ -290,8 +294,8 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             keys.commit(new_keys)
             values.commit(new_values)
         self.cumulative_length += tokens
-        if self.is_last and self.refusals is not None and self.refusals.are_unread:
-            self.refusals.check()  # of all layers
+        if self.refusals is not None:
+            self.refusals.end(self.layer_idx)
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> TokenStore:
         """Return ``tensor`` ``(batch, kv_heads, seq, head_dim)`` as a store without a tail.

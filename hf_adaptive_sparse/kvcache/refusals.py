@@ -13,6 +13,7 @@ import torch
 from hf_adaptive_sparse.kvcache.rounding import NonFiniteError, metadata_dtype
 
 _FLAGS = 512  # of a device: keys and values of more layers than models have
+_APART = 4  # so that each lies at a multiple of 16 bytes, for which kernels are compiled anyway
 
 
 @dataclass(slots=True)
@@ -26,20 +27,19 @@ class _Flags:
 class Refusals:
     """Flags that kernels set, one for the keys or values of a layer that are being encoded.
 
-    The layers of a cache share one of these. The flags are read when the last layer has been
-    updated, or before a layer encodes again; what was refused until then is stored, and means
-    nothing.
+    The layers of a cache share one of these for as long as it is not emptied. The flags are read
+    when the last layer has been updated, or before a layer encodes again; what was refused until
+    then is stored, and means nothing.
+
+    Args:
+        last: Number of the last layer that quantises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: int) -> None:
+        self._last, self._latest = last, -1
         self._flags: dict[torch.device, _Flags] = {}
-        self._latest = -1
-        self.are_unread = False
-
-    def __reduce__(self) -> tuple[type[Refusals], tuple[()]]:
-        """Read the flags, and leave them out of copies."""
-        self.check()
-        return type(self), ()
+        self._are_unread = False
+        self._refusal: str | None = None
 
     def begin(self, layer_idx: int) -> None:
         """Say which layer encodes from now on. If it is no later one, another pass has begun.
@@ -51,6 +51,15 @@ class Refusals:
             self.check()
         self._latest = layer_idx
 
+    def end(self, layer_idx: int) -> None:
+        """Say which layer was updated: behind the last one, the flags of all are read.
+
+        Raises:
+            NonFiniteError: As ``check``.
+        """
+        if self._are_unread and layer_idx == self._last:
+            self.check()
+
     def flag(self, states: torch.Tensor, what: str) -> torch.Tensor:
         """Return what a kernel sets to 1 if it refuses states: int32 ``(1,)``, zero.
 
@@ -61,38 +70,42 @@ class Refusals:
         flags = self._flags.get(states.device)
         if flags is None:
             with torch.inference_mode(False):
-                zeros = torch.zeros(_FLAGS, dtype=torch.int32, device=states.device)
+                zeros = torch.zeros(_FLAGS * _APART, dtype=torch.int32, device=states.device)
             flags = self._flags[states.device] = _Flags(zeros)
         elif len(flags.asked) == _FLAGS:
             self.check()
         flags.asked.append((what, states.dtype))
-        self.are_unread = True
-        return flags.tensor.narrow(0, len(flags.asked) - 1, 1)
+        self._are_unread = True
+        return flags.tensor.narrow(0, _APART * (len(flags.asked) - 1), 1)
 
     def check(self) -> None:
-        """Wait for the devices, and raise if one of their kernels refused what it was given.
+        """Wait for the devices, and raise if one of their kernels ever refused what it was given.
 
         Raises:
             NonFiniteError: Naming the first of it. The cache is of no use any more then.
         """
-        self.are_unread = False
         found = [refused for flags in self._flags.values() for refused in _read(flags)]
-        if found:
-            what, dtype = found[0]
-            kind = metadata_dtype(dtype)
-            raise NonFiniteError(
-                f"The {what} must be finite to be quantised, and span no more than "
-                f"{torch.finfo(kind).max:.6g}, which {str(kind).removeprefix('torch.')} can hold; "
-                "the model produced others (float16 overflow is a common cause: try bfloat16). At "
-                "16 bits they are kept as is. The cache is of no use any more: call its reset()."
-            )
+        if found and self._refusal is None:
+            self._refusal = _refusal(*found[0])
+        self._are_unread = self._refusal is not None
+        if self._refusal is not None:
+            raise NonFiniteError(self._refusal)
 
 
 def _read(flags: _Flags) -> list[tuple[str, torch.dtype]]:
-    """Return what was refused, and forget all that was asked."""
+    """Return what was refused, and forget what was asked."""
     asked, flags.asked = flags.asked, []
-    refused = flags.tensor[: len(asked)].tolist() if asked else []
-    if any(refused):
-        with torch.inference_mode(False):
-            flags.tensor = torch.zeros_like(flags.tensor)
+    if not asked:
+        return []
+    refused = flags.tensor[: _APART * len(asked) : _APART].tolist()
     return [what for what, flag in zip(asked, refused, strict=True) if flag]
+
+
+def _refusal(what: str, dtype: torch.dtype) -> str:
+    kind = metadata_dtype(dtype)
+    return (
+        f"The {what} must be finite to be quantised, and span no more than "
+        f"{torch.finfo(kind).max:.6g}, which {str(kind).removeprefix('torch.')} can hold; the "
+        "model produced others (float16 overflow is a common cause: try bfloat16). At 16 bits they "
+        "are kept as is. The cache is of no use any more: call its reset()."
+    )

@@ -45,12 +45,14 @@ def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
         KeyError: If a part of it is missing.
         ValueError: If it does not fit the layer.
     """
-    made = copy.copy(layer)
-    if not isinstance(made, AdaptiveQuantizedLayer):
+    if not isinstance(layer, AdaptiveQuantizedLayer):
+        made = copy.copy(layer)
         for name, value in state.items():
             own = _plain(value, name)
             setattr(made, name, torch.device(own) if name == "device" and own else own)
         return made
+    made = object.__new__(type(layer))  # no copy, which would be refused where contents are
+    made.__dict__.update(layer.__dict__)
     made.is_initialized = False  # so that nothing is zeroed of what it shares with the layer
     made.reset()
     made.record_past = bool(state["record_past"])

@@ -132,7 +132,7 @@ def shared_bytes_of_coding(case, mode):
     parts = empty_parts(blocks, codec.kernel_format)
     if "encode" in case:
         refused = torch.zeros(1, dtype=torch.int32)
-        call = triton_encode_plan.prepare(blocks, codec.kernel_format, parts, refused, room=2)
+        call = triton_encode_plan.prepare(blocks, codec.kernel_format, parts, refused, 2)
         kernels = triton_encode_kernels
     else:
         output, lengths = states.transpose(1, 2), case.get("lengths")

@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from hf_adaptive_sparse.kernels import encoding, triton_device, triton_encoding
-from hf_adaptive_sparse.kvcache import coding
+from hf_adaptive_sparse.kvcache import buffer, coding
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
 from hf_adaptive_sparse.kvcache.fitting import scale_ends
 from hf_adaptive_sparse.kvcache.grouped import GroupCodec
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.transposed import TransposedCodec
 from hf_adaptive_sparse.packing.bits import PACKED_BITS as BITS
+from hf_adaptive_sparse.profiles import KVCacheConfig
+from tests.conftest import llama_config
 from tests.kernels.kv_blocks import (
     CODECS,
     DTYPES,
@@ -132,6 +135,20 @@ def test_parts_are_written_to_the_room_there_is(device, name):
             rows = part.float().cpu()
             assert (rows[:, :, :3] == 7).all()
             assert (rows[:, :, 5:] == 7).all()
+
+
+def test_kernels_are_compiled_once_for_all_blocks(device, monkeypatch):
+    """Of a prompt and of flushes behind it, wherever a layer's flags and its scales come to lie."""
+    monkeypatch.setattr(encoding, "encode", lambda *arguments: None)
+    monkeypatch.setattr(buffer, "LONG_ROW_BYTES", 1 << 20)  # heads lie as on a GPU
+    monkeypatch.setattr(triton_encoding, "_compiled", compiled := {})
+    config = llama_config(num_hidden_layers=3)
+    cache = AdaptiveQuantizedCache(config, KVCacheConfig(bits=6, residual_length=16))
+    for tokens in (80, 16, 48):
+        for layer in range(3):
+            states = torch.randn(1, 2, tokens, 16, device=device)
+            cache.update(states, states, layer)
+    assert sorted(key[0] for key in compiled) == ["channel", "transposed"]
 
 
 def test_what_is_for_torch(device, monkeypatch):

@@ -66,22 +66,63 @@ def test_the_next_pass_tells_where_the_last_layer_was_left_out(feed):
         feed([0])
 
 
-@pytest.mark.parametrize("read", [copy.deepcopy, pickle.dumps, AdaptiveQuantizedCache.state_dict])
-def test_what_was_not_told_yet_is_told_before_copies_are_made(cache, feed, read):
+@pytest.mark.parametrize(
+    "read",
+    [
+        copy.deepcopy,
+        pickle.dumps,
+        AdaptiveQuantizedCache.state_dict,
+        lambda cache: copy.deepcopy(cache.layers[0]),
+    ],
+)
+def test_what_means_nothing_is_not_copied(cache, feed, read):
     feed([0, 1], bad=[0])
+    for _ in range(2):
+        with pytest.raises(NonFiniteError, match="keys of layer 0"):
+            read(cache)
     with pytest.raises(NonFiniteError, match="keys of layer 0"):
-        read(cache)
-    read(cache)
+        feed([2])
 
 
-def test_copies_share_no_flags(cache, feed):
+def reset(cache, state):
+    cache.reset()
+
+
+@pytest.mark.parametrize("empty", [reset, AdaptiveQuantizedCache.load_state_dict])
+@pytest.mark.parametrize("is_told", [True, False])
+def test_refusals_last_until_the_contents_are_replaced(cache, feed, empty, is_told):
+    state = cache.state_dict()
+    feed([0, 1], bad=[0])  # and the pass ends here
+    if is_told:
+        for _ in range(2):
+            with pytest.raises(NonFiniteError, match="keys of layer 0"):
+                feed([2])
+    empty(cache, state)
     feed(range(3))
-    twin = copy.deepcopy(cache)
+    assert all(states.isfinite().all() for states in cache.layers[0].decode())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_are_told_of_their_own(cache, feed, duplicate):
+    feed(range(3))
+    twin = duplicate(cache)
     feed([0, 1], bad=[0])
-    states = cache.layers[0].decode()[0][:, :, :32].clone()
+    states = torch.ones(1, 2, 32, 16, device=cache.layers[2].device)
     twin.update(states, states, 2)
-    assert not twin.layers[0].refusals.are_unread
-    assert twin.layers[2].refusals is twin.layers[0].refusals
+    twin.update(states, states, 0)
+    twin.update(states * math.nan, states, 1)  # 16 bits
+    twin.update(states, states * math.nan, 0)
+    with pytest.raises(NonFiniteError, match="values of layer 0"):
+        twin.update(states, states, 2)
+
+
+def test_a_copy_of_a_layer_waits_for_itself(cache, feed):
+    feed(range(3))
+    layer = copy.deepcopy(cache.layers[0])
+    states = torch.ones(1, 2, 32, 16, device=layer.device)
+    with pytest.raises(NonFiniteError, match="keys of layer 0"):
+        layer.update(states * math.nan, states)
+    assert layer.get_seq_length() == 32
 
 
 def test_more_states_than_flags(feed, monkeypatch):
@@ -90,7 +131,6 @@ def test_more_states_than_flags(feed, monkeypatch):
         feed(range(3))
     with pytest.raises(NonFiniteError, match="keys of layer 2"):
         feed(range(3), bad=[2], number=math.inf)
-    feed(range(2))
 
 
 def test_a_layer_by_itself_keeps_what_it_held(device):
