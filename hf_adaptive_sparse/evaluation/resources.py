@@ -23,14 +23,13 @@ from hf_adaptive_sparse.architecture import (
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.packing.bitmask import integer_view
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat, checkpoint_bytes, stored_tensors
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
 from hf_adaptive_sparse.runtime.sparse_experts import SparseStack
 from hf_adaptive_sparse.runtime.sparse_linear import SparseLinear
-
-_BYTES_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -185,10 +184,9 @@ def _stored_bytes(weight: torch.Tensor, form: ValueFormat) -> int:
     if form.bits == UPPER_BYTE_BITS:  # how many exceptions there are only encoding tells
         return sum(t.nbytes for t in stored_tensors("weight", weight, form).values())
     rows, columns = weight.shape[:-1].numel(), weight.shape[-1]
-    width = weight.element_size()
     # A bit pattern that is not all zero is stored, so -0.0 is a zero that costs a value.
-    nnz = int(weight.view(_BYTES_VIEWS[width]).count_nonzero())
-    return checkpoint_bytes(rows, columns, nnz, form, width)
+    nnz = int(weight.view(integer_view(weight.dtype)).count_nonzero())
+    return checkpoint_bytes(rows, columns, nnz, form, weight.itemsize)
 
 
 def weight_bytes_on_disk(folder: str | os.PathLike[str]) -> int:

@@ -59,19 +59,26 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
     output: torch.Tensor | None = None
     for start, stop, tile in _tiles(weight, dtype, tokens):
         if stop - start == rows:  # what takes a host microseconds shows on a GPU
-            product = torch.mm(x, tile.t()) if bias is None else torch.addmm(bias, x, tile.t())
-            return product if dtype is result else product.to(result)
+            return _multiply(x, tile, bias).to(result)
         if output is None:
             output = x.new_empty((tokens, rows), dtype=result)
         part = output[:, start:stop]
         product = part if dtype is result else tile.new_empty(part.shape)
-        if bias is None:
-            torch.mm(x, tile.t(), out=product)
-        else:
-            torch.addmm(bias[start:stop], x, tile.t(), out=product)
+        _multiply(x, tile, None if bias is None else bias[start:stop], out=product)
         if product is not part:
             part.copy_(product)
     return x.new_empty((tokens, rows), dtype=result) if output is None else output
+
+
+def _multiply(
+    x: torch.Tensor,
+    tile: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if bias is None:
+        return torch.mm(x, tile.t(), out=out)
+    return torch.addmm(bias, x, tile.t(), out=out)
 
 
 def input_gradient(gradient: torch.Tensor, weight: SparseWeight) -> torch.Tensor:

@@ -285,9 +285,9 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
             keys.append(key_states)
             values.append(value_states)
         else:
-            # Both are encoded before either is stored: a refusal leaves the layer as it was.
             if self.refusals is not None:
                 self.refusals.begin(self.layer_idx)
+            # Both are encoded before either is stored: a refusal leaves the layer as it was.
             what = (f"keys of layer {self.layer_idx}", f"values of layer {self.layer_idx}")
             new_keys = keys.prepare(key_states, what[0], back, self.refusals)
             new_values = values.prepare(value_states, what[1], back, self.refusals)

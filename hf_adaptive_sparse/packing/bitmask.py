@@ -175,7 +175,7 @@ def decompress(values: torch.Tensor, bitmask: torch.Tensor, columns: int) -> tor
             f"the bitmask keeps {kept} weights but {values.numel()} values are stored; "
             "the two must agree."
         )
-    dtype = _integer_view(values.dtype)
+    dtype = integer_view(values.dtype)
     weight = torch.zeros((bitmask.shape[0], columns), dtype=dtype, device=values.device)
     weight.masked_scatter_(unpack_mask(bitmask, columns), values.contiguous().view(dtype))
     return weight.view(values.dtype)
@@ -205,10 +205,15 @@ def check_bitmask(bitmask: torch.Tensor, columns: int) -> None:
 
 def _pattern(weight: torch.Tensor) -> torch.Tensor:
     """Return a weight as integers, in which -0.0 differs from 0.0 and NaN equals itself."""
-    return weight.detach().contiguous().view(_integer_view(weight.dtype))
+    return weight.detach().contiguous().view(integer_view(weight.dtype))
 
 
-def _integer_view(dtype: torch.dtype) -> torch.dtype:
+def integer_view(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a weight's elements are seen as their bits.
+
+    Raises:
+        BitmaskError: If elements are complex, or have not 1, 2, 4 or 8 bytes.
+    """
     if dtype.is_complex or dtype.itemsize not in _INTEGER_VIEWS:
         raise BitmaskError(f"A weight must have a real dtype of 1, 2, 4 or 8 bytes, got {dtype}.")
     return _INTEGER_VIEWS[dtype.itemsize]

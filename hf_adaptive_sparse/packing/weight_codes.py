@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import torch
 
+from hf_adaptive_sparse.packing.bitmask import integer_view
 from hf_adaptive_sparse.packing.bits import pack, unpack
 
 CODE_BITS = (8, 4)
@@ -35,9 +36,6 @@ SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtype of the scales is that of the weight they belong to."""
 
 
-_BITS_OF = {2: torch.int16, 4: torch.int32}
-
-
 def are_scales(scales: torch.Tensor) -> bool:
     """Return whether all are finite and not negative, as scales are.
 
@@ -47,7 +45,7 @@ def are_scales(scales: torch.Tensor) -> bool:
     if not scales.numel():
         return True
     # Numbers above zero are in the order of their bits: one pass at the rate of memory.
-    bits = _BITS_OF[scales.itemsize]
+    bits = integer_view(scales.dtype)
     least, most = scales.view(bits).aminmax()
     largest = torch.tensor(torch.finfo(scales.dtype).max, dtype=scales.dtype, device="cpu")
     if int(least) >= 0 and int(most) <= int(largest.view(bits)):
