@@ -24,7 +24,12 @@ from transformers.quantizers.base import HfQuantizer
 from hf_adaptive_sparse.architecture import parameter_name
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.decompression import DecompressWeight, decompresses
+from hf_adaptive_sparse.checkpoint.decompression import (
+    DecompressWeight,
+    decompresses,
+    is_only_for_loading,
+    taken_as_stored,
+)
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.plain_models import check_unquantized
 from hf_adaptive_sparse.checkpoint.profile import (
@@ -48,6 +53,7 @@ from hf_adaptive_sparse.runtime.choice import (
     RuntimeChoice,
     choose_runtime,
     main_device,
+    may_offload_to_disk,
 )
 from hf_adaptive_sparse.runtime.conversion import (
     compress_,
@@ -79,6 +85,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         """Let go of each weight when it is compressed to be saved: the model is of no use after,
         and never in memory twice."""
         self.device: torch.device | None = None
+        self.may_offload_to_disk = False
         self.row_offsets: Mapping[str, torch.Tensor] = {}
         """Of weights that are being loaded, by module name: counted when the files are checked."""
         self.rounded_in: dict[str, torch.dtype] = {}
@@ -132,6 +139,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         config = self.quantization_config = copy.deepcopy(self.quantization_config)
         self.checkpoint_files = checkpoint_files or ()
         self.device = main_device(device_map)
+        self.may_offload_to_disk = may_offload_to_disk(device_map)
         if self.pre_quantized:
             rename_for_model(model, config)
             # Besides linears, the stacks of experts that are compressed, by the parameters' names.
@@ -174,8 +182,13 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             }
             replace_by_empty_(model, empty)
         self.row_offsets = {name: weight.row_offsets for name, weight in found.items()}
-        direct = [["weight"], *([name.rpartition(".")[2]] for name in sparse_stacks(model))]
-        return [c for c in conversions if not (decompresses(c) and c.target_patterns in direct)]
+        direct = {"weight", *(name.rpartition(".")[2] for name in sparse_stacks(model))}
+        others = [
+            c for c in conversions if not (decompresses(c) and direct.issuperset(c.target_patterns))
+        ]
+        if self.may_offload_to_disk:  # what is converted would be written there once more
+            return others
+        return others + taken_as_stored(sorted(direct))
 
     def _process_model_after_weight_loading(
         self,
@@ -299,7 +312,7 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     take_compressed_(model)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
-        model._weight_conversions = [c for c in conversions if not decompresses(c)]
+        model._weight_conversions = [c for c in conversions if not is_only_for_loading(c)]
     if sparse:
         # By these transformers' Trainer refuses to train the model without adapters.
         model.hf_quantizer.runtime_choice = RuntimeChoice("sparse", "it was asked for")

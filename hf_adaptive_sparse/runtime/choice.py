@@ -26,6 +26,7 @@ from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES, gro
 SMALL_BYTES = 256 << 20
 """Dense bytes of all compressed weights below which the dense runtime is taken, unmeasured."""
 
+_COMPUTED_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _TIMED_ELEMENTS = 1 << 24  # of the layer that is timed, at most
 _TIMED_COPIES = 4  # so that one layer's tensors are not in the cache when they are used again
 _ROUNDS = 5
@@ -90,15 +91,23 @@ def main_device(device_map: Any) -> torch.device:
 
     An accelerator if any part goes to one or the map is computed later (``"auto"``), else the CPU.
     """
-    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
-    for place in places:
-        if isinstance(place, str) and place in ("auto", "balanced", "balanced_low_0", "sequential"):
+    for place in _places(device_map):
+        if place in _COMPUTED_MAPS:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(place, int):
             return torch.device("cuda", place)
         if place not in (None, "disk") and torch.device(place).type != "cpu":
             return torch.device(place)
     return torch.device("cpu")
+
+
+def may_offload_to_disk(device_map: Any) -> bool:
+    """Whether ``from_pretrained``'s ``device_map`` may put a part of the model on the disk."""
+    return any(place in ("disk", *_COMPUTED_MAPS) for place in _places(device_map))
+
+
+def _places(device_map: Any) -> list[Any]:
+    return list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
 
 
 def check_multiplies(dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ from hf_adaptive_sparse.runtime.choice import (
     available_bytes,
     choose_runtime,
     main_device,
+    may_offload_to_disk,
     time_layer,
 )
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
@@ -126,6 +127,21 @@ def test_the_bytes_that_are_foretold_are_those_that_it_takes(bits: int, group: i
 )
 def test_the_device_is_read_from_the_map(device_map: object, device: str) -> None:
     assert main_device(device_map) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "may"),
+    [
+        (None, False),
+        ({"a": "cpu", "b": 1, "c": torch.device("cpu")}, False),
+        ({"a": "disk", "b": "cpu"}, True),
+        ("disk", True),
+        ("auto", True),
+        ("sequential", True),
+    ],
+)
+def test_whether_a_map_may_offload_to_disk(device_map: object, may: bool) -> None:
+    assert may_offload_to_disk(device_map) is may
 
 
 def test_a_layer_is_timed_once() -> None:
