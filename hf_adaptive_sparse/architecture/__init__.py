@@ -24,10 +24,7 @@ from hf_adaptive_sparse.architecture.layers import (
     layer_index,
     linear_role,
 )
-from hf_adaptive_sparse.architecture.names import (
-    match_names,
-    spread_by_name,
-)
+from hf_adaptive_sparse.architecture.names import match_names, spread_by_name
 from hf_adaptive_sparse.architecture.weights import (
     Prunable,
     dense_expert_weights,

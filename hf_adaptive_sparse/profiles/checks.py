@@ -1,0 +1,61 @@
+"""Checks of single values, each with a message that says the rule and what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_ratio(ratio: Any, what: str) -> float:
+    """Return ``ratio`` as a float in [0, 1).
+
+    Raises:
+        ValueError: If it is not a real number in [0, 1).
+    """
+    is_number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    # Compared before it is converted: a whole number of any size is a Real, and no float.
+    if not (is_number and 0 <= ratio < 1):
+        raise ValueError(
+            f"{what} must be a number in [0, 1) (the fraction of weights removed), got {ratio!r}."
+        )
+    return float(ratio)
+
+
+def check_count(value: object, what: str, least: int = 1, also: str = "") -> int:
+    """Return a whole number that is not below ``least``.
+
+    Args:
+        value: What was given.
+        what: Its name, for the message.
+        least: The lowest number.
+        also: What else may be given, for the message.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise ValueError(f"{what} must be a whole number >= {least}{also}, got {value!r}.")
+    return int(value)
+
+
+def check_mapping(value: object, what: str) -> Mapping[str, Any]:
+    """Return a mapping whose keys are names.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{what} must be a mapping from module names, got {value!r}.")
+    return value
+
+
+def check_form(data: object, what: str) -> Mapping[str, Any]:
+    """Return what was read from JSON, as an object.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{what} must be a JSON object, got {data!r}.")
+    return data
