@@ -8,7 +8,6 @@ model is still an empty skeleton; the error names file and tensor, and nothing h
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hf_adaptive_sparse.checkpoint.headers import (
     CheckpointError,
@@ -26,11 +24,16 @@ from hf_adaptive_sparse.checkpoint.headers import (
     merge_headers,
     read_file_header,
 )
+from hf_adaptive_sparse.checkpoint.stored_tensors import (
+    Formats,
+    StoredTensors,
+    assign_tensors,
+    check_compressed,
+    check_names,
+)
 from hf_adaptive_sparse.kernels.sparse_linear import count_row_offsets
 from hf_adaptive_sparse.packing.bitmask import BitmaskError, check_bitmask, row_bytes
 from hf_adaptive_sparse.packing.sparse_weight import stored_count
-from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name
-from hf_adaptive_sparse.packing.stored_weight import ValueFormat, stored_kinds
 from hf_adaptive_sparse.packing.upper_bytes import (
     BOOK_WORDS,
     UPPER_BYTE_BITS,
@@ -39,50 +42,10 @@ from hf_adaptive_sparse.packing.upper_bytes import (
 )
 from hf_adaptive_sparse.packing.weight_codes import are_scales, group_count
 
-Formats = Mapping[str, ValueFormat]
-"""Parameter name -> how its values are stored."""
-
 _CODES = {UPPER_BYTE_BITS: "U8", 8: "I8", 4: "U8"}
 _UNITS = {UPPER_BYTE_BITS: " bytes, three for two", 4: " bytes of two"}
 _SCALES = ("F32", "F16", "BF16")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """How a checkpoint stores the model: by runtime name.
-
-    Attributes:
-        plain: Parameter -> its tensor.
-        values: Parameter -> the kept values of a compressed weight.
-        bitmasks: Parameter -> the bitmask of a compressed weight.
-        scales: Parameter -> the scales of a compressed weight with quantised values.
-        codebooks: Parameter -> the codebook of a compressed weight with values of 12 bits.
-        converted: Parameters that transformers assembles from several tensors.
-        surplus: Tensors that no parameter takes.
-    """
-
-    plain: dict[str, TensorHeader]
-    values: dict[str, TensorHeader]
-    bitmasks: dict[str, TensorHeader]
-    scales: dict[str, TensorHeader]
-    codebooks: dict[str, TensorHeader]
-    converted: set[str]
-    surplus: list[TensorHeader]
-
-    @property
-    def names(self) -> set[str]:
-        return {*self.plain, *self.converted}.union(*self.kinds.values())
-
-    @property
-    def kinds(self) -> dict[str, dict[str, TensorHeader]]:
-        """Those of compressed weights, by their kind."""
-        return {
-            "values": self.values,
-            "bitmask": self.bitmasks,
-            "scales": self.scales,
-            "codebook": self.codebooks,
-        }
 
 
 @dataclass(frozen=True)
@@ -125,10 +88,10 @@ def validate_checkpoint(
     """
     headers = merge_headers(read_file_header(Path(file)) for file in files)
     expected = model.state_dict()
-    stored = _assign(model, expected, headers, copy.deepcopy(list(conversions)))
+    stored = assign_tensors(model, expected, headers, copy.deepcopy(list(conversions)))
     where = Path(files[0]).parent
-    _check_compressed(stored, formats, where)
-    _check_names(model, expected, stored, headers.values(), where)
+    check_compressed(stored, formats, where)
+    check_names(model, expected, stored, headers.values(), where)
     if not ignore_mismatched_sizes:
         _check_plain_shapes(expected, stored)
     _check_compressed_shapes(expected, stored, formats)
@@ -139,124 +102,7 @@ def validate_checkpoint(
     return {name: CheckedWeight(offsets[name], books.get(name, 0)) for name in stored.values}
 
 
-def _assign(
-    model: Any,
-    expected: Mapping[str, torch.Tensor],
-    headers: Mapping[str, TensorHeader],
-    conversions: Sequence[Any],
-) -> _Stored:
-    """Find which parameter each tensor belongs to, by transformers' own renaming."""
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    stored = _Stored({}, {}, {}, {}, {}, set(), [])
-    prefix = model.base_model_prefix
-    targets = {s: c.target_patterns for c in converters for s in c.source_patterns}
-    for key, header in headers.items():
-        name, source = rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:
-            name, source = rename_source_key(key, [], [], prefix, expected)
-        if name not in expected:
-            stored.surplus.append(header)
-        elif source is None:
-            stored.plain[name] = header
-        elif (parsed := parse_tensor_name(key)) is not None:
-            stored.kinds[parsed[1]][name] = header
-        else:
-            first = targets[source][0]
-            stored.converted.update(name.replace(first, target) for target in targets[source])
-    return stored
-
-
-def _check_compressed(stored: _Stored, formats: Formats, where: Path) -> None:
-    wanted = {name: form.bits for name, form in formats.items()}
-    for name in sorted(wanted):
-        for kind in stored_kinds(wanted[name]):
-            if name in stored.kinds[kind]:
-                continue
-            plain = stored.plain.get(name)
-            seen = f"{plain.file} stores it dense" if plain else f"{where} does not hold it"
-            way_out = ""
-            if plain and not stored.bitmasks:
-                way_out = (
-                    " Nothing here is compressed, as when a model was made by from_config and "
-                    "saved: remove 'quantization_config' from its config.json to load it."
-                )
-            raise CheckpointError(
-                f"The config says that {name!r} is compressed, so {tensor_name(name, kind)} is "
-                f"needed, but {seen}.{way_out}"
-            )
-        if name in stored.plain or name in stored.converted:
-            header = stored.plain.get(name, stored.values[name])
-            raise CheckpointError(f"{header.file}: {name!r} is stored both dense and compressed.")
-    for name, header in {**stored.values, **stored.bitmasks}.items():
-        if name not in wanted:
-            raise CheckpointError(
-                f"{header.file}: {header.name!r} is compressed, but the config's sparsity does "
-                "not name its module."
-            )
-    for kind, what in (("scales", "scales"), ("codebook", "a codebook")):
-        for name, header in stored.kinds[kind].items():
-            if kind not in stored_kinds(wanted.get(name, 16)):
-                raise CheckpointError(
-                    f"{header.file}: {header.name!r} holds {what}, but the config's weight_bits "
-                    f"say {wanted.get(name, 16)} for its module, which has none."
-                )
-
-
-def _check_names(
-    model: Any,
-    expected: Mapping[str, torch.Tensor],
-    stored: _Stored,
-    headers: Iterable[TensorHeader],
-    where: Path,
-) -> None:
-    """Refuse missing and surplus tensors.
-
-    Another class than the one that was saved (a bare decoder, another head) may lack some and
-    have others; then only what would be made up must not exceed what is stored.
-    """
-    missing = _missing(model, expected, stored.names)
-    architectures = model.config.architectures or []
-    if type(model).__name__ in architectures:
-        surplus = [h for h in stored.surplus if not _ignored(h.name, model, "unexpected")]
-        if missing:
-            raise CheckpointError(
-                f"{where} lacks {len(missing)} of the model's tensors: {_listing(missing)}."
-            )
-        if surplus:
-            raise CheckpointError(
-                f"{surplus[0].file}: {len(surplus)} tensors belong to no part of "
-                f"{type(model).__name__}: {_listing(h.name for h in surplus)}."
-            )
-        return
-    made_up = sum(expected[name].numel() for name in missing)
-    declared = sum(h.size_bytes * (8 if h.name.endswith("_bitmask") else 1) for h in headers)
-    if made_up > declared:
-        raise CheckpointError(
-            f"{where} lacks tensors of {made_up} elements that {type(model).__name__} needs, more "
-            f"than all it stores: {_listing(missing)}."
-        )
-
-
-def _missing(model: Any, expected: Iterable[str], found: set[str]) -> list[str]:
-    """Return the parameters that neither the files hold nor a tied parameter provides."""
-    tied: dict[str, set[str]] = defaultdict(set)
-    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        tied[target].add(source)
-        tied[source].add(target)
-    return [
-        name
-        for name in expected
-        if name not in found and not tied[name] & found and not _ignored(name, model, "missing")
-    ]
-
-
-def _ignored(name: str, model: Any, kind: str) -> bool:
-    patterns = getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _check_plain_shapes(expected: Mapping[str, torch.Tensor], stored: _Stored) -> None:
+def _check_plain_shapes(expected: Mapping[str, torch.Tensor], stored: StoredTensors) -> None:
     for name, header in stored.plain.items():
         shape = tuple(expected[name].shape)
         if header.shape != shape:
@@ -268,7 +114,7 @@ def _check_plain_shapes(expected: Mapping[str, torch.Tensor], stored: _Stored) -
 
 
 def _check_compressed_shapes(
-    expected: Mapping[str, torch.Tensor], stored: _Stored, formats: Formats
+    expected: Mapping[str, torch.Tensor], stored: StoredTensors, formats: Formats
 ) -> None:
     for name, mask in stored.bitmasks.items():
         *leading, columns = expected[name].shape
@@ -310,7 +156,7 @@ def _check_codebook_header(book: TensorHeader, numel: int) -> None:
 
 
 def _check_bitmasks(
-    expected: Mapping[str, torch.Tensor], stored: _Stored, formats: Formats
+    expected: Mapping[str, torch.Tensor], stored: StoredTensors, formats: Formats
 ) -> dict[str, torch.Tensor]:
     """Count the bitmasks' bits: values before each row, by the parameter's name."""
     offsets: dict[str, torch.Tensor] = {}
@@ -331,7 +177,7 @@ def _check_bitmasks(
     return offsets
 
 
-def _check_scales(stored: _Stored) -> None:
+def _check_scales(stored: StoredTensors) -> None:
     """Refuse scales that cannot scale."""
 
     def check(name: str, header: TensorHeader, scales: torch.Tensor) -> None:
@@ -344,7 +190,7 @@ def _check_scales(stored: _Stored) -> None:
     _check_each(stored.scales, check)
 
 
-def _check_codebooks(stored: _Stored) -> None:
+def _check_codebooks(stored: StoredTensors) -> None:
     """Refuse codebooks that do not belong to their values."""
 
     def check(name: str, header: TensorHeader, book: torch.Tensor) -> None:
@@ -377,9 +223,3 @@ def _check_each(
                         check(name, header, handle.get_tensor(header.name))
                     except BitmaskError as error:
                         raise CheckpointError(f"{file}: tensor {header.name!r}: {error}") from error
-
-
-def _listing(names: Iterable[str], at_most: int = 3) -> str:
-    shown = sorted(names)
-    rest = len(shown) - at_most
-    return ", ".join(shown[:at_most]) + (f" and {rest} more" if rest > 0 else "")
