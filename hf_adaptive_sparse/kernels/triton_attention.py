@@ -16,6 +16,8 @@ import torch
 
 from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 from hf_adaptive_sparse.kernels.packed import PackedCache
+from hf_adaptive_sparse.kernels.triton_blocks import GENERAL
+from hf_adaptive_sparse.kernels.triton_cuts import channel_groups
 from hf_adaptive_sparse.kernels.triton_device import (
     Launch,
     LaunchError,
@@ -26,7 +28,7 @@ from hf_adaptive_sparse.kernels.triton_device import (
     say_what_failed,
     serves,
 )
-from hf_adaptive_sparse.kernels.triton_plan import GENERAL, Call, channel_groups, prepare
+from hf_adaptive_sparse.kernels.triton_plan import Call, prepare
 
 __all__ = ["LaunchError", "attend", "compute", "is_available", "is_supported"]
 

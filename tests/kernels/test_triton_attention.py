@@ -15,6 +15,8 @@ import torch
 from hf_adaptive_sparse.kernels import attention as native
 from hf_adaptive_sparse.kernels import (
     triton_attention,
+    triton_blocks,
+    triton_cuts,
     triton_device,
     triton_plan,
     triton_warp_plan,
@@ -152,10 +154,10 @@ def check(device, made, query, mask=None, *, is_causal=False, scale=None):
         return kernel_of(query.to(device), moved)
 
     name = attend()
-    if name == triton_plan.WARP:
+    if name == triton_blocks.WARP:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_warp_plan, "units", lambda *arguments: None)
-            assert attend() == triton_plan.GENERAL
+            assert attend() == triton_blocks.GENERAL
     return name
 
 
@@ -224,7 +226,7 @@ def test_calls_that_single_warps_take(
     )
     query = make_query(made[0], heads=heads, queries=queries)
     mask = make_mask("added", (1, heads, queries, made[0].length)) if masked else None
-    assert check(device, made, query, mask) == triton_plan.WARP
+    assert check(device, made, query, mask) == triton_blocks.WARP
 
 
 def test_tiles_within_a_block_and_tokens_that_are_not_seen(device):
@@ -241,7 +243,7 @@ def test_tiles_within_a_block_and_tokens_that_are_not_seen(device):
             kv_heads=1,
         )
         query = make_query(made[0], heads=2, queries=2)
-        assert check(device, made, query, is_causal=sinks == 3) == triton_plan.WARP
+        assert check(device, made, query, is_causal=sinks == 3) == triton_blocks.WARP
 
 
 @pytest.mark.parametrize("general", [False, True])
@@ -298,7 +300,7 @@ def test_no_tokens_and_a_mask_of_none(device):
 def test_calls_for_the_general_kernel(case, heads):
     case = {"dtype": torch.float16, "kv_heads": 1, "blocks": 1, **case}
     cache, _, _ = make_cache(**case)
-    assert kernel_of(make_query(cache, heads=heads), cache) == triton_plan.GENERAL
+    assert kernel_of(make_query(cache, heads=heads), cache) == triton_blocks.GENERAL
 
 
 def test_words_that_do_not_begin_at_their_size_are_for_the_general_kernel():
@@ -310,9 +312,9 @@ def test_words_that_do_not_begin_at_their_size_are_for_the_general_kernel():
     moved.copy_(codes)
     keys = dataclasses.replace(cache.blocks.keys, codes=moved)
     blocks = dataclasses.replace(cache.blocks, keys=keys)
-    assert kernel_of(make_query(cache), cache) == triton_plan.WARP
+    assert kernel_of(make_query(cache), cache) == triton_blocks.WARP
     cache = dataclasses.replace(cache, blocks=blocks)
-    assert kernel_of(make_query(cache), cache) == triton_plan.GENERAL
+    assert kernel_of(make_query(cache), cache) == triton_blocks.GENERAL
 
 
 def test_the_general_kernel_stands_in_for_one_that_fails(device, monkeypatch, caplog):
@@ -504,7 +506,8 @@ def test_tiny_and_large_values(device, dtype, size):
 
 def test_far_more_programs_than_rows(device, monkeypatch):
     """Many splits, more than are joined at once."""
-    monkeypatch.setattr(triton_plan, "processors", lambda device: 40)
+    for module in (triton_blocks, triton_cuts):
+        monkeypatch.setattr(module, "processors", lambda device: 40)
     made = make_cache(blocks=21, block=32, raw=3, key_bits=6, kv_heads=1)
     check(device, made, make_query(made[0], heads=1))
 
