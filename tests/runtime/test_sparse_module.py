@@ -39,9 +39,7 @@ def pruned(rows: int = 24, columns: int = 77, dtype: torch.dtype = torch.float32
 
 
 def sparse(linear: nn.Linear, bits: int = 16, group_size: int | None = None) -> SparseLinear:
-    weight = SparseWeight.from_dense(
-        linear.weight.detach(), None if bits == 16 else bits, group_size
-    )
+    weight = SparseWeight.from_dense(linear.weight.detach(), bits, group_size)
     return SparseLinear.from_weight(weight, linear.bias)
 
 
