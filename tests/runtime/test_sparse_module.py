@@ -424,6 +424,16 @@ def test_tracers_and_autograd_see_the_operator() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_without_numbers_it_computes_shapes(bits: int) -> None:
+    module, x = sparse(pruned(), bits).to("meta"), torch.empty(2, 5, 77, device="meta")
+    x.requires_grad_()
+    output = module(x)
+    assert (output.device, output.shape) == (x.device, (2, 5, 24))
+    output.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_what_changes_after_a_forward_is_seen_by_the_next(bits: int) -> None:
     first, second = pruned(), pruned()
     with torch.no_grad():
