@@ -32,7 +32,7 @@ from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 TARGETS = {"bfloat16": 2.0, "bfloat16, 12 bits": 2.0, "bfloat16, int8": 2.5}
 """Wanted for one token: times as fast as torch's dense linear."""
 
-FORMS = {"": (None, None), ", 12 bits": (12, None), ", int8": (8, 128), ", int4": (4, 128)}
+FORMS = {"": (16, None), ", 12 bits": (12, None), ", int8": (8, 128), ", int4": (4, 128)}
 """Bits and group size of the values; the same values in 12 bits are there for bfloat16 only."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

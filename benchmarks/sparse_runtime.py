@@ -117,9 +117,7 @@ def write_models(folder: Path, config: LlamaConfig, seed: int) -> None:
             stored = dict(tensors)
             for name in pruned if bits is not None else ():
                 group = 64 if bits == 4 else None
-                weight = SparseWeight.from_dense(
-                    stored.pop(name), None if bits == 16 else bits, group
-                )
+                weight = SparseWeight.from_dense(stored.pop(name), bits, group)
                 stored |= {f"{name}_{kind}": part for kind, part in weight.tensors().items()}
             file = f"model-{number:05d}.safetensors"
             (folder / form).mkdir(exist_ok=True)

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.checkpoint.config import our_config
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
+from hf_adaptive_sparse.packing.sparse_weight import stored_bits
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name
-from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_bits, stored_kinds
+from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_kinds
 
 _WAITING = "_parts_that_wait"
 

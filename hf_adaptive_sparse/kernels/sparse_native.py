@@ -100,7 +100,7 @@ def _prepare(weight: SparseWeight) -> _Prepared | None:
     call = _Call(
         rows=weight.shape[0],
         columns=weight.shape[1],
-        bits=weight.bits,
+        bits=weight.value_bits,
         dtype=DTYPES[dtype],
         group_size=weight.group_size or 0,
         offset_bytes=weight.row_offsets.element_size(),

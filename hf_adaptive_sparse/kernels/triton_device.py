@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 in the matrix units, asynchronous copies
 _INTERPRETED_PROCESSORS = 2
 _NO_CONTEXT = contextlib.nullcontext()
+_Result = TypeVar("_Result")
 
 
 class LaunchError(RuntimeError):
@@ -64,8 +65,8 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return torch.cuda.device(device)
 
 
-def launch(failures: dict[object, str], kernel: object, run: Callable[[], None]) -> None:
-    """Run what compiles and launches a kernel, unless it failed before.
+def launch(failures: dict[object, str], kernel: object, run: Callable[[], _Result]) -> _Result:
+    """Run what compiles and launches a kernel, unless it failed before, and return what it does.
 
     Args:
         failures: Kernels that cannot be had, and why; compiling one takes seconds.
@@ -78,8 +79,7 @@ def launch(failures: dict[object, str], kernel: object, run: Callable[[], None])
     """
     if not failures or kernel not in failures:  # what kernels are known by takes time to hash
         try:
-            run()
-            return
+            return run()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever compilers, assemblers and drivers raise
@@ -162,28 +162,28 @@ class Call(NamedTuple):
     kind: tuple[object, ...]
 
 
-def launch_key(call: Call) -> tuple[object, ...]:
-    """Return what ``launch_call`` remembers a launch by."""
-    return (call.kernel, *call.kind, *call.constants.values())
-
-
 def launch_call(
     call: Call, compiled: dict[object, Launch], kernels: Callable[[], ModuleType]
-) -> None:
+) -> Launch:
     """Launch a kernel by ``compile_and_launch`` once, and by what that returned from then on.
 
     Args:
         call: What to launch.
         compiled: What launches a kernel again, by what it is compiled for.
         kernels: Imports the module that has the kernel.
+
+    Returns:
+        What launches it again.
     """
-    asked = launch_key(call)
+    asked = (call.kernel, *call.kind, *call.constants.values())
     again = compiled.get(asked)
     if again is not None:
         again(call.grid, call.arguments)
-        return
+        return again
     kernel = getattr(kernels(), f"{call.kernel}_kernel")
-    compiled[asked] = compile_and_launch(kernel, call.grid, call.arguments, call.constants)
+    again = compile_and_launch(kernel, call.grid, call.arguments, call.constants)
+    compiled[asked] = again
+    return again
 
 
 @functools.cache

@@ -31,7 +31,6 @@ from hf_adaptive_sparse.kernels.triton_device import (
     compile_and_launch,
     launch,
     launch_call,
-    launch_key,
     on_device,
     serves,
 )
@@ -139,8 +138,8 @@ def decompress(weight: SparseWeight, start: int, stop: int, output: torch.Tensor
                 *(*_alignments(arguments), *written),
             )
             call = Call("decompress", (stop - start, 1, 1), arguments, constants, kind)
-            launch(_failures, kernel, lambda: launch_call(call, _chosen, _kernels))
-            weight.prepared[asked] = (kernel, _chosen[launch_key(call)])
+            again = launch(_failures, kernel, lambda: launch_call(call, _chosen, _kernels))
+            weight.prepared[asked] = (kernel, again)
             return
         kernel, again = known
         launch(_failures, kernel, lambda: again((stop - start, 1, 1), arguments))

@@ -88,11 +88,11 @@ def is_packed(tensor: torch.Tensor) -> bool:
 def _constants(weight: SparseWeight, tile: Tile, columns: int) -> dict[str, int]:
     row_columns = weight.shape[1]
     return {
-        "BITS": weight.bits,
+        "BITS": weight.value_bits,
         "GROUP": weight.group_size or 0,
         "LIMIT": code_limit(weight.bits) if weight.bits in CODE_BITS else 0,
         "ALIGNED": row_columns % BLOCK_COLUMNS == 0 and weight.bitmask.data_ptr() % 8 == 0,
-        "WHOLE": weight.bits == 32 or weight.values.data_ptr() % _WORD_BYTES == 0,
+        "WHOLE": weight.value_bits == 32 or weight.values.data_ptr() % _WORD_BYTES == 0,
         "NATIVE": _is_native(),
         "FULL": row_columns % (BLOCK_COLUMNS * tile.blocks) == 0,
         "BLOCKS": tile.blocks,
@@ -107,7 +107,7 @@ def _is_native() -> bool:
 
 def _columns(weight: SparseWeight) -> int:
     """Return the columns of four words of values, codes as bytes."""
-    return 4 * 32 // max(8, weight.bits)
+    return 4 * 32 // max(8, weight.value_bits)
 
 
 def _fitted(weight: SparseWeight, tile: Tile, columns: int) -> Tile:

@@ -56,6 +56,12 @@ class RowBuffer:
             "_end": self.length,
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hold ordinary tensors in copies, too, whichever mode they are made in."""
+        self.__dict__.update(state)
+        if self._storage.is_inference():
+            self.transform(torch.clone)
+
     @property
     def length(self) -> int:
         """Rows stored."""

@@ -58,7 +58,8 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
 
     Works wherever a ``DynamicCache`` does: greedy, sampling, beam search, assisted and
     prompt-lookup decoding, left-padded batches, continued conversations, chunked prefill, ``crop``,
-    ``reorder_cache`` and the ``batch_*`` operations. What is stored, and when, is described at
+    ``reorder_cache`` and the ``batch_*`` operations. Only ``torch.compile(fullgraph=True)`` refuses
+    it: graphs break where it is updated. What is stored, and when, is described at
     ``AdaptiveQuantizedLayer``; the number format in ``hf_adaptive_sparse.kvcache.codec``.
 
     Full-attention, sliding-window and chunked layers are quantised. Linear-attention, state-space,

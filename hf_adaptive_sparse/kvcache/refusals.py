@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError, metadata_dtype
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError, refusal
 
 _FLAGS = 512  # of a device: keys and values of more layers than models have
 _APART = 4  # so that each lies at a multiple of 16 bytes, for which kernels are compiled anyway
@@ -86,7 +86,8 @@ class Refusals:
         """
         found = [refused for flags in self._flags.values() for refused in _read(flags)]
         if found and self._refusal is None:
-            self._refusal = _refusal(*found[0])
+            why = refusal(*found[0], got="others")  # of which the flag says no more
+            self._refusal = f"{why} The cache is of no use any more: call its reset()."
         self._are_unread = self._refusal is not None
         if self._refusal is not None:
             raise NonFiniteError(self._refusal)
@@ -99,13 +100,3 @@ def _read(flags: _Flags) -> list[tuple[str, torch.dtype]]:
         return []
     refused = flags.tensor[: _APART * len(asked) : _APART].tolist()
     return [what for what, flag in zip(asked, refused, strict=True) if flag]
-
-
-def _refusal(what: str, dtype: torch.dtype) -> str:
-    kind = metadata_dtype(dtype)
-    return (
-        f"The {what} must be finite to be quantised, and span no more than "
-        f"{torch.finfo(kind).max:.6g}, which {str(kind).removeprefix('torch.')} can hold; the "
-        "model produced others (float16 overflow is a common cause: try bfloat16). At 16 bits they "
-        "are kept as is. The cache is of no use any more: call its reset()."
-    )

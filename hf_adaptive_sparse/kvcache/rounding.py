@@ -60,17 +60,25 @@ def check_finite(extent: torch.Tensor, states: torch.Tensor, what: str) -> None:
     """
     if bool(torch.isfinite(extent).all()):
         return
-    if bool(torch.isfinite(states).all()):
-        kind = str(metadata_dtype(states.dtype)).removeprefix("torch.")
-        raise NonFiniteError(
-            f"The {what} span more than {kind} can hold, which steps and minima of "
-            f"{str(states.dtype).removeprefix('torch.')} states are stored in (largest value "
-            f"{torch.finfo(metadata_dtype(states.dtype)).max:.6g}, largest element "
-            f"{float(states.abs().max()):.6g}): keep them at 16 bits, or use bfloat16."
-        )
-    raise NonFiniteError(
-        f"The {what} must be finite to be quantised, got NaN or Inf. The model produced them "
-        f"(float16 overflow is a common cause: try bfloat16); at 16 bits they are kept as is."
+    finite = bool(torch.isfinite(states).all())
+    got = f"elements of up to {float(states.abs().max()):.6g}" if finite else "NaN or Inf"
+    raise NonFiniteError(refusal(what, states.dtype, got))
+
+
+def refusal(what: str, dtype: torch.dtype, got: str) -> str:
+    """Return why states of a dtype cannot be quantised, and what to do.
+
+    Args:
+        what: Their name.
+        dtype: Theirs.
+        got: What is known of them.
+    """
+    kind = metadata_dtype(dtype)
+    return (
+        f"The {what} must be finite to be quantised, with steps and minima that "
+        f"{str(kind).removeprefix('torch.')} can hold (up to {torch.finfo(kind).max:.6g}); got "
+        f"{got}. The model produced them (float16 overflow is a common cause: try bfloat16); at "
+        "16 bits they are kept as is."
     )
 
 

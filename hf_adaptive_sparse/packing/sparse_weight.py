@@ -12,8 +12,8 @@
     block_offsets  int16 or int32 (rows, ceil(columns / 64))   on GPUs only: the same within a row,
                                                    before each block of 64 columns
 
-    size_bytes = ceil(nnz * bits / 8) + rows * ceil(columns / 8)
-               + rows * groups * scale_bytes + (rows + 1) * offset_bytes
+    size_bytes = ceil(nnz * value_bits / 8) + rows * ceil(columns / 8)
+               + rows * groups * value_bytes + (rows + 1) * offset_bytes
                + 16 + 8 * exceptions, with 12 bits
                + rows * ceil(columns / 64) * block_offset_bytes, on GPUs
 
@@ -54,14 +54,7 @@ from hf_adaptive_sparse.packing.bitmask import (
 )
 from hf_adaptive_sparse.packing.stored_names import KINDS
 
-VALUE_BITS = {
-    torch.float32: 32,
-    torch.bfloat16: 16,
-    torch.float16: 16,
-    torch.int8: 8,
-    torch.uint8: 4,
-}
-"""Bits per value, by the dtype of the tensor that stores them, where there is no codebook."""
+_VALUE_DTYPES = (*weight_codes.SCALE_DTYPES, *weight_codes.CODE_DTYPES.values())
 
 BLOCK_COLUMNS = 64
 """Columns per block offset: as many as the bits of the widest word of a mask."""
@@ -82,6 +75,14 @@ def block_count(columns: int) -> int:
     return -(-columns // BLOCK_COLUMNS)
 
 
+def stored_bits(values: torch.Tensor, codebook: torch.Tensor | None) -> int:
+    """Return the bits that values are stored in: 12 with a codebook, 8 or 4 for codes, else 16."""
+    if codebook is not None:
+        return upper_bytes.UPPER_BYTE_BITS
+    codes = weight_codes.CODE_DTYPES.items()
+    return next((bits for bits, dtype in codes if dtype == values.dtype), 16)
+
+
 def stored_count(nnz: int, bits: int) -> int:
     """Return the elements of the tensor that stores ``nnz`` values of so many bits."""
     if bits == upper_bytes.UPPER_BYTE_BITS:
@@ -95,7 +96,7 @@ def size_bytes(
     nnz: int,
     bits: int,
     groups: int = 0,
-    scale_bytes: int = 2,
+    value_bytes: int = 2,
     *,
     blocks: bool = False,
 ) -> int:
@@ -105,9 +106,10 @@ def size_bytes(
         rows: Rows of the weight.
         columns: Columns of the weight.
         nnz: Weights that are kept.
-        bits: Bits per value: 32, 16, 12 (the exceptions are not counted), 8 or 4.
+        bits: Bits per value: 16 (the weight's own dtype), 12 (the exceptions are not counted), 8
+            or 4.
         groups: Scales per row, 0 without codes.
-        scale_bytes: Bytes of a scale.
+        value_bytes: Bytes of an element of the weight's own dtype, which the scales have, too.
         blocks: Whether there are block offsets.
     """
     index = rows * row_bytes(columns) + (rows + 1) * offset_dtype(nnz).itemsize
@@ -115,7 +117,8 @@ def size_bytes(
         index += rows * block_count(columns) * block_offset_dtype(columns).itemsize
     if bits == upper_bytes.UPPER_BYTE_BITS:
         index += upper_bytes.BOOK_WORDS * 8
-    return (nnz * bits + 7) // 8 + rows * groups * scale_bytes + index
+    value_bits = 8 * value_bytes if bits == 16 else bits
+    return (nnz * value_bits + 7) // 8 + rows * groups * value_bytes + index
 
 
 def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor:
@@ -189,14 +192,13 @@ class SparseWeight:
 
     @classmethod
     def from_dense(
-        cls, weight: torch.Tensor, bits: int | None = None, group_size: int | None = None
+        cls, weight: torch.Tensor, bits: int = 16, group_size: int | None = None
     ) -> SparseWeight:
         """Compress a weight; what is not bitwise zero is kept.
 
         Args:
             weight: ``(rows, columns)``, float32, bfloat16 or float16.
-            bits: Bits per value: 12 (of bfloat16), 8 or 4; None, or the weight's own, to keep the
-                values as they are.
+            bits: Bits per value: 16 (the weight's own dtype), 12 (of bfloat16), 8 or 4.
             group_size: With 8 or 4 bits: columns per scale, a multiple of 32; None: one per row.
 
         Raises:
@@ -209,9 +211,7 @@ class SparseWeight:
                 f"{weight.dtype} {tuple(weight.shape)}."
             )
         shape = (weight.shape[0], weight.shape[1])
-        own_bits = VALUE_BITS[weight.dtype]
-        bits = own_bits if bits is None else bits
-        if bits in (own_bits, upper_bytes.UPPER_BYTE_BITS):
+        if bits in (16, upper_bytes.UPPER_BYTE_BITS):
             if group_size is not None:
                 raise BitmaskError(
                     f"group_size={group_size} needs values of 8 or 4 bits; values of {bits} bits "
@@ -219,7 +219,7 @@ class SparseWeight:
                 )
             values, bitmask = compress(weight)
             offsets, codebook = count_row_offsets(bitmask), None
-            if bits != own_bits:
+            if bits != 16:
                 values, codebook = upper_bytes.encode(values)
             return cls(shape, bitmask, values, offsets, codebook=codebook)
         pieces = [
@@ -262,8 +262,8 @@ class SparseWeight:
                 infinite or NaN, or the codebook is damaged.
         """
         check_bitmask(bitmask, columns)
-        if values.dim() != 1 or values.dtype not in VALUE_BITS:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in VALUE_BITS)
+        if values.dim() != 1 or values.dtype not in _VALUE_DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _VALUE_DTYPES)
             raise BitmaskError(
                 f"values must be of shape (n,) in one of {known}, got {values.dtype} "
                 f"{tuple(values.shape)}."
@@ -286,10 +286,13 @@ class SparseWeight:
 
     @property
     def bits(self) -> int:
-        """Bits per value: 32, 16, 12, 8 or 4."""
-        if self.codebook is not None:
-            return upper_bytes.UPPER_BYTE_BITS
-        return VALUE_BITS[self.values.dtype]
+        """Bits per value: 16 (the weight's own dtype), 12, 8 or 4."""
+        return stored_bits(self.values, self.codebook)
+
+    @property
+    def value_bits(self) -> int:
+        """Bits that a value takes: 32 where the weight's own dtype is float32, else ``bits``."""
+        return 8 * self.values.element_size() if self.bits == 16 else self.bits
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,12 +18,9 @@ from hf_adaptive_sparse.packing.bitmask import (
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, stored_count
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, tensor_name
 from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS, UPPER_BYTE_BITS
-from hf_adaptive_sparse.packing.weight_codes import group_count
+from hf_adaptive_sparse.packing.weight_codes import CODE_DTYPES, group_count
 
-_CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
-"""Dtype of the values that are codes, by their bits."""
-
-_VALUE_DTYPES = {**_CODE_DTYPES, UPPER_BYTE_BITS: torch.uint8}
+_VALUE_DTYPES = {**CODE_DTYPES, UPPER_BYTE_BITS: torch.uint8}
 
 
 class ValueFormat(NamedTuple):
@@ -63,13 +60,6 @@ def stored_kinds(bits: int) -> tuple[str, ...]:
     """Return the kinds of tensors that a checkpoint stores for a weight."""
     of_their_own = {16: (), UPPER_BYTE_BITS: ("codebook",)}.get(bits, ("scales",))
     return ("values", "bitmask", *of_their_own)
-
-
-def stored_bits(values: torch.Tensor, codebook: torch.Tensor | None) -> int:
-    """Return the bits that values are stored in: 12 with a codebook, 8 or 4 for codes, else 16."""
-    if codebook is not None:
-        return UPPER_BYTE_BITS
-    return next((bits for bits, dtype in _CODE_DTYPES.items() if dtype == values.dtype), 16)
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ import torch
 from hf_adaptive_sparse.packing.bitmask import integer_view
 from hf_adaptive_sparse.packing.bits import pack, unpack
 
-CODE_BITS = (8, 4)
-"""Bits of a code."""
+CODE_DTYPES = {8: torch.int8, 4: torch.uint8}
+"""Dtype of the tensor that stores codes, by their bits; of 4 bits, two are in a byte."""
+
+CODE_BITS = tuple(CODE_DTYPES)
 
 GROUP_MULTIPLE = 32
 """Groups are whole multiples of this many columns, so that no step of a kernel straddles two."""

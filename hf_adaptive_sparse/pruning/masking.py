@@ -15,14 +15,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from hf_adaptive_sparse.architecture import weight_place
-from hf_adaptive_sparse.packing.bitmask import pack_mask, unpack_mask
+from hf_adaptive_sparse.packing.bitmask import integer_view, pack_mask, unpack_mask
 from hf_adaptive_sparse.pruning.parametrizations import (
     check_in_memory,
     remove_parametrizations_after,
 )
 from hf_adaptive_sparse.pruning.ranking import Ranking
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def zeroed(weight: torch.Tensor, removed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -42,7 +40,7 @@ def zeroed(weight: torch.Tensor, removed: torch.Tensor, table: torch.Tensor) -> 
     Returns:
         The weight's shape and dtype, without gradient.
     """
-    bits = _INTEGERS[weight.dtype.itemsize]
+    bits = integer_view(weight.dtype)
     masks = table.index_select(0, removed.view(-1).to(torch.int32)).view(bits)
     kept = masks.view(*weight.shape[:-1], -1)[..., : weight.shape[-1]]
     return weight.detach().view(bits).bitwise_and(kept).view(weight.dtype)
@@ -54,7 +52,7 @@ def mask_table(dtype: torch.dtype) -> torch.Tensor:
     A mask is 0 where the byte's bit is set (removed) and all ones where it is not.
     """
     removed = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
-    return (removed - 1).to(_INTEGERS[dtype.itemsize]).view(torch.int64)
+    return (removed - 1).to(integer_view(dtype)).view(torch.int64)
 
 
 class _Mask(nn.Module):

@@ -73,11 +73,9 @@ class CompressedWeights:
     def _sparse_bytes(self, name: str, blocks: bool) -> int:
         (rows, columns), (bits, group_size) = self.shapes[name], self.formats[name]
         nnz = rows * columns - round(self.ratios.get(name, 0.0) * rows * columns)
-        if bits == UPPER_BYTE_BITS and self.dtype == torch.bfloat16 and not blocks:
-            return size_bytes(rows, columns, nnz, bits)
-        if bits not in CODE_BITS:
-            return size_bytes(rows, columns, nnz, self.dtype.itemsize * 8, blocks=blocks)
-        groups = group_count(columns, group_size)
+        if bits == UPPER_BYTE_BITS and (self.dtype != torch.bfloat16 or blocks):
+            bits = 16
+        groups = group_count(columns, group_size) if bits in CODE_BITS else 0
         return size_bytes(rows, columns, nnz, bits, groups, self.dtype.itemsize, blocks=blocks)
 
     @property
@@ -198,8 +196,9 @@ def time_layer(
     dense = torch.rand(shape, generator=generator)
     dense[torch.rand(shape, generator=generator) < ratio] = 0.0
     weight = dense.to(dtype)
-    as_it_is = bits == 16 or (bits == UPPER_BYTE_BITS and dtype != torch.bfloat16)
-    sparse = SparseWeight.from_dense(weight, None if as_it_is else bits, group_size)
+    if bits == UPPER_BYTE_BITS and dtype != torch.bfloat16:
+        bits = 16
+    sparse = SparseWeight.from_dense(weight, bits, group_size)
     x = torch.rand((1, shape[1]), generator=generator).to(device, dtype)
     plain = [weight.to(device, copy=True) for _ in range(_TIMED_COPIES)]
     packed = [_copy(sparse, device) for _ in range(_TIMED_COPIES)]

@@ -77,9 +77,7 @@ def compress_(model: nn.Module, weights: Mapping[str, ValueFormat]) -> None:
             continue
         linear = _linear(model, name)
         _check_here(name, linear.weight, linear)
-        weight = SparseWeight.from_dense(
-            linear.weight.detach(), None if bits == 16 else bits, group_size
-        )
+        weight = SparseWeight.from_dense(linear.weight.detach(), bits, group_size)
         made = SparseLinear.from_weight(weight, linear.bias)
         made.train(linear.training)
         model.set_submodule(name, made)

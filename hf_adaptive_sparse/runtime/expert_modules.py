@@ -45,9 +45,7 @@ def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> SparseStack:
         group_size: Columns per scale; ``None``: one per row.
     """
     count = stack.count
-    weight = SparseWeight.from_dense(
-        stack.weight.detach().flatten(0, 1), None if bits == 16 else bits, group_size
-    )
+    weight = SparseWeight.from_dense(stack.weight.detach().flatten(0, 1), bits, group_size)
     held = _hold_(stack, by_expert(weight, count), group_size)
     held.settle(weight.row_offsets)
     return held

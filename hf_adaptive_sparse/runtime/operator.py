@@ -46,13 +46,14 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
 
 
 def _is_watched(x: torch.Tensor) -> bool:
-    """Return whether there are tracers, transforms or tensors that are more than their numbers."""
+    """Return whether there are tracers, transforms or tensors that are not just their numbers."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not torch.Tensor
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or x.is_meta
     )
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, stored_bits
 from hf_adaptive_sparse.packing.stored_names import BY_ROW
-from hf_adaptive_sparse.packing.stored_weight import stored_bits
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 
 
@@ -134,7 +133,7 @@ def _check(
     parts = {k: p.detach().flatten(0, -2) if k in BY_ROW else p for k, p in parts.items()}
     weight = SparseWeight.from_tensors(columns, group_size=group_size, **parts)
     bits = stored_bits(values, held["codebook"])
-    if min(weight.bits, 16) != bits:
+    if weight.bits != bits:
         raise BitmaskError(
             f"values of {bits} bits are needed, got {weight.bits}. Load the checkpoint with "
             "from_pretrained."

@@ -23,9 +23,8 @@ from torch.nn import functional
 
 from hf_adaptive_sparse.experts import PARAMETERS, ExpertStack, expert_stacks
 from hf_adaptive_sparse.kernels import sparse_linear
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, stored_bits
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, leaf_names, tensor_name
-from hf_adaptive_sparse.packing.stored_weight import stored_bits
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
 from hf_adaptive_sparse.runtime.sparse_linear import in_dtype, is_offloaded

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.kernels import sparse_linear
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype, stored_bits
 from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
-from hf_adaptive_sparse.packing.stored_weight import StoredWeight, stored_bits
+from hf_adaptive_sparse.packing.stored_weight import StoredWeight
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
@@ -105,7 +105,7 @@ class SparseLinear(nn.Linear):
             weight.shape[0],
             weight.nnz,
             bias=False,
-            bits=min(weight.bits, 16),
+            bits=weight.bits,
             group_size=weight.group_size,
             dtype=weight.dtype,
             device="meta",

@@ -52,14 +52,10 @@ class LinearBytes:
         """Return the bytes the sparse runtime holds: a plain weight where nothing is removed."""
         if self.plain_in_memory or self._is_plain(kept, bits):
             return self.numel * self.value_bytes
-        value_bits, groups = bits, 0
-        if bits == OWN_DTYPE:
-            value_bits = 8 * self.value_bytes
-        else:
-            groups = group_count(self.columns, default_group_size(bits))
+        is_coded = bits != OWN_DTYPE
+        groups = group_count(self.columns, default_group_size(bits)) if is_coded else 0
         return size_bytes(
-            *(self.rows, self.columns, kept, value_bits, groups, self.value_bytes),
-            blocks=self.on_gpu,
+            *(self.rows, self.columns, kept, bits, groups, self.value_bytes), blocks=self.on_gpu
         )
 
     def on_disk(self, kept: int, bits: int) -> int:

@@ -19,14 +19,14 @@ def path(request, monkeypatch):
     return request.param
 
 
-def make_sparse(rows, columns, bits=None, dtype=torch.float32, seed=0, ratio=0.5, group_size=None):
+def make_sparse(rows, columns, bits=16, dtype=torch.float32, seed=0, ratio=0.5, group_size=None):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     weight[torch.rand(rows, columns, generator=generator) < ratio] = 0
     return SparseWeight.from_dense(weight.to(dtype), bits, group_size)
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5), (0,), (2, 0, 3), (40,)])
 def test_leading_dimensions(bits, shape):
     weight = make_sparse(6, 70, bits)
@@ -48,7 +48,7 @@ def test_empty_weights(shape):
         assert torch.equal(back, torch.zeros(tokens, shape[1]))
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("tile_rows", [1, 4, 100])
 def test_tiles(monkeypatch, bits, tile_rows):
     monkeypatch.setattr(sparse_tiles, "TILE_BYTES", tile_rows * 45 * 4)

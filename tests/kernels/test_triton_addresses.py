@@ -89,10 +89,10 @@ interpreted = pytest.mark.parametrize("device", ["interpreter"], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "bits", "group"),
     [
-        (torch.bfloat16, None, None),
+        (torch.bfloat16, 16, None),
         (torch.float16, 8, 96),
         (torch.bfloat16, 4, 64),
-        (torch.float32, None, None),
+        (torch.float32, 16, None),
         (torch.float32, 4, None),
     ],
 )

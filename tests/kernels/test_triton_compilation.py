@@ -112,7 +112,7 @@ class Recorder:  # takes launches as the kernels would
 
 def shared_bytes_of_sparse(case):
     dense = torch.randn(64, case["columns"]).relu().to(getattr(torch, case["dtype"]))
-    weight = SparseWeight.from_dense(dense, case.get("bits"), case.get("group"))
+    weight = SparseWeight.from_dense(dense, case.get("bits", 16), case.get("group"))
     recorder = Recorder()
     triton_sparse._kernels = lambda: recorder
     if case["tokens"]:

@@ -404,6 +404,17 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside_and_back(inside):
     assert layer.get_seq_length() == 3 * BLOCK + 3
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_made_in_inference_mode_goes_on_outside(duplicate):
+    layer = make_layer(8, 16)
+    with torch.inference_mode():
+        fill(layer, BLOCK + 3)
+        copied = duplicate(layer)
+    copied.crop(-2)  # so that there is room, which is written to in place
+    fill(copied, 2, seed=1)
+    assert copied.get_seq_length() == BLOCK + 3
+
+
 def test_states_with_a_gradient_are_stored_without_it():
     layer = make_layer(8, 16)
     keys, values = (tensor.requires_grad_() for tensor in states(BLOCK + 3))

@@ -16,7 +16,7 @@ from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype, size_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODES = [(None, None), (8, None), (8, 32), (4, None), (4, 128)]
+CODES = [(16, None), (8, None), (8, 32), (4, None), (4, 128)]
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
@@ -48,7 +48,7 @@ def test_values_survive_bit_for_bit(rows, columns, density, dtype, seed):
     assert same_bits(sparse.to_dense(), weight)
     assert sparse.shape == (rows, columns)
     assert sparse.dtype == dtype
-    assert sparse.bits == 8 * dtype.itemsize
+    assert (sparse.bits, sparse.value_bits) == (16, 8 * dtype.itemsize)
     kept = (weight != 0).sum(dim=1)
     assert sparse.row_offsets.tolist() == [0, *kept.cumsum(0).tolist()]
 
@@ -96,15 +96,13 @@ def test_quantised_weights_stay_within_half_a_scale(
 @pytest.mark.parametrize(("bits", "group_size"), CODES)
 def test_the_size_formula(columns, dtype, bits, group_size):
     sparse = SparseWeight.from_dense(make_weight(5, columns, dtype=dtype), bits, group_size)
-    groups = 0 if bits is None else weight_codes.group_count(columns, group_size)
+    groups = 0 if bits == 16 else weight_codes.group_count(columns, group_size)
     expected = size_bytes(5, columns, sparse.nnz, sparse.bits, groups, dtype.itemsize)
     assert sparse.nbytes == expected
     assert sum(part.nbytes for part in sparse.tensors().values()) == expected - 6 * 4
 
 
-@pytest.mark.parametrize(
-    ("bits", "share"), [(None, 0.5625), (12, 0.4375), (8, 0.3125), (4, 0.1875)]
-)
+@pytest.mark.parametrize(("bits", "share"), [(16, 0.5625), (12, 0.4375), (8, 0.3125), (4, 0.1875)])
 def test_half_of_a_16_bit_weight(bits, share):
     weight = torch.zeros(64, 4096, dtype=torch.bfloat16)
     weight[:, ::2] = 1
@@ -154,13 +152,13 @@ def test_offsets_turn_to_int64_where_int32_ends():
 def test_int64_offsets_serve_as_well(monkeypatch):
     monkeypatch.setattr(sparse_weight, "offset_dtype", lambda nnz: torch.int64)
     weight = make_weight(5, 70)
-    for bits in (None, 8, 4):
+    for bits in (16, 8, 4):
         sparse = SparseWeight.from_dense(weight, bits)
         assert sparse.row_offsets.dtype == torch.int64
         assert sparse.to_dense().shape == weight.shape
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("rows_at_once", [1, 3])
 def test_work_in_chunks_changes_nothing(monkeypatch, bits, rows_at_once):
     weight = make_weight(8, 45)
@@ -172,7 +170,7 @@ def test_work_in_chunks_changes_nothing(monkeypatch, bits, rows_at_once):
     assert torch.equal(whole.to_dense(), pieces.to_dense())
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_rows_by_themselves(bits):
     sparse = SparseWeight.from_dense(make_weight(9, 37), bits)
     dense = sparse.to_dense(torch.float32)
@@ -197,7 +195,7 @@ def parts(bits=8, group_size=None):
     return sparse.tensors() | {"group_size": group_size}
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_wrong_number_of_values_is_refused(bits):
     given_parts = parts(bits)
     given_parts["values"] = given_parts["values"][:-1]
@@ -243,16 +241,15 @@ def test_other_bad_parts_are_refused():
         with pytest.raises(ValueError, match=message):
             SparseWeight.from_tensors(70, **(good | change))
     with pytest.raises(BitmaskError, match="have no scales"):
-        SparseWeight.from_tensors(70, **(parts(None) | {"scales": good["scales"]}))
+        SparseWeight.from_tensors(70, **(parts(16) | {"scales": good["scales"]}))
 
 
 def test_bad_weights_are_refused():
     weight = make_weight(3, 8)
     for call, message in (
         (lambda: SparseWeight.from_dense(weight, 6), "8 or 4 bits, got 6"),
-        (lambda: SparseWeight.from_dense(weight, 16), "8 or 4 bits, got 16"),
         (lambda: SparseWeight.from_dense(weight, 8, 0), "multiple of 32"),
-        (lambda: SparseWeight.from_dense(weight, None, 64), "needs values of 8 or 4 bits"),
+        (lambda: SparseWeight.from_dense(weight, 16, 64), "needs values of 8 or 4 bits"),
         (lambda: SparseWeight.from_dense(weight[0]), "made from"),
         (lambda: SparseWeight.from_dense(weight.double()), "float64"),
         (lambda: SparseWeight.from_dense(weight / 0, 8), "finite"),

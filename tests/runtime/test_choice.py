@@ -102,7 +102,7 @@ def test_the_bytes_that_are_foretold_are_those_that_it_takes(bits: int, group: i
     dense = torch.randn(64, 256)
     for row in dense:
         row[torch.randperm(256)[:128]] = 0.0
-    made = SparseWeight.from_dense(dense.bfloat16(), None if bits == 16 else bits, group)
+    made = SparseWeight.from_dense(dense.bfloat16(), bits, group)
     one = weights(
         shapes={"a": (64, 256)}, formats={"a": ValueFormat(bits, group)}, ratios={"a": 0.5}
     )

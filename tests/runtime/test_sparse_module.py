@@ -39,9 +39,7 @@ def pruned(rows: int = 24, columns: int = 77, dtype: torch.dtype = torch.float32
 
 
 def sparse(linear: nn.Linear, bits: int = 16, group_size: int | None = None) -> SparseLinear:
-    weight = SparseWeight.from_dense(
-        linear.weight.detach(), None if bits == 16 else bits, group_size
-    )
+    weight = SparseWeight.from_dense(linear.weight.detach(), bits, group_size)
     return SparseLinear.from_weight(weight, linear.bias)
 
 
@@ -423,6 +421,16 @@ def test_tracers_and_autograd_see_the_operator() -> None:
     recorded.sum().backward()
     torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(3, 77))
     assert torch.equal(operator.linear(x.detach(), weight, None), recorded)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_without_numbers_it_computes_shapes(bits: int) -> None:
+    module, x = sparse(pruned(), bits).to("meta"), torch.empty(2, 5, 77, device="meta")
+    x.requires_grad_()
+    output = module(x)
+    assert (output.device, output.shape) == (x.device, (2, 5, 24))
+    output.sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -96,7 +96,7 @@ def test_the_bytes_of_a_linear_are_what_the_sparse_runtime_and_the_checkpoint_ho
     weight = torch.randn(33, 100, dtype=dtype)
     weight[torch.rand(33, 100) < 0.4] = 0
     group = {16: None, 8: None, 4: 64}[bits]
-    stored = SparseWeight.from_dense(weight, None if bits == 16 else bits, group)
+    stored = SparseWeight.from_dense(weight, bits, group)
     linear = LinearBytes(33, 100, dtype.itemsize)
     assert linear.in_memory(stored.nnz, bits) == stored.nbytes
     assert linear.on_disk(stored.nnz, bits) == sum(t.nbytes for t in stored.tensors().values())
