@@ -15,7 +15,7 @@ import torch
 
 from hf_adaptive_sparse.kernels import sparse_native, sparse_tiles, triton_sparse
 from hf_adaptive_sparse.kernels.library import describe
-from hf_adaptive_sparse.packing import sparse_weight
+from hf_adaptive_sparse.packing import offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 logger = logging.getLogger(__name__)
@@ -103,13 +103,13 @@ def count_row_offsets(bitmask: torch.Tensor) -> torch.Tensor:
     counted = None
     if bitmask.device.type == "cpu" and bitmask.dtype == torch.uint8 and bitmask.dim() == 2:
         counted = sparse_native.count_row_offsets(bitmask)
-    return sparse_weight.count_row_offsets(bitmask) if counted is None else counted
+    return offsets.count_row_offsets(bitmask) if counted is None else counted
 
 
 def block_offsets_for(weight: SparseWeight) -> torch.Tensor | None:
     """Return the block offsets of a weight where its device's kernels read them, else None.
 
-    See ``packing.sparse_weight.count_block_offsets``; those that it has are taken.
+    See ``packing.offsets.count_block_offsets``; those that it has are taken.
     """
     if weight.device.type != "cuda" or not triton_sparse.is_supported(weight):
         return None
@@ -117,7 +117,7 @@ def block_offsets_for(weight: SparseWeight) -> torch.Tensor | None:
         return weight.block_offsets
     # A buffer made in inference mode could not be saved for a gradient outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        return sparse_weight.count_block_offsets(weight.bitmask, weight.shape[1])
+        return offsets.count_block_offsets(weight.bitmask, weight.shape[1])
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from hf_adaptive_sparse.kernels.library import (
     check_status,
     library,
 )
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype
+from hf_adaptive_sparse.packing.offsets import offset_dtype
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.upper_bytes import BOOK_WORDS
 
 MAX_TOKENS = 32

@@ -42,7 +42,8 @@ from hf_adaptive_sparse.kernels.triton_sparse_plan import (
     vector_constants,
     vector_tiles,
 )
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
+from hf_adaptive_sparse.packing.offsets import count_block_offsets
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 __all__ = [
     "MAX_TOKENS",

@@ -12,7 +12,8 @@ import torch
 
 from hf_adaptive_sparse.kernels.triton_device import interprets
 from hf_adaptive_sparse.kernels.triton_sizes import power_of_two
-from hf_adaptive_sparse.packing.sparse_weight import BLOCK_COLUMNS, SparseWeight, block_count
+from hf_adaptive_sparse.packing.offsets import BLOCK_COLUMNS, block_count
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, code_limit
 
 ROWS = 2

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hf_adaptive_sparse.kernels import sparse_linear
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, block_offset_dtype, stored_bits
+from hf_adaptive_sparse.packing.offsets import block_offset_dtype
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, stored_bits
 from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
 from hf_adaptive_sparse.packing.stored_weight import StoredWeight
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from hf_adaptive_sparse.kernels import library, sparse_linear, sparse_native
 from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
-from hf_adaptive_sparse.packing import sparse_weight
+from hf_adaptive_sparse.packing import offsets
+from hf_adaptive_sparse.packing.offsets import count_row_offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 PATHS = library.available_paths()
@@ -184,7 +185,7 @@ def test_a_part_of_the_rows(path, dtype, bits, group_size):
 def test_int64_offsets(path, bits, monkeypatch):
     dense = make_dense(300, torch.float32)
     narrow = SparseWeight.from_dense(dense, bits)
-    monkeypatch.setattr(sparse_weight, "offset_dtype", lambda nnz: torch.int64)
+    monkeypatch.setattr(offsets, "offset_dtype", lambda nnz: torch.int64)
     wide = SparseWeight.from_dense(dense, bits)
     x = make_x(2, 300, torch.float32)
     assert wide.row_offsets.dtype == torch.int64
@@ -418,7 +419,7 @@ def test_row_offsets_are_counted():
     for rows, row_bytes in ((0, 3), (1, 1), (5, 8), (3000, 21), (7, 4000)):
         bitmask = torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8)
         counted = sparse_native.count_row_offsets(bitmask)
-        expected = sparse_weight.count_row_offsets(bitmask)
+        expected = count_row_offsets(bitmask)
         assert counted is not None
         assert torch.equal(counted, expected)
         assert counted.dtype == expected.dtype

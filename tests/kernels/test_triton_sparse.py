@@ -24,7 +24,8 @@ from hf_adaptive_sparse.kernels import (
 )
 from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
 from hf_adaptive_sparse.kernels.triton_sparse_plan import Tile
-from hf_adaptive_sparse.packing import sparse_weight
+from hf_adaptive_sparse.packing import offsets
+from hf_adaptive_sparse.packing.offsets import count_block_offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.runtime import operator
 
@@ -134,7 +135,7 @@ def test_decompression_is_exact(device, monkeypatch, dtype, bits, group, shape, 
 def test_block_offsets_count_what_lies_before(columns):
     """From 65,536 columns on they do not fit into 16 bits."""
     weight = make_sparse((3, columns), torch.float32)
-    offsets = sparse_weight.count_block_offsets(weight.bitmask, columns)
+    offsets = count_block_offsets(weight.bitmask, columns)
     assert offsets.dtype == (torch.int32 if columns == 1 << 16 else torch.int16)
     kept = (weight.to_dense() != 0).long()
     expected = (kept.cumsum(1) - kept)[:, ::64]
@@ -150,7 +151,7 @@ def test_rows_of_more_values_than_fit_into_16_bits(device):
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_offsets_of_64_bits_and_unaligned_tensors(device, monkeypatch, bits):
-    monkeypatch.setattr(sparse_weight, "offset_dtype", lambda nnz: torch.int64)
+    monkeypatch.setattr(offsets, "offset_dtype", lambda nnz: torch.int64)
     weight = make_sparse((4, 96), torch.float32, bits).to(device)
     assert weight.row_offsets.dtype == torch.int64
     shifted = torch.empty(weight.bitmask.numel() + 1, dtype=torch.uint8, device=device)

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive_sparse.packing import bitmask, sparse_weight, weight_codes
+from hf_adaptive_sparse.packing import bitmask, offsets, weight_codes
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, offset_dtype, size_bytes
+from hf_adaptive_sparse.packing.offsets import offset_dtype
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, size_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = [(16, None), (8, None), (8, 32), (4, None), (4, 128)]
@@ -150,7 +151,7 @@ def test_offsets_turn_to_int64_where_int32_ends():
 
 
 def test_int64_offsets_serve_as_well(monkeypatch):
-    monkeypatch.setattr(sparse_weight, "offset_dtype", lambda nnz: torch.int64)
+    monkeypatch.setattr(offsets, "offset_dtype", lambda nnz: torch.int64)
     weight = make_weight(5, 70)
     for bits in (16, 8, 4):
         sparse = SparseWeight.from_dense(weight, bits)

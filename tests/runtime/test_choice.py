@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
+from hf_adaptive_sparse.packing.offsets import count_block_offsets
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.runtime import choice
 from hf_adaptive_sparse.runtime.choice import (

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_adaptive_sparse.kernels import sparse_linear
-from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, count_block_offsets
+from hf_adaptive_sparse.packing.offsets import count_block_offsets
+from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.conversion import compress_, decompress_, sparse_linears
