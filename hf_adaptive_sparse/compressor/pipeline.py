@@ -236,7 +236,14 @@ def compress(
             "compressed", compressed, report.mean_sparsity, size, config, dense_row.match
         )
         rows = (dense_row, replace(row, seconds=seconds))
-        recipe = Recipe(origin, plan.calibration_label, evaluation.label, seed, push_to_hub)
+        recipe = Recipe(
+            origin,
+            plan.calibration_label,
+            evaluation.label,
+            seed,
+            questions=f"{row.questions} questions of {asked.label}" if row.questions else None,
+            repo_id=push_to_hub,
+        )
         save_report(
             folder,
             dense,

@@ -61,7 +61,8 @@ class CardFacts:
         kv_mean_bits: Its mean bits per element, weighted by width.
         weight_bits: Bits of the values of each module whose values take fewer than 16.
         calibration: Calibration data, in words.
-        evaluation: Evaluation data, in words.
+        evaluation: Data of the perplexity, in words.
+        questions: Data of the accuracy, in words.
         seed: Seed of the run.
         trials: Trials of the search; None: no search.
         versions: Library -> version.
@@ -86,6 +87,7 @@ class CardFacts:
     weight_bits: Mapping[str, int] = field(default_factory=dict)
     calibration: str | None = None
     evaluation: str | None = None
+    questions: str | None = None
     seed: int | None = None
     trials: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -140,9 +142,8 @@ def model_card(facts: CardFacts) -> str:
     ]
     if facts.measurements:
         table = markdown_table(facts.measurements)
-        data = f"Measured on {escape_markdown(facts.evaluation)}.\n\n" if facts.evaluation else ""
         bound = f"\n\n{escape_markdown(facts.bound)}" if facts.bound else ""
-        sections.append(f"## Measured\n\n{data}{table}{bound}")
+        sections.append(f"## Measured\n\n{_measured_on(facts)}{table}{bound}")
     sections.append(f"## How it was made\n\n{_recipe(facts)}")
     sections.extend(
         f"![{escape_markdown(plot)}]({_link(file)})" for plot, file in facts.plots.items()
@@ -211,6 +212,13 @@ def _usage(facts: CardFacts) -> tuple[str, str, str]:
     return "text-generation", TEXT_SNIPPET, "Once upon a time"
 
 
+def _measured_on(facts: CardFacts) -> str:
+    """Return the sentence that names the data of the figures."""
+    data = {"Perplexity": facts.evaluation, "accuracy": facts.questions}
+    named = [f"{figure} on {escape_markdown(what)}" for figure, what in data.items() if what]
+    return f"{', '.join(named)}.\n\n" if named else ""
+
+
 def _why_import(facts: CardFacts) -> str:
     if facts.prunes and facts.checkpoint_format == "dense":
         return _DENSE_FORMAT
@@ -231,6 +239,7 @@ def _recipe(facts: CardFacts) -> str:
         ("Search", f"{facts.trials} trials" if facts.trials else "none"),
         ("Calibration", facts.calibration),
         ("Evaluation", facts.evaluation),
+        ("Questions", facts.questions),
         ("Seed", facts.seed),
     ]
     if facts.kv_cache is not None:
