@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.files import replacing
-from hf_adaptive_sparse.naming import public_name
+from hf_adaptive_sparse.naming import UNNAMED_REPO, public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
@@ -198,7 +198,7 @@ def _summary(facts: CardFacts) -> str:
 def _snippet(facts: CardFacts) -> str:
     _, template, default = _usage(facts)
     return template.format(
-        repo=json.dumps(facts.repo_id or "path/to/this/folder"),
+        repo=json.dumps(facts.repo_id or UNNAMED_REPO),
         prompt=json.dumps(facts.prompt or default),
     )
 
@@ -269,7 +269,8 @@ def _limits(facts: CardFacts) -> str:
         )
     if facts.prunes and facts.checkpoint_format != "dense":
         lines.append(
-            "The removed weights are gone from the files and are zeros in memory after loading."
+            "The removed weights are gone from the files. The dense runtime has zeros in their "
+            "places, the sparse runtime holds none."
         )
     lines += [
         "The figures above are of the data named with them; other tasks may lose more.",

@@ -457,7 +457,10 @@ def test_options_make_the_space(flags, expected):
         (["--fit", "4GiB"], "--fit needs --context"),
         (["--context", "8", "--batch", "2"], "got --context and --batch without --fit"),
         (["--context", "8"], "got --context without --fit"),
-        (["--target-sparsity", "0", "--sparsity-low", "0.3"], "got --target-sparsity 0. Give"),
+        (
+            ["--target-sparsity", "0", "--sparsity-low", "0.3"],
+            "With --target-sparsity 0 there are no ratios to search, got --sparsity-low.",
+        ),
         (["--blocks", "4", "--granularity", "layer"], "got --blocks 4 and --granularity layer."),
         (
             ["--sparsity-low", "0.3", "--sparsity-high", "0.7", "--sparsity-range", "0.1"],
