@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -382,6 +383,20 @@ def test_usage_error_is_exit_code_2(capsys) -> None:
         main(["compress", "model", "--output", "x", "--kv-bits", "six"])
     assert stop.value.code == 2
     assert "joined by commas" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_adaptive_sparse", "env"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, "BrokenPipeError" in done.stderr) == (0, False)
 
 
 def test_module_is_runnable() -> None:
