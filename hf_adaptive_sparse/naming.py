@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+UNNAMED_REPO = "path/to/this/folder"
+"""What a model card calls its repo until `push_folder` knows it."""
+
 
 def public_name(name: str | os.PathLike[str]) -> str:
     """Return a name as it is on the Hub; of a local path only its last part.
@@ -19,4 +22,5 @@ def public_name(name: str | os.PathLike[str]) -> str:
 def looks_like_path(name: str | os.PathLike[str]) -> bool:
     """Return whether a name can be no repo of the Hub, ``owner/name``, but a path."""
     text = os.fspath(name)
-    return Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    starts = Path(text).is_absolute() or text.startswith((".", "~"))
+    return starts or "\\" in text or text.count("/") > 1

@@ -93,8 +93,7 @@ def resumable_folder(
 ) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``output`` if the body succeeds.
 
-    If it does not, everything in it stays for the next run, which finds it where one of the state
-    files is there; without any the folder is emptied first.
+    If it does not, everything in it stays for the next run where one of the state files is there.
 
     Args:
         output: The folder to make.
@@ -105,10 +104,13 @@ def resumable_folder(
         OutputError: As `staged_folder`.
     """
     with _partial_folder(output, overwrite=overwrite) as partial:
-        if not any((partial / name).is_file() for name in state_names):
-            _clear(partial, ())
+        _clear_without(state_names, partial)
         _make(partial)
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            _clear_without(state_names, partial)
+            raise
 
 
 @contextmanager
@@ -168,6 +170,12 @@ def _make(partial: Path) -> None:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"The folder {partial} cannot be made: {error.strerror}.") from error
+
+
+def _clear_without(state_names: tuple[str, ...], partial: Path) -> None:
+    """Remove ``partial`` unless one of the state files is in it."""
+    if not any((partial / name).is_file() for name in state_names):
+        _clear(partial, ())
 
 
 def _clear(partial: Path, keep: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from hf_adaptive_sparse.hub.license import license_of
 from hf_adaptive_sparse.hub.push import folder_files
 from hf_adaptive_sparse.packing.bitmask import compress
 from hf_adaptive_sparse.profiles import KVCacheConfig
+from hf_adaptive_sparse.report import CardFacts, write_model_card
 from tests.conftest import llama_config
 from tests.hub_server import READER, WRITER, Blob, HubServer, run_online, running_hub
 
@@ -134,6 +135,17 @@ def test_push_makes_the_repo_in_one_commit(hub: HubServer, folder: Path) -> None
     assert found == contents(folder)
     assert sum("/commit/" in request.path for request in hub.requests) == 1
     assert not repo.private
+
+
+def test_a_pushed_card_names_its_repo(hub: HubServer, folder: Path) -> None:
+    card = folder / "README.md"
+    write_model_card(folder, facts=CardFacts(base_model="someone/llava"))
+    assert b'repo = "path/to/this/folder"' in card.read_bytes()
+    push(hub, folder)
+    pushed = hub.files(REPO)["README.md"]
+    assert f'repo = "{REPO}"'.encode() in pushed
+    assert b"path/to" not in pushed
+    assert b"path/to" in card.read_bytes()
 
 
 def test_push_again_without_a_change_makes_no_commit(hub: HubServer, folder: Path) -> None:

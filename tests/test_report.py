@@ -16,12 +16,14 @@ from hf_adaptive_sparse.report import (
     escape_markdown,
     format_bytes,
     markdown_table,
+    plot_history,
     plot_profile,
-    plot_search_history,
     text_table,
     write_model_card,
 )
 from hf_adaptive_sparse.report.layers import layer_of, mean_by_layer
+from hf_adaptive_sparse.report.study_facts import StudyFacts
+from tests import report_rows
 
 ROWS = [
     {"Model": "dense", "Perplexity": 20.0, "Weights": "9.00 MB"},
@@ -133,9 +135,12 @@ def profile(layers: int = 8) -> CompressionProfile:
     return CompressionProfile(SparsityProfile(ratios), KVCacheConfig(bits=bits))
 
 
-def trials(count: int) -> list[dict[str, object]]:
-    values = [None if n % 7 == 3 else 12 - 0.01 * n + (n * 37 % 11) / 10 for n in range(count)]
-    return [{"number": n, "value": v, "uniform": n == 0} for n, v in enumerate(values)]
+def trials(count: int) -> StudyFacts:
+    values = [12 - 0.01 * n + (n * 37 % 11) / 10 for n in range(count)]
+    rows = [report_rows.row(n, value, uniform=n == 0) for n, value in enumerate(values)]
+    for row in rows[3::7]:
+        row |= {"state": "pruned", "value": None, "estimate": row["value"]}
+    return report_rows.facts(rows)
 
 
 def check_png(path: Path) -> bytes:
@@ -152,15 +157,15 @@ def check_png(path: Path) -> bytes:
 @pytest.mark.parametrize("count", [1, 50, 500])
 def test_search_history_plot(tmp_path: Path, count: int) -> None:
     path = tmp_path / "history.png"
-    plot_search_history(trials(count), path, dense=10.5)
+    plot_history(trials(count), path)
     first = check_png(path)
-    plot_search_history(trials(count), path, dense=10.5)
+    plot_history(trials(count), path)
     assert path.read_bytes() == first
 
 
 def test_history_without_values(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one trial with a value"):
-        plot_search_history([{"number": 0, "value": None}], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="at least one complete trial"):
+        plot_history(report_rows.facts([report_rows.row(0)]), tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,6 +284,13 @@ def test_card_body(tmp_path: Path) -> None:
         "- Search: 50 trials",
     ):
         assert line in body.splitlines()
+
+
+def test_card_names_the_data_of_each_figure(tmp_path: Path) -> None:
+    _, body = card_of(tmp_path, evaluation="text.parquet")
+    assert "\nPerplexity on text.parquet.\n" in body
+    _, body = card_of(tmp_path, evaluation="text.parquet", questions="8 questions of vqa.parquet")
+    assert "\nPerplexity on text.parquet, accuracy on 8 questions of vqa.parquet.\n" in body
 
 
 def test_dense_format_says_that_it_loads_without_the_plugin(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def test_a_failure_keeps_the_old_output_and_what_resumes(tmp_path: Path) -> None
     assert names(tmp_path) == ["out"]
 
 
-def test_a_failure_with_nothing_to_resume_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staged_folder(tmp_path / "out") as folder:
+@pytest.mark.parametrize("staged", [staged_folder, partial(resumable_folder, state_names=("log",))])
+def test_a_failure_with_nothing_to_resume_leaves_nothing(tmp_path: Path, staged: Any) -> None:
+    with pytest.raises(RuntimeError), staged(tmp_path / "out") as folder:
         (folder / "weights").write_text("half")
         raise RuntimeError
     assert names(tmp_path) == []

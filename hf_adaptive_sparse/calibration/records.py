@@ -29,6 +29,7 @@ from hf_adaptive_sparse.calibration.tables import (
     Row,
     Table,
 )
+from hf_adaptive_sparse.naming import looks_like_path
 
 __all__ = [
     "IMAGE",
@@ -138,21 +139,14 @@ def open_table(
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
         path = Path(text).expanduser()
-        if path.exists() or _looks_like_path(text):
+        is_file = path.suffix.lower() in FILE_TYPES
+        if path.exists() or is_file or looks_like_path(text.partition(":")[0]):
             return local_table(path, split)
         return hub_table(text, split, revision, token)
     rows = list(source)
     if not all(isinstance(row, Mapping) for row in rows):
         raise DataError("A list of records must hold dicts, one per row.")
     return Table.of_dicts("the list of records", rows, lambda _: rows)
-
-
-def _looks_like_path(source: str) -> bool:
-    return (
-        source.startswith(("/", ".", "~"))
-        or "\\" in source
-        or Path(source).suffix.lower() in FILE_TYPES
-    )
 
 
 # Which columns are used

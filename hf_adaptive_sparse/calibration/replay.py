@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from hf_adaptive_sparse.architecture import decoder_layers
 from hf_adaptive_sparse.calibration.sequence_pairs import model_pairs
 from hf_adaptive_sparse.calibration.stand_in import standing_in
+from hf_adaptive_sparse.calibration.token_ids import check_token_ids
 
 _POOL_DEPTH = 8
 """How many tensors of one shape are compared with a new one before it is kept as well."""
@@ -90,6 +91,7 @@ class DecoderReplay:
 
         Raises:
             ValueError: If there are no batches, or a layer runs more than once per forward.
+            DataError: As for `run_decoder`.
         """
         if not batches:
             raise ValueError("Calibration needs at least one batch, got none.")
@@ -206,6 +208,9 @@ def run_decoder(
         batch: Inputs of its forward; ``labels`` are ignored, but for what an encoder-decoder is
             not to read (`model_pairs`).
         stop_after: The decoder layers.
+
+    Raises:
+        DataError: If ids lie beyond the model's vocabulary.
     """
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -214,6 +219,7 @@ def run_decoder(
     device = execution_device(model.get_input_embeddings())
     if model.config.is_encoder_decoder:
         batch = model_pairs(batch, model).inputs
+    check_token_ids(batch, model)
     inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
     handle = stop_after[-1].register_forward_hook(stop)
     try:

@@ -47,14 +47,15 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
     always read: the encoder puts features in their places.
 
     Args:
-        batch: Arguments of the forward, with ``input_ids`` ``(batch, seq)``, and perhaps
-            ``attention_mask`` and ``labels`` of that shape; or with ``decoder_input_ids`` and
-            ``labels`` ``(batch, predicted)``, and perhaps ``decoder_attention_mask`` of that shape.
+        batch: Arguments of the forward, checked by `check_batch`: with ``input_ids``
+            ``(batch, seq)``, and perhaps ``attention_mask`` and ``labels`` of that shape; or with
+            ``decoder_input_ids`` and ``labels`` ``(batch, predicted)``, and perhaps
+            ``decoder_attention_mask`` of that shape.
         config: Config of the model.
 
     Raises:
         ValueError: If the batch has neither input_ids nor decoder_input_ids, if there are no labels
-            to decoder_input_ids, or if shapes differ.
+            to decoder_input_ids, or if what comes with these has another shape.
     """
     given = batch.get("decoder_input_ids") is not None
     pairs = _given(batch) if given else _divided(batch, config)
@@ -87,7 +88,12 @@ def _given(batch: Mapping[str, torch.Tensor]) -> SequencePairs:
             "are divided in what is read and what is predicted."
         )
     for name in ("labels", "decoder_attention_mask"):
-        _check_shape(batch, name, "decoder_input_ids", "Pad them to one length.")
+        tensor, wanted = batch.get(name), tuple(batch["decoder_input_ids"].shape)
+        if tensor is not None and tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{name} must have the shape of decoder_input_ids, {wanted}; got "
+                f"{tuple(tensor.shape)}. Pad them to one length."
+            )
     mask = batch.get("decoder_attention_mask")
     if mask is not None:
         labels = labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
@@ -107,10 +113,6 @@ def _divided(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) -> Seq
             "decoder_attention_mask must come with the decoder_input_ids it belongs to; this batch "
             "has none. Add them and their labels, or leave it out."
         )
-    _check_shape(batch, "attention_mask", "input_ids", "It says which of them are no padding.")
-    _check_shape(
-        batch, "labels", "input_ids", "Add decoder_input_ids to labels of a length of their own."
-    )
     mask = batch.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) != 0
     features = torch.tensor(media_token_ids(config), dtype=ids.dtype, device=ids.device)
@@ -151,15 +153,6 @@ def _of_another_length(pairs: SequencePairs, padding: int) -> SequencePairs:
     if inputs.get("decoder_attention_mask") is not None:
         inputs["decoder_attention_mask"] = changed(inputs["decoder_attention_mask"], 0)
     return SequencePairs(inputs, changed(targets, IGNORED))
-
-
-def _check_shape(batch: Mapping[str, torch.Tensor], name: str, of: str, advice: str) -> None:
-    """Refuse a tensor of a batch that has another shape than the one called ``of``."""
-    tensor, wanted = batch.get(name), tuple(batch[of].shape)
-    if tensor is not None and tuple(tensor.shape) != wanted:
-        raise ValueError(
-            f"{name} must have the shape of {of}, {wanted}; got {tuple(tensor.shape)}. {advice}"
-        )
 
 
 def _to_the_left(ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

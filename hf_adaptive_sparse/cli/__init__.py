@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         return _complain(options.command, str(error).strip() or type(error).__name__)
-    print(json.dumps(answer.data, indent=2) if options.json else answer.text)
+    _say(json.dumps(answer.data, indent=2) if options.json else answer.text)
     return 0 if answer.error is None else _complain(options.command, answer.error)
+
+
+def _say(text: str) -> None:
+    """Print to a reader that may have gone, as ``head`` does once it has seen enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes once more as it ends, and would complain there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(command: str, message: str) -> int:

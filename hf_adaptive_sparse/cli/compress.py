@@ -100,14 +100,14 @@ def _compress(options: argparse.Namespace) -> CompressionResult:
 def _answer(result: CompressionResult) -> Answer:
     lines = [text_table(table_rows(result.measurements)), "", f"Saved to {result.output}"]
     found = result.search
-    if found is not None and found.narrowing is not None:
-        lines[1:1] = found.narrowing.lines
+    if found is not None:
+        lines[1:1] = found.lines
     if found is not None and found.baseline is not None:
         masks = "one-shot " if found.space.prunes else ""
         lines.insert(
             1,
-            f"Search: {masks}{found.goal.labels[0]} {found.best_value:.5g}, "
-            f"uniform {found.baseline:.5g}, {len(evaluated(found.history))} trials.",
+            f"Search: {masks}{found.goal.labels[0]} {found.best_value:#.5g} on the searched data, "
+            f"uniform {found.baseline:#.5g}, {len(evaluated(found.history))} trials.",
         )
     if result.within is not None:
         lines[1:1] = str(result.within).splitlines()

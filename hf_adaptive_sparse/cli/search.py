@@ -62,14 +62,13 @@ def run_search(options: argparse.Namespace) -> Answer:
         where = f"Study {result.study.study_name!r}; --output DIR writes its profile to a folder."
     else:
         raise ValueError("Give --output DIR, or --storage for a study, or both; got neither.")
-    uniform = "failed" if result.baseline is None else f"{result.baseline:.5g}"
+    uniform = "failed" if result.baseline is None else f"{result.baseline:#.5g}"
     masks = "one-shot masks; " if result.space.prunes else ""
     text = (
-        f"Best {result.goal.labels[0]} {result.best_value:.5g} ({masks}uniform: "
+        f"Best {result.goal.labels[0]} {result.best_value:#.5g} ({masks}uniform: "
         f"{uniform}) in {len(evaluated(result.history))} trials.\n{where}"
     )
-    if result.narrowing is not None:
-        text += "".join(f"\n{line}" for line in result.narrowing.lines)
+    text += "".join(f"\n{line}" for line in result.lines)
     if result.goal.is_front:
         labels = result.goal.labels
         front = [

@@ -218,11 +218,6 @@ def check_needed(options: argparse.Namespace) -> None:
             "--context and --batch size the KV cache that --fit counts, got "
             f"{' and '.join(given)} without --fit: give --fit, too."
         )
-    if options.target_sparsity == 0.0 and (options.sparsity_low or options.sparsity_high):
-        raise ValueError(
-            "--sparsity-low and --sparsity-high need weights to prune, got --target-sparsity 0. "
-            "Give the mean ratio, or a budget in bytes (--size, or --fit with --context) instead."
-        )
 
 
 def check_left_to_search(options: argparse.Namespace, config: SparsityConfig) -> None:
@@ -251,7 +246,11 @@ def check_ratios(options: argparse.Namespace, pattern: str, target: float | str 
             f"--blocks is for a granularity of blocks, got --blocks {options.blocks} and "
             f"--granularity {options.granularity}. Leave one of them out."
         )
-    shaping = {"--sparsity-range": options.sparsity_range}
+    shaping = {
+        "--sparsity-range": options.sparsity_range,
+        "--sparsity-low": options.sparsity_low,
+        "--sparsity-high": options.sparsity_high,
+    }
     if options.search_weight_bits is None:
         shaping["--blocks"] = options.blocks
     given = [option for option, value in shaping.items() if value is not None]

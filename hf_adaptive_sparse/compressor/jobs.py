@@ -76,8 +76,11 @@ def search_to_folder(
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
-    with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
-        result = search_study(model, plan.kept_in(folder), workers=workers, progress=progress)
+    with (
+        staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
+        plan.kept_in(folder) as kept,
+    ):
+        result = search_study(model, kept, workers=workers, progress=progress)
         save_search(result, folder)
         # The journal moves with the folder; the result must not read it from its old place.
         return result.detached()
@@ -109,10 +112,12 @@ def search_within_to_folder(
     """
     target = Path(output)
     check_output(target, overwrite=overwrite)
-    with staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder:
-        plan = plan.kept_in(folder)
-        with companions(model, plan.work, workers) as own:
-            found = plan.search_within(plan.load(own), progress=progress)
+    with (
+        staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
+        plan.kept_in(folder) as kept,
+    ):
+        with companions(model, kept.work, workers) as own:
+            found = kept.search_within(kept.load(own), progress=progress)
         save_search(found.search, folder)
         save_bound(found, folder)
         return replace(found, search=found.search.detached())  # as in search_to_folder

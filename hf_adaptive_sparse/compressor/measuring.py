@@ -29,6 +29,7 @@ class Measurement:
         perplexity: Token-weighted.
         accuracy: Visual question answering accuracy in [0, 1]; ``None`` where no questions were
             given.
+        questions: Questions that were answered.
         weight_bytes: Bytes of the weights on disk.
         kv_bytes_per_token: Bytes one token takes in the KV cache, all layers together.
         seconds: Time the compression took; ``None`` where nothing was done.
@@ -40,6 +41,7 @@ class Measurement:
     sparsity: float
     perplexity: float
     accuracy: float | None
+    questions: int
     weight_bytes: int
     kv_bytes_per_token: float
     seconds: float | None = None
@@ -82,7 +84,7 @@ def measure(
         progress: Show progress bars.
     """
     cache: KVCacheChoice = False if kv_cache is None else kv_cache
-    accuracy, matched = None, None
+    accuracy, asked, matched = None, 0, None
     if questions is not None:
         answers = vqa_accuracy(
             model,
@@ -93,12 +95,13 @@ def measure(
             match=match or "auto",
             progress=progress,
         )
-        accuracy, matched = answers.accuracy, answers.match
+        accuracy, asked, matched = answers.accuracy, answers.count, answers.match
     return Measurement(
         name=name,
         sparsity=sparsity,
         perplexity=perplexity(model, batches, cache, progress=progress),
         accuracy=accuracy,
+        questions=asked,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token(model.config, cache, dtype=model.dtype),
         seconds=seconds,

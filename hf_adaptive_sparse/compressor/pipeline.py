@@ -202,14 +202,13 @@ def compress(
         final=config,
     )
     with output_folder(target, offload=offload, overwrite=overwrite, keep=(JOURNAL,)) as folder:
-        plan = plan.kept_in(folder)
-        with companions(origin, plan.work, workers) as own:
-            loaded = plan.load(own)
+        with plan.kept_in(folder) as kept, companions(origin, kept.work, workers) as own:
+            loaded = kept.load(own)
             check_before_loading(loaded.model, config, loaded.calibration)
             measured = Measuring(loaded, asked, progress)
             dense_row = measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))
             started = perf_counter()
-            within, result = _search(plan, loaded, progress)
+            within, result = _search(kept, loaded, progress)
             searched_with = torch.get_num_threads()
 
         config = final_config(config, space, result, data=plan.calibration_label)
@@ -237,7 +236,14 @@ def compress(
             "compressed", compressed, report.mean_sparsity, size, config, dense_row.match
         )
         rows = (dense_row, replace(row, seconds=seconds))
-        recipe = Recipe(origin, plan.calibration_label, evaluation.label, seed, push_to_hub)
+        recipe = Recipe(
+            origin,
+            plan.calibration_label,
+            evaluation.label,
+            seed,
+            questions=f"{row.questions} questions of {asked.label}" if row.questions else None,
+            repo_id=push_to_hub,
+        )
         save_report(
             folder,
             dense,

@@ -26,7 +26,13 @@ from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.hub.license import license_of
 from hf_adaptive_sparse.profiles import CompressionProfile, SparsityProfile
 from hf_adaptive_sparse.pruning.report import PruningReport
-from hf_adaptive_sparse.report import CardFacts, plot_profile, plot_search_history, write_model_card
+from hf_adaptive_sparse.report import (
+    CardFacts,
+    facts_of,
+    plot_history,
+    plot_profile,
+    write_model_card,
+)
 from hf_adaptive_sparse.report.tables import format_bytes
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
@@ -46,6 +52,7 @@ class Recipe:
         calibration: Calibration data, in words.
         evaluation: Evaluation data, in words; ``None`` where nothing was measured.
         seed: Seed of the run.
+        questions: Visual questions, in words, where some were answered.
         repo_id: Where the model is going to be, if known.
     """
 
@@ -53,6 +60,7 @@ class Recipe:
     calibration: str | None
     evaluation: str | None
     seed: int
+    questions: str | None = None
     repo_id: str | None = None
 
 
@@ -70,7 +78,7 @@ def table_rows(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
         row["weights on disk"] = format_bytes(one.weight_bytes)
         row["KV bytes per token"] = f"{one.kv_bytes_per_token:,.1f}"
         if any(other.seconds is not None for other in measurements):
-            row["seconds"] = "" if one.seconds is None else f"{one.seconds:.1f}"
+            row["seconds to compress"] = "" if one.seconds is None else f"{one.seconds:.1f}"
         rows.append(row)
     return rows
 
@@ -105,7 +113,7 @@ def save_model(
 def save_search(result: SearchResult, folder: Path) -> None:
     """Write profile, history and plots of a search into ``folder``."""
     result.save(folder)
-    _plot_history(result, folder)
+    plot_history(facts_of(result.study), folder / "search.png")
     plot_profile(
         result.best_profile, folder / "profile.png", target_sparsity=result.target_sparsity
     )
@@ -115,11 +123,6 @@ def save_bound(found: WithinLoss, folder: Path) -> None:
     """Write what a search within a loss found into ``max_loss.json``."""
     text = json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n"
     (folder / BOUND_FILE).write_text(text, encoding="utf-8")
-
-
-def _plot_history(result: SearchResult, folder: Path) -> None:
-    measure = result.goal.labels[0]
-    plot_search_history(result.history, folder / "search.png", measure=measure)
 
 
 def save_report(
@@ -157,7 +160,7 @@ def save_report(
     plots = {}
     if result is not None:
         result.save(folder)
-        _plot_history(result, folder)
+        plot_history(facts_of(result.study), folder / "search.png")
         plots["Search history"] = "search.png"
     widths = kv_widths(model)
     weights = {} if sparsity is None else prunable_weights(model)
@@ -195,6 +198,7 @@ def save_report(
             weight_bits=bits or {},
             calibration=recipe.calibration,
             evaluation=recipe.evaluation,
+            questions=recipe.questions,
             seed=recipe.seed,
             trials=None if result is None else len(evaluated(result.history)),
             versions={**library_versions(), "python": platform.python_version()},

@@ -15,7 +15,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.final_prune import final_config, pruned_for_now, ranking_metric
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.pruning.metrics import get_metric
-from hf_adaptive_sparse.search.errors import StudyMismatch
+from hf_adaptive_sparse.search.errors import NothingToChoose, StudyMismatch, TrialsFailed
 from hf_adaptive_sparse.search.loss_budgets import check_bound
 from hf_adaptive_sparse.search.max_loss import FinalPrune, search_within
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
@@ -93,9 +93,22 @@ class SearchPlan:
         else:
             check_bound(self.max_loss, self.space, self.objective, self.timeout_seconds)
 
-    def kept_in(self, folder: Path) -> SearchPlan:
-        """Return the plan with its journal in ``folder``, if it names no storage."""
-        return replace(self, storage=self.storage or str(folder / JOURNAL))
+    @contextmanager
+    def kept_in(self, folder: Path) -> Iterator[SearchPlan]:
+        """Yield the plan with its journal in ``folder``, if it names no storage.
+
+        A search that failed as a whole would fail at once if it was resumed, and nothing else can
+        be: its journal is removed.
+        """
+        if self.storage is not None:
+            yield self
+            return
+        journal = folder / JOURNAL
+        try:
+            yield replace(self, storage=str(journal))
+        except (NothingToChoose, TrialsFailed):
+            journal.unlink(missing_ok=True)
+            raise
 
     def load(self, source: ModelSource) -> Loaded:
         """Load the model and the data.

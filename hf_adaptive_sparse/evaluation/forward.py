@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from hf_adaptive_sparse.calibration.replay import evaluation_mode
+from hf_adaptive_sparse.calibration.token_ids import check_token_ids
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.generation import AdaptiveEncoderDecoderCache, kv_cache_config
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -71,7 +72,12 @@ def plain_cache(model: PreTrainedModel) -> Cache:
 
 
 def to_model(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Move a batch to where the model takes its inputs; floating tensors get the model's dtype."""
+    """Move a batch to where the model takes its inputs; floating tensors get the model's dtype.
+
+    Raises:
+        DataError: If ids lie beyond the model's vocabulary.
+    """
+    check_token_ids(batch, model)
     device = model.device
     if device.type == "meta":  # offloaded weights: accelerate's hooks move the inputs on
         device = torch.device("cpu")

@@ -52,7 +52,7 @@ def perplexity(
 
     Raises:
         ValueError: If there are no batches, or no token in them is scored.
-        DataError: If a batch is empty or of mismatched shapes.
+        DataError: If a batch is empty, of mismatched shapes, or of ids beyond the vocabulary.
         TypeError: If ``batches`` is a name, a path or a single batch, or one of them is not a dict
             of tensors.
         NonFiniteError: If keys, values or the loss of a batch are NaN or infinite.

@@ -22,6 +22,7 @@ from huggingface_hub import (
 from hf_adaptive_sparse.checkpoint.headers import INDEX_NAME, WEIGHTS_NAME, shard_names
 from hf_adaptive_sparse.hub.errors import LOG_IN, OFFLINE, HubError, check_repo_id, explained
 from hf_adaptive_sparse.hub.reading import inspect
+from hf_adaptive_sparse.naming import UNNAMED_REPO
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,10 @@ def push_folder(
         commit = api.create_commit(
             repo_id,
             operations=[
-                *(CommitOperationAdd(path, source) for path, source in files.items()),
+                *(
+                    CommitOperationAdd(name, _content(name, path, repo_id))
+                    for name, path in files.items()
+                ),
                 *(CommitOperationDelete(path, is_folder=False) for path in stale),
             ],
             commit_message=commit_message or "Upload a model compressed with hf_adaptive_sparse",
@@ -108,6 +112,13 @@ def push_folder(
             parent_commit=info.sha,
         )
     return str(commit.commit_url)
+
+
+def _content(name: str, path: Path, repo_id: str) -> Path | bytes:
+    """Return what is pushed of a file: a model card comes to name its repo."""
+    if name != "README.md":
+        return path
+    return path.read_bytes().replace(UNNAMED_REPO.encode(), repo_id.encode())
 
 
 def push_token(repo_id: str, token: str | None = None) -> str:

@@ -1,9 +1,10 @@
 """Tables, plots, study reports and model cards."""
 
 from hf_adaptive_sparse.report.card import CardFacts, write_model_card
-from hf_adaptive_sparse.report.plots import plot_profile, plot_search_history
-from hf_adaptive_sparse.report.study_facts import read_study
+from hf_adaptive_sparse.report.plots import plot_profile
+from hf_adaptive_sparse.report.study_facts import facts_of, read_study
 from hf_adaptive_sparse.report.study_page import write_study_report
+from hf_adaptive_sparse.report.study_plots import plot_history
 from hf_adaptive_sparse.report.tables import (
     escape_markdown,
     format_bytes,
@@ -14,10 +15,11 @@ from hf_adaptive_sparse.report.tables import (
 __all__ = [
     "CardFacts",
     "escape_markdown",
+    "facts_of",
     "format_bytes",
     "markdown_table",
+    "plot_history",
     "plot_profile",
-    "plot_search_history",
     "read_study",
     "text_table",
     "write_model_card",

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.files import replacing
-from hf_adaptive_sparse.naming import public_name
+from hf_adaptive_sparse.naming import UNNAMED_REPO, public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
@@ -61,7 +61,8 @@ class CardFacts:
         kv_mean_bits: Its mean bits per element, weighted by width.
         weight_bits: Bits of the values of each module whose values take fewer than 16.
         calibration: Calibration data, in words.
-        evaluation: Evaluation data, in words.
+        evaluation: Data of the perplexity, in words.
+        questions: Data of the accuracy, in words.
         seed: Seed of the run.
         trials: Trials of the search; None: no search.
         versions: Library -> version.
@@ -86,6 +87,7 @@ class CardFacts:
     weight_bits: Mapping[str, int] = field(default_factory=dict)
     calibration: str | None = None
     evaluation: str | None = None
+    questions: str | None = None
     seed: int | None = None
     trials: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -140,9 +142,8 @@ def model_card(facts: CardFacts) -> str:
     ]
     if facts.measurements:
         table = markdown_table(facts.measurements)
-        data = f"Measured on {escape_markdown(facts.evaluation)}.\n\n" if facts.evaluation else ""
         bound = f"\n\n{escape_markdown(facts.bound)}" if facts.bound else ""
-        sections.append(f"## Measured\n\n{data}{table}{bound}")
+        sections.append(f"## Measured\n\n{_measured_on(facts)}{table}{bound}")
     sections.append(f"## How it was made\n\n{_recipe(facts)}")
     sections.extend(
         f"![{escape_markdown(plot)}]({_link(file)})" for plot, file in facts.plots.items()
@@ -197,7 +198,7 @@ def _summary(facts: CardFacts) -> str:
 def _snippet(facts: CardFacts) -> str:
     _, template, default = _usage(facts)
     return template.format(
-        repo=json.dumps(facts.repo_id or "path/to/this/folder"),
+        repo=json.dumps(facts.repo_id or UNNAMED_REPO),
         prompt=json.dumps(facts.prompt or default),
     )
 
@@ -209,6 +210,13 @@ def _usage(facts: CardFacts) -> tuple[str, str, str]:
     if facts.accepts_audio:
         return "audio-text-to-text", SOUND_SNIPPET, "<audio>\nWhat do you hear?"
     return "text-generation", TEXT_SNIPPET, "Once upon a time"
+
+
+def _measured_on(facts: CardFacts) -> str:
+    """Return the sentence that names the data of the figures."""
+    data = {"Perplexity": facts.evaluation, "accuracy": facts.questions}
+    named = [f"{figure} on {escape_markdown(what)}" for figure, what in data.items() if what]
+    return f"{', '.join(named)}.\n\n" if named else ""
 
 
 def _why_import(facts: CardFacts) -> str:
@@ -231,6 +239,7 @@ def _recipe(facts: CardFacts) -> str:
         ("Search", f"{facts.trials} trials" if facts.trials else "none"),
         ("Calibration", facts.calibration),
         ("Evaluation", facts.evaluation),
+        ("Questions", facts.questions),
         ("Seed", facts.seed),
     ]
     if facts.kv_cache is not None:
@@ -260,7 +269,8 @@ def _limits(facts: CardFacts) -> str:
         )
     if facts.prunes and facts.checkpoint_format != "dense":
         lines.append(
-            "The removed weights are gone from the files and are zeros in memory after loading."
+            "The removed weights are gone from the files. The dense runtime has zeros in their "
+            "places, the sparse runtime holds none."
         )
     lines += [
         "The figures above are of the data named with them; other tasks may lose more.",

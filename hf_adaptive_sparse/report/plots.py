@@ -1,4 +1,4 @@
-"""Two plots of a compression: the search's history, and the profile over the layers.
+"""The plot of a profile over the layers, and what all plots share.
 
 Drawn with matplotlib's object interface on the Agg canvas: no display, no global figure state, and
 nothing of matplotlib is imported before the first plot.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.profiles import CompressionProfile
@@ -23,62 +23,6 @@ BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 ORANGE = "#E69F00"
 
 _DPI = 120
-
-
-def plot_search_history(
-    history: Sequence[Mapping[str, Any]],
-    path: str | os.PathLike[str],
-    *,
-    measure: str = "perplexity",
-    dense: float | None = None,
-) -> None:
-    """Plot the value of each trial and the best so far, as a PNG.
-
-    Args:
-        history: Trials in order, as a search records them; of each, ``number``, ``value`` and, if
-            there, ``uniform`` are read. A value of None is a trial that failed.
-        path: Where the PNG goes; written under a temporary name, then renamed.
-        measure: What the values are, for the axis; lower is better.
-        dense: Value of the dense model, drawn as a line.
-
-    Raises:
-        ValueError: If no trial has a value.
-    """
-    points = [(int(t["number"]), float(t["value"])) for t in history if t["value"] is not None]
-    if not points:
-        raise ValueError("A search history needs at least one trial with a value; got none.")
-    numbers, values = [n for n, _ in points], [v for _, v in points]
-    best = [min(values[: place + 1]) for place in range(len(values))]
-    winner = values.index(min(values))
-    uniform = next(
-        (
-            (int(t["number"]), float(t["value"]))
-            for t in history
-            if t.get("uniform") and t["value"] is not None
-        ),
-        None,
-    )
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.plot(numbers, values, "o", color=GREY, alpha=0.55, ms=5, mew=0, label="trial")
-        axes.step(numbers, best, where="post", color=BLUE, lw=2, label="best so far")
-        if uniform is not None:
-            label = f"uniform: {uniform[1]:.4g}"
-            axes.plot(*uniform, "s", color=VERMILION, ms=8, label=label)
-        label = f"best: {values[winner]:.4g} (trial {numbers[winner]})"
-        axes.plot(numbers[winner], values[winner], "*", color=BLUE, ms=15, label=label)
-        if dense is not None:
-            axes.axhline(dense, color=GREEN, ls="--", lw=1.5, label=f"dense: {dense:.4g}")
-        axes.set_title("Search history")
-        axes.set_xlabel("trial")
-        axes.set_ylabel(f"{measure} (lower is better)")
-        axes.locator_params(axis="x", integer=True)
-        tidy(axes)
-        # Outside, as trials lie anywhere.
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-
-    save_figure(draw, path, (7.6, 3.8))
 
 
 def plot_profile(

@@ -97,9 +97,9 @@ def _figures(facts: StudyFacts) -> str:
     best, uniform = facts.best, facts.uniform
     entries: list[tuple[str, str]] = []
     if best is not None:
-        entries.append((f"{best['value']:.5g}", f"best {facts.labels[0]}, trial {best['number']}"))
+        entries.append((f"{best['value']:#.5g}", f"best {facts.labels[0]}, trial {best['number']}"))
     if uniform is not None:
-        entries.append((f"{uniform['value']:.5g}", "uniform profile"))
+        entries.append((f"{uniform['value']:#.5g}", "uniform profile"))
         if best is not None and uniform["value"]:
             change = 100 * (best["value"] / uniform["value"] - 1)
             entries.append((f"{change:+.2f} %", "best against uniform, searched data"))

@@ -72,7 +72,7 @@ def plot_history(facts: StudyFacts, path: str | os.PathLike[str]) -> None:
                   label="best so far")  # fmt: skip
         if facts.uniform is not None and facts.uniform["value"] <= top:
             value = facts.uniform["value"]
-            axes.axhline(value, color=VERMILION, ls="--", lw=1, label=f"uniform: {value:.5g}")
+            axes.axhline(value, color=VERMILION, ls="--", lw=1, label=f"uniform: {value:#.5g}")
         if any(value > top for value in everything):
             axes.plot([], [], "^", color=GREY, ms=6, ls="", label="above the plot")
         axes.set_xlabel("trial")

@@ -25,6 +25,7 @@ from hf_adaptive_sparse.report.study_plots import (
     plot_sensitivity,
 )
 from hf_adaptive_sparse.report.tables import format_value
+from hf_adaptive_sparse.search.comparison import held_out_text
 
 SHOWN_TRIALS = 15
 
@@ -38,13 +39,7 @@ def _held_out(facts: StudyFacts, folder: Path) -> str:
             "<code>held_out=</code> to <code>search()</code>."
         )
         return section("Against uniform, on held-out data", f'<p class="note">{text}</p>')
-    text = (
-        f"Perplexity {held['best_perplexity']:.5g} (trial {held['trial']}) against "
-        f"{held['uniform_perplexity']:.5g} (uniform): <b>{held['change_percent']:+.2f} %</b>, "
-        f"{100 * held['confidence']:.0f} % interval {held['low_percent']:+.2f} to "
-        f"{held['high_percent']:+.2f} % (paired bootstrap over {held['windows']} windows, "
-        f"{held['tokens']:,} tokens){_masks(facts)}."
-    )
+    text = f"On these, {held_out_text(held)}{_masks(facts)}."
     return section("Against uniform, on held-out data", f"<p>{text}</p>")
 
 
@@ -192,7 +187,7 @@ def _trials(facts: StudyFacts, folder: Path) -> str:
     cells = [
         {
             "trial": f"{row['number']}{' (uniform)' if row['uniform'] else ''}",
-            facts.labels[0]: f"{row['value']:.5g}",
+            facts.labels[0]: f"{row['value']:#.5g}",
             "sparsity by group (%)": " ".join(
                 f"{100 * ratio:.1f}" for ratio in row.get("block_ratios") or ()
             ),

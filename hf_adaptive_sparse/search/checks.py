@@ -111,7 +111,7 @@ def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
         if len(count.known) == 1:
             raise NothingToChoose(
                 "All profiles come out alike after projection onto the budget: there is nothing to "
-                "choose. Use more blocks, a wider range or two KV widths."
+                "choose. Use more blocks, a wider range, two KV widths or another budget."
             )
         logger.warning(
             "The search stopped at %d of %d trials: %d further draws in a row repeated known "

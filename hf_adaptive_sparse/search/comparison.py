@@ -221,6 +221,17 @@ def held_out_of(attributes: Mapping[str, Any], best: int | None) -> dict[str, An
     return stored if stored.get(NARROWED, False) == narrowed else None
 
 
+def held_out_text(stored: Mapping[str, Any]) -> str:
+    """Return a stored comparison in words."""
+    return (
+        f"perplexity {stored['best_perplexity']:#.5g} (trial {stored['trial']}) against "
+        f"{stored['uniform_perplexity']:#.5g} (uniform): {stored['change_percent']:+.2f} %, "
+        f"{100 * stored['confidence']:.0f} % interval {stored['low_percent']:+.2f} to "
+        f"{stored['high_percent']:+.2f} % (paired bootstrap over {stored['windows']} windows, "
+        f"{stored['tokens']:,} tokens)"
+    )
+
+
 def _narrower(attributes: Mapping[str, Any], best: int | None) -> CompressionProfile | None:
     """Return the profile that replaced the best trial's, if one did."""
     narrowing = narrowing_of(attributes, best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from statistics import NormalDist
 import torch
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.pruning.apply import masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import quantised
 from hf_adaptive_sparse.search.losses import Loss
+
+logger = logging.getLogger(__name__)
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
 
@@ -98,7 +103,7 @@ def losses_under(
     metric: str = "lognorm",
     modules_to_not_convert: Sequence[str] = (),
 ) -> list[Loss]:
-    """Return loss and tokens of each batch under a profile: one-shot masks, codes, KV bits.
+    """Return the `losses_of` batches under a profile: one-shot masks, codes, KV bits.
 
     Args:
         model: The dense model; as before afterwards.
@@ -125,4 +130,13 @@ def losses_under(
         if profile.weight_bits:
             codes = stack.enter_context(quantised(model, profile.weight_bits))
             codes.apply(profile.weight_bits)
+        return losses_of(model, batches, kv_cache)
+
+
+def losses_of(model: PreTrainedModel, batches: Batches, kv_cache: KVCacheChoice) -> list[Loss]:
+    """Return loss and tokens of each batch; all infinite if keys or values are not finite."""
+    try:
         return [negative_log_likelihood(model, batch, kv_cache) for batch in batches]
+    except NonFiniteError as error:
+        logger.warning("The loss of a profile counts as infinite: %s", error)
+        return [(math.inf, 0)] * len(batches)

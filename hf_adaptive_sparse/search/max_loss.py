@@ -28,11 +28,15 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.fields import module_names
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
-from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
-from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.comparison import windows_of
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
-from hf_adaptive_sparse.search.increase import CONFIDENCE, Batches, increase_of, losses_under
+from hf_adaptive_sparse.search.increase import (
+    CONFIDENCE,
+    Batches,
+    increase_of,
+    losses_of,
+    losses_under,
+)
 from hf_adaptive_sparse.search.indistinct_widths import without_indistinct
 from hf_adaptive_sparse.search.loss_budgets import (
     BYTES,
@@ -124,7 +128,12 @@ def search_within(
         check_lengths(windows, space, what)
     excluded = tuple(module_names(modules_to_not_convert))
     spaces, unit = spaces_by_budget(model, space, excluded)
-    dense = losses_under(model, seen, CompressionProfile())
+    dense, reference = (losses_of(model, windows, False) for windows in (seen, unseen))
+    if not all(math.isfinite(loss) for loss, _ in (*dense, *reference)):
+        raise ValueError(
+            "The dense model's loss must be finite on all windows, or nothing can be compared with "
+            "it: the model computes NaN or infinity. Load it in a wider dtype."
+        )
     if not sum(count for _, count in dense):
         raise ValueError("No token of the evaluation data is scored: are all labels -100?")
     indistinct: tuple[tuple[int, int], ...] = ()
@@ -162,7 +171,6 @@ def search_within(
     smallest = bisect_left(budgets, True, key=lambda budget: searches.at(budget) <= max_loss)
     within = (budget for budget in budgets[smallest:] if searches.at(budget) <= max_loss)
     measured = []
-    reference = losses_under(model, unseen, CompressionProfile())
     # The budgets were chosen on the evaluation data alone, so dividing the error among them is
     # enough.
     for budget in islice(within, LOOKS):
@@ -205,7 +213,7 @@ class _Searches:
         study_name: Start of the studies' names.
         found: Budget -> its search; without those whose trials all failed.
         tried: Budget -> increase of the perplexity on the evaluation data, in the order tried;
-            infinite where all trials failed.
+            infinite where all trials failed, or a loss is not finite.
     """
 
     run: Callable[..., SearchResult]
@@ -267,13 +275,9 @@ class _Searches:
             perplexity = math.exp(sum(loss for loss, _ in self.dense) / tokens)
             return self.found[budget].best_value / perplexity - 1.0
         with self.final(self.found[budget]) as kv_cache:
-            after = _losses(self.model, self.seen, kv_cache)
-            self._after_final[budget] = _losses(self.model, self.unseen, kv_cache)
+            after = losses_of(self.model, self.seen, kv_cache)
+            self._after_final[budget] = losses_of(self.model, self.unseen, kv_cache)
         return increase_of(self.dense, after, CONFIDENCE).mean
-
-
-def _losses(model: PreTrainedModel, windows: Batches, kv_cache: KVCacheChoice) -> list[Loss]:
-    return [negative_log_likelihood(model, window, kv_cache) for window in windows]
 
 
 def _refusal(
@@ -289,7 +293,7 @@ def _refusal(
         budget = min(tried, key=lambda one: tried[one])
         nearest = f"{budget_text(budget, unit)} with {tried[budget]:+.3%}"
         if math.isinf(tried[budget]):
-            nearest = "none, as all trials failed"
+            nearest = "none, as no loss is finite"
         what = f"even on the evaluation data; the nearest was {nearest}"
     wider = ", ".join(str(wide) for wide, _ in indistinct)
     left_out = f" KV bits left out as making no measurable difference: {wider}." if wider else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -384,6 +385,20 @@ def test_usage_error_is_exit_code_2(capsys) -> None:
     assert "joined by commas" in capsys.readouterr().err
 
 
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_adaptive_sparse", "env"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, "BrokenPipeError" in done.stderr) == (0, False)
+
+
 def test_module_is_runnable() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hf_adaptive_sparse", "--version"],
@@ -457,7 +472,10 @@ def test_options_make_the_space(flags, expected):
         (["--fit", "4GiB"], "--fit needs --context"),
         (["--context", "8", "--batch", "2"], "got --context and --batch without --fit"),
         (["--context", "8"], "got --context without --fit"),
-        (["--target-sparsity", "0", "--sparsity-low", "0.3"], "got --target-sparsity 0. Give"),
+        (
+            ["--target-sparsity", "0", "--sparsity-low", "0.3"],
+            "With --target-sparsity 0 there are no ratios to search, got --sparsity-low.",
+        ),
         (["--blocks", "4", "--granularity", "layer"], "got --blocks 4 and --granularity layer."),
         (
             ["--sparsity-low", "0.3", "--sparsity-high", "0.7", "--sparsity-range", "0.1"],

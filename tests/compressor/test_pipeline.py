@@ -53,7 +53,9 @@ def test_leaves_a_complete_repo_that_loads_and_generates(
         "search.png",
         "tokenizer.json",
     }
-    assert ModelCard.load(output / "README.md").data.license == "apache-2.0"
+    card = ModelCard.load(output / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert "Perplexity on text.txt, accuracy on 4 questions of questions.jsonl." in card.text
     assert not list(tmp_path.glob("*.partial"))
     dense, compressed = result.measurements
     assert dense.sparsity == 0.0

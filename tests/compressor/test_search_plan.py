@@ -9,7 +9,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.jobs import search_study
 from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
-from hf_adaptive_sparse.search.errors import StudyMismatch
+from hf_adaptive_sparse.search.errors import NothingToChoose, StudyMismatch, TrialsFailed
 from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import open_storage
@@ -76,3 +76,23 @@ def test_a_study_left_by_an_interrupted_job_is_named_where_it_does_not_fit(
     with pytest.raises(StudyMismatch, match="cannot be resumed") as refused:
         plan.search(plan.load(ModelSource(llava_folder)), progress=False)
     assert (f"{journal}: delete that file" in str(refused.value)) is named
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"), [(NothingToChoose, False), (TrialsFailed, False), (KeyboardInterrupt, True)]
+)
+def test_a_journal_stays_only_where_the_search_can_be_resumed(tmp_path, error, stays):
+    with pytest.raises(error), SearchPlan(KV_ALONE).kept_in(tmp_path) as kept:
+        open_storage(kept.storage)
+        assert (tmp_path / "search.journal").exists()
+        raise error
+    assert (tmp_path / "search.journal").exists() is stays
+
+
+def test_a_storage_of_the_users_own_is_never_removed(tmp_path):
+    storage = tmp_path / "study.journal"
+    open_storage(storage)
+    plan = SearchPlan(KV_ALONE, str(storage))
+    with pytest.raises(TrialsFailed), plan.kept_in(tmp_path):
+        raise TrialsFailed
+    assert storage.exists()

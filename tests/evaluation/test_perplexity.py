@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
+from hf_adaptive_sparse.calibration.token_ids import check_token_ids
 from hf_adaptive_sparse.evaluation import perplexity as module
 from hf_adaptive_sparse.evaluation import scoring
 from hf_adaptive_sparse.evaluation.forward import evaluating
@@ -187,6 +189,32 @@ def test_nan_names_the_batch(tiny_llava, image_batches) -> None:
     image_batches[1]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="batch 1 gives nan"):
         perplexity(tiny_llava, image_batches)
+
+
+@pytest.mark.parametrize(
+    "wrong_ids",
+    [
+        pytest.param([[5, 128, 7]], id="beyond the vocabulary"),
+        pytest.param([[5, -1, 7]], id="negative"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        has.perplexity,
+        lambda model, batches: has.prune(model, has.SparsityConfig(), batches),
+    ],
+)
+def test_ids_of_another_tokenizer_are_refused(tiny_llama, wrong_ids, use) -> None:
+    batches = [{"input_ids": torch.tensor(wrong_ids)}]
+    with pytest.raises(DataError, match=r"vocabulary of 128 tokens, 0 to 127; .* must belong"):
+        use(tiny_llama, batches)
+
+
+def test_image_tokens_may_lie_outside_the_vocabulary(tiny_llava) -> None:
+    batch = {"input_ids": torch.tensor([[5, 5000, 7]])}
+    tiny_llava.config.image_token_id = 5000
+    check_token_ids(batch, tiny_llava)
 
 
 def test_nothing_to_score(tiny_llama) -> None:

@@ -10,7 +10,9 @@ import torch
 
 from hf_adaptive_sparse.architecture import kv_widths
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import CompressionProfile
+from hf_adaptive_sparse.search import increase
 from hf_adaptive_sparse.search import max_loss as module
 from hf_adaptive_sparse.search.errors import SearchError, TrialsFailed
 from hf_adaptive_sparse.search.max_loss import search_within
@@ -156,6 +158,30 @@ def test_a_budget_whose_trials_all_fail_does_not_hold(within, monkeypatch):
     assert found.budget >= 4
     assert math.inf in found.tried.values()
     assert None in [one["increase"] for one in found.to_dict()["tried"]]
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_profile_that_the_cache_refuses_does_not_hold(within, monkeypatch, final):
+    original = increase.negative_log_likelihood
+
+    def refused(model, batch, kv_cache):
+        if kv_cache and kv_cache.mean_bits(kv_widths(model)) < 3:
+            raise NonFiniteError("Keys must be finite.")
+        return original(model, batch, kv_cache)
+
+    @contextlib.contextmanager
+    def kept(result):
+        yield result.best_profile.kv_cache
+
+    monkeypatch.setattr(increase, "negative_log_likelihood", refused)
+    assert within(CACHE, 0.9, final=kept if final else None).budget >= 3
+
+
+def test_a_dense_model_that_computes_nan_is_refused_at_once(within, monkeypatch):
+    monkeypatch.setattr(module, "search", None)
+    monkeypatch.setattr(increase, "negative_log_likelihood", lambda *_: (math.nan, 1))
+    with pytest.raises(ValueError, match="dense model's loss must be finite"):
+        within(CACHE, 0.9)
 
 
 def test_the_bound_is_that_of_the_final_prune_where_one_is_given(within, tiny_llama):

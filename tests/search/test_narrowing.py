@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from html import escape
 
 import pytest
@@ -114,11 +115,14 @@ def test_held_out_figures_are_those_of_the_profile_that_is_returned(run, costs, 
     settings = {"n_trials": 1, "storage": tmp_path / "search.journal"}
     wide = run(IN_MEMORY, held_out=held_out, compare_widths=False, **settings)
     assert wide.to_dict()["held_out"]["change_percent"] == 0
+    assert wide.lines == []
     narrowed = run(IN_MEMORY, **settings)
     assert widest(narrowed.best_profile) == {4}
     assert narrowed.to_dict()["held_out"] is None
     assert read_study(tmp_path).held_out is None
-    again = run(IN_MEMORY, held_out=held_out, **settings).to_dict()["held_out"]
+    compared = run(IN_MEMORY, held_out=held_out, **settings)
+    assert re.match(r"On held-out data: perplexity .* \(uniform\): \+0.02 %", compared.lines[0])
+    again = compared.to_dict()["held_out"]
     assert again["change_percent"] == pytest.approx(100 * math.expm1(0.0002))
     assert read_study(tmp_path).held_out == again
 
