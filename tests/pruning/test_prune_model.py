@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -348,6 +348,13 @@ def test_accelerate_dispatch_and_offload(tiny_llama, text_batches, metric):
     prune(model, ratios, text_batches, metric=metric)
     for name in ratios:
         assert torch.equal(state[name + ".weight"], expected.get_submodule(name).weight)
+
+
+def test_weights_on_disk_are_refused_where_pruning_them_would_be_lost(tiny_llama, tmp_path):
+    ratios = resolve_ratios(tiny_llama, 0.5)
+    disk_offload(tiny_llama, tmp_path, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"q_proj' is not in memory .* without disk offload"):
+        prune(tiny_llama, ratios, None, metric="magnitude")
 
 
 def test_report(tiny_llama, text_batches):
