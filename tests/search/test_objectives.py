@@ -151,6 +151,21 @@ class TestDivergence:
         if kept == 64:
             assert total == pytest.approx(self.full(dense, other), rel=0.01)
 
+    def test_all_tokens_that_are_not_kept_count_as_one(self, monkeypatch):
+        monkeypatch.setattr(divergence_module, "KEPT_TOKENS", 8)
+        dense = predictions(1)
+        other = Predictions(dense.logits + 0.5 * predictions(2).logits, dense.targets)
+        objective = get_objective("kl")
+        objective.observe(0, dense)
+        total, _ = objective.score(0, other)
+
+        scored = dense.targets != -100
+        p, q = (one.logits[scored].double().softmax(-1) for one in (dense, other))
+        kept = p.topk(8).indices
+        p, q = p.gather(1, kept), q.gather(1, kept)
+        p, q = (torch.cat([one, 1 - one.sum(1, keepdim=True)], dim=1) for one in (p, q))
+        assert total == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+
     def test_it_holds_eight_bytes_per_token_kept(self):
         objective = get_objective("kl")
         objective.observe(0, predictions(1))
