@@ -46,8 +46,10 @@ class TestBestRatios:
         assert sum(ratios) == pytest.approx(1.5, abs=1e-9)
         assert ratios[0] < 0.5 < ratios[2]
 
-    def test_it_is_the_minimum_under_the_budget(self):
-        strengths, weights = [4.0, 1.0, 2.0], [5, 10, 20]
+    @pytest.mark.parametrize("strengths", [[4.0, 1.0, 2.0], [5.0, 7.0, 9.0]])
+    def test_it_is_the_minimum_under_the_budget(self, strengths):
+        """At an end of the range for the first strengths, inside of it for the others."""
+        weights = [5, 10, 20]
         ratios = sensitivity(strengths).best_ratios(weights)
         assert sum(r * w for r, w in zip(ratios, weights, strict=True)) == pytest.approx(17.5)
 
