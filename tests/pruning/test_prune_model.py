@@ -359,9 +359,9 @@ def test_weights_on_disk_are_refused_where_pruning_them_would_be_lost(tiny_llama
 
 def test_report(tiny_llama, text_batches):
     ratios = resolve_ratios(tiny_llama, 0.5, {"*.up_proj": 0.25, "*.q_proj": 0.75})
-    report = prune(tiny_llama, ratios, text_batches, metric="wanda")
+    report = prune(tiny_llama, ratios, text_batches, metric="wanda", weight_update="obs")
     data = report.to_dict()
-    assert data["metric"] == "wanda"
+    assert (data["metric"], data["weight_update"]) == ("wanda", "obs")
     assert data["mean_sparsity"] == pytest.approx(report.target_sparsity, abs=1e-4)
     assert report.ratios == ratios
     assert data["modules"][0]["ratio"] == pytest.approx(0.75, abs=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from torch.nn import functional
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.scoring import Predictions, predict
+from hf_adaptive_sparse.search.front import MEAN, suggest_on_front
 from hf_adaptive_sparse.search.objectives import (
     OBJECTIVES,
     Goal,
@@ -21,6 +23,7 @@ from hf_adaptive_sparse.search.objectives import (
     register_objective,
 )
 from hf_adaptive_sparse.search.objectives import divergence as divergence_module
+from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 
@@ -291,6 +294,16 @@ class TestFront:
         )
         sizes = [p.values["bytes"] for p in points]
         assert sizes == sorted(sizes, reverse=True)
+
+    @pytest.mark.parametrize(("target", "lowest"), [(0.5, 0.3), (0.2, 0.025)])
+    def test_means_begin_at_the_lowest_ratio_or_a_step_above_the_dense_model(
+        self, tiny_llama, target, lowest
+    ):
+        space = SearchSpace(target_sparsity=target, blocks=4, kv_bits=None, sparsity_range=0.2)
+        trial = optuna.create_study().ask()
+        suggest_on_front(trial, space, ModelShape.of(tiny_llama, space))
+        assert trial.distributions[MEAN].low == pytest.approx(lowest)
+        assert trial.distributions[MEAN].high == pytest.approx(target + 0.2)
 
     def test_no_profile_beats_one_of_the_front(self, front):
         for point in front.pareto:
