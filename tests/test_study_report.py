@@ -214,6 +214,11 @@ class TestAnalysis:
         assert sensitivity(study) == []
         assert importance(study) == []
 
+    def test_a_value_of_0_has_no_logarithm_to_fit(self):
+        rows = linear_rows(60)
+        rows[7]["value"] = 0.0  # no question missed
+        assert sensitivity(facts(rows)) == []
+
     def test_optunas_verbosity_is_left_alone(self):
         before = optuna.logging.get_verbosity()
         importance(facts(linear_rows(30)))

@@ -22,7 +22,6 @@ class Preset:
         summary: What it is, for ``--help``.
         metric: Metric of the final prune; the search ranks with it where it only scores weights,
             else with ``lognorm``.
-        weight_update: Update of the kept weights after the metric's mask, or ``None``.
         trials: Trials of the search.
         blocks: Groups of consecutive layers that share a ratio.
         sparsity_range: How far a ratio may lie from the target.
@@ -32,7 +31,6 @@ class Preset:
     name: str
     summary: str
     metric: str
-    weight_update: str | None
     trials: int
     blocks: int
     sparsity_range: float
@@ -46,13 +44,12 @@ class Preset:
                 gets the preset's.
         """
         if asked is None:
-            return SparsityConfig(metric=self.metric, weight_update=self.weight_update)
+            return SparsityConfig(metric=self.metric)
         if asked.passed & {"metric", "weight_update"}:
             return asked
-        method = {"metric": self.metric}
-        if self.weight_update is not None:
-            method["weight_update"] = self.weight_update
-        completed: SparsityConfig = SparsityConfig.from_dict({**asked.to_dict(), **method})
+        completed: SparsityConfig = SparsityConfig.from_dict(
+            {**asked.to_dict(), "metric": self.metric}
+        )
         return completed
 
     def space(self, config: SparsityConfig) -> SearchSpace:
@@ -74,7 +71,6 @@ PRESETS = MappingProxyType(
                 name="best",
                 summary="a searched profile, mask and weights together by ALPS",
                 metric="alps",
-                weight_update=None,
                 trials=50,
                 blocks=8,
                 sparsity_range=0.05,
@@ -84,7 +80,6 @@ PRESETS = MappingProxyType(
                 name="paper",
                 summary="arXiv 2507.20613: lognorm, weights as they are, 8 blocks within 0.05",
                 metric="lognorm",
-                weight_update=None,
                 trials=50,
                 blocks=8,
                 sparsity_range=0.05,

@@ -109,9 +109,6 @@ class Inspection:
             {**asdict(module), "columns": list(module.columns), "ratio": _span(module.ratio)}
             for module in self.modules
         ]
-        data["size_bytes"] = dict(self.size_bytes)
-        data["provenance"] = dict(self.provenance)
-        data["weight_bits"] = dict(self.weight_bits)
         data["layer_ratios"] = {str(layer): ratio for layer, ratio in self.layer_ratios().items()}
         return data
 

@@ -61,12 +61,11 @@ class OutputLoss:
             ValueError: If the Hessian cannot be factorised.
         """
         if self._factor is None:
+            if self._hessian is None:
+                raise ValueError("The Hessian was given up before it was factorised.")
             # The factorisation damps by itself, more where that does not suffice.
             damping = 0.0 if self._damped else self._damping
-            source = self.hessian() if self._damped else self._hessian
-            if source is None:
-                raise ValueError("The Hessian was given up before it was factorised.")
-            work = source.clone() if keep_hessian else source
+            work = self._hessian.clone() if keep_hessian else self._hessian
             self._factor, _ = inverse_factor(work, damping)
             if not keep_hessian:
                 self._hessian = None

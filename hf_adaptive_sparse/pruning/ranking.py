@@ -50,9 +50,7 @@ def mask_from_scores(
         ValueError: If the ratio is invalid, or the pattern fixes another.
     """
     ratio = pattern.check(ratio, "ratio")
-    if ratio == 0.0 or scores.numel() == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if pattern.group is not None:
+    if pattern.group is not None and ratio > 0.0:
         return _group_mask(scores, pattern)
     return count_mask(scores, removal_count(scores.numel(), ratio), grouping)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from optuna import create_study
 
@@ -46,6 +48,17 @@ def test_data_that_nothing_reads_are_not_loaded(llava_folder, tmp_path):
         evaluation=DataSource(text, num_samples=2, sequence_length=16),
     )
     assert plan.load(ModelSource(llava_folder)).calibration is None
+
+
+def test_a_bound_is_refused_where_no_data_are_left_to_hold_it_on(llava_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a fox sees a dog\n" * 60)
+    data = DataSource(text, num_samples=1, sequence_length=16, batch_size=2)
+    plan = SearchPlan(KV_ALONE, "study.journal", evaluation=data)
+    loaded = plan.load(ModelSource(llava_folder))
+    assert loaded.held_out is loaded.searched
+    with pytest.raises(ValueError, match="a single batch, and the bound needs data that no search"):
+        replace(plan, max_loss=0.01).load(ModelSource(llava_folder))
 
 
 def test_each_kind_of_search_takes_its_own_plans():

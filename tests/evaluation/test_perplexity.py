@@ -14,6 +14,7 @@ from hf_adaptive_sparse.evaluation import perplexity as module
 from hf_adaptive_sparse.evaluation import scoring
 from hf_adaptive_sparse.evaluation.forward import evaluating
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
+from hf_adaptive_sparse.evaluation.windows import longest_window
 from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
@@ -259,6 +260,15 @@ def test_windows_that_fill_no_block_are_remarked_on(
     assert (quantised == pytest.approx(plain, rel=1e-6)) == bool(said)
     assert len(caplog.records) == bool(said)
     assert said in caplog.text
+
+
+def test_the_longest_window_is_that_of_all_batches() -> None:
+    ids = torch.zeros(1, 31, dtype=torch.int64)
+    assert (
+        longest_window([{"input_ids": ids[:, :9]}, {"input_ids": ids[:, :31]}, single([5])]) == 31
+    )
+    assert longest_window([single([5]), {"input_features": torch.zeros(1, 80, 3000)}]) == 1
+    assert longest_window([]) == 0
 
 
 @pytest.mark.parametrize(

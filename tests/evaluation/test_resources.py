@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.evaluation.resources import (
@@ -19,6 +20,7 @@ from hf_adaptive_sparse.packing.bitmask import compress
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.runtime.conversion import compress_
 from tests.conftest import llama_config
+from tests.families.tiny_models import tiny_model
 
 
 def prune_half_(model) -> str:
@@ -80,6 +82,19 @@ def test_stored_bytes_of_12_bits_are_those_in_memory_without_the_offsets(tiny_ll
     kept = by_name["model.layers.0.mlp.up_proj"].stored_bytes
     assert up.bits == 12
     assert kept == up.memory_bytes - up.offset_bytes
+
+
+def test_experts_take_the_same_stored_bytes_in_both_runtimes(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    config = has.SparsityConfig(metric="magnitude", kv_cache=False)
+    has.prune(model, config, None, progress=False)
+    model.save_pretrained(tmp_path)
+    sparse = type(model).from_pretrained(
+        tmp_path, sparsity_config=has.SparsityConfig(runtime="sparse")
+    )
+    expected, found = has.sparsity_report(model), has.sparsity_report(sparse)
+    assert found.total.stored_bytes == expected.total.stored_bytes
+    assert found.total.memory_bytes < expected.total.memory_bytes
 
 
 def test_excluded_modules_leave_the_denominator(tiny_llama) -> None:

@@ -199,6 +199,12 @@ def test_experts_with_too_little_data_are_scored_without_any_and_named(mixtral, 
     assert torch.equal(after == 0, mask_from_scores(scores, 0.5))
 
 
+def test_a_ranking_names_the_experts_that_it_scores_without_data(mixtral, batches, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_adaptive_sparse"):
+        rank_model(mixtral, batches, low=0.5, high=0.5, min_expert_tokens=10**6, progress=False)
+    assert f"{DOWN.rpartition('.')[0]}: 0, 1, 2, 3" in caplog.text
+
+
 def test_experts_that_compute_something_else_are_refused(mixtral, batches, monkeypatch):
     module = mixtral.model.layers[1].mlp.experts
     forward = module.forward

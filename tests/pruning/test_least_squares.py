@@ -256,6 +256,18 @@ def test_a_hessian_that_was_given_up_is_asked_for_in_vain():
         loss.hessian()
 
 
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_the_factor_is_of_the_hessian_damped_once(asked_first):
+    _, inputs = problem(1, 20)
+    loss, hessian = loss_of(inputs, 0.01), (inputs.t() @ inputs).double()
+    if asked_first:
+        loss.hessian()
+    inverse = torch.linalg.inv(loss.inverse_factor(keep_hessian=False).double())
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    error = (inverse @ inverse.t() - hessian).abs().max()
+    assert error < 1e-4 * hessian.diagonal().mean()
+
+
 def test_names():
     assert check_weight_update(None, get_metric("alps")) is None
     assert check_weight_update("obs", get_metric("wanda")) == "obs"

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -350,11 +350,18 @@ def test_accelerate_dispatch_and_offload(tiny_llama, text_batches, metric):
         assert torch.equal(state[name + ".weight"], expected.get_submodule(name).weight)
 
 
+def test_weights_on_disk_are_refused_where_pruning_them_would_be_lost(tiny_llama, tmp_path):
+    ratios = resolve_ratios(tiny_llama, 0.5)
+    disk_offload(tiny_llama, tmp_path, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"q_proj' is not in memory .* without disk offload"):
+        prune(tiny_llama, ratios, None, metric="magnitude")
+
+
 def test_report(tiny_llama, text_batches):
     ratios = resolve_ratios(tiny_llama, 0.5, {"*.up_proj": 0.25, "*.q_proj": 0.75})
-    report = prune(tiny_llama, ratios, text_batches, metric="wanda")
+    report = prune(tiny_llama, ratios, text_batches, metric="wanda", weight_update="obs")
     data = report.to_dict()
-    assert data["metric"] == "wanda"
+    assert (data["metric"], data["weight_update"]) == ("wanda", "obs")
     assert data["mean_sparsity"] == pytest.approx(report.target_sparsity, abs=1e-4)
     assert report.ratios == ratios
     assert data["modules"][0]["ratio"] == pytest.approx(0.75, abs=1e-4)

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
-from hf_adaptive_sparse.pruning.apply import masked, rank_model
+from hf_adaptive_sparse.pruning.apply import masked, prune_model, rank_model, resolve_ratios
 from hf_adaptive_sparse.pruning.quantising import quantised, through_codes
+from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -18,6 +23,20 @@ def test_a_weight_is_seen_as_a_checkpoint_gives_it_back(bits, dtype):
     weight[torch.rand(24, 100) < 0.5] = 0
     stored = SparseWeight.from_dense(weight, bits, default_group_size(bits))
     assert torch.equal(through_codes(weight, bits, default_group_size(bits)), stored.to_dense())
+
+
+def test_later_layers_are_calibrated_on_the_rounded_ones(tiny_llama, text_batches):
+    by_hand = copy.deepcopy(tiny_llama)
+    ratios, form = resolve_ratios(tiny_llama, 0.5), ValueFormat(4, 64)
+    settings = {"metric": "wanda", "batches": text_batches, "progress": False}
+    rounding = LayerQuantiser(tiny_llama, dict.fromkeys(ratios, form))
+    prune_model(tiny_llama, ratios=ratios, on_layer=rounding.layer_, **settings)
+    for layer in range(4):
+        one = {name: ratio for name, ratio in ratios.items() if f".layers.{layer}." in name}
+        prune_model(by_hand, ratios=one, **settings)
+        LayerQuantiser(by_hand, dict.fromkeys(one, form)).rest_()
+    for name, linear in prunable_weights(by_hand).items():
+        assert torch.equal(tiny_llama.get_submodule(name).weight, linear.weight), name
 
 
 def test_codes_lie_over_masks_and_both_come_off(tiny_llama):

@@ -121,6 +121,7 @@ def test_n_of_m(pattern, columns):
     scores = torch.randint(4, (6, columns), generator=generator).float()
     mask = mask_from_scores(scores, parsed.ratio, pattern=parsed)
     assert int(mask.sum()) == parsed.removal_count(6, columns)
+    assert not mask_from_scores(scores, 0.0, pattern=parsed).any()
     for row, gone in zip(scores.tolist(), mask.tolist(), strict=True):
         for start in range(0, columns, parsed.group):
             group = row[start : start + parsed.group]
@@ -160,5 +161,9 @@ def test_errors():
         Ranking(scores, 0.25, 0.5).mask(0.75)
 
 
-def test_empty():
-    assert mask_from_scores(torch.empty(0, 4), 0.5).shape == (0, 4)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("grouping", ["row", "tensor"])
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty(shape, grouping, pattern):
+    empty = torch.empty(shape)
+    assert mask_from_scores(empty, 0.5, grouping, parse_pattern(pattern)).shape == shape

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_adaptive_sparse.architecture import kv_widths
-from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse import SparsityConfig, prune
+from hf_adaptive_sparse.architecture import kv_widths, prunable_weights
+from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
 from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
-from hf_adaptive_sparse.profiles import CompressionProfile
+from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, SparsityProfile
 from hf_adaptive_sparse.search import increase
 from hf_adaptive_sparse.search import max_loss as module
 from hf_adaptive_sparse.search.errors import SearchError, TrialsFailed
@@ -237,3 +238,22 @@ def test_an_empty_profile_is_the_dense_model(tiny_llama):
     data = rows(tiny_llama, 2, 0)
     [(loss, count)] = module.losses_under(tiny_llama, data, CompressionProfile())
     assert math.exp(loss / count) == pytest.approx(perplexity(tiny_llama, data, False), rel=1e-9)
+
+
+def test_losses_are_those_of_the_model_that_the_profile_makes(within, tiny_llama):
+    linears = prunable_weights(tiny_llama)
+    profile = CompressionProfile(
+        SparsityProfile(dict.fromkeys(linears, 0.5)),
+        CACHE.kv_config(4, 2),
+        dict.fromkeys(linears, 4),
+    )
+    ranked, data = rows(tiny_llama, 2, 1), rows(tiny_llama, 4, 0)
+    [found] = module.losses_under(tiny_llama, data, profile, ranked)
+    config = SparsityConfig(
+        sparsity=profile.sparsity.ratios,
+        weight_bits=4,
+        calibration=CalibrationConfig(sequential=False),
+        kv_cache=profile.kv_cache,
+    )
+    prune(tiny_llama, config, ranked, progress=False)
+    assert found == pytest.approx(negative_log_likelihood(tiny_llama, data[0]), rel=1e-6)

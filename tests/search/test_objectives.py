@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from torch.nn import functional
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.scoring import Predictions, predict
+from hf_adaptive_sparse.search.front import MEAN, suggest_on_front
 from hf_adaptive_sparse.search.objectives import (
     OBJECTIVES,
     Goal,
@@ -21,6 +23,7 @@ from hf_adaptive_sparse.search.objectives import (
     register_objective,
 )
 from hf_adaptive_sparse.search.objectives import divergence as divergence_module
+from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 
@@ -151,6 +154,21 @@ class TestDivergence:
         if kept == 64:
             assert total == pytest.approx(self.full(dense, other), rel=0.01)
 
+    def test_all_tokens_that_are_not_kept_count_as_one(self, monkeypatch):
+        monkeypatch.setattr(divergence_module, "KEPT_TOKENS", 8)
+        dense = predictions(1)
+        other = Predictions(dense.logits + 0.5 * predictions(2).logits, dense.targets)
+        objective = get_objective("kl")
+        objective.observe(0, dense)
+        total, _ = objective.score(0, other)
+
+        scored = dense.targets != -100
+        p, q = (one.logits[scored].double().softmax(-1) for one in (dense, other))
+        kept = p.topk(8).indices
+        p, q = p.gather(1, kept), q.gather(1, kept)
+        p, q = (torch.cat([one, 1 - one.sum(1, keepdim=True)], dim=1) for one in (p, q))
+        assert total == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+
     def test_it_holds_eight_bytes_per_token_kept(self):
         objective = get_objective("kl")
         objective.observe(0, predictions(1))
@@ -276,6 +294,16 @@ class TestFront:
         )
         sizes = [p.values["bytes"] for p in points]
         assert sizes == sorted(sizes, reverse=True)
+
+    @pytest.mark.parametrize(("target", "lowest"), [(0.5, 0.3), (0.2, 0.025)])
+    def test_means_begin_at_the_lowest_ratio_or_a_step_above_the_dense_model(
+        self, tiny_llama, target, lowest
+    ):
+        space = SearchSpace(target_sparsity=target, blocks=4, kv_bits=None, sparsity_range=0.2)
+        trial = optuna.create_study().ask()
+        suggest_on_front(trial, space, ModelShape.of(tiny_llama, space))
+        assert trial.distributions[MEAN].low == pytest.approx(lowest)
+        assert trial.distributions[MEAN].high == pytest.approx(target + 0.2)
 
     def test_no_profile_beats_one_of_the_front(self, front):
         for point in front.pareto:

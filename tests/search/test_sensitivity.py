@@ -12,6 +12,8 @@ import torch
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
+from hf_adaptive_sparse.search.kv_plan import kv_plan
+from hf_adaptive_sparse.search.kv_sensitivity import measure_kv_sensitivity
 from hf_adaptive_sparse.search.sensitivity import GROWTH, Sensitivity, measure_sensitivity
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -44,8 +46,10 @@ class TestBestRatios:
         assert sum(ratios) == pytest.approx(1.5, abs=1e-9)
         assert ratios[0] < 0.5 < ratios[2]
 
-    def test_it_is_the_minimum_under_the_budget(self):
-        strengths, weights = [4.0, 1.0, 2.0], [5, 10, 20]
+    @pytest.mark.parametrize("strengths", [[4.0, 1.0, 2.0], [5.0, 7.0, 9.0]])
+    def test_it_is_the_minimum_under_the_budget(self, strengths):
+        """At an end of the range for the first strengths, inside of it for the others."""
+        weights = [5, 10, 20]
         ratios = sensitivity(strengths).best_ratios(weights)
         assert sum(r * w for r, w in zip(ratios, weights, strict=True)) == pytest.approx(17.5)
 
@@ -196,3 +200,30 @@ def test_a_free_split_of_kv_bits_starts_from_its_sensitivity(tiny_llama, text_ba
     assert SENSITIVITY not in result.study.user_attrs
     assert [row["mean_kv_bits"] for row in result.history] == [4.0] * 3
     assert result.history[0]["uniform"]
+
+
+def kv_sensitivity(kv_bits, kv_mean_bits, loss):
+    """The sensitivity of three equal layers by a made-up loss of the keys' bits."""
+    space = SearchSpace(
+        target_sparsity=None, kv_bits=kv_bits, kv_split="free", kv_mean_bits=kv_mean_bits
+    )
+    plan = kv_plan([(64, 64)] * 3, space)
+    return measure_kv_sensitivity(lambda kv_cache: loss(kv_cache.key_bits), plan, space)
+
+
+@pytest.mark.parametrize("kv_bits", [(6, 8), (2, 4, 6, 8, 16)])
+def test_the_layers_that_mind_most_keep_the_most_bits(kv_bits):
+    def loss(bits):
+        return 3.0 + sum(s * 4.0**-b for s, b in zip((1.0, 900.0, 30.0), bits, strict=True))
+
+    mean = {2: 20 / 3, 5: 4}[len(kv_bits)]
+    best = kv_sensitivity(kv_bits, mean, loss).best_bits()
+    assert best == {2: ((6, 6), (8, 8), (6, 6)), 5: ((2, 2), (6, 6), (4, 4))}[len(kv_bits)]
+
+
+def test_changes_too_small_to_measure_follow_from_wider_errors():
+    """A quarter with every bit above four, none unquantised, and never less with fewer bits."""
+    measured = {2: 0.3, 3: -0.1, 4: 0.4, 16: 0.0}
+    found = kv_sensitivity((2, 3, 4, 6, 16), 4, lambda bits: 1 + sum(measured[b] for b in bits))
+    expected = {"2": 0.4, "3": 0.4, "4": 0.4, "6": 0.025, "16": 0.0}
+    assert found.to_dict() == {f"layer_{i}": pytest.approx(expected) for i in range(3)}

@@ -111,6 +111,11 @@ def test_a_mean_asks_for_the_free_split():
     assert SearchSpace(kv_split="free").held_kv_mean == 7
 
 
+def test_a_mean_may_be_that_of_the_upper_of_three_widths():
+    assert SearchSpace(weight_bits=(4, 8, 16), weight_mean_bits=12).weight_mean_bits == 12
+    assert SearchSpace(kv_bits=(4, 8, 16), kv_mean_bits=12).held_kv_mean == 12
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

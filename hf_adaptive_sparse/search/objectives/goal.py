@@ -111,7 +111,7 @@ class Goal:
                 f"a Pareto front, got {spec!r}."
             )
         parts = tuple(_part(part, alone=False) for part in spec)
-        if len(set(parts)) < len(parts) or all(part == BYTES for part in parts):
+        if len(set(parts)) < len(parts):
             raise ValueError(f"Each objective of a front must be another one, got {spec!r}.")
         return cls(parts)
 
