@@ -104,6 +104,7 @@ class PruningMethod:
         updated = updated.to(weight.dtype)
         check_finite(updated, name)
         weight.copy_(updated)
+        weight.masked_fill_(removed, 0.0)
         return int(removed.sum())
 
 
