@@ -316,6 +316,20 @@ def test_experts_that_accelerate_keeps_elsewhere(tmp_path):
     assert sparse.model.layers[0].mlp.experts.down_proj._weight is None
 
 
+def test_experts_may_stay_on_disk(tmp_path):
+    model = saved(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    device_map |= {"lm_head": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    sparse = type(model).from_pretrained(
+        tmp_path / "model",
+        sparsity_config=has.SparsityConfig(runtime="sparse"),
+        device_map=device_map,
+        offload_folder=str(tmp_path / "offloaded"),
+    )
+    assert sparse.model.layers[0].mlp.experts.sparse_down_proj_values.is_meta
+    torch.testing.assert_close(logits(sparse), logits(model), rtol=2e-3, atol=2e-3)
+
+
 def test_compiled_around_experts(tmp_path):
     model = saved(tmp_path)
     sparse = loaded(tmp_path, model)
