@@ -278,6 +278,7 @@ def test_more_than_one_expert_at_a_time_is_refused(tmp_path):
     for several in (slice(None), torch.tensor([0, 1]), (0, 1)):
         with pytest.raises(TypeError, match="give one matrix at a time"):
             stack[several]
+    assert len(stack) == len(stack.to_dense())
     with pytest.raises(IndexError):
         stack[len(stack)]
 
