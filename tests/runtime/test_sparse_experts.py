@@ -300,8 +300,11 @@ def test_a_model_with_compressed_experts_is_not_pruned_again(tmp_path):
 def test_transposed_experts_are_decompressed(tmp_path, caplog):
     model = saved(tmp_path, "gpt_oss")
     with caplog.at_level("WARNING", logger="hf_adaptive_sparse"):
+        loaded(tmp_path, model, "dense")
+        assert "no kernel" not in caplog.text
         sparse = loaded(tmp_path, model)
     assert "no kernel for the layout of this model's experts" in caplog.text
+    assert f"; {2 * model.config.num_hidden_layers} of their weights" in caplog.text
     assert not sparse_stacks(sparse)
     torch.testing.assert_close(logits(sparse), logits(model), rtol=2e-3, atol=2e-3)
 
