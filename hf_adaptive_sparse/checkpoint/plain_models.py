@@ -1,4 +1,4 @@
-"""Checks of a model in memory, before it is pruned or given our config."""
+"""The check of a model in memory, before it is pruned."""
 
 from __future__ import annotations
 
@@ -14,24 +14,15 @@ def check_plain(model: PreTrainedModel) -> None:
     Raises:
         ValueError: If another quantizer holds it, or its weights are compressed in memory.
     """
-    check_unquantized(model)
-    for name in sparse_weights(model):
-        raise ValueError(
-            f"The model must have plain weights; that of {name!r} is compressed in memory (sparse "
-            "runtime). Load it with sparsity_config=SparsityConfig(runtime='dense')."
-        )
-
-
-def check_unquantized(model: PreTrainedModel) -> None:
-    """Refuse a model that another quantizer holds.
-
-    Raises:
-        ValueError: If there is one; names it.
-    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer.quantization_config, SparsityConfig):
         method = quantizer.quantization_config.quant_method
         raise ValueError(
             f"The model is quantized with {getattr(method, 'value', method)!r}; "
             "hf_adaptive_sparse works on plain weights. Load it unquantized."
+        )
+    for name in sparse_weights(model):
+        raise ValueError(
+            f"The model must have plain weights; that of {name!r} is compressed in memory (sparse "
+            "runtime). Load it with sparsity_config=SparsityConfig(runtime='dense')."
         )

@@ -31,7 +31,6 @@ from hf_adaptive_sparse.checkpoint.decompression import (
     taken_as_stored,
 )
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.plain_models import check_unquantized
 from hf_adaptive_sparse.checkpoint.profile import (
     parameter_formats,
     per_layer_kv_cache,
@@ -283,10 +282,8 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
         config: A config whose ``sparsity`` names modules of the model, each with its ratio.
 
     Raises:
-        ValueError: If the model is quantized by something else, or ``sparsity`` is missing or
-            names a module that cannot be stored compressed.
+        ValueError: If ``sparsity`` is missing or names a module that cannot be stored compressed.
     """
-    check_unquantized(model)
     if config.sparsity is None:
         raise ValueError(
             "To attach a config, its sparsity must name the pruned modules and their ratios; it is "

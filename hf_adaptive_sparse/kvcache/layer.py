@@ -158,7 +158,6 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._quantized_keys = self._empty_store(key_states, is_key=True)
         self._quantized_values = self._empty_store(value_states, is_key=False)
-        self.cumulative_length = 0
         self.is_initialized = True
 
     def update(
@@ -207,7 +206,7 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
                 "crop takes the number of tokens to remove as a negative number (or 0), got "
                 f"{tokens_to_remove}."
             )
-        if tokens_to_remove == 0 or not self.is_initialized:
+        if tokens_to_remove == 0:
             return
         self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
         for store in self.stores():

@@ -92,8 +92,7 @@ class AdaptiveSlidingWindowLayer(AdaptiveQuantizedLayer):
                 "activate_past_recording() before the tokens to be taken back are fed."
             )
         super().crop(tokens_to_remove)
-        if self.is_initialized:
-            self._drop_oldest()
+        self._drop_oldest()
 
     def _held(self) -> PinnedPair:
         """Return the newest ``sliding_window - 1`` tokens.

@@ -24,7 +24,7 @@ from hf_adaptive_sparse.runtime.sparse_experts import (
 from hf_adaptive_sparse.runtime.sparse_linear import dtype_after
 
 
-def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> SparseStack:
+def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> None:
     """Put a `SparseStack` without values in a parameter's place, to be loaded into.
 
     Args:
@@ -33,10 +33,10 @@ def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> SparseStack:
     """
     weight = stack.weight
     parts = stored.empty(*weight.shape, dtype=weight.dtype, device="meta")
-    return _hold_(stack, parts, stored.group_size)
+    _hold_(stack, parts, stored.group_size)
 
 
-def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> SparseStack:
+def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> None:
     """Compress a stack in memory, in its parameter's place.
 
     Args:
@@ -48,7 +48,6 @@ def hold_(stack: ExpertStack, bits: int, group_size: int | None) -> SparseStack:
     weight = SparseWeight.from_dense(stack.weight.detach().flatten(0, 1), bits, group_size)
     held = _hold_(stack, by_expert(weight, count), group_size)
     held.settle(weight.row_offsets)
-    return held
 
 
 def _hold_(

@@ -68,6 +68,15 @@ def test_the_model_stays_plain(tiny_llama: LlamaForCausalLM, text_batches: Batch
     assert all(p.requires_grad for p in tiny_llama.parameters())
 
 
+def test_a_compressed_model_is_trained_by_adapters_alone(tiny_llama: LlamaForCausalLM) -> None:
+    """transformers' Trainer asks by these."""
+    config = has.SparsityConfig(metric="magnitude", runtime="sparse")
+    apply_config(tiny_llama, config, progress=False)
+    assert tiny_llama.is_quantized
+    assert tiny_llama.hf_quantizer.is_trainable
+    assert not tiny_llama.hf_quantizer.is_qat_trainable
+
+
 @pytest.mark.parametrize("origin", ["pruned", "loaded", "loaded_pruning"])
 def test_casts_work(tiny_llama: LlamaForCausalLM, tmp_path: Path, origin: str) -> None:
     config = has.SparsityConfig(metric="magnitude")
@@ -80,6 +89,7 @@ def test_casts_work(tiny_llama: LlamaForCausalLM, tmp_path: Path, origin: str) -
     if origin == "loaded":
         tiny_llama.save_pretrained(tmp_path)
         model = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(model.config, "_is_quantized")  # Jamba and others compute otherwise by it
     assert model.half().dtype == torch.float16
     assert model.float().dtype == torch.float32
     assert model.to(torch.bfloat16).dtype == torch.bfloat16

@@ -117,6 +117,10 @@ OPERATIONS = {
     "repeat_kv transposed": lambda x: repeat_kv(x, 3).transpose(1, 2),
     "repeat_kv split": lambda x: x[:, :, None, :, :].expand(2, 2, 3, LENGTH, 16) * 1,
     "repeat_kv unfinished": lambda x: x[:, :, None, :, :] * 1,
+    "repeat_kv flattened": lambda x: (
+        x[:, :, None, :, :].expand(2, 2, 3, LENGTH, 16).reshape(2, 6, -1)
+    ),
+    "repeat_kv split twice": lambda x: x[:, :, None, :, :][:, :, None, :, :] * 1,
     "detach": lambda x: x.detach(),
     "out": lambda x: torch.add(x, x, out=torch.empty(2, 2, LENGTH, 16)),
     "aten": lambda x: torch.ops.aten.mul.Tensor(x, 2.0),

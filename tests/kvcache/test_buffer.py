@@ -75,8 +75,10 @@ def test_rows_count_once_they_are_written(memory):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
 def test_copies_grow_apart(memory, duplicate):
     buffer = RowBuffer(rows(0, 0), step=1)
-    buffer.append(rows(0, 5))
+    buffer.append(rows(0, 9))
+    buffer.truncate(5)  # what is unused is not copied
     twin = duplicate(buffer)
+    assert twin.nbytes == rows(0, 5).nbytes
     buffer.append(rows(5, 4))
     twin.append(rows(100, 4))
     assert torch.equal(buffer.rows, rows(0, 9))

@@ -431,6 +431,8 @@ def test_kvpress_contract_reads_everything_and_writes_everything():
     values = layer._dequantize(layer._quantized_values)
     for read, stored in zip((keys, values), layer.decode(), strict=True):
         assert torch.equal(read, stored)
+    whole = layer._quantize(keys[:, :, : 2 * BLOCK], axis=layer.axis_key)
+    assert whole.lengths == (BLOCK, BLOCK)
     keep = torch.arange(0, 3 * BLOCK + 5, 2)
     layer._quantized_keys = layer._quantize(keys[:, :, keep], axis=layer.axis_key)
     layer._quantized_values = layer._quantize(values[:, :, keep], axis=layer.axis_value)

@@ -49,6 +49,22 @@ def test_a_loaded_cache_goes_on_like_the_saved_one(tiny_llama, profile, tokens, 
     assert torch.equal(feed(tiny_llama, loaded, *new), feed(tiny_llama, cache, *new))
 
 
+def test_a_state_keeps_what_the_cache_held(tiny_llama):
+    """A crop makes room that the next tokens overwrite, in the cache and not in its states."""
+    profile = KVCacheConfig(bits=8, residual_length=16)
+    cache, loaded = (AdaptiveQuantizedCache(tiny_llama.config, profile) for _ in range(2))
+    feed(tiny_llama, cache, random_ids(1, 40))
+    state = cache.state_dict()
+    expected = copy.deepcopy(state)
+    for count in (3, 30):
+        cache.crop(-count)
+        feed(tiny_llama, cache, random_ids(1, count, seed=1))
+    for source in (state, expected):
+        loaded.load_state_dict(source)
+        source["logits"] = feed(tiny_llama, loaded, random_ids(1, 5, seed=2))
+    assert torch.equal(state["logits"], expected["logits"])
+
+
 def test_an_empty_cache_and_one_that_held_something_else(tiny_llama):
     cache = AdaptiveQuantizedCache(tiny_llama.config)
     loaded = AdaptiveQuantizedCache(tiny_llama.config)

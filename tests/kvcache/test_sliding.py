@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from hf_adaptive_sparse.kvcache.grouped import GroupCodec
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
 
 HEADS, WIDTH = 2, 16
@@ -81,6 +82,15 @@ def test_blocks_are_short_where_the_window_is(window):
     assert layer.residual_length == window // 4
     assert make(4096, block=128).residual_length == 128
     assert make(2, block=128).residual_length == 1
+
+
+def test_keys_may_share_a_step_by_token():
+    layer = AdaptiveSlidingWindowLayer(4, 8, 32, 64, 8, key_mode="token")
+    keys, values = states(8)
+    codec = GroupCodec(4, 64)
+    parts = codec.encode(keys[:, :, None], "keys")
+    expected = codec.decode(parts, (8, WIDTH), keys.dtype)[:, :, 0]
+    assert torch.equal(layer.update(keys, values)[0], expected)
 
 
 def test_what_update_returned_survives_the_ring():

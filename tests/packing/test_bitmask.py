@@ -110,6 +110,7 @@ def test_a_parameter_is_compressed_without_its_graph() -> None:
         (lambda: compress(torch.ones(3)), r"\(out, in\), got float32 \(3,\)"),
         (lambda: compress(torch.ones(2, 2, dtype=torch.complex64)), "real dtype"),
         (lambda: row_popcounts(torch.ones(2, 2)), "uint8"),
+        (lambda: row_popcounts(torch.ones(2, dtype=torch.uint8)), r"\(rows, bytes\)"),
         (lambda: unpack_mask(torch.zeros(2, 2, dtype=torch.uint8), 17), r"uint8 \(out, 3\)"),
         (lambda: unpack_mask(torch.zeros(2, 2, dtype=torch.int16), 16), "got int16"),
         (lambda: check_bitmask(torch.zeros(2, 0, dtype=torch.uint8), -1), "columns must be >= 0"),

@@ -278,6 +278,7 @@ def test_more_than_one_expert_at_a_time_is_refused(tmp_path):
     for several in (slice(None), torch.tensor([0, 1]), (0, 1)):
         with pytest.raises(TypeError, match="give one matrix at a time"):
             stack[several]
+    assert len(stack) == len(stack.to_dense())
     with pytest.raises(IndexError):
         stack[len(stack)]
 
@@ -299,8 +300,11 @@ def test_a_model_with_compressed_experts_is_not_pruned_again(tmp_path):
 def test_transposed_experts_are_decompressed(tmp_path, caplog):
     model = saved(tmp_path, "gpt_oss")
     with caplog.at_level("WARNING", logger="hf_adaptive_sparse"):
+        loaded(tmp_path, model, "dense")
+        assert "no kernel" not in caplog.text
         sparse = loaded(tmp_path, model)
     assert "no kernel for the layout of this model's experts" in caplog.text
+    assert f"; {2 * model.config.num_hidden_layers} of their weights" in caplog.text
     assert not sparse_stacks(sparse)
     torch.testing.assert_close(logits(sparse), logits(model), rtol=2e-3, atol=2e-3)
 
@@ -314,6 +318,20 @@ def test_experts_that_accelerate_keeps_elsewhere(tmp_path):
     for _ in range(2):
         assert torch.equal(logits(sparse), expected)
     assert sparse.model.layers[0].mlp.experts.down_proj._weight is None
+
+
+def test_experts_may_stay_on_disk(tmp_path):
+    model = saved(tmp_path / "model")
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    device_map |= {"lm_head": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    sparse = type(model).from_pretrained(
+        tmp_path / "model",
+        sparsity_config=has.SparsityConfig(runtime="sparse"),
+        device_map=device_map,
+        offload_folder=str(tmp_path / "offloaded"),
+    )
+    assert sparse.model.layers[0].mlp.experts.sparse_down_proj_values.is_meta
+    torch.testing.assert_close(logits(sparse), logits(model), rtol=2e-3, atol=2e-3)
 
 
 def test_compiled_around_experts(tmp_path):
