@@ -322,6 +322,26 @@ def test_a_config_cannot_add_layers_that_are_not_stored(folder: Path) -> None:
         LlamaForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("missing", lambda t: t.pop("model.norm.weight")),
+        ("unexpected", lambda t: t.update({"model.norm.old": torch.zeros(2)})),
+    ],
+)
+def test_a_model_class_says_which_tensors_do_not_matter(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    change: Callable[[Tensors], object],
+) -> None:
+    edit_tensors(folder, change)
+    with pytest.raises(CheckpointError, match=r"model\.norm"):
+        LlamaForCausalLM.from_pretrained(folder)
+    monkeypatch.setattr(LlamaForCausalLM, f"_keys_to_ignore_on_load_{kind}", [r"model\.norm\."])
+    assert LlamaForCausalLM.from_pretrained(folder).hf_quantizer is not None
+
+
 def test_another_head_is_new_but_only_within_what_is_stored(folder: Path) -> None:
     classifier = LlamaForSequenceClassification.from_pretrained(folder)
     assert classifier.score.weight.shape == (2, 64)
