@@ -140,7 +140,9 @@ def open_table(
         text = os.fspath(source)
         path = Path(text).expanduser()
         is_file = path.suffix.lower() in FILE_TYPES
-        if path.exists() or is_file or looks_like_path(text.partition(":")[0]):
+        # A colon comes before the config of a dataset, but also after the letter of a drive.
+        is_path = "\\" in text or looks_like_path(text.partition(":")[0])
+        if path.exists() or is_file or is_path:
             return local_table(path, split)
         return hub_table(text, split, revision, token)
     rows = list(source)

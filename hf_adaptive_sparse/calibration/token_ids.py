@@ -22,10 +22,9 @@ def check_token_ids(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -
     Raises:
         DataError: If there are any.
     """
-    # All tables count: a model may keep its added tokens in one of their own.
-    size = sum(p.shape[0] for p in model.get_input_embeddings().parameters() if p.ndim == 2)
     for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
+        size = 0 if ids is None else _vocabulary(model, name)
         if ids is None or not size:
             continue
         outside = ids[(ids < 0) | (ids >= size)].unique().tolist()
@@ -35,3 +34,16 @@ def check_token_ids(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -
                 f"the largest is {int(ids.max())}, the smallest {int(ids.min())}. Tokenizer and "
                 "model must belong together: load both from the same repo."
             )
+
+
+def _vocabulary(model: PreTrainedModel, name: str) -> int:
+    """Return for how many ids of one kind there are embeddings; 0 if that cannot be told.
+
+    A decoder may have a vocabulary of its own (Marian, FSMT).
+    """
+    part = model.get_decoder() if name == "decoder_input_ids" else model
+    embeddings = getattr(part, "get_input_embeddings", None)
+    if embeddings is None:
+        return 0
+    # All tables count: a model may keep its added tokens in one of their own.
+    return sum(p.shape[0] for p in embeddings().parameters() if p.ndim == 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ def without_indistinct(
 
     All are compared with the widest, so that small losses from width to width do not add up unseen.
     That the data merely cannot tell does no harm here: what is found is held to the bound after.
+    All are left in where the widest's loss is not finite, as there is nothing to compare with.
 
     Args:
         space: What may be chosen.
@@ -36,6 +38,8 @@ def without_indistinct(
         bits: losses(CompressionProfile(kv_cache=space.kv_config(bits, bits))) for bits in palette
     }
     widest, dropped = palette[-1], []
+    if not all(math.isfinite(loss) for loss, _ in found[widest]):
+        return space, ()
     for index in range(len(palette) - 1, 0, -1):
         wide, narrow = palette[index], palette[index - 1]
         increase = increase_of(found[widest], found[narrow], CONFIDENCE)

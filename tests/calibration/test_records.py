@@ -191,6 +191,8 @@ def test_errors_of_files(tmp_path: Path) -> None:
         read_records(tmp_path / "missing.parquet")
     with pytest.raises(DataError, match="does not exist"):
         read_records("missing.jsonl")
+    with pytest.raises(DataError, match="does not exist"):
+        read_records(r"C:\missing\texts")
     (tmp_path / "a.csv").write_text("text\nx\n")
     with pytest.raises(DataError, match=r"must be \.parquet"):
         read_records(tmp_path / "a.csv")

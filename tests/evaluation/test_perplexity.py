@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional
+from transformers import FSMTConfig, FSMTForConditionalGeneration, MarianConfig, MarianMTModel
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
@@ -216,6 +217,30 @@ def test_image_tokens_may_lie_outside_the_vocabulary(tiny_llava) -> None:
     batch = {"input_ids": torch.tensor([[5, 5000, 7]])}
     tiny_llava.config.image_token_id = 5000
     check_token_ids(batch, tiny_llava)
+
+
+def test_a_decoder_may_have_a_vocabulary_of_its_own() -> None:
+    sizes = {"vocab_size": 50, "decoder_vocab_size": 90, "d_model": 16, "pad_token_id": 1}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 1}
+    config = MarianConfig(**sizes, **layers, share_encoder_decoder_embeddings=False)
+    model = MarianMTModel(config)
+    ids, read = torch.tensor([[60, 89, 61]]), torch.tensor([[5, 6]])
+    batch = {"input_ids": read, "decoder_input_ids": ids, "labels": ids}
+    assert math.isfinite(perplexity(model, [batch]))
+    with pytest.raises(DataError, match=r"decoder_input_ids .* vocabulary of 90 tokens"):
+        perplexity(model, [batch | {"decoder_input_ids": ids + 1}])
+    with pytest.raises(DataError, match=r"input_ids .* vocabulary of 50 tokens"):
+        perplexity(model, [batch | {"input_ids": read + 45}])
+
+
+def test_ids_of_a_decoder_that_names_no_embeddings_are_left_to_the_model() -> None:
+    config = FSMTConfig(
+        langs=["a", "b"], src_vocab_size=50, tgt_vocab_size=90, d_model=16,
+        encoder_layers=1, decoder_layers=1,
+    )  # fmt: skip
+    ids = torch.tensor([[60, 89, 61]])
+    batch = {"input_ids": torch.tensor([[5, 6]]), "decoder_input_ids": ids}
+    check_token_ids(batch, FSMTForConditionalGeneration(config))
 
 
 def test_nothing_to_score(tiny_llama) -> None:

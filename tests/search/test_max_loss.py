@@ -178,6 +178,23 @@ def test_a_profile_that_the_cache_refuses_does_not_hold(within, monkeypatch, fin
     assert within(CACHE, 0.9, final=kept if final else None).budget >= 3
 
 
+def test_a_cache_that_no_width_suits_is_a_bound_that_nothing_keeps(within, monkeypatch):
+    original = increase.negative_log_likelihood
+
+    def refused(model, batch, kv_cache):
+        if kv_cache:
+            raise NonFiniteError("Keys must be finite.")
+        return original(model, batch, kv_cache)
+
+    @contextlib.contextmanager
+    def kept(result):
+        yield result.best_profile.kv_cache
+
+    monkeypatch.setattr(increase, "negative_log_likelihood", refused)
+    with pytest.raises(SearchError, match="the nearest was none, as no loss is finite"):
+        within(replace(CACHE, kv_mean_bits=None, kv_bits=(2, 4)), 0.9, final=kept)
+
+
 def test_a_dense_model_that_computes_nan_is_refused_at_once(within, monkeypatch):
     monkeypatch.setattr(module, "search", None)
     monkeypatch.setattr(increase, "negative_log_likelihood", lambda *_: (math.nan, 1))
