@@ -24,8 +24,7 @@ def check_token_ids(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -
     """
     for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
-        size = 0 if ids is None else _vocabulary(model, name)
-        if ids is None or not size:
+        if ids is None or not (size := _vocabulary(model, name)):
             continue
         outside = ids[(ids < 0) | (ids >= size)].unique().tolist()
         if not set(outside) <= set(media_token_ids(model)):
