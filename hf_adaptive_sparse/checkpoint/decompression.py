@@ -15,15 +15,24 @@ from hf_adaptive_sparse.packing.stored_names import leaf_names, tensor_name, wei
 from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_kinds
 
 
-class DecompressWeight(ConversionOps):
+class _LoadingOp(ConversionOps):
+    """What is done while loading alone: saving has no use for it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LoadingOp:
+        # transformers copies the converter for every tensor; the quantizer need not be.
+        return self
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never asked for: `attach` takes the conversion off, and the state dict is saved."""
+        raise NotImplementedError
+
+
+class DecompressWeight(_LoadingOp):
     """Values, bitmask, scales or codebook to the weight; `packing.stored_names` names them."""
 
     def __init__(self, hf_quantizer: HfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DecompressWeight:
-        # transformers copies the converter for every tensor; the quantizer need not be.
-        return self
 
     def convert(
         self,
@@ -60,30 +69,17 @@ class DecompressWeight(ConversionOps):
         except BitmaskError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Never asked for: `attach` takes the conversion off, and the state dict is saved."""
-        raise NotImplementedError
 
-
-class TakeTensor(ConversionOps):
+class TakeTensor(_LoadingOp):
     """A stored tensor to the parameter of its name, as it is.
 
     transformers needs no conversion for that, but without one it compiles a regular expression of
     each tensor's whole name: 0.2 ms for each of three tensors per weight.
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TakeTensor:
-        return self
-
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Return what there is."""
         return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Never asked for, as that of `DecompressWeight`."""
-        raise NotImplementedError
 
 
 def taken_as_stored(leaves: Iterable[str]) -> list[WeightConverter]:
@@ -103,11 +99,11 @@ def decompresses(conversion: Any) -> bool:
 
 def is_only_for_loading(conversion: Any) -> bool:
     """Whether one of a model's weight conversions is ours: saving has no use for it."""
-    return _does(conversion, (DecompressWeight, TakeTensor))
+    return _does(conversion, _LoadingOp)
 
 
-def _does(conversion: Any, kinds: type | tuple[type, ...]) -> bool:
-    return any(isinstance(op, kinds) for op in getattr(conversion, "operations", ()))
+def _does(conversion: Any, kind: type[ConversionOps]) -> bool:
+    return any(isinstance(op, kind) for op in getattr(conversion, "operations", ()))
 
 
 def _only(tensors: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
