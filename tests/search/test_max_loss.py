@@ -161,36 +161,37 @@ def test_a_budget_whose_trials_all_fail_does_not_hold(within, monkeypatch):
     assert None in [one["increase"] for one in found.to_dict()["tried"]]
 
 
-@pytest.mark.parametrize("final", [False, True])
-def test_a_profile_that_the_cache_refuses_does_not_hold(within, monkeypatch, final):
-    original = increase.negative_log_likelihood
+@pytest.fixture
+def refuse(monkeypatch):
+    """Have the cache refuse what comes with KV profiles of which a function says so."""
 
-    def refused(model, batch, kv_cache):
-        if kv_cache and kv_cache.mean_bits(kv_widths(model)) < 3:
-            raise NonFiniteError("Keys must be finite.")
-        return original(model, batch, kv_cache)
+    def those(is_refused):
+        original = increase.negative_log_likelihood
 
-    @contextlib.contextmanager
-    def kept(result):
-        yield result.best_profile.kv_cache
+        def refusing(model, batch, kv_cache):
+            if kv_cache and is_refused(kv_cache.mean_bits(kv_widths(model))):
+                raise NonFiniteError("Keys must be finite.")
+            return original(model, batch, kv_cache)
 
-    monkeypatch.setattr(increase, "negative_log_likelihood", refused)
-    assert within(CACHE, 0.9, final=kept if final else None).budget >= 3
+        monkeypatch.setattr(increase, "negative_log_likelihood", refusing)
+
+    return those
 
 
-def test_a_cache_that_no_width_suits_is_a_bound_that_nothing_keeps(within, monkeypatch):
-    original = increase.negative_log_likelihood
+@contextlib.contextmanager
+def kept(result):
+    """Make nothing but what was found final."""
+    yield result.best_profile.kv_cache
 
-    def refused(model, batch, kv_cache):
-        if kv_cache:
-            raise NonFiniteError("Keys must be finite.")
-        return original(model, batch, kv_cache)
 
-    @contextlib.contextmanager
-    def kept(result):
-        yield result.best_profile.kv_cache
+@pytest.mark.parametrize("final", [None, kept])
+def test_a_profile_that_the_cache_refuses_does_not_hold(within, refuse, final):
+    refuse(lambda mean: mean < 3)
+    assert within(CACHE, 0.9, final=final).budget >= 3
 
-    monkeypatch.setattr(increase, "negative_log_likelihood", refused)
+
+def test_a_cache_that_no_width_suits_is_a_bound_that_nothing_keeps(within, refuse):
+    refuse(lambda mean: True)
     with pytest.raises(SearchError, match="the nearest was none, as no loss is finite"):
         within(replace(CACHE, kv_mean_bits=None, kv_bits=(2, 4)), 0.9, final=kept)
 
