@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
 LIBRARY = "_kernels.so"
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 PATHS = {"amx": 4, "avx512": 2, "avx512f": 5, "avx2": 1, "neon": 3, "portable": 0}
 """Names of the paths, fastest first, and their numbers in the library."""

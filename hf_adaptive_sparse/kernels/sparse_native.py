@@ -27,7 +27,6 @@ MAX_TOKENS = 32
 """Tokens that the library takes at once; more are split."""
 
 _TOKENS, _REGISTER_TOKENS, _AMX_TOKENS = 8, 32, 128
-_IN_REGISTERS, _LEAVES_X = 1, 2  # traits of a path
 _AMX_GROUPS = 64  # columns: groups are to be a multiple
 
 _Int = ctypes.c_int64
@@ -128,19 +127,14 @@ def tokens_that_pay(weight: SparseWeight) -> int:
     every token, and is overtaken at about eight; at about 32 where rows are expanded in registers,
     on processors whose matrix products are slower, too. The matrix unit (AMX) takes 32 tokens in
     hardly more time than two, and up to 128 reads the weight four times and is still ahead of
-    tiles; it does so for values in bfloat16, and for codes in whole groups of 64 columns. There are
-    none with codes in a float32 model, which can tell that x is rounded to 15 bits, but for paths
-    that leave x as it is.
+    tiles; it does so for values in bfloat16, and for codes in whole groups of 64 columns.
     """
     prepared = _prepared(weight)
     return 0 if prepared is None else prepared.most_tokens
 
 
 def _tokens_that_pay(weight: SparseWeight, path: str, loaded: ctypes.CDLL) -> int:
-    traits = loaded.has_sparse_traits(PATHS[path])
-    if weight.scales is not None and weight.dtype == torch.float32 and not traits & _LEAVES_X:
-        return 0
-    if traits & _IN_REGISTERS:
+    if loaded.has_sparse_in_registers(PATHS[path]):
         return _REGISTER_TOKENS
     if path != "amx":
         return _TOKENS
@@ -174,9 +168,10 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = No
 
     Sums are float32. With values as they are, so are the products: in bfloat16 the result is as
     close to the float32 reference as its own rounding allows. With codes, x is rounded to 15 bits
-    and a sign on a step of its own for at most 256 columns, which adds an error of at most
-    ``max |x| / 65278 * sum |w|`` per such segment, but for paths that leave
-    x as it is (``avx512f``, and ``avx512`` on processors that do not multiply bfloat16).
+    and a sign on a step of its own for at most 256 columns, in a float32 model, too. That adds an
+    error of at most ``max |x| / 65278 * sum |w|`` per such segment: about a hundredth of what 8
+    bits have rounded off the weights. Two paths leave x as it is: ``avx512f``, and ``avx512`` on
+    processors that do not multiply bfloat16.
 
     Every linear of a model comes here for every token, right after another one's weights went
     through the processor's caches: each thing touched costs a hundred times what it costs in a

@@ -53,8 +53,8 @@ def test_empty_weights(shape):
 def test_tiles(monkeypatch, bits, tile_rows):
     monkeypatch.setattr(sparse_tiles, "TILE_BYTES", tile_rows * 45 * 4)
     weight = make_sparse(10, 45, bits)
-    x, gradient, bias = torch.randn(33, 45), torch.randn(33, 10), torch.randn(10)
-    found = sparse_linear.linear(x, weight, bias)
+    x, gradient, bias = torch.randn(133, 45), torch.randn(133, 10), torch.randn(10)
+    found = sparse_linear.linear(x, weight, bias)  # more tokens than a kernel takes
     torch.testing.assert_close(found, reference(x, weight, bias))
     back = sparse_linear.input_gradient(gradient, weight)
     torch.testing.assert_close(back, gradient @ weight.to_dense(torch.float32))

@@ -141,4 +141,4 @@ def test_a_merged_adapter_is_saved_without_loss(
     for runtime in ("dense", "sparse"):
         loaded = load(tmp_path / "merged", runtime)
         expected = merged(**text_batches[0]).logits
-        torch.testing.assert_close(loaded(**text_batches[0]).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loaded(**text_batches[0]).logits, expected, rtol=1e-3, atol=1e-4)

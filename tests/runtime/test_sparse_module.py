@@ -44,8 +44,9 @@ def sparse(linear: nn.Linear, bits: int = 16, group_size: int | None = None) -> 
     return SparseLinear.from_weight(weight, linear.bias)
 
 
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    eps = torch.finfo(dtype).eps
+def tolerance(dtype: torch.dtype, bits: int = 16) -> dict[str, float]:
+    """Codes are multiplied by x on 15 bits."""
+    eps = max(torch.finfo(dtype).eps, 2**-12 if bits <= 8 else 0)
     return {"rtol": 4 * eps, "atol": 4 * eps}
 
 
@@ -58,7 +59,7 @@ def test_forward_is_that_of_the_decompressed_linear(
     module = sparse(pruned(dtype=dtype), bits)
     x = torch.randn(shape).to(dtype)
     expected = module.to_linear()(x)
-    torch.testing.assert_close(module(x), expected, **tolerance(dtype))
+    torch.testing.assert_close(module(x), expected, **tolerance(dtype, bits))
     assert module(x).shape == (*shape[:-1], 24)
 
 
@@ -74,9 +75,10 @@ def test_gradients_flow_through_to_input_and_bias(bits: int, with_bias: bool) ->
     twin = x.detach().clone().requires_grad_()
     module(x).square().sum().backward()
     plain(twin).square().sum().backward()
-    torch.testing.assert_close(x.grad, twin.grad)
+    close = tolerance(torch.float32, bits)
+    torch.testing.assert_close(x.grad, twin.grad, **close)
     if with_bias:
-        torch.testing.assert_close(module.bias.grad, plain.bias.grad)
+        torch.testing.assert_close(module.bias.grad, plain.bias.grad, **close)
     assert module.weight_values.grad is None
 
 

@@ -52,10 +52,10 @@ static const has_sparse_variant *variant_of(int variant) {
     }
 }
 
-/* Of products by a variant: 1 if rows are expanded in registers, 2 if x is never rounded, or both. */
-HAS_EXPORT int has_sparse_traits(int variant) {
+/* Whether a variant multiplies rows as they are expanded, in registers. */
+HAS_EXPORT int has_sparse_in_registers(int variant) {
     const has_sparse_variant *v = variant_of(variant);
-    return v == NULL ? 0 : v->in_registers | !v->rounds << 1;
+    return v != NULL && v->in_registers;
 }
 
 HAS_EXPORT int64_t has_sparse_call_size_bytes(void) { return (int64_t)sizeof(has_sparse_call); }
