@@ -32,9 +32,8 @@ from hf_adaptive_sparse.checkpoint.plain_models import check_plain
 from hf_adaptive_sparse.checkpoint.profile import runtime_formats
 from hf_adaptive_sparse.checkpoint.quantizer import (
     AdaptiveSparseQuantizer,
+    arguments_in_progress,
     attach,
-    hub_arguments,
-    ignore_mismatched_sizes,
 )
 from hf_adaptive_sparse.kvcache.generation import install
 from hf_adaptive_sparse.profiles import QUANT_METHOD
@@ -46,7 +45,6 @@ __all__ = ["AutoModelForVision2Seq", "Calibration", "apply_config", "attach", "r
 logger = logging.getLogger(__name__)
 
 _WRAPPED = "_hf_adaptive_sparse_wrapped"
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 class AutoModelForVision2Seq(_BaseAutoModelClass):
@@ -154,14 +152,11 @@ def _from_pretrained(
         quantization_config = as_our_config(quantization_config) or quantization_config
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    given = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-    token = hub_arguments.set(given)
-    ignoring = ignore_mismatched_sizes.set(bool(kwargs.get("ignore_mismatched_sizes")))
+    token = arguments_in_progress.set(kwargs)
     try:
         return original(cls, *args, **kwargs)
     finally:
-        ignore_mismatched_sizes.reset(ignoring)
-        hub_arguments.reset(token)
+        arguments_in_progress.reset(token)
 
 
 def _as_config(config: SparsityConfig | Mapping[str, Any]) -> SparsityConfig:

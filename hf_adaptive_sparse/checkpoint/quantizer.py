@@ -64,11 +64,11 @@ from hf_adaptive_sparse.runtime.sparse_experts import sparse_stacks
 
 logger = logging.getLogger(__name__)
 
-hub_arguments: ContextVar[Mapping[str, Any]] = ContextVar("hub_arguments", default={})  # noqa: B039
-"""Revision, token and so on of the ``from_pretrained`` in progress, for its processor."""
+arguments_in_progress: ContextVar[Mapping[str, Any]] = ContextVar("arguments", default={})  # noqa: B039
+"""What the ``from_pretrained`` in progress was given; transformers tells its quantizer a part."""
 
-ignore_mismatched_sizes: ContextVar[bool] = ContextVar("ignore_mismatched_sizes", default=False)
-"""Whether the ``from_pretrained`` in progress makes plain tensors of another shape anew."""
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+_DISTRIBUTING_ARGUMENTS = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 
 
 class AdaptiveSparseQuantizer(HfQuantizer):
@@ -136,6 +136,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         # A copy: the config may be that of another model, which a caller passed as config=.
         config = self.quantization_config = copy.deepcopy(self.quantization_config)
+        _check_whole_weights(config, self.pre_quantized)
         self.checkpoint_files = checkpoint_files or ()
         self.device = main_device(device_map)
         self.may_offload_to_disk = may_offload_to_disk(device_map)
@@ -159,6 +160,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         """
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         files, formats = self.checkpoint_files, parameter_formats(model, self.quantization_config)
+        arguments = arguments_in_progress.get()
         if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
             return conversions
         checked = validate_checkpoint(
@@ -166,7 +168,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             files,
             formats,
             conversions,
-            ignore_mismatched_sizes=ignore_mismatched_sizes.get(),
+            ignore_mismatched_sizes=bool(arguments.get("ignore_mismatched_sizes")),
         )
         kept = runtime_formats(model, self.quantization_config)
         if not self._runs_sparse(model, kept):
@@ -196,7 +198,9 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            _, config = prune_and_resolve(model, config, hub_arguments=hub_arguments.get())
+            given = arguments_in_progress.get()
+            of_hub = {key: given[key] for key in _HUB_ARGUMENTS if given.get(key) is not None}
+            _, config = prune_and_resolve(model, config, hub_arguments=of_hub)
             config.runtime = self.quantization_config.runtime
             self.quantization_config = config
         loaded = sparse_weights(model)
@@ -248,6 +252,23 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Return what ``save_pretrained`` writes: see `stored_state_dict`."""
         return stored_state_dict(model, self.rounded_in, consume=self.consumes_model), {}
+
+
+def _check_whole_weights(config: SparsityConfig, pre_quantized: bool) -> None:
+    """Refuse what shards tensors as they are read: a part of packed values is no part of a weight.
+
+    Raises:
+        ValueError: If ``from_pretrained`` was asked for it.
+    """
+    given = arguments_in_progress.get()
+    asked = [name for name in _DISTRIBUTING_ARGUMENTS if given.get(name) is not None]
+    if not asked or (pre_quantized and config.checkpoint_format == "dense"):
+        return
+    raise ValueError(
+        f"{asked[0]}= shards weights over processes, which is not possible with compressed weights "
+        "or while a model is pruned. Leave it out: device_map='auto' puts whole layers on several "
+        "devices. Or save the model with checkpoint_format='dense', and load that."
+    )
 
 
 def _store_cast_weights_plain_(model: PreTrainedModel, config: SparsityConfig) -> None:

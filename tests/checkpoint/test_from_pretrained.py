@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
+from transformers.distributed import DistributedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from tests.conftest import llama_config
+from tests.servers import free_port
 
 MAGNITUDE = has.SparsityConfig(metric="magnitude", kv_cache=8)
 
@@ -303,3 +307,41 @@ def test_a_weight_update_without_calibration_is_refused_before_loading(dense_lla
     config = has.SparsityConfig(metric="magnitude", weight_update="obs")
     with pytest.raises(ValueError, match="weight_update='obs' needs calibration data"):
         AutoModelForCausalLM.from_pretrained(dense_llama, sparsity_config=config)
+
+
+@pytest.fixture
+def one_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torchrun tells the only process that it starts."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_only_dense_weights_are_sharded_over_processes(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(llama_config())
+    model.save_pretrained(tmp_path / "plain")
+    apply_config(model, MAGNITUDE, progress=False)
+    model.save_pretrained(tmp_path / "compressed")
+    model.hf_quantizer.quantization_config.checkpoint_format = "dense"
+    model.save_pretrained(tmp_path / "dense")
+
+    def load(folder: str, config: has.SparsityConfig | None = None) -> Any:
+        return LlamaForCausalLM.from_pretrained(
+            tmp_path / folder,
+            sparsity_config=config,
+            distributed_config=DistributedConfig(tp_plan="auto", tp_size=1),
+        )
+
+    for folder, config in (("compressed", None), ("plain", MAGNITUDE)):
+        with pytest.raises(ValueError, match=r"distributed_config= .*checkpoint_format='dense'"):
+            load(folder, config)
+    ids = torch.arange(1, 20)[None]
+    sharded = load("dense")
+    assert sharded.hf_quantizer.runtime_choice.runtime == "dense"
+    torch.testing.assert_close(sharded(ids).logits, model(ids).logits)
