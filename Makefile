@@ -44,7 +44,8 @@ types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
 notebooks: $(INSTALLED) ## Run the notebooks on the bundled model
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --nbmake notebooks
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake notebooks \
+		--numprocesses $(TEST_WORKERS)
 
 docs: $(INSTALLED) ## Build the documentation into site/
 	$(PIP) install --quiet --editable ".[docs]"
