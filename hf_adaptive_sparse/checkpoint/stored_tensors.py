@@ -16,7 +16,7 @@ import torch
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, TensorHeader
-from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name
+from hf_adaptive_sparse.packing.stored_names import KINDS, parse_tensor_name, tensor_name
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat, stored_kinds
 
 Formats = Mapping[str, ValueFormat]
@@ -29,19 +29,13 @@ class StoredTensors:
 
     Attributes:
         plain: Parameter -> its tensor.
-        values: Parameter -> the kept values of a compressed weight.
-        bitmasks: Parameter -> the bitmask of a compressed weight.
-        scales: Parameter -> the scales of a compressed weight with quantised values.
-        codebooks: Parameter -> the codebook of a compressed weight with values of 12 bits.
+        kinds: Of compressed weights, kind of tensor (`stored_names.KINDS`) -> parameter -> tensor.
         converted: Parameters that transformers assembles from several tensors.
         surplus: Tensors that no parameter takes.
     """
 
     plain: dict[str, TensorHeader]
-    values: dict[str, TensorHeader]
-    bitmasks: dict[str, TensorHeader]
-    scales: dict[str, TensorHeader]
-    codebooks: dict[str, TensorHeader]
+    kinds: dict[str, dict[str, TensorHeader]]
     converted: set[str]
     surplus: list[TensorHeader]
 
@@ -49,16 +43,6 @@ class StoredTensors:
     def names(self) -> set[str]:
         """All parameters of which there is a tensor."""
         return {*self.plain, *self.converted}.union(*self.kinds.values())
-
-    @property
-    def kinds(self) -> dict[str, dict[str, TensorHeader]]:
-        """Those of compressed weights, by their kind."""
-        return {
-            "values": self.values,
-            "bitmask": self.bitmasks,
-            "scales": self.scales,
-            "codebook": self.codebooks,
-        }
 
 
 def assign_tensors(
@@ -78,7 +62,7 @@ def assign_tensors(
     """
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    stored = StoredTensors({}, {}, {}, {}, {}, set(), [])
+    stored = StoredTensors({}, {kind: {} for kind in KINDS}, set(), [])
     prefix = model.base_model_prefix
     targets = {s: c.target_patterns for c in converters for s in c.source_patterns}
     for key, header in headers.items():
@@ -116,7 +100,7 @@ def check_compressed(stored: StoredTensors, formats: Formats, where: Path) -> No
             plain = stored.plain.get(name)
             seen = f"{plain.file} stores it dense" if plain else f"{where} does not hold it"
             way_out = ""
-            if plain and not stored.bitmasks:
+            if plain and not stored.kinds["bitmask"]:
                 way_out = (
                     " Nothing here is compressed, as when a model was made by from_config and "
                     "saved: remove 'quantization_config' from its config.json to load it."
@@ -126,9 +110,9 @@ def check_compressed(stored: StoredTensors, formats: Formats, where: Path) -> No
                 f"needed, but {seen}.{way_out}"
             )
         if name in stored.plain or name in stored.converted:
-            header = stored.plain.get(name, stored.values[name])
+            header = stored.plain.get(name, stored.kinds["values"][name])
             raise CheckpointError(f"{header.file}: {name!r} is stored both dense and compressed.")
-    for name, header in {**stored.values, **stored.bitmasks}.items():
+    for name, header in {**stored.kinds["values"], **stored.kinds["bitmask"]}.items():
         if name not in wanted:
             raise CheckpointError(
                 f"{header.file}: {header.name!r} is compressed, but the config's sparsity does "

@@ -98,8 +98,8 @@ def validate_checkpoint(
     offsets = _check_bitmasks(expected, stored, formats)
     _check_scales(stored)
     _check_codebooks(stored)
-    books = {name: header.numel - BOOK_WORDS for name, header in stored.codebooks.items()}
-    return {name: CheckedWeight(offsets[name], books.get(name, 0)) for name in stored.values}
+    books = {name: header.numel - BOOK_WORDS for name, header in stored.kinds["codebook"].items()}
+    return {name: CheckedWeight(rows, books.get(name, 0)) for name, rows in offsets.items()}
 
 
 def _check_plain_shapes(expected: Mapping[str, torch.Tensor], stored: StoredTensors) -> None:
@@ -116,10 +116,10 @@ def _check_plain_shapes(expected: Mapping[str, torch.Tensor], stored: StoredTens
 def _check_compressed_shapes(
     expected: Mapping[str, torch.Tensor], stored: StoredTensors, formats: Formats
 ) -> None:
-    for name, mask in stored.bitmasks.items():
+    for name, mask in stored.kinds["bitmask"].items():
         *leading, columns = expected[name].shape
         numel = expected[name].numel()
-        values = stored.values[name]
+        values = stored.kinds["values"][name]
         if mask.dtype != "U8" or list(mask.shape) != [*leading, row_bytes(columns)]:
             raise CheckpointError(
                 f"{mask.file}: tensor {mask.name!r} must be U8 {[*leading, row_bytes(columns)]} "
@@ -134,11 +134,11 @@ def _check_compressed_shapes(
                 f"{values.file}: tensor {values.name!r} must be {kind} [n] with n <= {most}, got "
                 f"{values.dtype} {list(values.shape)}."
             )
-        if name in stored.codebooks:
-            _check_codebook_header(stored.codebooks[name], numel)
-        if name not in stored.scales:
+        if name in stored.kinds["codebook"]:
+            _check_codebook_header(stored.kinds["codebook"][name], numel)
+        if name not in stored.kinds["scales"]:
             continue
-        scales, groups = stored.scales[name], group_count(columns, group_size)
+        scales, groups = stored.kinds["scales"][name], group_count(columns, group_size)
         if scales.dtype not in _SCALES or list(scales.shape) != [*leading, groups]:
             raise CheckpointError(
                 f"{scales.file}: tensor {scales.name!r} must be floating point "
@@ -162,7 +162,7 @@ def _check_bitmasks(
     offsets: dict[str, torch.Tensor] = {}
 
     def check(name: str, header: TensorHeader, bitmask: torch.Tensor) -> None:
-        bitmask, values = bitmask.flatten(0, -2), stored.values[name]
+        bitmask, values = bitmask.flatten(0, -2), stored.kinds["values"][name]
         offsets[name] = count_row_offsets(bitmask)
         kept = int(offsets[name][-1])
         bits = formats[name].bits
@@ -173,7 +173,7 @@ def _check_bitmasks(
             )
         check_bitmask(bitmask, expected[name].shape[-1])
 
-    _check_each(stored.bitmasks, check)
+    _check_each(stored.kinds["bitmask"], check)
     return offsets
 
 
@@ -187,18 +187,18 @@ def _check_scales(stored: StoredTensors) -> None:
                 "or NaN; the file is damaged."
             )
 
-    _check_each(stored.scales, check)
+    _check_each(stored.kinds["scales"], check)
 
 
 def _check_codebooks(stored: StoredTensors) -> None:
     """Refuse codebooks that do not belong to their values."""
 
     def check(name: str, header: TensorHeader, book: torch.Tensor) -> None:
-        count = value_count(stored.values[name].numel)
+        count = value_count(stored.kinds["values"][name].numel)
         assert count is not None  # of as many weights as the bitmask keeps
         check_book(book, count)
 
-    _check_each(stored.codebooks, check)
+    _check_each(stored.kinds["codebook"], check)
 
 
 def _check_each(

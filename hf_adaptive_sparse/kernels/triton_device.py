@@ -16,6 +16,9 @@ import torch
 
 from hf_adaptive_sparse.kernels.library import ENVIRONMENT_VARIABLE
 
+logger = logging.getLogger(__name__)
+
+_LEAST_TRITON = (3, 4)  # 3.3 compiles no attention, and 3.2 encodes otherwise than torch
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 in the matrix units, asynchronous copies
 _INTERPRETED_PROCESSORS = 2
 _NO_CONTEXT = contextlib.nullcontext()
@@ -27,7 +30,7 @@ class LaunchError(RuntimeError):
 
 
 def is_available() -> bool:
-    """Return whether Triton is installed, wanted, and has a device, or interprets.
+    """Return whether a recent Triton is installed, wanted, and has a device, or interprets.
 
     ``HF_ADAPTIVE_SPARSE_KERNEL=none`` switches it off like the native kernels.
     """
@@ -38,11 +41,11 @@ def is_available() -> bool:
 
 def serves(device: torch.device) -> bool:
     """Return whether kernels can run on tensors of a device."""
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "none" or not _is_installed():
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "none":
         return False
     if device.type == "cuda":
-        return _is_recent(device)
-    return device.type == "cpu" and interprets()
+        return _is_recent(device) and _has_recent_triton()
+    return device.type == "cpu" and interprets() and _has_recent_triton()
 
 
 def interprets() -> bool:
@@ -133,7 +136,7 @@ def compile_and_launch(
     def launch_slowly(grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         kernel[grid](*arguments, **constants)
 
-    if compiled is None or not _takes_constants():  # interpreted, or another way to call it
+    if compiled is None or torch.version.hip is not None:  # interpreted, or AMD
         return launch_slowly
     names = kernel.arg_names[len(arguments) :]
     fixed = tuple(constants[name] for name in names)
@@ -187,21 +190,23 @@ def launch_call(
 
 
 @functools.cache
-def _takes_constants() -> bool:
-    """Return whether compiled kernels are called with constants, too, as from Triton 3.4 on.
-
-    And whether they are to be called at all.
-    """
-    if torch.version.hip is not None:
+def _has_recent_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
         return False
+    version = _triton_version()
+    if version < _LEAST_TRITON:
+        logger.warning(
+            "Triton %d.%d is too old for the kernels, which need %d.%d or newer (torch 2.8 brings "
+            "it); torch computes instead, which is slower.",
+            *(*version, *_LEAST_TRITON),
+        )
+    return version >= _LEAST_TRITON
+
+
+def _triton_version() -> tuple[int, int]:
     # Not the distribution's version: it has other names with other builds of torch.
     major, minor = importlib.import_module("triton").__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (3, 4)
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return int(major), int(minor)
 
 
 @functools.cache

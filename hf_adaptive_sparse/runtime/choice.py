@@ -73,8 +73,7 @@ class CompressedWeights:
     def _sparse_bytes(self, name: str, blocks: bool) -> int:
         (rows, columns), (bits, group_size) = self.shapes[name], self.formats[name]
         nnz = rows * columns - round(self.ratios.get(name, 0.0) * rows * columns)
-        if bits == UPPER_BYTE_BITS and (self.dtype != torch.bfloat16 or blocks):
-            bits = 16
+        bits = 16 if blocks and bits == UPPER_BYTE_BITS else _bits_held(bits, self.dtype)
         groups = group_count(columns, group_size) if bits in CODE_BITS else 0
         return size_bytes(rows, columns, nnz, bits, groups, self.dtype.itemsize, blocks=blocks)
 
@@ -196,9 +195,7 @@ def time_layer(
     dense = torch.rand(shape, generator=generator)
     dense[torch.rand(shape, generator=generator) < ratio] = 0.0
     weight = dense.to(dtype)
-    if bits == UPPER_BYTE_BITS and dtype != torch.bfloat16:
-        bits = 16
-    sparse = SparseWeight.from_dense(weight, bits, group_size)
+    sparse = SparseWeight.from_dense(weight, _bits_held(bits, dtype), group_size)
     x = torch.rand((1, shape[1]), generator=generator).to(device, dtype)
     plain = [weight.to(device, copy=True) for _ in range(_TIMED_COPIES)]
     packed = [_copy(sparse, device) for _ in range(_TIMED_COPIES)]
@@ -224,6 +221,11 @@ def available_bytes(device: torch.device) -> int | None:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):
             return None
+
+
+def _bits_held(bits: int, dtype: torch.dtype) -> int:
+    """Return the bits that values take in memory: 12 are a form of bfloat16 alone."""
+    return 16 if bits == UPPER_BYTE_BITS and dtype != torch.bfloat16 else bits
 
 
 def _copy(weight: SparseWeight, device: torch.device) -> SparseWeight:

@@ -51,7 +51,8 @@ def compile_for(capability, function, arguments, constants, options):
     assert kernel.asm["cubin"]
     if not options.get("enable_fp_fusion", True):  # what is to be exact to the last bit
         inexact = ("fma.", ".ftz", "div.full", ".approx")
-        assert not [word for word in inexact if word in kernel.asm["ptx"]]
+        found = [w for w in inexact if w in kernel.asm["ptx"]]
+        assert not found, found
     if constants.get("NATIVE") and "KEY_UNIT" in constants:
         check_threads(kernel.asm["ttgir"])
     return kernel.metadata.shared
