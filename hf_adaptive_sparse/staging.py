@@ -126,7 +126,7 @@ def _partial_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
     lock = _acquired(path, output)
     try:
         check_output(output, overwrite=overwrite)  # a job that has just ended may have filled it
-        partial = _beside(output, "partial")
+        partial = partial_of(output)
         yield partial
         _replace_folder(partial, output, overwrite=overwrite)
     finally:
@@ -158,6 +158,11 @@ def _acquired(path: Path, output: Path) -> BaseFileLock:
 def is_partial(folder: Path) -> bool:
     """Whether ``folder`` is one that an interrupted job left, or that a job is writing to."""
     return folder.name.endswith(_OURS + "partial")
+
+
+def partial_of(output: Path) -> Path:
+    """Return the folder in which a job makes ``output``, and may leave what it goes on from."""
+    return _beside(output.resolve(), "partial")
 
 
 def _beside(output: Path, role: str) -> Path:

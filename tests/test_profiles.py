@@ -133,6 +133,12 @@ class TestCompressionProfile:
             CompressionProfile().save(tmp_path / "profile.json")
         assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
 
+    @pytest.mark.parametrize("text", ["{", "{}", "[]"])
+    def test_a_file_that_is_none_is_named(self, tmp_path, text: str) -> None:
+        (tmp_path / "mine.json").write_text(text)
+        with pytest.raises(ValueError, match=r"mine\.json is no compression profile: "):
+            CompressionProfile.load(tmp_path / "mine.json")
+
     def test_empty_profile(self) -> None:
         assert CompressionProfile.from_dict(CompressionProfile().to_dict()) == CompressionProfile()
 

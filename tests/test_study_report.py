@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import tracemalloc
 from html.parser import HTMLParser
 
@@ -29,6 +30,7 @@ from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.narrowing_result import Narrowing
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.staging import partial_of
 from tests.report_rows import facts, linear_rows, row
 
 HELD_OUT = {
@@ -351,6 +353,25 @@ class TestReading:
         with pytest.raises(StorageError, match="there is no file or folder"):
             read_study(tmp_path / name)
         assert not (tmp_path / name).exists()
+
+    def test_a_search_that_runs_is_found_by_the_folder_it_is_to_write(self, study_folder, tmp_path):
+        output = tmp_path / "out"
+        partial_of(output).mkdir()
+        shutil.copy(study_folder / "search.journal", partial_of(output))
+        assert read_study(output).rows == read_study(study_folder).rows
+        output.mkdir()
+        assert len(read_study(output).rows) == 4
+        (output / "other").touch()  # another result is not passed over
+        with pytest.raises(StorageError, match=r"neither search\.journal nor search\.json"):
+            read_study(output)
+
+    @pytest.mark.parametrize("text", ["Loading\nand no end", '{"a": 1}', "[1]\n", "\n"])
+    def test_a_file_that_is_no_journal_stays_as_it_is(self, tmp_path, text):
+        (tmp_path / "run.log").write_text(text)
+        with pytest.raises(StorageError, match=r"run\.log is no journal of a search"):
+            read_study(tmp_path / "run.log")
+        assert (tmp_path / "run.log").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["run.log"]
 
     def test_an_empty_folder_says_what_is_expected(self, tmp_path):
         with pytest.raises(StorageError, match=r"neither search\.journal nor search\.json"):

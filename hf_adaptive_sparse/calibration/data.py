@@ -180,7 +180,7 @@ def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
     decoder: `sequence_pairs` checks them.
 
     Raises:
-        DataError: If tokens are missing, empty or of mismatched shapes.
+        DataError: If tokens are missing, empty, no whole numbers or of mismatched shapes.
     """
     decoder_is_fed = "decoder_input_ids" in batch
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
@@ -204,6 +204,11 @@ def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
                 f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch "
                 f"{index} has {tuple(batch[key].shape)}.{own if key == 'labels' else ''}"
             )
+    if "input_ids" in batch and (tokens.is_floating_point() or tokens.dtype == torch.bool):
+        raise DataError(
+            f"input_ids must be whole numbers, such as torch.int64; batch {index} has "
+            f"{tokens.dtype}."
+        )
 
 
 __all__ = [

@@ -7,12 +7,14 @@ progress and messages go to stderr.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers.utils.logging import (
     disable_progress_bar,
@@ -21,6 +23,7 @@ from transformers.utils.logging import (
 )
 
 from hf_adaptive_sparse.cli.arguments import build_parser
+from hf_adaptive_sparse.staging import partial_of
 
 INPUT_ERRORS = (ValueError, OSError, TypeError)
 """Errors that a user can fix. All others are bugs of this package and keep their traceback."""
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _hidden_bars(getattr(options, "no_progress", False)):
             answer = options.run(options)
     except KeyboardInterrupt:
-        print("hf-adaptive-sparse: interrupted.", file=sys.stderr)
+        print(f"hf-adaptive-sparse: {_interrupted(options)}", file=sys.stderr)
         return 130
     except INPUT_ERRORS as error:
         if options.traceback:
@@ -48,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(options.command, str(error).strip() or type(error).__name__)
     _say(json.dumps(answer.data, indent=2) if options.json else answer.text)
     return 0 if answer.error is None else _complain(options.command, answer.error)
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    """Return what an interruption leaves."""
+    output = getattr(options, "output", None)
+    if output is None or not partial_of(Path(output)).is_dir():
+        return "interrupted."
+    return f"interrupted; the same command goes on from what is in {partial_of(Path(output))}."
 
 
 def _say(text: str) -> None:

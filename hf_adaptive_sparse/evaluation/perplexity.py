@@ -57,7 +57,7 @@ def perplexity(
             of tensors.
         NonFiniteError: If keys, values or the loss of a batch are NaN or infinite.
     """
-    if isinstance(batches, str | bytes | os.PathLike | Mapping):
+    if batches is None or isinstance(batches, str | bytes | os.PathLike | Mapping):
         raise TypeError(
             "batches must be an iterable of batches, each a dict of tensors, got "
             f"{type(batches).__name__}. Make them from a name or a path with load_batches()."

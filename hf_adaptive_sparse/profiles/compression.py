@@ -88,6 +88,10 @@ class CompressionProfile:
         """Read the JSON form from ``path``.
 
         Raises:
-            ValueError: If the file is not a valid profile.
+            ValueError: If the file is not a valid profile; names it.
         """
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_dict(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} is no compression profile: {error}") from error

@@ -18,6 +18,7 @@ from hf_adaptive_sparse.search.start import SENSITIVITY
 from hf_adaptive_sparse.search.storage import JOURNAL, open_storage, quiet_optuna, storage_errors
 from hf_adaptive_sparse.search.trials import evaluated, history, is_set_aside
 from hf_adaptive_sparse.search.worker import WORKER_ATTRIBUTE
+from hf_adaptive_sparse.staging import partial_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -102,8 +103,8 @@ def read_study(source: str | os.PathLike[str], name: str | None = None) -> Study
     """Read a search.
 
     Args:
-        source: Folder that ``search`` or ``compress`` wrote, journal or SQLite file, or storage
-            URL.
+        source: Folder that ``search`` or ``compress`` wrote or is to write, journal or SQLite file,
+            or storage URL.
         name: Name of the study; ``None``: the one that a folder's result is of, else the only one.
 
     Raises:
@@ -114,7 +115,10 @@ def read_study(source: str | os.PathLike[str], name: str | None = None) -> Study
     text = os.fspath(source)
     if "://" not in text:
         path = Path(text)
-        if path.is_dir():
+        begun = partial_of(path) / JOURNAL
+        if begun.is_file() and not (path.is_dir() and any(path.iterdir())):
+            text = str(begun)  # of a job that runs, or was interrupted
+        elif path.is_dir():
             if not (path / JOURNAL).is_file():
                 return _from_file(path, name)
             if name is None and (path / HISTORY_FILE).is_file():

@@ -25,7 +25,8 @@ class FrozenWeightError(RuntimeError):
         super().__init__(
             f"{what}: this weight is kept compressed in memory (sparse runtime), where it can only "
             "be read. Load the model with sparsity_config=SparsityConfig(runtime='dense') to train "
-            "or change its weights, or train an adapter (PEFT LoRA) on top of it."
+            "or change its weights or merge an adapter into them; an adapter on top of it (PEFT "
+            "LoRA) can be trained as it is."
         )
 
 

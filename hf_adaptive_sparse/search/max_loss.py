@@ -122,7 +122,8 @@ def search_within(
     if len(unseen) < FEWEST_TO_BOUND:
         raise ValueError(
             f"A bound on the loss needs at least {FEWEST_TO_BOUND} held-out windows, got "
-            f"{len(unseen)}. Give more data, or shorter windows."
+            f"{len(unseen)}. Take more windows of the data (num_samples, --evaluation-samples) or "
+            "shorter ones (sequence_length, --sequence-length), or give more data."
         )
     for what, windows in (("Evaluation", seen), ("Held-out", unseen)):
         check_lengths(windows, space, what)

@@ -184,7 +184,7 @@ class Narrowing:
             told.append(f"The narrower are taken, which saves {amount} at no measurable loss.")
         else:
             told.append(
-                f"The mean of {self.kept} is kept, as it was asked for; without it {amount} could "
-                "be saved at no measurable loss."
+                f"The mean of {self.kept} is kept, as the search space says (by default all widths "
+                f"in equal parts); without it {amount} could be saved at no measurable loss."
             )
         return tuple(told)

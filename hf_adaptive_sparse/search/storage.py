@@ -7,6 +7,7 @@ is found out in the same way on every storage, see `worker`.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -32,6 +33,7 @@ JOURNAL = "search.journal"
 """The journal in a job's folder: it outlives a killed run, and the next one resumes from it."""
 
 JOURNAL_SUFFIXES = (".log", ".journal")
+_RECORD = b'{"op_code":'  # what Optuna begins each of a journal's lines with
 DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 BUSY_SECONDS = 60
 """How long an SQLite file that another worker is writing to is waited for."""
@@ -100,6 +102,7 @@ def open_storage(storage: Storage) -> BaseStorage:
             path = Path(name).absolute()
             if path.suffix in JOURNAL_SUFFIXES:
                 _check_parent(path)
+                _check_journal(path)
                 _drop_torn_line(path)
                 return JournalStorage(journal.JournalFileBackend(str(path)))
             if path.suffix not in DATABASE_SUFFIXES:
@@ -153,6 +156,24 @@ def _check_parent(path: Path) -> None:
         raise StorageError(f"The folder of the storage {str(path)!r} must exist; it does not.")
 
 
+def _check_journal(path: Path) -> None:
+    """Refuse a file that is no journal before anything is cut off or appended.
+
+    Raises:
+        StorageError: If the first line is no record of a journal.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        first = file.readline()
+    # Of a new file, or one whose first record was left unfinished, there is less.
+    if not _RECORD.startswith(first[: len(_RECORD)]):
+        raise StorageError(
+            f"{path} is no journal of a search: its first line is no record of one. Name another "
+            "file; this one stays as it is."
+        )
+
+
 def _drop_torn_line(path: Path) -> None:
     """Cut off a last line that a killed process left unfinished.
 
@@ -186,6 +207,10 @@ def storage_errors(name: str, *, opening: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except json.JSONDecodeError as error:
+        raise StorageError(
+            f"The storage {name} is no journal of a search: a line of it is not JSON ({error})."
+        ) from error
     except (ValueError, StorageError):
         raise
     except Exception as error:

@@ -144,7 +144,7 @@ class TestReadyBatches:
         checked = self.check(text_batches)
         assert all(a["input_ids"] is b["input_ids"] for a, b in zip(checked, text_batches))  # noqa: B905
         assert len(self.check([{"inputs_embeds": torch.ones(1, 2, 3)}])) == 1
-        assert len(self.check([{**FED, "input_ids": torch.ones(1, 2)}])) == 1
+        assert len(self.check([{**FED, "input_ids": torch.ones(1, 2, dtype=torch.int64)}])) == 1
         assert len(self.check([{**FED, "input_features": torch.ones(1, 8, 9)}])) == 1
 
     @pytest.mark.parametrize(
@@ -156,6 +156,7 @@ class TestReadyBatches:
             ([{"labels": torch.ones(1, 2)}], DataError, "batch 0 holds labels"),
             ([{"input_ids": torch.ones(2)}], DataError, r"batch 0 has \(2,\)"),
             ([{"input_ids": torch.ones(1, 0)}], DataError, r"batch 0 has \(1, 0\)"),
+            ([{"input_ids": torch.ones(1, 2)}], DataError, "batch 0 has torch.float32"),
             (
                 [{"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 3)}],
                 DataError,

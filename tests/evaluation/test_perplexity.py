@@ -254,7 +254,7 @@ def test_nothing_to_score(tiny_llama) -> None:
         perplexity(tiny_llama, [{"inputs_embeds": torch.zeros(1, 2, 64)}])
 
 
-@pytest.mark.parametrize("batches", ["wikitext", single([5, 6])])
+@pytest.mark.parametrize("batches", [None, "wikitext", single([5, 6])])
 def test_names_and_single_batches_are_refused(tiny_llama, batches: object) -> None:
     with pytest.raises(TypeError, match="load_batches"):
         perplexity(tiny_llama, batches)  # type: ignore[arg-type]

@@ -81,7 +81,8 @@ def test_under_an_exact_mean_the_search_says_what_could_be_saved_and_keeps_it(ru
     assert first.startswith("8 and 6 KV bits do not differ measurably here: with 6")
     assert "+0.010%" in first
     assert last.startswith(
-        "The mean of 7 KV bits is kept, as it was asked for; without it 32 bytes"
+        "The mean of 7 KV bits is kept, as the search space says (by default all widths in equal "
+        "parts); without it 32 bytes"
     )
 
 
