@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import shutil
+import sqlite3
 import tracemalloc
 from html.parser import HTMLParser
 
@@ -372,6 +374,22 @@ class TestReading:
             read_study(tmp_path / "run.log")
         assert (tmp_path / "run.log").read_text() == text
         assert [path.name for path in tmp_path.iterdir()] == ["run.log"]
+
+    def test_a_database_of_something_else_stays_as_it_is(self, tmp_path):
+        with contextlib.closing(sqlite3.connect(tmp_path / "mine.db")) as mine:
+            mine.execute("CREATE TABLE notes (text)")
+        before = (tmp_path / "mine.db").read_bytes()
+        with pytest.raises(StorageError, match=r"mine\.db cannot be used: .*no such table"):
+            read_study(tmp_path / "mine.db")
+        assert (tmp_path / "mine.db").read_bytes() == before
+
+    def test_reading_mends_nothing(self, study_folder):
+        journal = study_folder / "search.journal"
+        whole = read_study(journal)
+        journal.write_bytes(journal.read_bytes() + b'{"op_code":')
+        torn = journal.read_bytes()
+        assert read_study(journal).rows == whole.rows
+        assert journal.read_bytes() == torn
 
     def test_an_empty_folder_says_what_is_expected(self, tmp_path):
         with pytest.raises(StorageError, match=r"neither search\.journal nor search\.json"):

@@ -134,7 +134,7 @@ def read_study(source: str | os.PathLike[str], name: str | None = None) -> Study
 def _load(storage: str, name: str | None) -> Study:
     import optuna
 
-    opened = open_storage(storage)
+    opened = open_storage(storage, to_read=True)
     names = optuna.get_all_study_names(opened)
     if name is None and len(names) == 1:
         name = names[0]

@@ -70,7 +70,7 @@ def detached_study(study: Study) -> Study:
     return copy
 
 
-def open_storage(storage: Storage) -> BaseStorage:
+def open_storage(storage: Storage, *, to_read: bool = False) -> BaseStorage:
     """Open a storage.
 
     Args:
@@ -78,10 +78,11 @@ def open_storage(storage: Storage) -> BaseStorage:
             ``redis://…``; the extras ``postgresql`` and ``redis`` have their drivers), the path of
             a journal file (``.log``, ``.journal``) or of an SQLite
             file (``.db``, ``.sqlite``), or an Optuna storage.
+        to_read: Write nothing: no tables into a database that has none, and no end to a journal.
 
     Raises:
         ValueError: If the name says none of these.
-        StorageError: If it cannot be opened.
+        StorageError: If it cannot be opened, or is a file of something else.
     """
     from optuna.exceptions import ExperimentalWarning
     from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, journal
@@ -103,7 +104,8 @@ def open_storage(storage: Storage) -> BaseStorage:
             if path.suffix in JOURNAL_SUFFIXES:
                 _check_parent(path)
                 _check_journal(path)
-                _drop_torn_line(path)
+                if not to_read:
+                    _drop_torn_line(path)
                 return JournalStorage(journal.JournalFileBackend(str(path)))
             if path.suffix not in DATABASE_SUFFIXES:
                 raise ValueError(
@@ -113,10 +115,10 @@ def open_storage(storage: Storage) -> BaseStorage:
                 )
             _check_parent(path)
             name = f"sqlite:///{name}"
-        return _open_database(name)
+        return _open_database(name, to_read)
 
 
-def _open_database(url: str) -> BaseStorage:
+def _open_database(url: str, to_read: bool) -> BaseStorage:
     """Open a database, retrying while other workers make its tables."""
     import optuna
 
@@ -128,7 +130,9 @@ def _open_database(url: str) -> BaseStorage:
         options["pool_pre_ping"] = True
     for attempt in range(1, OPENING_ATTEMPTS + 1):
         try:
-            return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs=options)
+            return optuna.storages.RDBStorage(
+                _with_driver(url), engine_kwargs=options, skip_table_creation=to_read
+            )
         except Exception as error:
             if attempt == OPENING_ATTEMPTS or not _is_being_made(error):
                 raise
