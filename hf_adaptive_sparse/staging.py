@@ -167,7 +167,7 @@ def partial_of(output: Path) -> Path:
 
 def _beside(output: Path, role: str) -> Path:
     """Return a path beside ``output`` by a name that no other program uses."""
-    return output.with_name(output.name + _OURS + role)
+    return output.parent / (output.name + _OURS + role)  # a root has no name to be changed
 
 
 def _make(partial: Path) -> None:

@@ -383,6 +383,13 @@ class TestReading:
             read_study(tmp_path / "mine.db")
         assert (tmp_path / "mine.db").read_bytes() == before
 
+    def test_an_address_of_no_file_makes_none(self, tmp_path):
+        with pytest.raises(StorageError, match=r"there is no file .*none\.db"):
+            read_study(f"sqlite:///{tmp_path / 'none.db'}")
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(StorageError, match="neither"):
+            read_study("/")
+
     def test_reading_mends_nothing(self, study_folder):
         journal = study_folder / "search.journal"
         whole = read_study(journal)

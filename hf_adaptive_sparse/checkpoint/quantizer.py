@@ -262,7 +262,11 @@ def _check_whole_weights(config: SparsityConfig, pre_quantized: bool) -> None:
     """
     given = arguments_in_progress.get()
     asked = [name for name in _DISTRIBUTING_ARGUMENTS if given.get(name) is not None]
-    if not asked or (pre_quantized and config.checkpoint_format == "dense"):
+    if pre_quantized:
+        whole = config.checkpoint_format == "dense" or not config.value_formats
+    else:
+        whole = not (config.removes_weights or config.quantises_weights)
+    if whole or not asked:
         return
     raise ValueError(
         f"{asked[0]}= shards weights over processes, which is not possible with compressed weights "

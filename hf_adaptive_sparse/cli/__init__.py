@@ -22,7 +22,9 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
+from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME
 from hf_adaptive_sparse.cli.arguments import build_parser
+from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.staging import partial_of
 
 INPUT_ERRORS = (ValueError, OSError, TypeError)
@@ -54,11 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(options: argparse.Namespace) -> str:
-    """Return what an interruption leaves."""
-    output = getattr(options, "output", None)
-    if output is None or not partial_of(Path(output)).is_dir():
-        return "interrupted."
-    return f"interrupted; the same command goes on from what is in {partial_of(Path(output))}."
+    """Return what an interruption leaves to go on from."""
+    states = {"prune": (STATE_NAME,), "search": (JOURNAL,), "compress": (JOURNAL, STATE_NAME)}
+    for name in states.get(options.command, ()):
+        partial = partial_of(Path(options.output))
+        if (partial / name).is_file():
+            return f"interrupted; the same command goes on from what is in {partial}."
+    return "interrupted."
 
 
 def _say(text: str) -> None:

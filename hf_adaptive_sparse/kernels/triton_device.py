@@ -44,7 +44,7 @@ def serves(device: torch.device) -> bool:
     if os.environ.get(ENVIRONMENT_VARIABLE) == "none":
         return False
     if device.type == "cuda":
-        return _is_recent(device) and _has_recent_triton()
+        return _has_recent_triton() and _is_recent(device)
     return device.type == "cpu" and interprets() and _has_recent_triton()
 
 
@@ -193,7 +193,14 @@ def launch_call(
 def _has_recent_triton() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    version = _triton_version()
+    try:
+        version = _triton_version()
+    except Exception as error:  # whatever a broken installation raises
+        logger.warning(
+            "Triton cannot be imported (%s: %s); torch computes instead, which is slower.",
+            *(type(error).__name__, error),
+        )
+        return False
     if version < _LEAST_TRITON:
         logger.warning(
             "Triton %d.%d is too old for the kernels, which need %d.%d or newer (torch 2.8 brings "

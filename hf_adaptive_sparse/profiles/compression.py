@@ -90,8 +90,7 @@ class CompressionProfile:
         Raises:
             ValueError: If the file is not a valid profile; names it.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            return cls.from_dict(json.loads(text))
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is no compression profile: {error}") from error

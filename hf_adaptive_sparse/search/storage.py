@@ -7,7 +7,6 @@ is found out in the same way on every storage, see `worker`.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import random
@@ -121,9 +120,13 @@ def open_storage(storage: Storage, *, to_read: bool = False) -> BaseStorage:
 def _open_database(url: str, to_read: bool) -> BaseStorage:
     """Open a database, retrying while other workers make its tables."""
     import optuna
+    from sqlalchemy.engine import make_url
 
     options: dict[str, Any] = {}
     if url.startswith("sqlite:"):
+        file = make_url(url).database
+        if to_read and file and not Path(file).is_file():  # connecting would make it
+            raise StorageError(f"A study is needed; there is no file {file}.")
         options["connect_args"] = {"timeout": BUSY_SECONDS}
     else:
         # A connection that the server closed during a long trial is replaced, not used.
@@ -169,9 +172,9 @@ def _check_journal(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb") as file:
-        first = file.readline()
+        begin = file.read(len(_RECORD))
     # Of a new file, or one whose first record was left unfinished, there is less.
-    if not _RECORD.startswith(first[: len(_RECORD)]):
+    if not _RECORD.startswith(begin):
         raise StorageError(
             f"{path} is no journal of a search: its first line is no record of one. Name another "
             "file; this one stays as it is."
@@ -211,10 +214,6 @@ def storage_errors(name: str, *, opening: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except json.JSONDecodeError as error:
-        raise StorageError(
-            f"The storage {name} is no journal of a search: a line of it is not JSON ({error})."
-        ) from error
     except (ValueError, StorageError):
         raise
     except Exception as error:

@@ -341,6 +341,9 @@ def test_only_dense_weights_are_sharded_over_processes(tmp_path: Path) -> None:
     for folder, config in (("compressed", None), ("plain", MAGNITUDE)):
         with pytest.raises(ValueError, match=r"distributed_config= .*checkpoint_format='dense'"):
             load(folder, config)
+    only_cache = has.SparsityConfig(target_sparsity=0.0, kv_cache=8)
+    load("plain", only_cache).save_pretrained(tmp_path / "only_cache")
+    assert load("only_cache").config.quantization_config.kv_cache is not None
     ids = torch.arange(1, 20)[None]
     sharded = load("dense")
     assert sharded.hf_quantizer.runtime_choice.runtime == "dense"

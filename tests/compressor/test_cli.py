@@ -333,6 +333,24 @@ def test_a_checkpoint_without_the_head_is_refused(capsys, llava_folder: Path, tm
     assert "give a complete BertLMHeadModel" in stderr
 
 
+@pytest.mark.parametrize(("command", "kept"), [("search", True), ("prune", False)])
+def test_an_interruption_says_what_there_is_to_go_on_from(
+    capsys, monkeypatch, tmp_path: Path, command: str, kept: bool
+) -> None:
+    partial = tmp_path / "out.adaptive-sparse.partial"
+
+    def interrupted(options: object) -> None:
+        partial.mkdir()
+        (partial / "search.journal").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"hf_adaptive_sparse.cli.{command}.run_{command}", interrupted)
+    code, out, err = run(capsys, command, "model", "--output", tmp_path / "out")
+    assert (code, out) == (130, "")
+    told = f"; the same command goes on from what is in {partial}." if kept else "."
+    assert err == f"hf-adaptive-sparse: interrupted{told}\n"
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(llava_folder: Path, tmp_path: Path) -> None:
     arguments = ["prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude"]
     done = subprocess.run(
