@@ -390,6 +390,13 @@ class TestReading:
         with pytest.raises(StorageError, match="neither"):
             read_study("/")
 
+    def test_a_damaged_journal_is_named(self, study_folder):
+        journal = study_folder / "search.journal"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        journal.write_bytes(b"".join([*lines[:3], b"{\n", *lines[3:]]))
+        with pytest.raises(StorageError, match=r"search\.journal is damaged: a record"):
+            read_study(journal)
+
     def test_reading_mends_nothing(self, study_folder):
         journal = study_folder / "search.journal"
         whole = read_study(journal)

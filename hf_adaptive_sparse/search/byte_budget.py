@@ -170,12 +170,13 @@ class ByteBudget:
                 exceeded.append(f"{name} is {exact_bytes(limit)}, the smallest reachable {least}")
                 in_memory |= name == "fit_bytes"
         # The cache takes memory but no space in the files.
-        smaller = "narrower weight_bits"
+        smaller = "narrower weight_bits (--search-weight-bits)"
         if in_memory:
-            smaller += " or kv_bits, or a shorter context"
+            smaller += " or kv_bits (--kv-bits), or a shorter context"
         return ValueError(
             f"No profile of this space meets the budget: {' and '.join(exceeded)}. Allow higher "
-            f"ratios (target_sparsity='free', sparsity_high), {smaller}; or raise the limit."
+            f"ratios (target_sparsity='free', sparsity_high; --sparsity-high), {smaller}; or raise "
+            "the limit."
         )
 
 

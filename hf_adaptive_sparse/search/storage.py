@@ -7,6 +7,7 @@ is found out in the same way on every storage, see `worker`.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -214,7 +215,14 @@ def storage_errors(name: str, *, opening: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, StorageError):
+    except StorageError:
+        raise
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) and _is_of_storage(error):
+            raise StorageError(
+                f"The storage {_without_password(name)} is damaged: a record of it is not JSON "
+                f"({error}). Search into another one, or put a copy of it back."
+            ) from error
         raise
     except Exception as error:
         origin = _storage_error_behind(error)
@@ -240,6 +248,14 @@ def _storage_error_behind(error: BaseException | None) -> BaseException | None:
             found = error
         error = error.__cause__ or error.__context__
     return found
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    """Return whether an error came through Optuna's storages."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        str(frame.f_globals.get("__name__")).startswith("optuna.storages") for frame in frames
+    )
 
 
 def _raised_in(error: BaseException) -> str:
