@@ -160,7 +160,6 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         """
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, model)
         files, formats = self.checkpoint_files, parameter_formats(model, self.quantization_config)
-        arguments = arguments_in_progress.get()
         if not (self.pre_quantized and files and all(f.endswith(".safetensors") for f in files)):
             return conversions
         checked = validate_checkpoint(
@@ -168,7 +167,9 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             files,
             formats,
             conversions,
-            ignore_mismatched_sizes=bool(arguments.get("ignore_mismatched_sizes")),
+            ignore_mismatched_sizes=bool(
+                arguments_in_progress.get().get("ignore_mismatched_sizes")
+            ),
         )
         kept = runtime_formats(model, self.quantization_config)
         if not self._runs_sparse(model, kept):
@@ -262,11 +263,10 @@ def _check_whole_weights(config: SparsityConfig, pre_quantized: bool) -> None:
     """
     given = arguments_in_progress.get()
     asked = [name for name in _DISTRIBUTING_ARGUMENTS if given.get(name) is not None]
-    if pre_quantized:
-        whole = config.checkpoint_format == "dense" or not config.value_formats
-    else:
-        whole = not (config.removes_weights or config.quantises_weights)
-    if whole or not asked:
+    if not asked:
+        return
+    prunes = config.removes_weights or config.quantises_weights
+    if not (config.compressed_modules if pre_quantized else prunes):
         return
     raise ValueError(
         f"{asked[0]}= shards weights over processes, which is not possible with compressed weights "

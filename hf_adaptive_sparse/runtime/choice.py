@@ -73,7 +73,7 @@ class CompressedWeights:
     def _sparse_bytes(self, name: str, blocks: bool) -> int:
         (rows, columns), (bits, group_size) = self.shapes[name], self.formats[name]
         nnz = rows * columns - round(self.ratios.get(name, 0.0) * rows * columns)
-        bits = 16 if blocks and bits == UPPER_BYTE_BITS else _bits_held(bits, self.dtype)
+        bits = _bits_held(bits, self.dtype, on_gpu=blocks)
         groups = group_count(columns, group_size) if bits in CODE_BITS else 0
         return size_bytes(rows, columns, nnz, bits, groups, self.dtype.itemsize, blocks=blocks)
 
@@ -223,9 +223,9 @@ def available_bytes(device: torch.device) -> int | None:
             return None
 
 
-def _bits_held(bits: int, dtype: torch.dtype) -> int:
-    """Return the bits that values take in memory: 12 are a form of bfloat16 alone."""
-    return 16 if bits == UPPER_BYTE_BITS and dtype != torch.bfloat16 else bits
+def _bits_held(bits: int, dtype: torch.dtype, on_gpu: bool = False) -> int:
+    """Return the bits that values take in memory: 12 are for bfloat16 on a CPU."""
+    return 16 if bits == UPPER_BYTE_BITS and (dtype != torch.bfloat16 or on_gpu) else bits
 
 
 def _copy(weight: SparseWeight, device: torch.device) -> SparseWeight:

@@ -33,13 +33,15 @@ JOURNAL = "search.journal"
 """The journal in a job's folder: it outlives a killed run, and the next one resumes from it."""
 
 JOURNAL_SUFFIXES = (".log", ".journal")
-_RECORD = b'{"op_code":'  # what Optuna begins each of a journal's lines with
 DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 BUSY_SECONDS = 60
 """How long an SQLite file that another worker is writing to is waited for."""
 
 OPENING_ATTEMPTS = 10
 """How often a database is opened while other workers make its tables."""
+
+_RECORD = b'{"op_code":'  # what Optuna begins each of a journal's lines with
+_STORAGES = "optuna.storages"
 
 
 @contextlib.contextmanager
@@ -217,14 +219,9 @@ def storage_errors(name: str, *, opening: bool = False) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except ValueError as error:
-        if isinstance(error, json.JSONDecodeError) and _is_of_storage(error):
-            raise StorageError(
-                f"The storage {_without_password(name)} is damaged: a record of it is not JSON "
-                f"({error}). Search into another one, or put a copy of it back."
-            ) from error
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+            raise
         origin = _storage_error_behind(error)
         if origin is None and opening and isinstance(error, ImportError | OSError):
             origin = error
@@ -244,24 +241,19 @@ def _storage_error_behind(error: BaseException | None) -> BaseException | None:
     while error is not None:
         if type(error).__module__.split(".")[0] in ("sqlalchemy", "redis"):
             found = error
-        if isinstance(error, OSError) and _raised_in(error).startswith("optuna.storages"):
+        modules = _modules_of(error)
+        if isinstance(error, OSError) and modules[-1:] and modules[-1].startswith(_STORAGES):
             found = error
+        if isinstance(error, json.JSONDecodeError):  # raised below them
+            found = error if any(name.startswith(_STORAGES) for name in modules) else found
         error = error.__cause__ or error.__context__
     return found
 
 
-def _is_of_storage(error: BaseException) -> bool:
-    """Return whether an error came through Optuna's storages."""
+def _modules_of(error: BaseException) -> list[str]:
+    """Return the names of the modules that an error came through, the last of which raised it."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(
-        str(frame.f_globals.get("__name__")).startswith("optuna.storages") for frame in frames
-    )
-
-
-def _raised_in(error: BaseException) -> str:
-    """Return the name of the module that raised an error."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    return [str(frame.f_globals.get("__name__", "")) for frame in frames]
 
 
 def _describe(name: str, error: BaseException) -> str:
@@ -277,6 +269,11 @@ def _describe(name: str, error: BaseException) -> str:
         return (
             f"The storage {_without_password(name)} cannot be used: {detail}. Its driver is not "
             f"installed: pip install {install}."
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return (
+            f"The storage {_without_password(name)} is damaged: a record of it is not JSON "
+            f"({detail}). Search into another one, or put a copy of it back."
         )
     if isinstance(error, OSError):
         return (

@@ -217,7 +217,7 @@ def test_every_form_of_a_video(tmp_path: Path) -> None:
         (3, "must be a list of frames.* got int"),
         ("missing.gif", "cannot be opened"),
         ([b"no image"], "image cannot be opened"),
-        (tiff_without_width(), "be opened: "),
+        (tiff_without_width(), "be opened: Missing dimensions"),
     ],
 )
 def test_bad_videos(video: Any, message: str) -> None:

@@ -138,7 +138,9 @@ def test_a_merged_adapter_is_saved_without_loss(
 ) -> None:
     merged = adapted(load(folder, "dense")).merge_and_unload().eval()
     merged.save_pretrained(tmp_path / "merged")
-    for runtime in ("dense", "sparse"):
+    # The sparse runtime multiplies codes by activations on 15 bits.
+    for runtime, close in (("dense", 1e-5), ("sparse", 1e-4)):
         loaded = load(tmp_path / "merged", runtime)
         expected = merged(**text_batches[0]).logits
-        torch.testing.assert_close(loaded(**text_batches[0]).logits, expected, rtol=1e-3, atol=1e-4)
+        found = loaded(**text_batches[0]).logits
+        torch.testing.assert_close(found, expected, rtol=10 * close, atol=close)

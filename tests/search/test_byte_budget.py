@@ -288,7 +288,10 @@ def test_an_impossible_limit_is_refused_with_the_smallest_reachable_figure(tiny_
 
 def test_a_limit_of_memory_that_is_refused_may_be_met_by_a_smaller_cache(tiny_llama):
     space = SearchSpace(target_sparsity="free", fit_bytes=50_000, context_length=64)
-    with pytest.raises(ValueError, match=r"weight_bits .* or kv_bits .*, or a shorter context"):
+    smaller = (
+        r"narrower weight_bits \(--search-weight-bits\) or kv_bits \(--kv-bits\), or a shorter"
+    )
+    with pytest.raises(ValueError, match=f"{smaller} context"):
         uniform_candidate(space, ModelShape.of(tiny_llama, space))
 
 
