@@ -31,6 +31,7 @@ from hf_adaptive_sparse.architecture.weights import (
     fused_rows,
     parameter_name,
     prunable_weights,
+    stack_names,
     weight_place,
 )
 
@@ -57,5 +58,6 @@ __all__ = [
     "parameter_name",
     "prunable_weights",
     "spread_by_name",
+    "stack_names",
     "weight_place",
 ]

@@ -124,6 +124,17 @@ def parameter_name(name: str, weight: object) -> str:
     return f"{name}.weight" if isinstance(weight, nn.Module) else name
 
 
+def stack_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the names among those of weights that mean stacks of experts.
+
+    Args:
+        model: A model, possibly on the meta device.
+        names: Of linears, which are modules, and of stacks, which are parameters or were.
+    """
+    modules = dict(model.named_modules())
+    return [name for name in names if name not in modules]
+
+
 def weight_place(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     """Return the place of the weight called ``name``, whether it may be pruned or not.
 

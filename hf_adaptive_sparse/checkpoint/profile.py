@@ -16,6 +16,7 @@ from hf_adaptive_sparse.architecture import (
     num_decoder_layers,
     prunable_weights,
     spread_by_name,
+    stack_names,
 )
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
@@ -30,13 +31,13 @@ def storable_weights(model: nn.Module) -> dict[str, str]:
     Returns:
         Runtime name of a linear -> that of its parameter; name of a stack of experts -> the same.
     """
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, parameters.values()))
     tied: set[str] = set(getattr(model, "all_tied_weights_keys", None) or ())
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             found[name] = f"{name}.weight"
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     found |= {key: key for key, parameter in parameters.items() if parameter.ndim == 3}
     found |= {key: key for key in sparse_stacks(model)}
     return {
@@ -48,8 +49,9 @@ def storable_weights(model: nn.Module) -> dict[str, str]:
 
 def parameter_formats(model: nn.Module, config: SparsityConfig) -> dict[str, ValueFormat]:
     """Return the value formats of a config by the names of a model's parameters."""
-    keys = storable_weights(model)
-    return {keys.get(n, f"{n}.weight"): form for n, form in config.value_formats.items()}
+    formats = config.value_formats
+    stacks = set(stack_names(model, formats))
+    return {n if n in stacks else f"{n}.weight": form for n, form in formats.items()}
 
 
 def runtime_formats(model: nn.Module, config: SparsityConfig) -> dict[str, ValueFormat]:
@@ -57,10 +59,10 @@ def runtime_formats(model: nn.Module, config: SparsityConfig) -> dict[str, Value
 
     That is linears, by the names of the modules, and the stacks of experts that it can, by theirs.
     """
-    keys = storable_weights(model)
-    stacks = [name for name in config.value_formats if keys.get(name) == name]
-    kept = {*compressible_stacks(model, stacks), *sparse_stacks(model)}
-    return {n: f for n, f in config.value_formats.items() if keys.get(n) != n or n in kept}
+    formats = config.value_formats
+    stacks = stack_names(model, formats)
+    dense = set(stacks) - compressible_stacks(model, stacks).keys() - sparse_stacks(model).keys()
+    return {name: form for name, form in formats.items() if name not in dense}
 
 
 def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:

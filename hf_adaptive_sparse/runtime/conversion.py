@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
+from hf_adaptive_sparse.architecture import stack_names
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_weight import StoredWeight, ValueFormat
 from hf_adaptive_sparse.runtime.expert_modules import hold_, hold_empty_, release_
@@ -36,7 +37,7 @@ def replace_by_empty_(model: nn.Module, weights: Mapping[str, StoredWeight]) -> 
         weights: Name of a linear, or of a stack of experts that can be kept compressed -> how its
             weight is stored.
     """
-    stacks = compressible_stacks(model, _stack_names(model, weights))
+    stacks = compressible_stacks(model, stack_names(model, weights))
     for name, stored in weights.items():
         if name in stacks:
             hold_empty_(stacks[name], stored)
@@ -69,7 +70,7 @@ def compress_(model: nn.Module, weights: Mapping[str, ValueFormat]) -> None:
     Raises:
         ValueError: If a weight is not in memory, or cannot be quantised.
     """
-    stacks = compressible_stacks(model, _stack_names(model, weights))
+    stacks = compressible_stacks(model, stack_names(model, weights))
     for name, (bits, group_size) in weights.items():
         if name in stacks:
             _check_here(name, stacks[name].weight, stacks[name].experts.module)
@@ -130,11 +131,6 @@ def _check_here(name: str, weight: torch.Tensor, owner: nn.Module) -> None:
             f"The weight of {name!r} is offloaded or waits on another device, where it cannot be "
             "compressed. Save the pruned model, and load it with runtime='sparse'."
         )
-
-
-def _stack_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    modules = dict(model.named_modules())
-    return [name for name in names if name not in modules]
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
