@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
 LIBRARY = "_kernels.so"
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 PATHS = {"amx": 4, "avx512": 2, "avx512f": 5, "avx2": 1, "neon": 3, "portable": 0}
 """Names of the paths, fastest first, and their numbers in the library."""
@@ -61,6 +61,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.has_use_threads_of.argtypes = [ctypes.c_void_p]
     loaded.has_use_threads_of.restype = None
+    loaded.has_sparse_many_bytes.restype = ctypes.c_int64
     # A forked child has no threads of its parent's pool, whose kernels may wait for them for ever.
     loaded.has_use_threads_of(_torch_parallel() if os.getpid() == _IMPORTED_BY else None)
     return loaded

@@ -1,9 +1,10 @@
 """Products with a sparse weight: chooses the kernel. Other packages call nothing but this.
 
 A few tokens go through a kernel that reads the sparse weight itself (``sparse_native`` on the CPU,
-``triton_sparse`` on a GPU); many go by tiles through torch's matrix product (``sparse_tiles``), as
-do a few where there is no kernel or it fails, which is said once. Nothing here records a gradient;
-the layer that calls this does, with ``input_gradient``.
+``triton_sparse`` on a GPU), and so do many on a CPU that has a matrix unit (``sparse_many``).
+Otherwise many go by tiles through torch's matrix product (``sparse_tiles``), as do a few where
+there is no kernel or it fails, which is said once. Nothing here records a gradient; the layer that
+calls this does, with ``input_gradient``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 
 import torch
 
-from hf_adaptive_sparse.kernels import sparse_native, sparse_tiles, triton_sparse
+from hf_adaptive_sparse.kernels import sparse_many, sparse_native, sparse_tiles, triton_sparse
 from hf_adaptive_sparse.kernels.library import describe
 from hf_adaptive_sparse.packing import offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -71,6 +72,8 @@ def _product(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -
     rows, columns = weight.shape
     tokens = x.reshape(-1, columns) if columns else x.reshape(x.shape[:-1].numel(), 0)
     output = _few_tokens(tokens, weight, bias)
+    if output is None and sparse_many.takes(weight):
+        output = sparse_many.linear(tokens, weight, bias)
     if output is None:
         output = sparse_tiles.linear(tokens, weight, bias)
     # No view, of which autograd would let nothing be changed in place.

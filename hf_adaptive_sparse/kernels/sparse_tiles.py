@@ -17,13 +17,13 @@ than that, a second round would take as long as the first.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import torch
 
 from hf_adaptive_sparse.kernels import sparse_native, triton_sparse
 from hf_adaptive_sparse.kernels.library import multiplies
+from hf_adaptive_sparse.kernels.scratch import scratch
 from hf_adaptive_sparse.kernels.triton_device import processors
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
@@ -39,8 +39,6 @@ And what ``_GPU_ROWS`` rows take at least.
 _GPU_ROWS = 128  # that a program of a matrix product takes
 _GPU_TOKENS = 256  # the same
 _CPU_ROWS = 64  # of which torch's product wants whole multiples: 762 rows take 1.3 times as long
-
-_buffers = threading.local()
 
 
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -146,11 +144,4 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) ->
     """Return memory of a shape: on the CPU of one buffer per thread, kept for reuse."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)  # that allocator reuses by itself
-    size_bytes = shape[0] * shape[1] * dtype.itemsize
-    kept: torch.Tensor | None = getattr(_buffers, "kept", None)
-    if kept is None or kept.numel() < size_bytes:
-        # A tensor made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            kept = torch.empty(max(size_bytes, TILE_BYTES), dtype=torch.uint8)
-        _buffers.kept = kept
-    return kept[:size_bytes].view(dtype).view(shape)
+    return scratch(shape[0] * shape[1] * dtype.itemsize).view(dtype).view(shape)

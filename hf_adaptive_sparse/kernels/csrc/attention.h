@@ -8,7 +8,7 @@
 
 #include "threads.h"
 
-enum { HAS_ABI_VERSION = 7 };
+enum { HAS_ABI_VERSION = 8 };
 enum { HAS_FLOAT32 = 0, HAS_BFLOAT16 = 1, HAS_FLOAT16 = 2, HAS_BOOL = 3, HAS_NO_MASK = -1 };
 enum { HAS_KEYS_BY_CHANNEL = 0, HAS_KEYS_BY_TOKEN = 1 };
 enum { HAS_OK = 0, HAS_BAD_VARIANT = 1, HAS_NO_MEMORY = 2, HAS_BAD_ARGUMENT = 3 };

@@ -29,7 +29,7 @@ static void fill_tables(void) {
     }
 }
 
-static const has_sparse_variant *variant_of(int variant) {
+const has_sparse_variant *has_sparse_variant_of(int variant) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, fill_tables);
     if (!has_supports(variant)) return NULL;
@@ -54,13 +54,13 @@ static const has_sparse_variant *variant_of(int variant) {
 
 /* Whether a variant multiplies rows as they are expanded, in registers. */
 HAS_EXPORT int has_sparse_in_registers(int variant) {
-    const has_sparse_variant *v = variant_of(variant);
+    const has_sparse_variant *v = has_sparse_variant_of(variant);
     return v != NULL && v->in_registers;
 }
 
 HAS_EXPORT int64_t has_sparse_call_size_bytes(void) { return (int64_t)sizeof(has_sparse_call); }
 
-static int has_bad_sizes(const has_sparse_call *call) {
+int has_sparse_bad_sizes(const has_sparse_call *call) {
     int whole = call->bits == 32 ? call->dtype == HAS_FLOAT32
                                  : call->bits == 16 && (call->dtype == HAS_BFLOAT16 ||
                                                         call->dtype == HAS_FLOAT16);
@@ -162,9 +162,9 @@ HAS_EXPORT int has_row_offsets(const uint8_t *bitmask, int64_t rows, int64_t row
 
 /* output[token][row] = sum over columns of x[token][column] * weight[row][column] + bias[row] */
 HAS_EXPORT int has_sparse_linear(int variant, const has_sparse_call *call) {
-    const has_sparse_variant *v = variant_of(variant);
+    const has_sparse_variant *v = has_sparse_variant_of(variant);
     if (v == NULL) return HAS_BAD_VARIANT;
-    if (has_bad_sizes(call) || call->tokens < 1 || call->tokens > HAS_SPARSE_TOKENS)
+    if (has_sparse_bad_sizes(call) || call->tokens < 1 || call->tokens > HAS_SPARSE_TOKENS)
         return HAS_BAD_ARGUMENT;
     int codes = call->bits <= 8;
     int narrow = (codes && v->rounds) || (call->dtype == HAS_BFLOAT16 && v->takes_bfloat16);
@@ -199,9 +199,9 @@ HAS_EXPORT int has_sparse_linear(int variant, const has_sparse_call *call) {
 
 /* Rows first_row to last_row - 1 of the weight in dtype; codes times scales are rounded to it. */
 HAS_EXPORT int has_sparse_dense(int variant, const has_sparse_call *call) {
-    const has_sparse_variant *v = variant_of(variant);
+    const has_sparse_variant *v = has_sparse_variant_of(variant);
     if (v == NULL) return HAS_BAD_VARIANT;
-    if (has_bad_sizes(call) || call->first_row < 0 || call->last_row > call->rows)
+    if (has_sparse_bad_sizes(call) || call->first_row < 0 || call->last_row > call->rows)
         return HAS_BAD_ARGUMENT;
     range r = {.call = call, .variant = v, .first = call->first_row, .last = call->last_row};
     return run(&r);

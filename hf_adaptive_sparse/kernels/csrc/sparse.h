@@ -50,6 +50,18 @@ typedef struct {
     int32_t *corrections; /* [token][segment][lane], of codes that are split: see sparse_body.h */
 } has_sparse_x;
 
+/* How a product of many tokens is divided, and where its parts lie in memory of the caller's. */
+typedef struct {
+    uint32_t *x;          /* all tokens, in the order of the matrix unit's tiles */
+    uint8_t *thread;      /* of the first thread; 64-byte aligned, as all of this */
+    int64_t steps, tiles; /* of 32 columns, and of 16 tokens */
+    int64_t rows;         /* of a task, a multiple of 32 */
+    int64_t row_bytes;    /* of a decompressed row */
+    int64_t weight_bytes; /* of the decompressed rows of a task */
+    int64_t thread_bytes; /* of these and their sums */
+    int64_t threads;
+} has_sparse_many;
+
 typedef struct {
     /* 1 where bfloat16 x stays as it is, 0 where it is widened. */
     int takes_bfloat16;
@@ -66,6 +78,11 @@ typedef struct {
                      int64_t last);
     /* Decompress rows first to last - 1 of the weight to where `output` has first_row. */
     void (*decompress)(const has_sparse_call *call, int64_t first, int64_t last);
+    /* Of many tokens: put a tile of them in order. NULL where there is no product of many. */
+    void (*pack)(const has_sparse_call *call, const has_sparse_many *many, int64_t tile);
+    /* Multiply rows first to last - 1 with all tokens, in a thread's own memory. */
+    void (*multiply_many)(const has_sparse_call *call, const has_sparse_many *many, uint8_t *memory,
+                          int64_t first, int64_t last);
 } has_sparse_variant;
 
 /* The bits of columns i to i + 63; i is a multiple of 8. */
@@ -77,6 +94,10 @@ HAS_INLINE uint64_t mask_word(const uint8_t *mask, int64_t i) {
 
 extern const has_sparse_variant has_sparse_portable, has_sparse_avx2, has_sparse_avx512f,
     has_sparse_avx512, has_sparse_amx, has_sparse_neon;
+
+/* The variant of a number, or NULL; and whether a call's sizes are none that kernels take. */
+const has_sparse_variant *has_sparse_variant_of(int variant);
+int has_sparse_bad_sizes(const has_sparse_call *call);
 
 /* For a byte of the mask: which bytes of the next 8 values of 2 bytes, or of 1 byte, go to each of
  * its 8 columns, and of 1 byte to the upper half of 2; 0x80 or more where there is none. For half a

@@ -413,4 +413,7 @@ static TARGET_AMX void amx_multiply(const has_sparse_call *call, const has_spars
     _tile_release();
 }
 
-const has_sparse_variant has_sparse_amx = {1, 1, 0, AMX_ROWS, amx_prepare, amx_multiply, decompress};
+#include "sparse_amx_many.h"
+
+const has_sparse_variant has_sparse_amx = {1, 1, 0, AMX_ROWS, amx_prepare, amx_multiply, decompress,
+                                           many_pack, many_multiply};

@@ -435,4 +435,4 @@ static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_
     }
 }
 
-const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, ROUNDS, IN_REGISTERS, 1, prepare, multiply, decompress};
+const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, ROUNDS, IN_REGISTERS, 1, prepare, multiply, decompress, NULL, NULL};
