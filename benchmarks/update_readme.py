@@ -7,6 +7,7 @@ what this script writes.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ FAMILIES_START = "<!-- table: families -->\n"
 FAMILIES = RESULTS / "families.json"
 OFFLOAD_START = "<!-- table: offload -->\n"
 OFFLOAD = RESULTS / "offload.json"
+HEADLINE_START = "<!-- table: headline -->\n"
+GPU_START = "<!-- table: gpu -->\n"
+GPU, GPU_MODEL = RESULTS / "gpu_sparse.json", RESULTS / "gpu_model.json"
+GPU_TILE_BYTES = 64 << 20
+"""The tile that the package decompresses at once, of those in ``gpu_sparse.json``."""
+GPU_LARGE = ("4096x11008", "11008x4096", "8192x28672")
+GPU_VALUES = {"bfloat16": "16 bits", "int8": "8 bits", "int4": "4 bits"}
+"""Values in ``gpu_sparse.json``, as the README calls them."""
+BITS_START = "<!-- table: bits -->\n"
+OPEN_QUESTIONS = RESULTS / "open_questions.json"
+ALTERNATIVES_START = "<!-- table: alternatives -->\n"
+LLAMA_CPP, KV_CACHE = RESULTS / "beside_llama_cpp.json", RESULTS / "kv_cache.json"
 JOBS = {
     "memory": "prune",
     "offload": "prune --offload",
@@ -135,6 +148,164 @@ def offload_table() -> str:
     )
 
 
+def headline() -> str:
+    """Return the most that is gained and what it costs, each with its baseline."""
+    quality = json.loads(QUALITY.read_text(encoding="utf-8"))
+    perplexity = {row["name"]: row["perplexity"] for row in quality["rows"]}
+    increase = perplexity["quality best (alps, searched)"] / perplexity["dense"] - 1
+    runtime = json.loads(RUNTIME.read_text(encoding="utf-8"))
+    weights = [
+        runtime["loading"][form]["pruned_bytes"] / runtime["dense_pruned_bytes"]
+        for form in ("sparse, 16 bits", "sparse, 8 bits")
+    ]
+    steps = {form: step["median_ms"] for form, step in runtime["decoding"].items()}
+    speed = [steps["dense"] / steps[form] for form in ("sparse, 16 bits", "sparse, 8 bits")]
+    return (
+        f"**In figures:** with half of its weights removed, a random language model of "
+        f"{runtime['parameters'] / 1e9:.2f} B decoder weights keeps them in "
+        f"{100 * weights[0]:.0f} % of their bfloat16 memory and decodes {speed[0]:.2f} times as "
+        f"fast as the dense model on a 2-core CPU; with 8-bit values it is "
+        f"{100 * weights[1]:.0f} % and {speed[1]:.2f} times. On a trained LLaVA of 13 M "
+        f"parameters, the largest model that was scored, removing half of the weights "
+        f"(`--quality best`) raises perplexity by {100 * increase:.1f} %.\n"
+    )
+
+
+def spread(values: Iterable[float]) -> str:
+    """Return the least and the largest of some ratios."""
+    found = sorted(values)
+    least, most = f"{found[0]:.2f}", f"{found[-1]:.2f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def bits_table() -> str:
+    """Return what equal sizes lose by fewer bits and by fewer weights."""
+    result = json.loads(OPEN_QUESTIONS.read_text(encoding="utf-8"))
+    rows = result["answers"]["weight_bits"]["rows"]
+    lines: list[dict[str, object]] = [
+        {
+            "bits per weight": f"{row['bits_per_weight']:.2f}",
+            "made of": name.replace(" sparse", " removed").replace(".0%", "%").replace("%", " %"),
+            "loss above dense, nats per token": f"{row['gap']:+.4f}",
+        }
+        for name, row in sorted(rows.items(), key=lambda found: -found[1]["bits_per_weight"])
+        if row["bits_per_weight"] < 16
+    ]
+    return (
+        f"{markdown_table(lines)}\n\n"
+        f"<sub>The same LLaVA, {result['held_out_tokens']:,} held-out tokens; uniform `lognorm` "
+        f"masks without a weight update, rounding to nearest. Counted are the scales of 4-bit "
+        f"values, and a bitmask where weights were removed; checkpoints of this package always "
+        f"have the bitmask. From "
+        f"[open_questions.md](benchmarks/results/open_questions.md).</sub>\n"
+    )
+
+
+def gpu_table() -> str:
+    """Return how fast sparse products are on a GPU, where they gain and where they lose."""
+    result = json.loads(GPU.read_text(encoding="utf-8"))
+    machine = result["environment"]
+    prompts = [row for row in result["tile_bytes"] if row["tile_bytes"] == GPU_TILE_BYTES]
+
+    def line(tokens: str, shapes: str, rows: list[dict[str, Any]]) -> dict[str, object]:
+        cells: dict[str, object] = {"tokens at once": tokens, "weight": shapes}
+        for values, name in GPU_VALUES.items():
+            chosen = [row for row in rows if row["values"] == values]
+            on_device = spread(row["speed"] for row in chosen)
+            cells[name] = f"{on_device} ({spread(row['call_speed'] for row in chosen)})"
+        return cells
+
+    def products(tokens: int, *shapes: str) -> list[dict[str, Any]]:
+        rows = result["products"]
+        return [row for row in rows if row["tokens"] == tokens and row["shape"] in shapes]
+
+    lines = [
+        line("1", "4,096 x 4,096", products(1, "4096x4096")),
+        line("1", "three larger ones", products(1, *GPU_LARGE)),
+        *(
+            line(str(tokens), "11,008 x 4,096", products(tokens, "11008x4096"))
+            for tokens in result["settings"]["tokens"]
+        ),
+        line(f"{result['settings']['prefill']:,}", "all four", prompts),
+    ]
+    return (
+        f"{markdown_table(lines)}\n\n"
+        f"<sub>How many times as fast as cuBLAS with the dense bfloat16 weight, on the device and, "
+        f"in brackets, with the Python that starts it. {machine['gpus'][0]}, torch "
+        f"{machine['versions']['torch']}; from [gpu_sparse.md](benchmarks/results/gpu_sparse.md)."
+        f"</sub>\n\n"
+        f"{markdown_table(gpu_model_rows())}\n\n"
+        f"<sub>A random Llama of LLaVA-1.5-7B's shape, half of its weights gone, bfloat16; a "
+        f"prompt and a context of 2,048 tokens, batch 1; the same machine. The first row uses "
+        f"`DynamicCache` and torch's default attention, the sparse ones the adaptive cache. From "
+        f"[gpu_model.md](benchmarks/results/gpu_model.md).</sub>\n"
+    )
+
+
+def gpu_model_rows() -> list[dict[str, object]]:
+    """Return what each form of a model of 7 B parameters takes on a GPU."""
+    rows = json.loads(GPU_MODEL.read_text(encoding="utf-8"))["rows"]
+    return [
+        {
+            "form": row["form"],
+            "weights": f"{row['model_bytes'] / 1e9:.1f} GB",
+            "cache": f"{row['cache_bytes'] / 1e6:,.0f} MB",
+            "prompt": f"{row['prefill_ms']:.0f} ms",
+            "token": f"{row['decode_ms']:.0f} ms",
+            "of it kernels": f"{row['kernels_ms']:.1f} ms",
+        }
+        for row in rows
+    ]
+
+
+def alternatives() -> str:
+    """Return llama.cpp and transformers' stock caches beside ours."""
+    llama, cache = (json.loads(path.read_text(encoding="utf-8")) for path in (LLAMA_CPP, KV_CACHE))
+    theirs = next(form for form in llama["bytes"] if form.startswith("llama.cpp"))
+    times = llama["milliseconds"]
+    forms: list[dict[str, object]] = [
+        {
+            "form": form,
+            "weights": f"{size / 1e6:,.0f} MB",
+            "a token": f"{times[form]:.1f} ms",
+            "speed against llama.cpp": f"{times[theirs] / times[form]:.2f} x",
+        }
+        for form, size in llama["bytes"].items()
+    ]
+    plain, kept = "DynamicCache", cache["decoding"]["8192"]
+    caches: list[dict[str, object]] = []
+    for name, row in kept.items():
+        if name != "floor":
+            short, prompt = cache["decoding"]["2048"], cache["prefill"]["2048"]
+            ratios = {
+                "a token at 2,048": short[name]["median_ms"] / short[plain]["median_ms"],
+                "at 8,192": row["median_ms"] / kept[plain]["median_ms"],
+                "a prompt of 2,048": prompt[name]["median_ms"] / prompt[plain]["median_ms"],
+                "bytes at 8,192": row["nbytes"] / kept[plain]["nbytes"],
+                "peak memory at 8,192": cache["peak_bytes"][name] / cache["peak_bytes"][plain],
+            }
+            ratios_text = {column: f"{ratio:.2f}" for column, ratio in ratios.items()}
+            caches.append({"cache": name, **ratios_text})
+    first, second = llama["environment"], cache["environment"]
+    parameters = json.loads(RUNTIME.read_text(encoding="utf-8"))["parameters"]
+    return (
+        f"**llama.cpp**, decoding one sequence on a CPU:\n\n"
+        f"{markdown_table(forms)}\n\n"
+        f"<sub>A random Llama of {parameters / 1e9:.2f} B parameters in its decoder, "
+        f"{llama['context']:,} tokens of context; "
+        f"{first['processor']}, {first['threads']} threads. llama.cpp keeps all weights, ours half "
+        f"of them, and neither was scored; its embedding has 8 bits, ours 16. It ran without its "
+        f"AMX buffers, because its AMX path crashed. From [beside_llama_cpp.md](benchmarks/results/"
+        f"beside_llama_cpp.md).</sub>\n\n"
+        f"**The other caches of transformers**, on a CPU:\n\n"
+        f"{markdown_table(caches)}\n\n"
+        f"<sub>Time and bytes against `DynamicCache`; less is better. A random bfloat16 Llama "
+        f"of {cache['settings']['layers']} layers; {second['processor']}, {second['threads']} "
+        f"threads. "
+        f"From [kv_cache.md](benchmarks/results/kv_cache.md).</sub>\n"
+    )
+
+
 def families_table() -> str:
     """Return which families work, which with a limit, and which are refused."""
     rows = json.loads(FAMILIES.read_text(encoding="utf-8"))["rows"]
@@ -156,6 +327,10 @@ def updated(text: str) -> str:
         RUNTIME_START: runtime_table(),
         OFFLOAD_START: offload_table(),
         FAMILIES_START: families_table(),
+        HEADLINE_START: headline(),
+        GPU_START: gpu_table(),
+        BITS_START: bits_table(),
+        ALTERNATIVES_START: alternatives(),
     }
     for start, table in tables.items():
         before, rest = text.split(start)
