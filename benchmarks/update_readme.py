@@ -7,6 +7,7 @@ what this script writes.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -160,15 +161,16 @@ def headline() -> str:
     ]
     steps = {form: step["median_ms"] for form, step in runtime["decoding"].items()}
     speed = [steps["dense"] / steps[form] for form in ("sparse, 16 bits", "sparse, 8 bits")]
-    return (
+    text = (
         f"**In figures:** with half of its weights removed, a random language model of "
         f"{runtime['parameters'] / 1e9:.2f} B decoder weights keeps them in "
         f"{100 * weights[0]:.0f} % of their bfloat16 memory and decodes {speed[0]:.2f} times as "
         f"fast as the dense model on a 2-core CPU; with 8-bit values it is "
         f"{100 * weights[1]:.0f} % and {speed[1]:.2f} times. On a trained LLaVA of 13 M "
         f"parameters, the largest model that was scored, removing half of the weights "
-        f"(`--quality best`) raises perplexity by {100 * increase:.1f} %.\n"
+        f"(`--quality best`) raises perplexity by {100 * increase:.1f} %."
     )
+    return textwrap.fill(text, 105, break_on_hyphens=False) + "\n"
 
 
 def spread(values: Iterable[float]) -> str:
@@ -252,7 +254,7 @@ def gpu_model_rows() -> list[dict[str, object]]:
             "cache": f"{row['cache_bytes'] / 1e6:,.0f} MB",
             "prompt": f"{row['prefill_ms']:.0f} ms",
             "token": f"{row['decode_ms']:.0f} ms",
-            "of it kernels": f"{row['kernels_ms']:.1f} ms",
+            "its kernels alone": f"{row['kernels_ms']:.1f} ms",
         }
         for row in rows
     ]
