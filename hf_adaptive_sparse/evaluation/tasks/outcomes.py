@@ -1,7 +1,7 @@
 """Outcomes, written to a file as they come, so that an interrupted run resumes where it stopped.
 
 One file per benchmark, JSON lines: what the run is about, then a line per item. A last line that a
-killed run left torn is cut off; a file of another run is refused.
+killed run left torn is cut off; a file of another run, or of no run, is refused unchanged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaptive_sparse.evaluation.tasks.task import Outcome
+from hf_adaptive_sparse.files import replacing
 
 VERSION = 1
 
@@ -32,7 +33,7 @@ class Outcomes:
         by_key: Key of an item -> its outcome, those of earlier runs first.
 
     Raises:
-        OutcomesError: If the file is of another run, or damaged before its last line.
+        OutcomesError: If the file is of another run or none, or damaged before its last line.
         OSError: If it cannot be read or written.
     """
 
@@ -44,19 +45,19 @@ class Outcomes:
         about = {"version": VERSION, **about}
         if path.exists() and path.stat().st_size:
             self._read(path, json.loads(json.dumps(about)))
-        if not self._begun(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def _begun(path: Path) -> bool:
-        return path.exists() and path.stat().st_size > 0
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:  # a file without a whole first line is not ours
+            partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
 
     def _read(self, path: Path, about: dict[str, Any]) -> None:
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            os.truncate(path, len(whole))
+        if not whole:
+            raise OutcomesError(
+                f"{path} holds no outcomes: its first line does not end. Use another folder of "
+                "results, or move the file away."
+            )
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 value = json.loads(line)
@@ -74,6 +75,8 @@ class Outcomes:
                     f"{path} is of another run: its {named} is {found.get(named)!r}, now "
                     f"{about.get(named)!r}. Use another folder of results, or move the file away."
                 )
+        if len(whole) < len(raw):
+            os.truncate(path, len(whole))
 
     def add(self, outcomes: Mapping[str, Outcome]) -> None:
         """Keep the outcomes of a batch; they are on disk when this returns."""

@@ -107,6 +107,26 @@ def test_results_of_another_run_are_refused(tiny_llava, tmp_path: Path) -> None:
         run_task("vqav2", tiny_llava, processor, questions(1), results=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"question": "what?", "answer": "yes"}', "holds no outcomes"),
+        ('{"question": "a"}\n{"question": "b"}', "another run: its content is None"),
+        ('{"question": "a"}\n{"question": "b"}\n', "another run: its content is None"),
+        ("a note\nof mine", "Line 1 of .* is damaged"),
+    ],
+)
+def test_a_file_of_no_run_stays_as_it_is(
+    tiny_llava, tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "vqav2.jsonl"
+    path.write_text(text)
+    with pytest.raises(OutcomesError, match=message):
+        run_task("vqav2", tiny_llava, make_llava_processor(), questions(1), results=tmp_path)
+    assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_outcomes_of_other_data_are_refused(tiny_llama, tmp_path: Path) -> None:
     def run(data: Any, results: Path) -> None:
         setting = Setting(sequence_length=16)
