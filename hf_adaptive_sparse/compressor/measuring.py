@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.resources import kv_bytes_per_token
 from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
+from hf_adaptive_sparse.evaluation.windows import token_shape
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 
@@ -110,12 +112,30 @@ def measure(
 
 
 class Measuring:
-    """Measures a model on the held-out data."""
+    """Measures a model on the held-out data.
 
-    def __init__(self, loaded: Loaded, asked: DataSource, progress: bool) -> None:
+    Args:
+        loaded: The model, and the batches of ``evaluation``.
+        evaluation: What the search is evaluated on, and the perplexity measured.
+        questions: Questions to answer. ``None``: those of ``evaluation`` that the search does not
+            see; where the data make a single batch, it sees them all, and they are asked.
+        progress: Show progress bars.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        evaluation: DataSource,
+        questions: DataSource | None,
+        progress: bool,
+    ) -> None:
         self._held_out, self._processor = loaded.held_out, loaded.processor
-        self._asked, self._progress = asked, progress
-        self._records = asked.questions(loaded.model.config, "validation")
+        self._asked, self._progress = questions or evaluation, progress
+        self._records = self._asked.questions(loaded.model.config, "validation")
+        shared = loaded.held_out is loaded.searched
+        if self._records is not None and questions is None and not shared:
+            seen = sum(token_shape(batch)[0] for batch in loaded.searched)
+            self._records = _without_first(self._records, seen)
 
     def __call__(
         self,
@@ -149,3 +169,7 @@ class Measuring:
             match=match,
             progress=self._progress,
         )
+
+
+def _without_first(records: Records, count: int) -> Records:
+    return replace(records, rows=lambda: itertools.islice(records.rows(), count, None))

@@ -145,7 +145,7 @@ def compress(
         evaluation: Data to evaluate on: the search sees ``num_samples`` of them, the final
             figures as many others. ``None``: WikiText-2, validation split.
         questions: Visual questions for the final figures. ``None``: those that ``evaluation``
-            holds, if it does.
+            holds, if it does, without the ones that the search sees.
         objective: What the search minimises, see ``has.search``.
         timeout_seconds: Time after which the search starts no further trial.
         max_loss: Make the smallest checkpoint (or, where the space chooses KV bits alone, the
@@ -184,7 +184,6 @@ def compress(
         check_offloadable(max_loss)
         origin = on_cpu(origin)
     evaluation = evaluation or DataSource(num_samples=64)
-    asked = questions or evaluation
     plan = SearchPlan(
         space=space,
         storage=storage,
@@ -205,7 +204,7 @@ def compress(
         with plan.kept_in(folder) as kept, companions(origin, kept.work, workers) as own:
             loaded = kept.load(own)
             check_before_loading(loaded.model, config, loaded.calibration)
-            measured = Measuring(loaded, asked, progress)
+            measured = Measuring(loaded, evaluation, questions, progress)
             dense_row = measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))
             started = perf_counter()
             within, result = _search(kept, loaded, progress)
@@ -236,12 +235,13 @@ def compress(
             "compressed", compressed, report.mean_sparsity, size, config, dense_row.match
         )
         rows = (dense_row, replace(row, seconds=seconds))
+        asked = (questions or evaluation).label
         recipe = Recipe(
             origin,
             plan.calibration_label,
             evaluation.label,
             seed,
-            questions=f"{row.questions} questions of {asked.label}" if row.questions else None,
+            questions=f"{row.questions} questions of {asked}" if row.questions else None,
             repo_id=push_to_hub,
         )
         save_report(

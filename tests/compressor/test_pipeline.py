@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
 
 import hf_adaptive_sparse as has
+from hf_adaptive_sparse.calibration import data as load_data
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import DataSource, compress, pruned_folder
 from hf_adaptive_sparse.compressor.checks import check_goal
+from hf_adaptive_sparse.evaluation import vqa
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.staging import OutputError
@@ -75,6 +79,37 @@ def test_leaves_a_complete_repo_that_loads_and_generates(
     held_out = replace(data, num_samples=16).batches(processor, model.config, "validation")
     again = has.perplexity(model, held_out[len(held_out) // 2 :])
     assert again == pytest.approx(compressed.perplexity, rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "asked"), [(1, [2, 3]), (4, [0, 1])])
+def test_no_question_that_was_searched_on_is_asked(
+    llava_folder: Path, question_file: Path, tmp_path: Path, monkeypatch, batch_size, asked
+) -> None:
+    """Where the data make a single batch, there is no other question to ask."""
+    rows: dict[str, list[str]] = {"read": [], "asked": []}
+
+    def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **settings: Any) -> Any:
+            chunk = next(one for one in arguments if isinstance(one, list))
+            rows[name] += [row["place"] for row in chunk]
+            return original(*arguments, **settings)
+
+        return wrapped
+
+    monkeypatch.setattr(load_data, "question_batch", noting("read", load_data.question_batch))
+    monkeypatch.setattr(vqa, "generate_answers", noting("asked", vqa.generate_answers))
+    result = compress(
+        llava_folder,
+        tmp_path / "out",
+        config=SparsityConfig(metric="magnitude"),
+        trials=1,
+        evaluation=DataSource(question_file, num_samples=2, batch_size=batch_size),
+        progress=False,
+    )
+    assert len(rows["read"]) == 4
+    expected = [rows["read"][index] for index in asked]
+    assert rows["asked"] == expected * 2  # of the dense model, then of the compressed one
+    assert [row.questions for row in result.measurements] == [2, 2]
 
 
 def test_the_result_can_be_read_after_the_journal_has_moved(
