@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_adaptive_sparse.search.errors import SearchError
+from hf_adaptive_sparse.search.errors import SearchError, StudyMismatch
 from hf_adaptive_sparse.search.fingerprint import check_fingerprint, study_versions
 from hf_adaptive_sparse.search.trials import UNIFORM
 
@@ -51,7 +51,8 @@ def open_study(
         values: Figures that its trials minimise.
 
     Raises:
-        StudyMismatch: If the study is there and was made for something else.
+        StudyMismatch: If the study is there and was made for something else, or is empty and was
+            made for other figures.
         SearchError: If it was not made by this package.
     """
     import optuna
@@ -67,6 +68,8 @@ def open_study(
             created = True
         except optuna.exceptions.DuplicatedStudyError:  # another worker was faster
             study = optuna.load_study(study_name=name, storage=storage)
+    if FINGERPRINT not in study.user_attrs:  # it would say better what the study was made for
+        _check_directions(study, values)
     stored = None if created else _wait_for_fingerprint(study)
     if stored is None:
         _make_ready(study, made_for, baseline, attributes)
@@ -76,6 +79,17 @@ def open_study(
     if versions != current:
         logger.warning("The study was begun with %s, now %s: values may differ.", versions, current)
     return study
+
+
+def _check_directions(study: Study, values: int) -> None:
+    """Refuse to fill a study that was not created to minimise as many figures."""
+    found = [direction.name.lower() for direction in study.directions]
+    needed = ["minimize"] * values
+    if found != needed:
+        raise StudyMismatch(
+            f"The study {study.study_name!r} must have the directions {', '.join(needed)} for this "
+            f"search, got {', '.join(found)}. Give another study_name (--study) or storage."
+        )
 
 
 def _make_ready(

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search import runner
-from hf_adaptive_sparse.search.errors import SearchError, StorageError
+from hf_adaptive_sparse.search.errors import SearchError, StorageError, StudyMismatch
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.runner import TrialRunner
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -167,6 +167,16 @@ def test_somebody_elses_study_is_left_alone(run, tmp_path):
     study.add_trial(optuna.create_trial(value=1.0))
     with pytest.raises(SearchError, match="was not made by hf_adaptive_sparse"):
         run(storage=storage)
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"]])
+def test_an_empty_study_of_other_directions_is_left_alone(run, tmp_path, directions):
+    storage = open_storage(tmp_path / "study.log")
+    study = optuna.create_study(study_name=STUDY_NAME, storage=storage, directions=directions)
+    with pytest.raises(StudyMismatch, match=f"minimize for .*, got {', '.join(directions)}"):
+        run(storage=storage)
+    assert study.user_attrs == {}
+    assert study.trials == []
 
 
 def test_a_locked_database_is_one_clear_error(run, tmp_path, monkeypatch):
