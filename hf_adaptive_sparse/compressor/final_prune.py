@@ -32,19 +32,21 @@ def final_config(
 ) -> SparsityConfig:
     """Return the config of the final prune: the caller's, with the profile that was found.
 
+    Where the space leaves the KV cache alone, it keeps the caller's KV profile.
+
     Args:
         config: What the caller asked for.
         space: The space, which fixes the KV bits where there was nothing to search.
         result: The search, if there was one.
         data: Name of the calibration data, recorded in the checkpoint; ``None``: none were read.
     """
-    ratios, kv_cache, target = config.sparsity, None, config.target_sparsity
+    ratios, kv_cache, target = config.sparsity, config.kv_cache, config.target_sparsity
     weight_bits: int | Mapping[str, int] = config.weight_bits
     provenance = dict(config.provenance)
     if result is not None:
         profile = result.best_profile
         ratios = dict(profile.sparsity.ratios) if profile.sparsity is not None else ratios
-        kv_cache = profile.kv_cache
+        kv_cache = kv_cache if space.kv_bits is None else profile.kv_cache
         weight_bits = profile.weight_bits if profile.weight_bits is not None else weight_bits
         provenance |= result.best_config.provenance
         if space.prunes:

@@ -134,8 +134,9 @@ def compress(
         model: The dense model, or its name or path.
         output: Folder to write; it must be missing or empty, unless ``overwrite``.
         config: Metric, pattern, format and calibration mode. Its target sparsity must be the
-            space's; its KV profile is the space's to find. A metric that updates weights
-            (sparsegpt, alps) does the final prune, while the search ranks with ``lognorm``.
+            space's; its KV profile is the space's to find, and kept where that leaves the cache
+            alone. A metric that updates weights (sparsegpt, alps) does the final prune, while the
+            search ranks with ``lognorm``.
         space: What to search. ``None``: the quality's space at the config's target sparsity.
         quality: Name of a preset (`compressor.presets`), which says what ``config``, ``space`` and
             ``trials`` leave open.

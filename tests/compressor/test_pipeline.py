@@ -180,6 +180,24 @@ def test_nothing_to_search_prunes_uniformly(
     assert set(result.report.ratios.values()) == {0.5}
 
 
+@pytest.mark.parametrize("sparsity_range", [0.0, 0.05])
+def test_the_configs_kv_profile_stays_where_the_space_leaves_the_cache_alone(
+    llava_folder: Path, data: DataSource, tmp_path: Path, sparsity_range: float
+) -> None:
+    result = compress(
+        llava_folder,
+        tmp_path / "out",
+        config=SparsityConfig(metric="magnitude", kv_cache=8),
+        space=SearchSpace(sparsity_range=sparsity_range, kv_bits=None),
+        trials=2,
+        evaluation=data,
+        progress=False,
+    )
+    assert result.config.kv_cache.layer_bits(4) == ((8, 8),) * 4
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert saved["kv_cache"]["key_bits"] == [8] * 4
+
+
 def test_a_model_without_prunable_weights_takes_the_cache(data: DataSource, tmp_path: Path) -> None:
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128}
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(
