@@ -17,6 +17,7 @@ from hf_adaptive_sparse.evaluation.resources import (
     sparsity_report,
     weight_bytes_on_disk,
 )
+from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.storage import JOURNAL
@@ -154,7 +155,7 @@ def evaluate(
                 f"{questions.label} must hold visual questions (columns image, question, answer) "
                 "for a model that takes images; it holds text."
             )
-    data = evaluation or DataSource(num_samples=64)
+    data = evaluation or DataSource(num_samples=EVALUATION_SAMPLES)
     report = sparsity_report(loaded)
     return measure(
         str(model.name),

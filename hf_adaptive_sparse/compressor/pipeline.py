@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.calibration.data import Source
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.checks import (
@@ -34,6 +35,7 @@ from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.report import PruningReport
+from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
@@ -106,9 +108,9 @@ def compress(
     space: SearchSpace | None = None,
     quality: str = DEFAULT_QUALITY,
     trials: int | None = None,
-    calibration: DataSource | None = None,
-    evaluation: DataSource | None = None,
-    questions: DataSource | None = None,
+    calibration: DataSource | Source = None,
+    evaluation: DataSource | Source = None,
+    questions: DataSource | str | os.PathLike[str] | None = None,
     objective: ObjectiveSpec = "perplexity",
     timeout_seconds: float | None = None,
     max_loss: float | None = None,
@@ -142,9 +144,11 @@ def compress(
             ``trials`` leave open.
         trials: Trials of the search, the first of which is the uniform profile. ``None``: the
             quality's.
-        calibration: Data to calibrate on. ``None``: WikiText-2, training split.
-        evaluation: Data to evaluate on: the search sees ``num_samples`` of them, the final
-            figures as many others. ``None``: WikiText-2, validation split.
+        calibration: Data to calibrate on: a dataset's name, a path, batches, or a `DataSource`,
+            which says how much of them. ``None``: WikiText-2, training split.
+        evaluation: Data to evaluate on, likewise: the search sees ``num_samples`` of them (64), the
+            final figures as many others; of batches, half each. ``None``: WikiText-2, validation
+            split.
         questions: Visual questions for the final figures. ``None``: those that ``evaluation``
             holds, if it does, without the ones that the search sees.
         objective: What the search minimises, see ``has.search``.
@@ -169,6 +173,7 @@ def compress(
 
     Raises:
         ValueError: If an argument or the data are invalid; before any weight is touched.
+        TypeError: If a batch is not a dict of tensors.
         OSError: If the model cannot be found, or the output cannot be written.
         HubError: If ``push_to_hub`` is given and there is no token; before any work is done.
         PushError: If the model is complete but the Hub did not take it.
@@ -178,13 +183,16 @@ def compress(
     check_pushed(push_to_hub, private)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
     preset = get_preset(quality)
+    calibration = DataSource.of(calibration, "calibration", DataSource.num_samples)
+    evaluation = DataSource.of(evaluation, "evaluation", EVALUATION_SAMPLES)
+    if questions is not None:
+        questions = DataSource.of(questions, "questions", EVALUATION_SAMPLES)
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)
     if offload:
         check_offloadable(max_loss)
         origin = on_cpu(origin)
-    evaluation = evaluation or DataSource(num_samples=64)
     plan = SearchPlan(
         space=space,
         storage=storage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_adaptive_sparse.calibration.data import Batch, Records, Source, load_batches, read_records
+from hf_adaptive_sparse.calibration.data import (
+    Batch,
+    Records,
+    Source,
+    check_batches,
+    load_batches,
+    read_records,
+)
 from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -34,6 +41,7 @@ from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
 from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_, missing_tensors
 from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config
 from hf_adaptive_sparse.naming import public_name
+from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +242,31 @@ class DataSource:
     seed: int = 0
     name: str | None = None
 
+    @classmethod
+    def of(cls, data: DataSource | Source, what: str, num_samples: int) -> DataSource:
+        """Return what a job was given.
+
+        Args:
+            data: Dataset name, path, ready batches or ``None``, if it is no `DataSource` yet.
+            what: Name of the argument, for messages.
+            num_samples: Samples of named data.
+
+        Raises:
+            ValueError: If it is nothing of these.
+            DataError: If there are no batches, or one is empty or of mismatched shapes.
+            TypeError: If a batch is not a dict of tensors.
+        """
+        if isinstance(data, DataSource):
+            return data
+        if isinstance(data, Sequence) and not isinstance(data, str):
+            return cls(check_batches(data))
+        if data is None or isinstance(data, str | os.PathLike):
+            return cls(data, num_samples)
+        raise ValueError(
+            f"{what} must be a dataset's name, a path, a list of batches or a DataSource, got "
+            f"{type(data).__name__}."
+        )
+
     @property
     def label(self) -> str:
         """The name for model cards, without local folders."""
@@ -309,7 +342,7 @@ def held_out_batches(
     evaluation: DataSource | None, processor: Any, config: PreTrainedConfig
 ) -> tuple[list[Batch], list[Batch]]:
     """Load twice the samples that are asked for, and split them as `split_held_out` does."""
-    evaluation = evaluation or DataSource(num_samples=64)
+    evaluation = evaluation or DataSource(num_samples=EVALUATION_SAMPLES)
     twice = replace(evaluation, num_samples=2 * evaluation.num_samples)
     return split_held_out(twice.batches(processor, config, "validation"))
 

@@ -180,6 +180,24 @@ def test_nothing_to_search_prunes_uniformly(
     assert set(result.report.ratios.values()) == {0.5}
 
 
+def test_data_are_named_or_given_as_for_a_search(
+    llava_folder: Path, text_file: Path, question_file: Path, text_batches, tmp_path: Path
+) -> None:
+    result = compress(
+        llava_folder,
+        tmp_path / "out",
+        config=SparsityConfig(metric="lognorm"),
+        space=SearchSpace(sparsity_range=0.0, kv_bits=(8,)),
+        calibration=text_batches,
+        evaluation=str(text_file),
+        questions=question_file,
+        progress=False,
+    )
+    assert result.config.provenance["calibration"] == "batches given in memory"
+    assert [row.questions for row in result.measurements] == [4, 4]
+    assert "Perplexity on text.txt, accuracy on 4" in (tmp_path / "out/README.md").read_text()
+
+
 @pytest.mark.parametrize("sparsity_range", [0.0, 0.05])
 def test_the_configs_kv_profile_stays_where_the_space_leaves_the_cache_alone(
     llava_folder: Path, data: DataSource, tmp_path: Path, sparsity_range: float
@@ -250,6 +268,22 @@ class TestRefusals:
     def test_targets_that_disagree(self, llava_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"one target_sparsity, got 0\.5 and 0\.4"):
             compress(llava_folder, tmp_path / "out", space=SearchSpace(target_sparsity=0.4))
+
+    @pytest.mark.parametrize(
+        ("what", "given", "error", "message"),
+        [
+            ("calibration", 3, ValueError, "calibration must be a dataset's name.* got int"),
+            ("evaluation", {}, ValueError, "evaluation must be a dataset's name.* got dict"),
+            ("questions", 1.0, ValueError, "questions must be a dataset's name.* got float"),
+            ("evaluation", [], DataError, "At least one batch"),
+            ("calibration", ["a.txt"], TypeError, "batch 0 is str"),
+        ],
+    )
+    def test_what_is_no_data_before_the_model_is_loaded(
+        self, tmp_path: Path, what: str, given: object, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            compress("no/such/model", tmp_path / "out", **{what: given})
 
     def test_a_private_repo_that_is_not_pushed(self, llava_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"no push_to_hub.*--push-to-hub REPO"):
