@@ -213,6 +213,17 @@ class TestAnalysis:
         names = [name for name, _ in importance(facts(rows))]
         assert {"KV bits, layer 0", "KV bits, layer 1"} < set(names)
 
+    def test_weight_bits_that_a_block_shares_are_one_choice(self):
+        rows = linear_rows(30)
+        for one in rows:
+            first, second = (8, 4) if one["number"] % 2 else (4, 8)
+            one |= {"weight_bits": [first, first, None, second, 16, 16]}
+        names = [name for name, _ in importance(facts(rows))]
+        assert sorted(name for name in names if name.startswith("weight bits")) == [
+            "weight bits, layer 3",
+            "weight bits, layers 0–1",
+        ]
+
     def test_few_trials_tell_nothing(self):
         study = facts(linear_rows(6))
         assert sensitivity(study) == []

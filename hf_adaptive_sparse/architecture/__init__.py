@@ -22,6 +22,7 @@ from hf_adaptive_sparse.architecture.layers import (
     decoder_layers,
     generating_parts,
     layer_index,
+    layer_of,
     linear_role,
 )
 from hf_adaptive_sparse.architecture.names import match_names, spread_by_name
@@ -51,6 +52,7 @@ __all__ = [
     "kv_heads",
     "kv_widths",
     "layer_index",
+    "layer_of",
     "linear_role",
     "match_names",
     "media_token_ids",

@@ -89,6 +89,19 @@ def layer_index(name: str, layers_name: str) -> int:
     return int(index)
 
 
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Return ``(stack, position)`` of a module, as in ``("model.layers", 3)``.
+
+    The first numeric part of the name is the position: experts inside a layer count as the layer.
+    None for a module outside any stack.
+    """
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[:place]), int(part)
+    return None
+
+
 def linear_role(name: str, layers_name: str) -> str:
     """Return what a linear does in its layer: its name below the layer, without numbers.
 

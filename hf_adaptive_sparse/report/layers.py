@@ -1,21 +1,10 @@
-"""Find the layer of a module from its name: its stack, and its position there."""
+"""Averages over the modules of each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-
-def layer_of(name: str) -> tuple[str, int] | None:
-    """Return ``(stack, position)`` of a module, as in ``("model.layers", 3)``.
-
-    The first numeric part of the name is the position: experts inside a layer count as the layer.
-    None for a module outside any stack.
-    """
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[:place]), int(part)
-    return None
+from hf_adaptive_sparse.architecture import layer_of
 
 
 def mean_by_layer(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +50,11 @@ class Effect:
 def choices(facts: StudyFacts) -> tuple[list[str], np.ndarray]:
     """Return what the trials chose, as evaluated: names, and one row per evaluated trial.
 
-    A choice that all trials share is left out.
+    A choice that all trials share is left out. Neighbouring layers that have the same weight bits
+    in every trial, as those of a block have, are one choice.
     """
     rows = facts.evaluated
-    drawn = {key: [row.get(key) for row in rows] for key in _CHOICES}
+    drawn: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in _CHOICES}
     if drawn["key_bits"] == drawn["value_bits"]:
         drawn["kv_bits"] = drawn.pop("value_bits")
         del drawn["key_bits"]
@@ -61,12 +63,27 @@ def choices(facts: StudyFacts) -> tuple[list[str], np.ndarray]:
     for key, lists in drawn.items():
         if not lists or not all(isinstance(one, Sequence) for one in lists):
             continue
-        for place, column in enumerate(zip(*lists, strict=True)):
+        for first, last, column in _columns(lists, joined=key == "weight_bits"):
             if len(set(column)) > 1:
-                where = _group(facts, place) if key == "block_ratios" else f"layer {place}"
+                where = _group(facts, first) if key == "block_ratios" else _layers(first, last)
                 names.append(f"{_LABELS[key]}, {where}")
                 columns.append(column)
     return names, np.array(columns, dtype=float).reshape(len(names), len(rows)).T
+
+
+def _columns(
+    lists: Sequence[Sequence[float]], *, joined: bool
+) -> Iterator[tuple[int, int, tuple[float, ...]]]:
+    """Yield what the trials chose at each place: first and last place, and the choices.
+
+    Args:
+        lists: Choices of each trial.
+        joined: Whether neighbouring places with the same choices are one.
+    """
+    places = enumerate(zip(*lists, strict=True))
+    for _, group in itertools.groupby(places, lambda one: one[1] if joined else one[0]):
+        (first, column), *others = group
+        yield first, others[-1][0] if others else first, column
 
 
 def values(facts: StudyFacts) -> np.ndarray:
@@ -78,10 +95,13 @@ def values(facts: StudyFacts) -> np.ndarray:
 def _group(facts: StudyFacts, place: int) -> str:
     if place >= len(facts.spans):
         return f"group {place}"
-    first, last = facts.spans[place]
-    where = f"layer {first}" if first == last else f"layers {first}–{last}"
+    where = _layers(*facts.spans[place])
     same = [i for i, span in enumerate(facts.spans) if span == facts.spans[place]]
     return where if len(same) == 1 else f"{where}, part {same.index(place) + 1}"
+
+
+def _layers(first: int, last: int) -> str:
+    return f"layer {first}" if first == last else f"layers {first}–{last}"
 
 
 def importance(facts: StudyFacts) -> list[tuple[str, float]]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_adaptive_sparse.architecture import layer_of
+
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
@@ -173,7 +175,8 @@ def history(study: Study) -> list[dict[str, Any]]:
     ``uniform``, ``duplicate_of``, ``failure``, ``withdrawn`` (enough trials were under way when it
     was drawn), ``retry_of``, ``seconds``, ``block_ratios`` (one per block),
     ``key_bits`` and ``value_bits`` (one per decoder layer), ``mean_sparsity``, ``mean_kv_bits``,
-    ``mean_weight_bits``, ``bytes`` (limit -> what the profile weighs).
+    ``weight_bits`` (one per decoder layer, whose linears share a width; ``None`` for one without
+    prunable linears), ``mean_weight_bits``, ``bytes`` (limit -> what the profile weighs).
     """
     from optuna.trial import TrialState
 
@@ -181,7 +184,8 @@ def history(study: Study) -> list[dict[str, Any]]:
     for trial in study.get_trials(deepcopy=False):
         attributes = trial.user_attrs
         values = trial.values
-        kv_cache = (attributes.get("profile") or {}).get("kv_cache") or {}
+        profile = attributes.get("profile") or {}
+        kv_cache = profile.get("kv_cache") or {}
         rows.append(
             {
                 "number": trial.number,
@@ -202,8 +206,15 @@ def history(study: Study) -> list[dict[str, Any]]:
                 "value_bits": kv_cache.get("value_bits"),
                 "mean_sparsity": attributes.get("mean_sparsity"),
                 "mean_kv_bits": attributes.get("mean_kv_bits"),
+                "weight_bits": _by_layer(profile.get("weight_bits") or {}),
                 "mean_weight_bits": attributes.get("mean_weight_bits"),
                 "bytes": attributes.get("bytes"),
             }
         )
     return rows
+
+
+def _by_layer(weight_bits: Mapping[str, int]) -> list[int | None] | None:
+    places = ((layer_of(name), bits) for name, bits in weight_bits.items())
+    found = {place[1]: bits for place, bits in places if place is not None}
+    return [found.get(layer) for layer in range(max(found) + 1)] if found else None

@@ -9,6 +9,8 @@ from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.pruning.apply import prune_model
+from hf_adaptive_sparse.report.study_analysis import choices
+from hf_adaptive_sparse.report.study_facts import facts_of
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 
@@ -58,7 +60,10 @@ def test_weight_bits_are_searched_without_pruning(run, tiny_llama):
     result = run(space)
     for row in result.history:
         assert row["mean_weight_bits"] == 6
+        assert sorted(row["weight_bits"]) == [4, 4, 8, 8]
         assert row["mean_sparsity"] is None
+    names, _ = choices(facts_of(result.study))
+    assert names == [f"weight bits, layer {layer}" for layer in range(4)]
     config = result.best_config
     assert set(config.weight_bits.values()) == {4, 8}
     assert set(config.sparsity.values()) == {0.0}
