@@ -191,6 +191,12 @@ class TestPage:
         assert "Measured before the search" in page_of(study, tmp_path).text
         assert (tmp_path / "measured_sensitivity.png").is_file()
 
+    def test_nothing_was_measured_where_a_group_stayed_at_the_target(self, tmp_path):
+        measured = {"labels": ["block_0"], "high": 0.5, "target": 0.5, "at_high": [0.0]}
+        study = facts(linear_rows(5), measured=measured)
+        assert measured_effects(study) == []
+        assert "Measured before the search" not in page_of(study, tmp_path).text
+
 
 class TestAnalysis:
     def test_sensitivity_finds_the_group_that_matters(self):

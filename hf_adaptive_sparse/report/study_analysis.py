@@ -176,10 +176,11 @@ def sensitivity(facts: StudyFacts) -> list[Effect]:
 def measured_effects(facts: StudyFacts) -> list[Effect]:
     """Return the sensitivity that was measured before the search, one group at a time.
 
-    In percent for 10 points more sparsity; empty where the study does not hold it.
+    In percent for 10 points more sparsity; empty where the study does not hold it, or where it was
+    begun by a version that measured a group at the target again.
     """
     found = facts.measured
-    if found is None:
+    if found is None or found["high"] == found["target"]:
         return []
     unit = 0.1 / (found["high"] - found["target"])
     return [

@@ -88,6 +88,8 @@ def _ratios(evaluator: Evaluator, space: SearchSpace, shape: ModelShape) -> Sens
         target, low, high = evaluator.uniform.mean_sparsity or 0.0, space.low, space.high
         reach = FREE_REACH
     low, high = max(low, target - reach), min(high, target + reach)
+    if not low < target < high:  # then all groups take the target
+        return None
     if space.is_free and not low < target - space.step < target + space.step < high:
         return None
     return measure_sensitivity(evaluator, groups, low=low, high=high, target=target)

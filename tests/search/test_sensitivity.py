@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.report.study_facts import facts_of
+from hf_adaptive_sparse.report.study_page import write_study_report
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
 from hf_adaptive_sparse.search.kv_plan import kv_plan
@@ -140,6 +142,17 @@ def test_probes_stay_close_to_the_target_in_a_wide_range(
     # Ratios are moved to the exact budget by less than a step.
     assert min(result.history[1]["block_ratios"]) > low - step
     assert max(result.history[1]["block_ratios"]) < 1 - low + step
+
+
+@pytest.mark.parametrize("bound", ["sparsity_low", "sparsity_high"])
+def test_nothing_is_measured_where_every_group_takes_the_target(
+    bound, tiny_llama, text_batches, evaluation, tmp_path
+):
+    space = SearchSpace(blocks=4, kv_bits=(6, 8), kv_residual_length=8, **{bound: 0.5})
+    result = search(tiny_llama, text_batches[:1], evaluation, space, n_trials=2, progress=False)
+    assert SENSITIVITY not in result.study.user_attrs
+    assert {*result.history[1]["block_ratios"]} == {0.5}
+    write_study_report(facts_of(result.study), tmp_path)
 
 
 def test_it_is_measured_once_per_study(tiny_llama, text_batches, evaluation, tmp_path):
