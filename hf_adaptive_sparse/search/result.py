@@ -296,5 +296,5 @@ class SearchResult:
             ValueError: If it was written by a later version.
         """
         data = json.loads((Path(directory) / HISTORY_FILE).read_text(encoding="utf-8"))
-        check_format_version(data.get("format_version"), HISTORY_FILE)
+        check_format_version(data.get("format_version"), HISTORY_FILE, STUDY_FORMAT)
         return dict(data)

@@ -347,6 +347,12 @@ def test_a_save_that_fails_leaves_no_temporary_file(run, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["profile.json", "search.json"]
 
 
+def test_a_history_has_the_version_of_studies_not_that_of_profiles(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_adaptive_sparse.search.result.STUDY_FORMAT", 2)
+    run().save(tmp_path)
+    assert SearchResult.load_history(tmp_path)["format_version"] == 2
+
+
 def test_a_history_from_the_future_is_refused(run, tmp_path):
     (tmp_path / "search.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match="Upgrade"):
