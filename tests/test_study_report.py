@@ -523,6 +523,17 @@ class TestHeldOut:
         with pytest.raises(ValueError, match="two windows"):
             compare(0, [(1.0, 2), (0.0, 0)], [(1.5, 2), (0.0, 0)])
 
+    def test_a_profile_that_cannot_be_drawn_is_no_failed_comparison(self):
+        from hf_adaptive_sparse.search.comparison import compare_on
+
+        def fail(*arguments):
+            raise ValueError("no such choice")
+
+        study = optuna.create_study()
+        study.add_trial(optuna.create_trial(value=1.0, user_attrs={"profile_digest": "0"}))
+        with pytest.raises(ValueError, match="no such choice"):
+            compare_on(study, None, None, None, [], draw=fail)
+
     def test_text_is_cut_into_its_rows_and_images_are_not(self):
         from hf_adaptive_sparse.search.comparison import windows_of
 

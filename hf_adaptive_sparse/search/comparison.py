@@ -185,11 +185,11 @@ def compare_on(
         return
     windows = windows_of(held_out)
     profile = _narrower(study.user_attrs, best.number)
+    candidate = draw(FixedTrial(best.params), space, shape)
+    if profile is not None:
+        bits = dict(profile.weight_bits or {})
+        candidate = replace(candidate, kv_cache=profile.kv_cache, weight_bits=bits, spent=None)
     try:
-        candidate = draw(FixedTrial(best.params), space, shape)
-        if profile is not None:
-            bits = dict(profile.weight_bits or {})
-            candidate = replace(candidate, kv_cache=profile.kv_cache, weight_bits=bits, spent=None)
         losses = uniform = evaluator.losses(evaluator.uniform, windows)
         if candidate.digest != evaluator.uniform.digest:
             losses = evaluator.losses(candidate, windows)

@@ -60,6 +60,9 @@ LOOKS = 3
 FEWEST_TO_BOUND = 16
 """Windows that a bound needs."""
 
+FEWEST_TO_COMPARE = 2
+"""Windows that an estimate for a final prune needs."""
+
 FinalPrune = Callable[[SearchResult], AbstractContextManager[KVCacheChoice]]
 """Prunes the searched model with a search's best profile while its context is open; yields the KV
 profile that the model then has."""
@@ -119,12 +122,7 @@ def search_within(
         settings.get("timeout_seconds"),
     )
     seen, unseen = windows_of(evaluation), windows_of(held_out)
-    if len(unseen) < FEWEST_TO_BOUND:
-        raise ValueError(
-            f"A bound on the loss needs at least {FEWEST_TO_BOUND} held-out windows, got "
-            f"{len(unseen)}. Take more windows of the data (num_samples, --evaluation-samples) or "
-            "shorter ones (sequence_length, --sequence-length), or give more data."
-        )
+    _check_count(len(unseen), FEWEST_TO_BOUND, "held-out windows")
     for what, windows in (("Evaluation", seen), ("Held-out", unseen)):
         check_lengths(windows, space, what)
     excluded = tuple(module_names(modules_to_not_convert))
@@ -135,10 +133,14 @@ def search_within(
             "The dense model's loss must be finite on all windows, or nothing can be compared with "
             "it: the model computes NaN or infinity. Load it in a wider dtype."
         )
-    if not sum(count for _, count in dense):
+    scored, bounding = (sum(count > 0 for _, count in found) for found in (dense, reference))
+    if not scored:
         raise ValueError("No token of the evaluation data is scored: are all labels -100?")
+    _check_count(bounding, FEWEST_TO_BOUND, "held-out windows with a token to score")
+    if final is not None:
+        _check_count(scored, FEWEST_TO_COMPARE, "evaluation windows with a token to score")
     indistinct: tuple[tuple[int, int], ...] = ()
-    if len(seen) >= FEWEST_TO_BOUND:
+    if scored >= FEWEST_TO_BOUND:
         space, indistinct = without_indistinct(
             space, lambda profile: losses_under(model, seen, profile)
         )
@@ -279,6 +281,15 @@ class _Searches:
             after = losses_of(self.model, self.seen, kv_cache)
             self._after_final[budget] = losses_of(self.model, self.unseen, kv_cache)
         return increase_of(self.dense, after, CONFIDENCE).mean
+
+
+def _check_count(count: int, fewest: int, what: str) -> None:
+    if count < fewest:
+        raise ValueError(
+            f"A bound on the loss needs at least {fewest} {what}, got {count}. Take more windows "
+            "of the data (num_samples, --evaluation-samples) or shorter ones (sequence_length, "
+            "--sequence-length), or give more data."
+        )
 
 
 def _refusal(

@@ -252,6 +252,37 @@ def test_bad_input_is_refused_with_the_way_out(within, space, changes, message):
         within(space, arguments.pop("max_loss"), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("seen", "unseen", "final", "message"),
+    [
+        (16, 10, None, "at least 16 held-out windows with a token to score, got 10"),
+        (1, 16, kept, "at least 2 evaluation windows with a token to score, got 1"),
+    ],
+)
+def test_windows_without_a_token_to_score_do_not_count(
+    tiny_llama, monkeypatch, seen, unseen, final, message
+):
+    """Which is told before any search."""
+    monkeypatch.setattr(module, "search", None)
+
+    def labelled(count, seed):
+        [batch] = rows(tiny_llama, 20, seed)
+        labels = batch["input_ids"].clone()
+        labels[count:] = -100
+        return [batch | {"labels": labels}]
+
+    with pytest.raises(ValueError, match=message):
+        search_within(
+            tiny_llama,
+            None,
+            labelled(seen, 2),
+            labelled(unseen, 3),
+            CACHE,
+            max_loss=0.1,
+            final=final,
+        )
+
+
 def test_an_empty_profile_is_the_dense_model(tiny_llama):
     data = rows(tiny_llama, 2, 0)
     [(loss, count)] = module.losses_under(tiny_llama, data, CompressionProfile())
