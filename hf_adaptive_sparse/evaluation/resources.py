@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from hf_adaptive_sparse.architecture import (
     prunable_weights,
 )
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
+from hf_adaptive_sparse.checkpoint.headers import INDEX_NAME, WEIGHTS_NAME, shard_names
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.packing.bitmask import integer_view
@@ -198,15 +198,14 @@ def weight_bytes_on_disk(folder: str | os.PathLike[str]) -> int:
 
     Raises:
         FileNotFoundError: If there are no such files, or a shard is missing.
+        CheckpointError: If the index is not valid.
     """
     path = Path(folder)
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
+    index, single = path / INDEX_NAME, path / WEIGHTS_NAME
     if single.is_file():
         files = [single]
     elif index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [path / name for name in sorted(set(shards))]
+        files = [path / name for name in shard_names(index.read_bytes(), str(index))]
     else:
         files = sorted(path.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]

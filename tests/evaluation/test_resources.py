@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.evaluation.resources import (
     kv_bytes_per_token,
@@ -142,6 +143,20 @@ def test_weight_bytes_on_disk(tiny_llama, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"lacks {shards[0].name}"):
         weight_bytes_on_disk(tmp_path / "many")
     with pytest.raises(FileNotFoundError, match="lacks any"):
+        weight_bytes_on_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{}", "not a valid index of shards"),
+        ("[", "not a valid index of shards"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "not the name of a file beside the index"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
         weight_bytes_on_disk(tmp_path)
 
 
