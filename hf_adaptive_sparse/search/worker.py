@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -74,11 +75,13 @@ class Worker:
 
     @property
     def is_gone(self) -> bool | None:
-        """Whether it has stopped; ``None`` for one of another machine."""
+        """Whether it has stopped; ``None`` for one of another machine, or process of Windows."""
         if self.machine != machine_name():
             return None
         if self.pid == os.getpid() and self.start == process_start(self.pid):
             return self.search not in _active
+        if sys.platform == "win32":  # where os.kill would end a process that it is to look for
+            return None
         return process_start(self.pid) != self.start or not _exists(self.pid)
 
 

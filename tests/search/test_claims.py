@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -161,6 +162,14 @@ class TestWorkers:
         while not name.is_gone:
             assert datetime.now() < deadline
         child.wait()
+
+    def test_on_windows_no_signal_is_sent_to_another_process(self, monkeypatch):
+        monkeypatch.setattr(os, "kill", None)
+        monkeypatch.setattr(sys, "platform", "win32")
+        assert Worker(machine_name(), os.getppid(), "", "x").is_gone is None
+        with working() as name:
+            assert name.is_gone is False
+        assert name.is_gone is True
 
     def test_another_machines_worker_cannot_be_told(self):
         assert Worker("elsewhere", 1, "2", "x").is_gone is None
