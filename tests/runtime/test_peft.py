@@ -113,12 +113,16 @@ def test_the_adapter_is_saved_alone_and_loads_on_both_runtimes(
     torch.testing.assert_close(own(**text_batches[1]).logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_merging_into_the_sparse_weight_is_refused(folder: Path) -> None:
+def test_merging_into_the_sparse_weight_is_refused(folder: Path, text_batches: Batches) -> None:
     model = adapted(load(folder, "sparse"))
     with pytest.raises(FrozenWeightError, match=r"runtime='dense'"):
         model.merge_and_unload()
     assert len(sparse_linears(model)) == 28
-    assert adapted(load(folder, "dense")).merge_and_unload() is not None
+    dense = adapted(load(folder, "dense")).eval()
+    expected = dense(**text_batches[0]).logits
+    merged = dense.merge_and_unload()
+    assert isinstance(merged, LlamaForCausalLM)
+    torch.testing.assert_close(merged(**text_batches[0]).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("runtime", ["dense", "sparse"])
