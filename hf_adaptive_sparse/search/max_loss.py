@@ -22,12 +22,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.fields import module_names
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
+from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES
 from hf_adaptive_sparse.search.comparison import windows_of
 from hf_adaptive_sparse.search.errors import NothingToChoose, SearchError, TrialsFailed
 from hf_adaptive_sparse.search.increase import (
@@ -48,9 +49,16 @@ from hf_adaptive_sparse.search.loss_budgets import (
 )
 from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
+from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.result import SearchResult
+from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+    from hf_adaptive_sparse.search.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +86,18 @@ def search_within(
     max_loss: float,
     metric: str = "lognorm",
     n_trials: int = 50,
+    storage: Storage = None,
     study_name: str | None = None,
+    seed: int = 0,
+    sampler: BaseSampler | str = DEFAULT_SAMPLER,
     modules_to_not_convert: Sequence[str] | None = None,
+    objective: ObjectiveSpec = "perplexity",
+    timeout_seconds: float | None = None,
+    warm_start: bool = True,
+    early_stopping: bool = True,
+    reuse_bytes: int = DEFAULT_BYTES,
     final: FinalPrune | None = None,
-    **settings: Any,
+    progress: bool = True,
 ) -> WithinLoss:
     """Find the smallest budget whose best profile stays within a loss.
 
@@ -104,23 +120,26 @@ def search_within(
         max_loss: Relative increase of the dense model's perplexity that is allowed: 0.005 is 0.5 %.
         metric: Metric that ranks the weights.
         n_trials: Trials of each search, of which there are about five.
+        storage: As for `search`.
         study_name: Start of the studies' names; each budget has one of its own, so that a storage
             resumes them all.
+        seed: Seed of each search.
+        sampler: As for `search`.
         modules_to_not_convert: Names or globs of linears that stay dense.
+        objective: ``"perplexity"``, which the bound is on.
+        timeout_seconds: ``None``, as the searches have to be complete.
+        warm_start: As for `search`.
+        early_stopping: As for `search`.
+        reuse_bytes: As for `search`.
         final: How a profile is made into a model; ``None``: one-shot masks.
-        **settings: As for `search`: storage, seed, sampler, progress, warm_start, ...
+        progress: Show progress bars.
 
     Raises:
         ValueError: If the bound is out of range, the space fixes what is to be found, or the data
             do not suffice.
         SearchError: If no budget that was tried holds.
     """
-    check_bound(
-        max_loss,
-        space,
-        settings.get("objective", "perplexity"),
-        settings.get("timeout_seconds"),
-    )
+    check_bound(max_loss, space, objective, timeout_seconds)
     seen, unseen = windows_of(evaluation), windows_of(held_out)
     _check_count(len(unseen), FEWEST_TO_BOUND, "held-out windows")
     for what, windows in (("Evaluation", seen), ("Held-out", unseen)):
@@ -153,9 +172,15 @@ def search_within(
             calibration,
             evaluation,
             metric=metric,
+            storage=storage,
+            seed=seed,
+            sampler=sampler,
             modules_to_not_convert=excluded,
+            warm_start=warm_start,
+            early_stopping=early_stopping,
+            reuse_bytes=reuse_bytes,
             compare_widths=False,
-            **settings,
+            progress=progress,
         ),
         model=model,
         calibration=calibration,
