@@ -27,8 +27,8 @@ from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks
 from hf_adaptive_sparse.search.byte_sizes import exact_bytes
 from hf_adaptive_sparse.search.cache_bytes import CacheBytes
 from hf_adaptive_sparse.search.kv_split import LayerBits
-from hf_adaptive_sparse.search.linear_bytes import OWN_DTYPE, LinearBytes
-from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.linear_bytes import LinearBytes
+from hf_adaptive_sparse.search.space import OWN_DTYPE, SearchSpace
 
 _NAME_SLACK = 8
 """Characters that a tensor's name in the file may be longer than at run time."""

@@ -6,7 +6,8 @@ from collections.abc import Hashable, Mapping
 
 from hf_adaptive_sparse.architecture import layer_index
 from hf_adaptive_sparse.search.candidate import Candidate
-from hf_adaptive_sparse.search.linear_bytes import OWN_DTYPE, LinearBytes
+from hf_adaptive_sparse.search.linear_bytes import LinearBytes
+from hf_adaptive_sparse.search.space import OWN_DTYPE
 
 
 def candidate_bytes(candidate: Candidate, linears: Mapping[str, LinearBytes]) -> int:

@@ -14,13 +14,11 @@ from typing import Any
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.search.kv_plan import FreeSplit
 from hf_adaptive_sparse.search.kv_split import LayerBits
-from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.space import OWN_DTYPE, SearchSpace
 
 WIDEST_MEASURED = 4
 """Wider codes change the loss by less than can be told on few data. Their change is taken to fall
 as the squared error does, to a quarter with every bit."""
-
-UNQUANTISED = 16
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,13 @@ def measure_kv_sensitivity(
     """
 
     def through(unit: int, bits: int) -> float:
-        alone = [UNQUANTISED] * len(plan.units)
+        alone = [OWN_DTYPE] * len(plan.units)
         alone[unit] = bits
         return loss(_profile(plan, space, alone))
 
-    unquantised = loss(_profile(plan, space, [UNQUANTISED] * len(plan.units)))
+    unquantised = loss(_profile(plan, space, [OWN_DTYPE] * len(plan.units)))
     measured = [bits for bits in plan.palette if bits <= WIDEST_MEASURED]
-    if not measured and plan.palette[0] < UNQUANTISED:
+    if not measured and plan.palette[0] < OWN_DTYPE:
         measured = [plan.palette[0]]
     rows = []
     for unit in range(len(plan.units)):
@@ -94,7 +92,7 @@ def _spread(found: dict[int, float], palette: Sequence[int]) -> tuple[float, ...
     for bits in palette:
         if bits not in changes:
             widest = max(found, default=bits)
-            wide = 0.0 if bits == UNQUANTISED else changes[widest] / 4.0 ** (bits - widest)
+            wide = 0.0 if bits == OWN_DTYPE else changes[widest] / 4.0 ** (bits - widest)
             changes[bits] = wide
     return tuple(changes[bits] for bits in palette)
 

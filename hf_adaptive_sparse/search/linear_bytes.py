@@ -9,9 +9,7 @@ import torch
 from hf_adaptive_sparse.packing.sparse_weight import size_bytes
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat, checkpoint_bytes
 from hf_adaptive_sparse.packing.weight_codes import default_group_size, group_count
-
-OWN_DTYPE = 16
-"""Weight bits that stand for the model's own dtype."""
+from hf_adaptive_sparse.search.space import OWN_DTYPE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hf_adaptive_sparse.search.data import short_windows
 from hf_adaptive_sparse.search.increase import Batches
 from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
 from hf_adaptive_sparse.search.shape import ModelShape
-from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.space import OWN_DTYPE, SearchSpace
 from hf_adaptive_sparse.search.suggesting import uniform_params
 
 SIZES = 16
@@ -110,7 +110,7 @@ def spaces_by_budget(
     if kv_alone(space):
         return _by_bits(model, space), BITS
     budget = ByteBudget.of(model, space, excluded)
-    widths = space.weight_bits or (16,)
+    widths = space.weight_bits or (OWN_DTYPE,)
     smallest = _size(budget, space.high if space.prunes else 0.0, widths[0])
     largest = _size(budget, space.low if space.prunes else 0.0, widths[-1])
     # A little above the smallest size, since ratios are rounded to whole weights.
@@ -118,7 +118,7 @@ def spaces_by_budget(
     if start >= largest:
         return {float(start): replace(space, size_bytes=start)}, BYTES
     # The largest is of interest unless it is the dense model's.
-    steps = SIZES + (largest < _size(budget, 0.0, 16))
+    steps = SIZES + (largest < _size(budget, 0.0, OWN_DTYPE))
     sizes = [start + (largest - start) * step // SIZES for step in range(steps)]
     return {float(size): replace(space, size_bytes=size) for size in sizes}, BYTES
 

@@ -31,6 +31,9 @@ from hf_adaptive_sparse.search.space_rules import (
 FREE = "free"
 """As ``target_sparsity``: the mean ratio is what a budget in bytes makes it."""
 
+OWN_DTYPE = 16
+"""Bits of weights, keys or values that stand for the model's own dtype."""
+
 FREE_RANGE = (0.0, 0.75)
 """Ratios that a block may take where the mean is free and no range is given."""
 
