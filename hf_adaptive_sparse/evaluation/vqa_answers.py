@@ -63,24 +63,16 @@ def normalize_answer(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return the accuracy of one prediction, in [0, 1].
+def mean_agreement(matches: Sequence[bool]) -> float:
+    """Return the official accuracy of one prediction, in [0, 1].
 
     With several human answers: for each of them, ``min(matches among the others / 3, 1)``,
     averaged (the official leave-one-out formula; Antol et al. 2015, "VQA", §3). With a single
-    answer: 1 if it matches. Both sides are normalised first.
+    answer: 1 if it matches.
 
-    Raises:
-        ValueError: If there are no answers.
+    Args:
+        matches: Whether each human answer matches the prediction, both normalised; at least one.
     """
-    if isinstance(answers, str) or not answers:
-        raise ValueError(f"answers must be a list of at least one answer, got {answers!r}.")
-    predicted = normalize_answer(prediction)
-    return mean_agreement([normalize_answer(answer) == predicted for answer in answers])
-
-
-def mean_agreement(matches: Sequence[bool]) -> float:
-    """Return the official accuracy from whether each human answer matches the prediction."""
     if len(matches) == 1:
         return float(matches[0])
     total = sum(matches)

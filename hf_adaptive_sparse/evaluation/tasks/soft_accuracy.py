@@ -1,6 +1,6 @@
 """VQAv2 and TextVQA: soft accuracy against ten human answers.
 
-Both score an answer by how many humans gave it, each human left out once (`vqa_soft_accuracy`);
+Both score an answer by how many humans gave it, each human left out once (`mean_agreement`);
 they differ in how an answer is cleaned before it is compared.
 """
 
