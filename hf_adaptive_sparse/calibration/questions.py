@@ -43,6 +43,13 @@ MOST_ADDED = 3
 PLAIN_PROMPT = "\nQ: {question} A:"
 """What follows the image where a processor has no chat template."""
 
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files that a model with a processor has one of, and a model with a tokenizer alone has none."""
+
 
 def load_processor(
     name_or_path: str | os.PathLike[str],
@@ -54,34 +61,58 @@ def load_processor(
 ) -> Any:
     """Load a model's processor, or its tokenizer where it has no processor.
 
-    Code from the repo is never run. Arguments are those of ``from_pretrained``.
+    A processor that needs a package that is not installed, or code from the repo, which is never
+    run, is replaced by the tokenizer with a warning. Arguments are those of ``from_pretrained``.
 
     Raises:
         OSError: If the repo or folder has neither.
+        ValueError: If it has a processor that cannot be loaded.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
-    settings = {
+    hub: dict[str, Any] = {
         "revision": revision or "main",
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
-        "trust_remote_code": False,
     }
     try:
-        return AutoProcessor.from_pretrained(name_or_path, **settings)
-    except ImportError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        logger.warning(
-            "The processor of %s needs a package that is not installed; only its tokenizer is "
-            "used, which takes text alone. %s",
-            name_or_path,
-            reason,
-        )
-        return AutoTokenizer.from_pretrained(name_or_path, **settings)
-    except (OSError, ValueError, KeyError):
-        # A text model has no processor; what is wrong with one that has, the tokenizer shows too.
-        return AutoTokenizer.from_pretrained(name_or_path, **settings)
+        return AutoProcessor.from_pretrained(name_or_path, **hub, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub, trust_remote_code=False)
+        if isinstance(error, ImportError):
+            _warn_of_text_alone(name_or_path, "a package that is not installed", error)
+        elif file := _processor_file(name_or_path, hub):
+            if "trust_remote_code" not in str(error):
+                raise ValueError(
+                    f"The processor of {name_or_path}, which has a {file}, cannot be loaded "
+                    f"({_first_line(error).rstrip('.')}). Save or download it again."
+                ) from error
+            _warn_of_text_alone(name_or_path, "code of its own, which is never run", error)
+        return tokenizer
+
+
+def _processor_file(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> str | None:
+    """Return the name of a file that describes the model's processor; ``None``: it has none."""
+    from transformers.utils import has_file
+
+    return next((file for file in _PROCESSOR_FILES if has_file(name_or_path, file, **hub)), None)
+
+
+def _warn_of_text_alone(
+    name_or_path: str | os.PathLike[str], need: str, error: BaseException
+) -> None:
+    logger.warning(
+        "The processor of %s needs %s; only its tokenizer is used, which takes text alone. %s",
+        name_or_path,
+        need,
+        _first_line(error),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def format_question(

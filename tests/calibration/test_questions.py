@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 import pytest
@@ -168,6 +169,32 @@ def test_load_processor(tmp_path) -> None:
     assert load_processor(str(tmp_path / "text"))("a")["input_ids"] == [7]
     with pytest.raises((OSError, ValueError)):
         load_processor(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}"])
+def test_a_damaged_processor_is_not_left_out(tmp_path, damage: str) -> None:
+    make_llava_processor().save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(damage)
+    with pytest.raises(
+        ValueError, match=r"has a processor_config\.json, cannot be loaded \(.+\)\."
+    ):
+        load_processor(tmp_path)
+
+
+def test_a_tokenizer_alone_is_loaded_without_a_word(tmp_path, caplog) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    assert load_processor(tmp_path)("a")["input_ids"] == [7]
+    assert not caplog.text
+
+
+def test_a_processor_with_code_of_its_own_is_left_out_with_a_warning(tmp_path, caplog) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    code = {"auto_map": {"AutoProcessor": "code.Processor"}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(code))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert load_processor(tmp_path)("a")["input_ids"] == [7]
+    assert "needs code of its own, which is never run; only its tokenizer" in caplog.text
 
 
 def test_load_processor_from_a_cache_of_the_callers(tmp_path) -> None:
