@@ -21,6 +21,7 @@ from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.compressor.tasks import task_rows
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.tasks.task import Setting, known_tasks
+from hf_adaptive_sparse.kvcache.generation import kv_cache_config
 from hf_adaptive_sparse.report import text_table
 
 OF_TASKS = ("task_data", "task_samples", "task_batch_size", "results")
@@ -71,7 +72,7 @@ def run_evaluate(options: argparse.Namespace) -> Answer:
         model_of(options),
         evaluation=evaluation_of(options),
         questions=questions_of(options),
-        kv_cache=_kv_choice(options.kv_bits),
+        kv_cache=_kv_choice(options),
         progress=not options.no_progress,
     )
     return Answer(text_table(table_rows([row])), row.to_dict())
@@ -88,9 +89,7 @@ def _run_tasks(options: argparse.Namespace) -> Answer:
         model_of(options),
         list(dict.fromkeys(name.strip() for name in options.tasks.split(","))),
         data=task_data(options.task_data),
-        setting=Setting(
-            kv_cache=_kv_choice(options.kv_bits), sequence_length=options.sequence_length
-        ),
+        setting=Setting(kv_cache=_kv_choice(options), sequence_length=options.sequence_length),
         batch_size=options.task_batch_size,
         num_samples=options.task_samples,
         results=options.results,
@@ -115,7 +114,10 @@ def task_data(pairs: list[str]) -> dict[str, str]:
     return {task: source for task, _, source in split}
 
 
-def _kv_choice(bits: tuple[int, ...] | None) -> KVCacheChoice:
-    if bits == OWN_PROFILE:
+def _kv_choice(options: argparse.Namespace) -> KVCacheChoice:
+    """Return the model's own KV profile, with other bits where they are given."""
+    if options.kv_bits == OWN_PROFILE:
         return None
-    return kv_config(bits) or False
+    if options.kv_bits is None:
+        return False
+    return kv_config(options.kv_bits, kv_cache_config(model_of(options).load_config()))

@@ -47,11 +47,23 @@ def questions_of(options: argparse.Namespace) -> DataSource | None:
     return replace(evaluation_of(options), source=options.questions)
 
 
-def kv_config(bits: tuple[int, ...] | None) -> KVCacheConfig | None:
-    """Return the KV profile of `options.add_kv_bits`; ``None`` leaves the cache alone."""
+def kv_config(
+    bits: tuple[int, ...] | None, profile: KVCacheConfig | None = None
+) -> KVCacheConfig | None:
+    """Return the KV profile of `options.add_kv_bits`.
+
+    Args:
+        bits: The option's bits; ``None`` leaves the cache alone.
+        profile: The profile whose bits are replaced; ``None``: the default one.
+    """
     if bits is None:
         return None
-    return KVCacheConfig(bits=bits[0] if len(bits) == 1 else bits)
+    return replace(
+        profile or KVCacheConfig(),
+        bits=bits[0] if len(bits) == 1 else bits,
+        key_bits=None,
+        value_bits=None,
+    )
 
 
 def plan_of(options: argparse.Namespace, space: SearchSpace) -> SearchPlan:

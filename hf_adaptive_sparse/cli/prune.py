@@ -54,7 +54,7 @@ def run_prune(options: argparse.Namespace) -> Answer:
         if sparsity is None and options.pattern == "unstructured":
             target = 0.0  # a profile without ratios leaves the weights in
     if options.kv_bits != OWN_PROFILE:
-        kv_cache = kv_config(options.kv_bits)
+        kv_cache = kv_config(options.kv_bits, kv_cache)
     if sparsity is not None and options.target_sparsity is not None:
         raise ValueError(
             "The ratios of --profile or --sparsity fix their own mean, got --target-sparsity "

@@ -21,7 +21,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.space_arguments import space_of, widths
-from hf_adaptive_sparse.compressor import checks, pipeline
+from hf_adaptive_sparse.compressor import ModelSource, checks, pipeline
 from hf_adaptive_sparse.compressor.presets import get_preset
 from hf_adaptive_sparse.hub import HubError
 from hf_adaptive_sparse.kernels import triton_device
@@ -218,6 +218,30 @@ def test_prune_takes_kv_bits_which_override_the_profiles(
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["target_sparsity"] == 0
     assert (config["kv_cache"] and config["kv_cache"]["key_bits"]) == (bits and [bits] * 4)
+
+
+def test_kv_bits_change_nothing_else_of_a_profile(
+    capsys, monkeypatch, llava_folder: Path, tmp_path: Path
+) -> None:
+    others = {"group_size": 32, "residual_length": 64, "key_mode": "token", "sink_length": 4}
+    profile, out = tmp_path / "profile.json", tmp_path / "out"
+    CompressionProfile(kv_cache=KVCacheConfig(key_bits=6, value_bits=8, **others)).save(profile)
+    arguments = [llava_folder, "--output", out, "--profile", profile, "--kv-bits", 4]
+    code, _, stderr = run(capsys, "prune", *arguments, "--no-progress")
+    assert code == 0, stderr
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]["kv_cache"]
+    assert stored == KVCacheConfig(bits=(4,) * 4, **others).to_dict()
+
+    def measured(model: ModelSource, **options: object) -> None:
+        raise ValueError(f"with {options['kv_cache']}")
+
+    monkeypatch.setattr("hf_adaptive_sparse.cli.evaluate.evaluate", measured)
+    for given, choice in [
+        (["--kv-bits", "3"], KVCacheConfig(bits=3, **others)),
+        (["--kv-bits", "none"], False),
+        ([], None),
+    ]:
+        assert f"with {choice}" in run(capsys, "evaluate", out, *given)[2]
 
 
 def test_prune_by_globs_without_data(capsys, llava_folder: Path, tmp_path: Path) -> None:
