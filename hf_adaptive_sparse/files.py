@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".partial"
+"""Ending of the name of a file that is being written."""
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to ``path`` on success, and removed otherwise."""
+    """Yield a temporary path that is renamed to ``path`` on success, and removed otherwise.
+
+    The name is this writer's alone: of several writers of one file, the last to finish wins.
+    """
     target = Path(path)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         yield partial
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers left in a folder that were killed; none may be at work there."""
+    for left in folder.glob("*" + UNFINISHED):
+        left.unlink()

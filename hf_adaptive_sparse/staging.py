@@ -17,6 +17,8 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from hf_adaptive_sparse.files import remove_unfinished
+
 logger = logging.getLogger(__name__)
 
 _OURS = ".adaptive-sparse."
@@ -93,7 +95,8 @@ def resumable_folder(
 ) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``output`` if the body succeeds.
 
-    If it does not, everything in it stays for the next run where one of the state files is there.
+    If it does not, everything in it stays for the next run where one of the state files is there,
+    but for files that were being written when the run was killed.
 
     Args:
         output: The folder to make.
@@ -106,6 +109,7 @@ def resumable_folder(
     with _partial_folder(output, overwrite=overwrite) as partial:
         _clear_without(state_names, partial)
         _make(partial)
+        remove_unfinished(partial)
         try:
             yield partial
         except BaseException:

@@ -61,6 +61,15 @@ def test_a_failure_with_nothing_to_resume_leaves_nothing(tmp_path: Path, staged:
     assert names(tmp_path) == []
 
 
+def test_what_a_killed_run_was_writing_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    for name in ("log", "shard.0a1b2c3d.partial"):
+        (tmp_path / PARTIAL / name).touch()
+    with resumable_folder(tmp_path / "out", ("log",)):
+        pass
+    assert names(tmp_path / "out") == ["log"]
+
+
 def test_a_folder_that_is_not_empty_needs_overwrite(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"must be empty.*--overwrite"):

@@ -20,6 +20,7 @@ from huggingface_hub import (
 )
 
 from hf_adaptive_sparse.checkpoint.headers import INDEX_NAME, WEIGHTS_NAME, shard_names
+from hf_adaptive_sparse.files import UNFINISHED
 from hf_adaptive_sparse.hub.errors import LOG_IN, OFFLINE, HubError, check_repo_id, explained
 from hf_adaptive_sparse.hub.reading import inspect
 from hf_adaptive_sparse.naming import UNNAMED_REPO
@@ -36,7 +37,7 @@ WEIGHT_PATTERNS = (
 )
 """Files at the root of a repo that transformers loads weights from."""
 
-_SKIPPED_ENDINGS = (".partial", ".lock", ".tmp", "-journal", "-wal", "-shm", ".journal")
+_SKIPPED_ENDINGS = (UNFINISHED, ".lock", ".tmp", "-journal", "-wal", "-shm", ".journal")
 """Unfinished files, and storages of a search: those name the machine they were made on."""
 
 
