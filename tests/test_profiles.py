@@ -31,6 +31,11 @@ class TestSparsityProfile:
     def test_modules_it_does_not_name_count_as_dense(self) -> None:
         assert SparsityProfile({"a": 0.5}).mean({"a": 10, "b": 10}) == pytest.approx(0.25)
 
+    @pytest.mark.parametrize("numel", [{}, {"a": 0}])
+    def test_no_weights_have_no_mean(self, numel: dict[str, int]) -> None:
+        with pytest.raises(ValueError, match="numel must count at least one weight"):
+            SparsityProfile({}).mean(numel)
+
     @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan"), "0.5", True, None])
     def test_refuses_what_is_not_a_ratio(self, ratio: object) -> None:
         with pytest.raises(ValueError, match=r"sparsity of 'a' must be a number in \[0, 1\)"):
@@ -95,6 +100,10 @@ class TestKVCacheConfig:
         assert KVCacheConfig().key_mode == "channel"
         again = KVCacheConfig.from_dict(KVCacheConfig.from_dict(first).to_dict())
         assert again.key_mode == "token"
+
+    def test_fields_of_a_user_have_no_form_of_a_version(self) -> None:
+        fields = {"key_bits": 8, "value_bits": 6, "group_size": 64, "residual_length": 64}
+        assert KVCacheConfig.from_fields(fields) == KVCacheConfig(**fields)
 
     def test_unknown_key_lists_the_known(self) -> None:
         with pytest.raises(ValueError, match=r"knows the keys bits, .*got nbits"):
@@ -182,6 +191,20 @@ class TestCompressionProfile:
 def test_a_form_that_is_no_object_is_refused(read, form) -> None:
     with pytest.raises(ValueError, match="must be a JSON object, got"):
         read(form)
+
+
+@pytest.mark.parametrize(
+    ("read", "known"),
+    [
+        (CompressionProfile.from_dict, "kv_cache, weight_bits"),
+        (SparsityProfile.from_dict, "ratios"),
+    ],
+)
+def test_a_key_that_means_nothing_is_refused(read, known: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"knows the keys format_version, .*{known}; got kv_cach\."
+    ):
+        read({"format_version": 1, "kv_cach": {"bits": 4}})
 
 
 @pytest.mark.parametrize(

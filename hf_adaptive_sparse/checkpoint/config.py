@@ -34,6 +34,7 @@ from hf_adaptive_sparse.profiles import (
     CalibrationConfig,
     KVCacheConfig,
     check_format_version,
+    check_keys,
     check_ratio,
     weight_bits_version,
 )
@@ -312,13 +313,13 @@ class SparsityConfig(QuantizationConfigMixin):
         version = config_dict.get("format_version", FORMAT_VERSION)
         check_format_version(version, "the checkpoint", LOSSLESS_BITS_VERSION)
         known = list(inspect.signature(cls).parameters)
-        unknown = sorted(set(config_dict) - set(known))
-        if unknown:
-            raise ValueError(
-                f"A sparsity config knows the keys {', '.join(known)}; got {', '.join(unknown)}."
-            )
+        check_keys(config_dict, known, "A sparsity config")
+        stored = dict(config_dict)
+        if "format_version" in stored and isinstance(stored.get("kv_cache"), Mapping):
+            # Only what was saved names its version; a user's dict has no form of an old one.
+            stored["kv_cache"] = KVCacheConfig.from_dict(stored["kv_cache"])
         used = {key: value for key, value in kwargs.items() if key in known}
-        config = cls(**{**config_dict, **used})
+        config = cls(**{**stored, **used})
         rest = {key: value for key, value in kwargs.items() if key not in known}
         return (config, rest) if return_unused_kwargs else config
 

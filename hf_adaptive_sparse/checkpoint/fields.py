@@ -12,6 +12,7 @@ from hf_adaptive_sparse.packing.weight_codes import GROUP_MULTIPLE, default_grou
 from hf_adaptive_sparse.profiles import (
     CalibrationConfig,
     KVCacheConfig,
+    check_keys,
     check_ratio,
     check_weight_bits,
 )
@@ -105,11 +106,7 @@ def calibration_config(calibration: object) -> CalibrationConfig | None:
         return CalibrationConfig(dataset=os.fspath(calibration))
     if isinstance(calibration, Mapping):
         known = [field.name for field in fields(CalibrationConfig)]
-        unknown = sorted(str(key) for key in set(calibration) - set(known))
-        if unknown:
-            raise ValueError(
-                f"A calibration config knows the keys {', '.join(known)}; got {', '.join(unknown)}."
-            )
+        check_keys(calibration, known, "A calibration config")
         return CalibrationConfig(**calibration)
     raise ValueError(
         "calibration must be None, a dataset name, a path or a CalibrationConfig, got "
@@ -128,7 +125,7 @@ def kv_cache_config(kv_cache: object) -> KVCacheConfig | bool | None:
     if isinstance(kv_cache, int) and not isinstance(kv_cache, bool):
         return KVCacheConfig(bits=kv_cache)
     if isinstance(kv_cache, Mapping):
-        return KVCacheConfig.from_dict(kv_cache)
+        return KVCacheConfig.from_fields(kv_cache)
     raise ValueError(
         "kv_cache must be None, False, a KVCacheConfig, its dict or a number of bits, got "
         f"{kv_cache!r}."

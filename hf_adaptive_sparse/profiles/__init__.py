@@ -5,7 +5,7 @@ profiles can be read, compared and written anywhere.
 """
 
 from hf_adaptive_sparse.profiles.calibration import MIN_EXPERT_TOKENS, CalibrationConfig
-from hf_adaptive_sparse.profiles.checks import check_count, check_ratio
+from hf_adaptive_sparse.profiles.checks import check_count, check_keys, check_ratio
 from hf_adaptive_sparse.profiles.compression import CompressionProfile
 from hf_adaptive_sparse.profiles.kv_cache import Bits, KVCacheConfig
 from hf_adaptive_sparse.profiles.sparsity import SparsityProfile
@@ -44,6 +44,7 @@ __all__ = [
     "SparsityProfile",
     "check_count",
     "check_format_version",
+    "check_keys",
     "check_ratio",
     "check_weight_bits",
     "weight_bits_version",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -59,3 +59,19 @@ def check_form(data: object, what: str) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} must be a JSON object, got {data!r}.")
     return data
+
+
+def check_keys(data: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Refuse keys that mean nothing.
+
+    Args:
+        data: What was given.
+        known: The keys that it may have.
+        what: Its name, for the message.
+
+    Raises:
+        ValueError: If it has others.
+    """
+    unknown = sorted(str(key) for key in set(data) - set(known))
+    if unknown:
+        raise ValueError(f"{what} knows the keys {', '.join(known)}; got {', '.join(unknown)}.")

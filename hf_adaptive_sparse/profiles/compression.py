@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adaptive_sparse.files import replacing
-from hf_adaptive_sparse.profiles.checks import check_form, check_mapping
+from hf_adaptive_sparse.profiles.checks import check_form, check_keys, check_mapping
 from hf_adaptive_sparse.profiles.kv_cache import KVCacheConfig
 from hf_adaptive_sparse.profiles.sparsity import SparsityProfile
 from hf_adaptive_sparse.profiles.versions import (
@@ -21,6 +21,8 @@ from hf_adaptive_sparse.profiles.versions import (
     weight_bits_version,
 )
 from hf_adaptive_sparse.profiles.widths import check_weight_bits
+
+_FIELDS = ("sparsity", "kv_cache", "weight_bits")
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ class CompressionProfile:
         """Read the JSON form.
 
         Raises:
-            ValueError: If the version or a value is invalid.
+            ValueError: If the version, a key or a value is invalid.
         """
         data = check_form(data, "A compression profile")
         version = data.get("format_version")
         check_format_version(version, "the compression profile", LOSSLESS_BITS_VERSION)
+        check_keys(data, ("format_version", *_FIELDS), "A compression profile")
         sparsity, kv_cache = data.get("sparsity"), data.get("kv_cache")
         return cls(
             sparsity=None if sparsity is None else SparsityProfile(sparsity),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any
 
-from hf_adaptive_sparse.profiles.checks import check_count, check_form
+from hf_adaptive_sparse.profiles.checks import check_count, check_form, check_keys
 from hf_adaptive_sparse.profiles.widths import KV_BITS, KV_KEY_MODES
 
 Bits = int | tuple[int, ...]
@@ -124,7 +124,7 @@ class KVCacheConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KVCacheConfig:
-        """Read the JSON form.
+        """Read the JSON form from a file.
 
         ``to_dict`` of version 0.1 wrote exactly key_bits, value_bits, group_size and
         residual_length, and keys were quantised per token then: such a form gets
@@ -133,17 +133,21 @@ class KVCacheConfig:
         Raises:
             ValueError: If a key is unknown or a value invalid.
         """
+        config = cls.from_fields(data)
+        if set(data) == _FIRST_KV_FORM:
+            return replace(config, key_mode="token")
+        return config
+
+    @classmethod
+    def from_fields(cls, data: Mapping[str, Any]) -> KVCacheConfig:
+        """Make a config of fields that a user gave by name; a missing one takes its default.
+
+        Raises:
+            ValueError: If a key is unknown or a value invalid.
+        """
         data = check_form(data, "A KV cache config")
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise ValueError(
-                f"KV cache config knows the keys {', '.join(known)}; got {', '.join(unknown)}."
-            )
-        values = dict(data)
-        if set(values) == _FIRST_KV_FORM:
-            values["key_mode"] = "token"
-        return cls(**values)
+        check_keys(data, [field.name for field in fields(cls)], "A KV cache config")
+        return cls(**data)
 
 
 def _check_bits(bits: object, what: str) -> Bits:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_adaptive_sparse.profiles.checks import check_form, check_mapping, check_ratio
+from hf_adaptive_sparse.profiles.checks import check_form, check_keys, check_mapping, check_ratio
 from hf_adaptive_sparse.profiles.versions import FORMAT_VERSION, check_format_version
 
 
@@ -33,8 +33,13 @@ class SparsityProfile:
         Args:
             numel: Module name -> number of weights. Modules the profile does not name count as
                 dense (ratio 0).
+
+        Raises:
+            ValueError: If there are no weights.
         """
         total = sum(numel.values())
+        if total == 0:
+            raise ValueError(f"numel must count at least one weight, got {dict(numel)!r}.")
         return sum(self.ratios.get(name, 0.0) * n for name, n in numel.items()) / total
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,10 +51,11 @@ class SparsityProfile:
         """Read the JSON form.
 
         Raises:
-            ValueError: If the version or a ratio is invalid.
+            ValueError: If the version, a key or a ratio is invalid.
         """
         data = check_form(data, "A sparsity profile")
         check_format_version(data.get("format_version"), "the sparsity profile")
+        check_keys(data, ("format_version", "ratios"), "A sparsity profile")
         if "ratios" not in data:
             raise ValueError(f"A sparsity profile has the key ratios; got {', '.join(data)}.")
         return cls(ratios=data["ratios"])

@@ -90,6 +90,7 @@ def test_old_checkpoints_load_bit_exactly(version: str) -> None:
     config = model.config.quantization_config
     assert config.format_version == 1
     assert config.kv_cache.layer_bits(2) == ((8, 6), (6, 8))
+    assert config.kv_cache.key_mode == "token"
     assert config.sparsity["model.layers.0.mlp.up_proj"] == 0.4
     tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
     assert tokens.shape[0] == 1

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,16 @@ def test_a_pattern_fixes_the_target(pattern: str, ratio: float) -> None:
 def test_invalid_values_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SparsityConfig(**arguments)  # type: ignore[arg-type]
+
+
+def test_only_a_saved_kv_profile_can_be_of_the_first_form() -> None:
+    fields = {"key_bits": 8, "value_bits": 6, "group_size": 64, "residual_length": 64}
+    asked = KVCacheConfig(**fields)
+    assert SparsityConfig(kv_cache=fields).kv_cache == asked
+    assert SparsityConfig.from_dict({"kv_cache": fields}).kv_cache == asked
+    saved = SparsityConfig(kv_cache=asked).to_dict() | {"kv_cache": fields}
+    assert SparsityConfig.from_dict(saved).kv_cache == replace(asked, key_mode="token")
+    assert SparsityConfig.from_dict(saved, kv_cache=fields).kv_cache == asked
 
 
 def test_a_future_version_is_told_before_its_unknown_keys() -> None:
