@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 
 from hf_adaptive_sparse.architecture import UNLIMITED_CONTEXT
@@ -66,9 +67,9 @@ def load_processor(
 
     Raises:
         OSError: If the repo or folder has neither.
-        ValueError: If it has a processor that cannot be loaded.
+        ValueError: If it has a processor or a tokenizer that cannot be loaded.
     """
-    from transformers import AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor
 
     hub: dict[str, Any] = {
         "revision": revision or "main",
@@ -78,8 +79,8 @@ def load_processor(
     }
     try:
         return AutoProcessor.from_pretrained(name_or_path, **hub, trust_remote_code=False)
-    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub, trust_remote_code=False)
+    except Exception as error:  # of any type where a file is damaged
+        tokenizer = _load_tokenizer(name_or_path, hub)
         if isinstance(error, ImportError):
             _warn_of_text_alone(name_or_path, "a package that is not installed", error)
         elif file := _processor_file(name_or_path, hub):
@@ -90,6 +91,20 @@ def load_processor(
                 ) from error
             _warn_of_text_alone(name_or_path, "code of its own, which is never run", error)
         return tokenizer
+
+
+def _load_tokenizer(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **hub, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, StrictDataclassError):
+        raise
+    except Exception as error:  # tokenizers raises no other where a file is damaged
+        raise ValueError(
+            f"The tokenizer of {name_or_path} cannot be loaded ({_first_line(error).rstrip('.')}). "
+            "Save or download it again."
+        ) from error
 
 
 def _processor_file(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
@@ -27,8 +28,11 @@ from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.staging import partial_of
 
-INPUT_ERRORS = (ValueError, OSError, TypeError)
-"""Errors that a user can fix. All others are bugs of this package and keep their traceback."""
+INPUT_ERRORS = (ValueError, OSError, StrictDataclassError)
+"""Errors that a user can fix; the last is of a model's config with a value of the wrong type.
+
+All others are bugs of this package and keep their traceback.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

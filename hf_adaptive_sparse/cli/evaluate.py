@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from hf_adaptive_sparse.checkpoint.config import our_config
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.inputs import evaluation_of, kv_config, model_of, questions_of
 from hf_adaptive_sparse.cli.options import (
@@ -21,7 +22,6 @@ from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.compressor.tasks import task_rows
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.tasks.task import Setting, known_tasks
-from hf_adaptive_sparse.kvcache.generation import kv_cache_config
 from hf_adaptive_sparse.report import text_table
 
 OF_TASKS = ("task_data", "task_samples", "task_batch_size", "results")
@@ -120,4 +120,5 @@ def _kv_choice(options: argparse.Namespace) -> KVCacheChoice:
         return None
     if options.kv_bits is None:
         return False
-    return kv_config(options.kv_bits, kv_cache_config(model_of(options).load_config()))
+    own = our_config(model_of(options).load_config())
+    return kv_config(options.kv_bits, None if own is None else own.kv_profile)

@@ -181,6 +181,18 @@ def test_a_damaged_processor_is_not_left_out(tmp_path, damage: str) -> None:
         load_processor(tmp_path)
 
 
+@pytest.mark.parametrize("make", [make_tokenizer, make_llava_processor])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("tokenizer_config.json", '{"eos_token": 3}'), ("tokenizer.json", '{"model": 3}')],
+)
+def test_a_damaged_tokenizer_is_a_value_error(tmp_path, make, file: str, damage: str) -> None:
+    make().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(damage)
+    with pytest.raises(ValueError, match=r"The tokenizer of .+ cannot be loaded \(.+\)\."):
+        load_processor(tmp_path)
+
+
 def test_a_tokenizer_alone_is_loaded_without_a_word(tmp_path, caplog) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')

@@ -392,6 +392,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(llava_folder: Path, tmp_path
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_bug_keeps_its_traceback_and_is_not_bad_input(capsys, monkeypatch) -> None:
+    def broken(options: object) -> None:
+        raise TypeError("NoneType has no length")
+
+    monkeypatch.setattr("hf_adaptive_sparse.cli.evaluate.run_evaluate", broken)
+    with pytest.raises(TypeError, match="has no length"):
+        run(capsys, "evaluate", "model")
+
+
+def test_a_config_with_a_value_of_another_type_is_bad_input(capsys, llava_folder: Path) -> None:
+    config = json.loads((llava_folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = "many"
+    (llava_folder / "config.json").write_text(json.dumps(config))
+    code, _, stderr = run(capsys, "evaluate", llava_folder)
+    assert code == 2
+    assert "'vocab_size' expected int, got str (value: 'many')" in stderr.splitlines()[-1]
+
+
 def test_traceback_on_request(llava_folder: Path, tmp_path: Path) -> None:
     arguments = ["prune", str(llava_folder), "--output", str(tmp_path / "o"), "--metric", "psychic"]
     with pytest.raises(ValueError, match="psychic"):
