@@ -1,4 +1,4 @@
-"""What models and data are called in files that may be published."""
+"""What models and data are called: as paths, and in files that may be published."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ def public_name(name: str | os.PathLike[str]) -> str:
 
     A path is what exists, or looks like one: a folder may have been removed since it was read.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     is_local = path.exists() or looks_like_path(name)
     return Path(os.path.abspath(path)).name if is_local else os.fspath(name)
+
+
+def expanded(name: str | os.PathLike[str]) -> Path:
+    """Return a path with the home folder for ``~``; that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(name))
 
 
 def looks_like_path(name: str | os.PathLike[str]) -> bool:

@@ -389,6 +389,18 @@ def test_inspect_fetches_under_one_percent_of_the_weights(hub: HubServer, tmp_pa
     assert remote.revision == hub.repos[REPO].history()[0].sha
 
 
+def test_a_folder_below_the_home_folder(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    name = f"~/{folder.name}"
+    assert inspect(name).source == str(folder)
+    push(hub, name)
+    assert "model.safetensors" in hub.repos[REPO].history()[0].files
+    with pytest.raises(ValueError, match="There is no folder '~/missing'"):
+        inspect("~/missing")
+
+
 def test_inspect_local_folder(folder: Path) -> None:
     found = inspect(folder)
     assert found.sparsity == (0.5, 0.5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_adaptive_sparse.naming import public_name
+from hf_adaptive_sparse.naming import expanded, public_name
 
 
 def test_of_a_local_path_only_the_last_part_is_published(
@@ -23,3 +23,11 @@ def test_of_a_local_path_only_the_last_part_is_published(
     assert public_name("someone/model") == "someone/model"
     for removed in (tmp_path / "removed/model", "../removed/model", "a/removed/model"):
         assert public_name(removed) == "model"
+
+
+def test_the_home_of_an_unknown_user_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/model") == tmp_path / "model"
+    assert expanded("~nobody-here/model") == Path("~nobody-here/model")

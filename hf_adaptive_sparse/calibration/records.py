@@ -29,7 +29,7 @@ from hf_adaptive_sparse.calibration.tables import (
     Row,
     Table,
 )
-from hf_adaptive_sparse.naming import looks_like_path
+from hf_adaptive_sparse.naming import expanded, looks_like_path
 
 __all__ = [
     "IMAGE",
@@ -138,7 +138,7 @@ def open_table(
         return hub_table(f"{DEFAULT_DATASET}:{split}", split, revision, token)
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
-        path = Path(text).expanduser()
+        path = expanded(text)
         is_file = path.suffix.lower() in FILE_TYPES
         # A colon comes before the config of a dataset, but also after the letter of a drive.
         is_path = "\\" in text or looks_like_path(text.partition(":")[0])

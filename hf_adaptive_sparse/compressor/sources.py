@@ -40,7 +40,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
 from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_, missing_tensors
 from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config
-from hf_adaptive_sparse.naming import public_name
+from hf_adaptive_sparse.naming import expanded, public_name
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class ModelSource:
     device_map: str | None = None
 
     def __post_init__(self) -> None:
+        if os.fspath(self.name).startswith("~"):  # which transformers takes for a repo
+            object.__setattr__(self, "name", expanded(self.name))
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(
                 "dtype must be the name of a torch dtype, such as bfloat16, or auto, got "

@@ -23,7 +23,7 @@ from hf_adaptive_sparse.checkpoint.headers import INDEX_NAME, WEIGHTS_NAME, shar
 from hf_adaptive_sparse.files import UNFINISHED
 from hf_adaptive_sparse.hub.errors import LOG_IN, OFFLINE, HubError, check_repo_id, explained
 from hf_adaptive_sparse.hub.reading import inspect
-from hf_adaptive_sparse.naming import UNNAMED_REPO
+from hf_adaptive_sparse.naming import UNNAMED_REPO, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def push_folder(
         HubError: If the Hub cannot be reached or refuses; the message says what to do.
     """
     token = push_token(repo_id, token)
-    folder = Path(folder)
+    folder = expanded(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r} to push.")
     inspect(folder)

@@ -21,7 +21,7 @@ from hf_adaptive_sparse.checkpoint.headers import (
     shard_names,
 )
 from hf_adaptive_sparse.hub.errors import check_repo_id, explained
-from hf_adaptive_sparse.naming import looks_like_path
+from hf_adaptive_sparse.naming import expanded, looks_like_path
 
 CONFIG_NAME = "config.json"
 MAX_JSON_BYTES = 100_000_000
@@ -153,19 +153,22 @@ def open_source(
         return RepoSource(text, revision, token, endpoint)
     if revision is not None:
         raise ValueError(f"{text!r} is a local folder: only a Hub repo has revision {revision!r}.")
-    return FolderSource(text)
+    return FolderSource(folder)
 
 
 def local_folder(repo_or_folder: str | os.PathLike[str]) -> Path | None:
     """Return the folder where there is one of that name; ``None``: it can only be a repo.
 
+    ``~`` stands for the home folder, as where data are read.
+
     Raises:
         ValueError: If it is a path, or a file, and there is no folder.
     """
     text = os.fspath(repo_or_folder)
-    if Path(text).is_dir():
-        return Path(text)
-    if looks_like_path(text) or Path(text).is_file():
+    path = expanded(text)
+    if path.is_dir():
+        return path
+    if looks_like_path(text) or path.is_file():
         raise ValueError(f"There is no folder {text!r}. Name a folder or a repo 'owner/name'.")
     return None
 

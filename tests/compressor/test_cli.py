@@ -401,6 +401,15 @@ def test_a_bug_keeps_its_traceback_and_is_not_bad_input(capsys, monkeypatch) -> 
         run(capsys, "evaluate", "model")
 
 
+def test_a_model_below_the_home_folder(
+    capsys, monkeypatch, llava_folder: Path, text_file: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(llava_folder.parent))
+    data = ["--evaluation", text_file, "--evaluation-samples", 2, "--sequence-length", 16]
+    code, _, stderr = run(capsys, "evaluate", f"~/{llava_folder.name}", *data, "--no-progress")
+    assert code == 0, stderr
+
+
 def test_a_config_with_a_value_of_another_type_is_bad_input(capsys, llava_folder: Path) -> None:
     config = json.loads((llava_folder / "config.json").read_text())
     config["text_config"]["vocab_size"] = "many"
