@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from hf_adaptive_sparse.checkpoint.config import RUNTIMES
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.options import add_command
 from hf_adaptive_sparse.kernels import triton_device
@@ -34,7 +33,8 @@ def run_env(_options: argparse.Namespace) -> Answer:
             versions[name] = "not installed"
     devices = [f"cpu ({torch.get_num_threads()} threads)"]
     devices += [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    kernels = {"KV cache, CPU": describe_kernels(), "sparse weights": ", ".join(RUNTIMES)}
+    on_cpu = describe_kernels()
+    kernels = {"KV cache, CPU": on_cpu, "sparse weights, CPU": on_cpu}
     if torch.cuda.is_available():
         on_gpu = "Triton" if triton_device.is_available() else "torch"
         kernels |= {"KV cache, GPU": on_gpu, "sparse weights, GPU": on_gpu}

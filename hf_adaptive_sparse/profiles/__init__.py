@@ -1,7 +1,7 @@
 """Value objects that describe a compression: sparsity, KV bits, and how to calibrate.
 
-Frozen dataclasses, validated when made, with a versioned JSON form. Nothing here imports torch, so
-profiles can be read, compared and written anywhere.
+Frozen dataclasses, validated when made, with a versioned JSON form. No module here imports
+torch; Python imports the package around them first, and that does.
 """
 
 from hf_adaptive_sparse.profiles.calibration import MIN_EXPERT_TOKENS, CalibrationConfig

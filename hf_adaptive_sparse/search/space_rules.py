@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_adaptive_sparse.search.space import SearchSpace
@@ -15,15 +15,20 @@ GRANULARITIES = ("block", "layer", "block-projection", "layer-projection")
 KV_SPLITS = ("equal", "free")
 """How KV bits are shared out: every width to as many units, or any width to any unit."""
 
+NUMBERS_END = 1_000_000
+"""Numbers of a space are below this; none that means anything comes near."""
 
-def check_number(value: object, what: str) -> float:
-    """Return a finite number >= 0 as a float.
+
+def check_number(value: Any, what: str) -> float:
+    """Return a number in [0, ``NUMBERS_END``) as a float.
 
     Raises:
         ValueError: If it is not one.
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= float(value) < 1e6:
-        raise ValueError(f"{what} must be a number >= 0, got {value!r}.")
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # Compared before it is converted: a whole number of any size is a Real, and no float.
+    if not (is_number and 0 <= value < NUMBERS_END):
+        raise ValueError(f"{what} must be a number >= 0 and < {NUMBERS_END:,}, got {value!r}.")
     return float(value)
 
 

@@ -126,6 +126,8 @@ def test_a_mean_may_be_that_of_the_upper_of_three_widths():
         ({"sparsity_range": 0.01}, "sparsity_range must be 0 or at least step"),
         ({"sparsity_range": -1}, "sparsity_range must be a number >= 0"),
         ({"sparsity_range": float("nan")}, "sparsity_range must be a number >= 0"),
+        ({"sparsity_range": 1e6}, "must be a number >= 0 and < 1,000,000, got 1000000.0"),
+        ({"sparsity_range": 10**400}, "must be a number >= 0 and < 1,000,000, got 1000"),
         ({"step": 0}, "step must be > 0"),
         ({"blocks": 0}, "blocks must be a whole number >= 1"),
         ({"blocks": 2.5}, "blocks must be a whole number >= 1"),
