@@ -70,10 +70,11 @@ def load_batches(
         sequence_length: Tokens per window of text. ``None``: ``min(2048, the model's context)``.
         batch_size: Windows or questions per batch.
         seed: Seed of the choice of samples.
-        split: Split of a Hub dataset that names none itself.
+        split: Split of a Hub dataset that names none itself; ``shuffle`` goes by it, too.
         shuffle: Draw the samples from the first ``POOL_FACTOR * num_samples`` (``True``), or take
-            the first ones in order (``False``). ``None``: ``True`` for the training split only,
-            so that calibration varies with the seed and an evaluation never does.
+            the first ones in order (``False``). ``None``: ``True`` where ``split`` is
+            ``"train"``, whatever split ``source`` names, so that calibration varies with the seed
+            and an evaluation, which is asked for with another ``split``, never does.
         revision: Revision of a Hub dataset.
         token: Token for private or gated Hub datasets.
 

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hf_adaptive_sparse.calibration import records
 from hf_adaptive_sparse.calibration.data import DataError, load_batches
+from hf_adaptive_sparse.calibration.local_files import local_table
 from hf_adaptive_sparse.calibration.questions import load_processor
 from tests.calibration.test_records import png
 from tests.conftest import llama_config
@@ -65,6 +67,15 @@ def test_calibration_varies_with_the_seed_and_evaluation_does_not(text_file: Pat
     assert first == windows(text_file, shuffle=False)
     pool = windows(text_file, num_samples=20, shuffle=False)
     assert all(window in pool for window in windows(text_file, seed=1))
+
+
+def test_the_split_that_is_asked_for_decides_and_not_the_one_that_a_source_names(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "hub_table", lambda *_: local_table(text_file, "train"))
+    first = windows(text_file, shuffle=False)
+    assert windows("corpus:en:validation") != first
+    assert windows("corpus:en:train", split="validation") == first
 
 
 def test_fewer_samples_than_asked_for(text_file: Path, caplog: pytest.LogCaptureFixture) -> None:
