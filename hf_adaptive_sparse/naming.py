@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+CARD_NAME = "README.md"
+"""The file that is a model's card."""
+
 UNNAMED_REPO = "path/to/this/folder"
 """What a model card calls its repo until `push_folder` knows it."""
 

@@ -24,7 +24,9 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that is read; the safetensors library has the same limit."""
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
+"""Bytes of a file before its header, which hold the length of that."""
+
 _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
@@ -153,10 +155,10 @@ def header_length(prefix: bytes, file_bytes: int, file: str) -> int:
     Raises:
         CheckpointError: If the file is too short for it, or it exceeds ``MAX_HEADER_BYTES``.
     """
-    if len(prefix) < _LENGTH_BYTES:
+    if len(prefix) < LENGTH_BYTES:
         raise CheckpointError(f"{file}: truncated, {file_bytes} bytes are no safetensors file.")
-    length = int(struct.unpack("<Q", prefix[:_LENGTH_BYTES])[0])
-    if length > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+    length = int(struct.unpack("<Q", prefix[:LENGTH_BYTES])[0])
+    if length > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
         raise CheckpointError(
             f"{file}: the header claims {length} bytes of a file of {file_bytes} (at most "
             f"{MAX_HEADER_BYTES} are read). It is truncated or no safetensors file."
@@ -173,9 +175,9 @@ def read_file_header(path: Path) -> dict[str, TensorHeader]:
     """
     with path.open("rb") as handle:
         size = path.stat().st_size
-        length = header_length(handle.read(_LENGTH_BYTES), size, str(path))
+        length = header_length(handle.read(LENGTH_BYTES), size, str(path))
         header = handle.read(length)
-    return parse_header(header, size - _LENGTH_BYTES - length, str(path))
+    return parse_header(header, size - LENGTH_BYTES - length, str(path))
 
 
 def merge_headers(files: Iterable[Mapping[str, TensorHeader]]) -> dict[str, TensorHeader]:

@@ -21,6 +21,7 @@ from hf_adaptive_sparse.compressor import (
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, get_preset
 from hf_adaptive_sparse.report import text_table
 from hf_adaptive_sparse.search.loss_budgets import budget_text
+from hf_adaptive_sparse.search.result import PROFILE_FILE
 from hf_adaptive_sparse.search.trials import evaluated
 
 
@@ -56,7 +57,7 @@ def run_search(options: argparse.Namespace) -> Answer:
             overwrite=options.overwrite,
             progress=progress,
         )
-        where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
+        where = f"Profile written to {os.path.join(options.output, PROFILE_FILE)}"
     elif options.storage is not None:
         result = search_study(model, plan, workers=options.workers, progress=progress)
         where = f"Study {result.study.study_name!r}; --output DIR writes its profile to a folder."
@@ -97,10 +98,10 @@ def _run_within(options: argparse.Namespace, plan: SearchPlan) -> Answer:
         }
         for budget, loss in sorted(found.tried.items())
     ]
-    where = f"Profile written to {os.path.join(options.output, 'profile.json')}"
+    where = f"Profile written to {os.path.join(options.output, PROFILE_FILE)}"
     if plan.space.prunes:
         where += (
             f"\nThe bound is that of one-shot masks: prune MODEL --one-shot --metric "
-            f"{options.metric} --profile {os.path.join(options.output, 'profile.json')}"
+            f"{options.metric} --profile {os.path.join(options.output, PROFILE_FILE)}"
         )
     return Answer(f"{found}\n\n{text_table(rows)}\n\n{where}", found.to_dict())

@@ -11,10 +11,9 @@ from huggingface_hub.repocard import metadata_load
 
 from hf_adaptive_sparse.hub.errors import explained
 from hf_adaptive_sparse.hub.source import local_folder
+from hf_adaptive_sparse.naming import CARD_NAME
 
 logger = logging.getLogger(__name__)
-
-CARD_NAME = "README.md"
 
 
 def license_of(

@@ -23,7 +23,7 @@ from hf_adaptive_sparse.checkpoint.headers import INDEX_NAME, WEIGHTS_NAME, shar
 from hf_adaptive_sparse.files import UNFINISHED
 from hf_adaptive_sparse.hub.errors import LOG_IN, OFFLINE, HubError, check_repo_id, explained
 from hf_adaptive_sparse.hub.reading import inspect
-from hf_adaptive_sparse.naming import UNNAMED_REPO, expanded
+from hf_adaptive_sparse.naming import CARD_NAME, UNNAMED_REPO, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def push_folder(
 
 def _content(name: str, path: Path, repo_id: str) -> Path | bytes:
     """Return what is pushed of a file: a model card comes to name its repo."""
-    if name != "README.md":
+    if name != CARD_NAME:
         return path
     return path.read_bytes().replace(UNNAMED_REPO.encode(), repo_id.encode())
 

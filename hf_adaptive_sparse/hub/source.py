@@ -12,6 +12,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.checkpoint.headers import (
     INDEX_NAME,
+    LENGTH_BYTES,
     WEIGHTS_NAME,
     TensorHeader,
     header_length,
@@ -108,9 +109,10 @@ class RepoSource:
         first = min(size, most, max(least, size // _FIRST_READ_SHARE))
         start = self._first_bytes(file, first) if first else b""
         length = header_length(start, size, file)
-        if len(start) < 8 + length:
-            start = self._first_bytes(file, 8 + length)
-        return parse_header(start[8 : 8 + length], size - 8 - length, file)
+        end = LENGTH_BYTES + length
+        if len(start) < end:
+            start = self._first_bytes(file, end)
+        return parse_header(start[LENGTH_BYTES:end], size - end, file)
 
     def _first_bytes(self, file: str, count: int) -> bytes:
         url = hf_hub_url(self.name, file, revision=self.revision, endpoint=self._api.endpoint)

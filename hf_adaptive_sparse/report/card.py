@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_adaptive_sparse.files import replacing
-from hf_adaptive_sparse.naming import UNNAMED_REPO, public_name
+from hf_adaptive_sparse.naming import CARD_NAME, UNNAMED_REPO, public_name
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.report.snippets import IMAGE_SNIPPET, SOUND_SNIPPET, TEXT_SNIPPET
 from hf_adaptive_sparse.report.tables import Row, escape_markdown, markdown_table
@@ -123,9 +123,9 @@ def write_model_card(folder: str | os.PathLike[str], *, facts: CardFacts) -> Pat
     for name in facts.plots.values():
         if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file():
             raise ValueError(f"The model card names a plot {name!r} that is not in {folder}.")
-    with replacing(folder / "README.md") as partial:
+    with replacing(folder / CARD_NAME) as partial:
         partial.write_text(model_card(facts), encoding="utf-8")
-    return folder / "README.md"
+    return folder / CARD_NAME
 
 
 def model_card(facts: CardFacts) -> str:
