@@ -86,7 +86,8 @@ class WeightFiles:
                 raise CheckpointError(
                     f"{header.file}: transformers makes {name!r} of {key!r} by a conversion, which "
                     "reading layer by layer supports of experts alone. Prune this model "
-                    "without --offload, or load it and save it as it is in memory first: "
+                    "without offload=True (--offload), or load it and save it as it is in memory "
+                    "first: "
                     "model.save_pretrained(folder, save_original_format=False)."
                 )
             if source is not None:
@@ -126,7 +127,7 @@ class WeightFiles:
             raise CheckpointError(
                 f"{name!r} cannot be written in the dense format layer by layer: transformers "
                 "would convert it again when it is loaded. Use checkpoint_format='bitmask', or "
-                "prune without --offload."
+                "prune without offload=True (--offload)."
             )
 
     @property

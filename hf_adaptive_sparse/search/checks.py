@@ -78,7 +78,7 @@ def check_left_to_choose(n_trials: int, goal: Goal, space: SearchSpace, shape: M
             "The space leaves nothing to choose on this model: every trial would be the uniform "
             f"profile ({len(shape.blocks)} blocks, sparsity_range={space.sparsity_range}, "
             f"kv_bits={space.kv_bits}). Use more blocks, a wider range or two KV widths, or "
-            "has.prune, which needs no search."
+            "hf_adaptive_sparse.prune(...), which needs no search."
         )
 
 

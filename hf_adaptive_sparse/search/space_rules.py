@@ -75,8 +75,8 @@ def check_sparsity(space: SearchSpace) -> None:
     if space.pattern != "unstructured":
         raise ValueError(
             f"pattern must be 'unstructured' in a sparsity search, got {space.pattern!r}: n:m "
-            "fixes every ratio. Prune with it first (has.prune), then search the KV bits alone "
-            "(target_sparsity=None)."
+            "fixes every ratio. Prune with it first (hf_adaptive_sparse.prune), then search the KV "
+            "bits alone (target_sparsity=None)."
         )
     if not space.is_free and not explicit and 0.0 < space.sparsity_range < space.step:
         raise ValueError(

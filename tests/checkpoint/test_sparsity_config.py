@@ -241,7 +241,10 @@ def test_a_pattern_fixes_the_target(pattern: str, ratio: float) -> None:
         ({"kv_cache": {"bit": 8}}, r"got bit"),
         ({"modules_to_not_convert": "lm_head"}, r"must be a list .* got 'lm_head'"),
         ({"modules_to_not_convert": [1]}, r"must be a list"),
-        ({"calibration": [{"input_ids": None}]}, r"Batches go to has.prune"),
+        (
+            {"calibration": [{"input_ids": None}]},
+            r"Batches go to hf_adaptive_sparse\.prune\(model, config, batches\)",
+        ),
         ({"calibration": {"samples": 3}}, r"got samples"),
         ({"provenance": {"x": {1, 2}}}, r"plain JSON types"),
         ({"provenance": 3}, r"must be a mapping, got int"),
