@@ -20,13 +20,18 @@ from hf_adaptive_sparse.version import __version__
 
 if TYPE_CHECKING:
     from hf_adaptive_sparse.calibration.data import load_batches
+    from hf_adaptive_sparse.calibration.tables import DataError
     from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+    from hf_adaptive_sparse.checkpoint.headers import CheckpointError
     from hf_adaptive_sparse.checkpoint.loading import AutoModelForVision2Seq
     from hf_adaptive_sparse.compressor import compress, prune
+    from hf_adaptive_sparse.compressor.pipeline import PushError
+    from hf_adaptive_sparse.errors import AdaptiveSparseError, NonFiniteError
     from hf_adaptive_sparse.evaluation.perplexity import perplexity
     from hf_adaptive_sparse.evaluation.resources import sparsity_report
     from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
     from hf_adaptive_sparse.hub import inspect, push_folder
+    from hf_adaptive_sparse.hub.errors import HubError
     from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
     from hf_adaptive_sparse.profiles import (
         CalibrationConfig,
@@ -34,20 +39,31 @@ if TYPE_CHECKING:
         KVCacheConfig,
         SparsityProfile,
     )
+    from hf_adaptive_sparse.search.errors import SearchError, StorageError
     from hf_adaptive_sparse.search.result import SearchResult
     from hf_adaptive_sparse.search.space import SearchSpace
     from hf_adaptive_sparse.search.study import search
+    from hf_adaptive_sparse.staging import OutputError
 
 _HOMES = {
     "AdaptiveQuantizedCache": "kvcache.cache",
+    "AdaptiveSparseError": "errors",
     "AutoModelForVision2Seq": "checkpoint.loading",
     "CalibrationConfig": "profiles",
+    "CheckpointError": "checkpoint.headers",
     "CompressionProfile": "profiles",
+    "DataError": "calibration.tables",
+    "HubError": "hub.errors",
     "KVCacheConfig": "profiles",
+    "NonFiniteError": "errors",
+    "OutputError": "staging",
+    "PushError": "compressor.pipeline",
+    "SearchError": "search.errors",
     "SearchResult": "search.result",
     "SearchSpace": "search.space",
     "SparsityConfig": "checkpoint.config",
     "SparsityProfile": "profiles",
+    "StorageError": "search.errors",
     "compress": "compressor",
     "inspect": "hub",
     "load_batches": "calibration.data",
@@ -61,14 +77,23 @@ _HOMES = {
 
 __all__ = [
     "AdaptiveQuantizedCache",
+    "AdaptiveSparseError",
     "AutoModelForVision2Seq",
     "CalibrationConfig",
+    "CheckpointError",
     "CompressionProfile",
+    "DataError",
+    "HubError",
     "KVCacheConfig",
+    "NonFiniteError",
+    "OutputError",
+    "PushError",
+    "SearchError",
     "SearchResult",
     "SearchSpace",
     "SparsityConfig",
     "SparsityProfile",
+    "StorageError",
     "__version__",
     "compress",
     "inspect",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.files import remove_unfinished
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _OURS = ".adaptive-sparse."
 """What stands between an output's name and the role of a file or folder beside it."""
 
 
-class OutputError(OSError):
+class OutputError(AdaptiveSparseError, OSError):
     """The output folder cannot be used as asked; the message says why and what to do."""
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hf_adaptive_sparse as has
 
+ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("optuna", "matplotlib", "datasets")
 
 
@@ -72,6 +74,28 @@ def test_every_public_name_is_there(name: str) -> None:
     value = getattr(has, name)
     assert callable(value) or name == "__version__"
     assert name in dir(has)
+
+
+@pytest.mark.parametrize(
+    ("name", "builtin"),
+    [
+        ("CheckpointError", ValueError),
+        ("DataError", ValueError),
+        ("HubError", OSError),
+        ("NonFiniteError", ValueError),
+        ("OutputError", OSError),
+        ("PushError", OSError),
+        ("SearchError", ValueError),
+        ("StorageError", OSError),
+    ],
+)
+def test_public_errors_share_a_base_and_keep_their_builtin_one(
+    name: str, builtin: type[Exception]
+) -> None:
+    error = getattr(has, name)
+    assert issubclass(error, has.AdaptiveSparseError)
+    assert issubclass(error, builtin)
+    assert f".{error.__name__}\n" in (ROOT / "docs/reference.md").read_text()
 
 
 def test_search_is_a_function_and_a_package() -> None:

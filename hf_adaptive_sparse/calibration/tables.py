@@ -8,6 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Self
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
+
 TEXT = "text"
 IMAGE: Final = "image"
 VIDEO: Final = "video"
@@ -17,7 +19,7 @@ AUDIO: Final = "audio"
 Row = Mapping[str, Any]
 
 
-class DataError(ValueError):
+class DataError(AdaptiveSparseError, ValueError):
     """Calibration or evaluation data cannot be read, or do not suffice."""
 
 

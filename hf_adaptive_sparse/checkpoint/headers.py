@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.packing.stored_names import parse_tensor_name, tensor_name, weight_name
 from hf_adaptive_sparse.packing.upper_bytes import value_count
 
@@ -35,7 +36,7 @@ _DTYPE_BYTES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(AdaptiveSparseError, ValueError):
     """A checkpoint is truncated, tampered with, or not what its config says."""
 
 

@@ -31,6 +31,7 @@ from hf_adaptive_sparse.compressor.pruned_folder import output_folder, prune_and
 from hf_adaptive_sparse.compressor.saving import Recipe, save_report
 from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
@@ -81,7 +82,7 @@ class CompressionResult:
         }
 
 
-class PushError(OSError):
+class PushError(AdaptiveSparseError, OSError):
     """The model was compressed and is complete in its folder, but could not be pushed.
 
     Attributes:

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import check_batch
 from hf_adaptive_sparse.calibration.questions import IGNORED
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.scoring import perplexity_of, predict
 from hf_adaptive_sparse.evaluation.windows import unfilled_block, window_tokens
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 
 logger = logging.getLogger(__name__)
 

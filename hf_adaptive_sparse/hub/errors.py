@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
+
 # The base of every error of the HTTP library under huggingface_hub, which is httpx in some of the
 # versions we support and httpx2 in others.
 _TRANSPORT_ERROR: type[BaseException] = next(
@@ -28,7 +30,7 @@ LOG_IN = "run `hf auth login`, set HF_TOKEN, or pass token="
 OFFLINE = "offline mode is on. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE."
 
 
-class HubError(OSError):
+class HubError(AdaptiveSparseError, OSError):
     """The Hub could not be reached, or refused what was asked of it."""
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-
-class NonFiniteError(ValueError):
-    """A model computed NaN or infinity, or states whose steps would be infinite."""
+from hf_adaptive_sparse.errors import NonFiniteError
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
 
-class SearchError(ValueError):
+
+class SearchError(AdaptiveSparseError, ValueError):
     """A search that cannot give a result: nothing to choose, or nearly every trial failed."""
 
 
@@ -19,7 +21,7 @@ class TrialsFailed(SearchError):
     """All trials failed, or so many that going on was pointless."""
 
 
-class StorageError(OSError):
+class StorageError(AdaptiveSparseError, OSError):
     """The storage of a study cannot be opened, read or written."""
 
 

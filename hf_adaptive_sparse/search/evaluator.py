@@ -17,10 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers, weight_place
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.evaluation.reuse import DEFAULT_BYTES, ReusingModel
 from hf_adaptive_sparse.evaluation.scoring import predict
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.apply import MaskedModel, masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import QuantisedModel, quantised

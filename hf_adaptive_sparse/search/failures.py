@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.search.errors import TrialFailure
 
 

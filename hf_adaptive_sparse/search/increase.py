@@ -12,9 +12,9 @@ from statistics import NormalDist
 import torch
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import CompressionProfile, KVCacheConfig
 from hf_adaptive_sparse.pruning.apply import masked, rank_model
 from hf_adaptive_sparse.pruning.quantising import quantised

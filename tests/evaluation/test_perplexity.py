@@ -11,12 +11,12 @@ from transformers import FSMTConfig, FSMTForConditionalGeneration, MarianConfig,
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.calibration.token_ids import check_token_ids
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.evaluation import perplexity as module
 from hf_adaptive_sparse.evaluation import scoring
 from hf_adaptive_sparse.evaluation.forward import evaluating
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
 from hf_adaptive_sparse.evaluation.windows import longest_window
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 

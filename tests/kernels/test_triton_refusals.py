@@ -8,11 +8,11 @@ import pickle
 import pytest
 import torch
 
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.kernels import encoding
 from hf_adaptive_sparse.kvcache import refusals
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from tests.conftest import llama_config
 

@@ -10,8 +10,8 @@ import torch
 
 from hf_adaptive_sparse import SparsityConfig, prune
 from hf_adaptive_sparse.architecture import kv_widths, prunable_weights
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood, perplexity
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, SparsityProfile
 from hf_adaptive_sparse.search import increase
 from hf_adaptive_sparse.search import max_loss as module

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import media_token_ids
 from hf_adaptive_sparse.calibration.records import TEXT, Records, Table, text_rows
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
+from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.evaluation.scoring import perplexity_of
 from hf_adaptive_sparse.evaluation.tasks.task import (
@@ -23,7 +24,6 @@ from hf_adaptive_sparse.evaluation.tasks.task import (
     mean_figures,
     register_task,
 )
-from hf_adaptive_sparse.kvcache.rounding import NonFiniteError
 
 
 @register_task
