@@ -3,7 +3,7 @@
 A random Llama (22 layers, hidden 2,048, grouped-query attention, bfloat16), half of whose weights
 are gone, is written layer by layer in five forms: dense, and compressed with values of 16, 12 (the
 same values, without loss), 8 and 4 bits. ``--shape 7b`` gives it layers as LLaVA-1.5-7B has them.
-Times and bytes do not depend on what the weights say. Three questions:
+Times and bytes do not depend on what the weights say. Four questions:
 
 - memory: bytes of the pruned weights in memory, and the resident memory of a process that loads
   each form and has it answer, each in a process of its own.
@@ -12,6 +12,7 @@ Times and bytes do not depend on what the weights say. Three questions:
 - decoding: time per token behind 2,048 tokens of context, dense with ``DynamicCache`` against
   sparse with the adaptive cache. All forms take turns, one token each per round, so that whatever
   else the machine does hits all alike.
+- prompt: time of a prompt of 512 tokens with an empty cache, in turns as well.
 
 Figures are ratios within one run.
 
@@ -196,11 +197,18 @@ def loading(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-# Decoding: all forms in turns
+# Decoding and prompts: all forms in turns
 
 
-def filled_cache(cache: Any, config: LlamaConfig, tokens: int) -> Any:
-    """Put random keys and values of a prompt into every layer."""
+def new_cache(form: str, config: LlamaConfig) -> Any:
+    if FORMS[form] is None:
+        return DynamicCache(config=config)
+    return has.AdaptiveQuantizedCache(config, kv_profile(config))
+
+
+def filled_cache(form: str, config: LlamaConfig, tokens: int) -> Any:
+    """Return a cache with random keys and values of a prompt in every layer."""
+    cache = new_cache(form, config)
     generator = torch.Generator().manual_seed(1)
     heads = (config.num_key_value_heads, config.head_dim)
     for layer in range(config.num_hidden_layers):
@@ -213,35 +221,37 @@ def filled_cache(cache: Any, config: LlamaConfig, tokens: int) -> Any:
 
 
 @torch.no_grad()
-def decode_step(folder: Path, form: str, config: LlamaConfig, context: int) -> Callable[[], object]:
-    """Load a form; return what decodes a token behind the context, dense with ``DynamicCache``."""
-    model = load(folder, form)
-    cache = (
-        DynamicCache(config=config)
-        if FORMS[form] is None
-        else has.AdaptiveQuantizedCache(config, kv_profile(config))
-    )
-    arguments = {cache_argument(model): filled_cache(cache, config, context)}
-    token = torch.tensor([[5]])
-    return lambda: model(token, logits_to_keep=1, **arguments)
-
-
-def decoding(folder: Path, config: LlamaConfig, context: int, rounds: int) -> dict[str, Any]:
+def in_models(folder: Path, config: LlamaConfig, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure ``decoding`` behind a context, and a ``prompt``, of all forms."""
     say("loading all forms")
-    steps = {form: decode_step(folder, form, config, context) for form in FORMS}
-    say(f"decoding, {rounds} rounds")
+    models = {form: load(folder, form) for form in FORMS}
+    argument = cache_argument(models["dense"])
+    token = torch.tensor([[5]])
+    prompt = torch.randint(0, config.vocab_size, (1, options.prompt))
+
+    def decoder(form: str) -> Callable[[], object]:
+        arguments = {argument: filled_cache(form, config, options.context)}
+        return lambda: models[form](token, logits_to_keep=1, **arguments)
+
+    def reader(form: str) -> Callable[[], object]:
+        return lambda: models[form](prompt, logits_to_keep=1, **{argument: new_cache(form, config)})
+
+    say(f"decoding, {options.rounds} rounds")
+    decoding = in_turns({form: decoder(form) for form in FORMS}, options.rounds)
+    say(f"reading prompts, {options.prompt_rounds} rounds")
+    prompts = in_turns({form: reader(form) for form in FORMS}, options.prompt_rounds)
+    return {"decoding": summaries(decoding), "prompts": summaries(prompts)}
+
+
+def summaries(spent: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {
-        form: {
-            "median_ms": 1000 * statistics.median(t),
-            "least_ms": 1000 * min(t),
-            "tokens_per_second": 1 / statistics.median(t),
-        }
-        for form, t in in_turns(steps, rounds).items()
+        form: {"median_ms": 1000 * statistics.median(t), "least_ms": 1000 * min(t)}
+        for form, t in spent.items()
     }
 
 
 def compare(result: dict[str, Any], parameters: int) -> dict[str, float]:
-    loads, decodes = result["loading"], result["decoding"]
+    loads, decodes, prompts = result["loading"], result["decoding"], result["prompts"]
     ratios = {}
     for form, bits in FORMS.items():
         if bits is None:
@@ -253,6 +263,7 @@ def compare(result: dict[str, Any], parameters: int) -> dict[str, float]:
         ratios[f"load_{bits}"] = own["load_seconds"] / dense["load_seconds"]
         ratios[f"first_token_{bits}"] = own["first_token_seconds"] / dense["first_token_seconds"]
         ratios[f"decode_{bits}"] = decodes["dense"]["median_ms"] / decodes[form]["median_ms"]
+        ratios[f"prompt_{bits}"] = prompts["dense"]["median_ms"] / prompts[form]["median_ms"]
     return ratios
 
 
@@ -261,7 +272,10 @@ def table(result: dict[str, Any]) -> str:
     for form, bits in FORMS.items():
         own, speed = result["loading"][form], result["decoding"][form]
         pruned = own["pruned_bytes"] or result["dense_pruned_bytes"]
-        gain = 1.0 if bits is None else result["ratios"][f"decode_{bits}"]
+        gain, read = (
+            1.0 if bits is None else result["ratios"][f"{name}_{bits}"]
+            for name in ("decode", "prompt")
+        )
         row = {
             "form": form,
             "pruned weights": f"{pruned / 1e6:,.0f} MB",
@@ -271,6 +285,8 @@ def table(result: dict[str, Any]) -> str:
             "first token s": f"{own['first_token_seconds']:.2f}",
             "decode ms": f"{speed['median_ms']:.1f}",
             "tokens per second against dense": f"{gain:.2f} x",
+            "prompt ms": f"{result['prompts'][form]['median_ms']:,.0f}",
+            "prompt against dense": f"{read:.2f} x",
         }
         rows.append(row)
     verdicts = [
@@ -290,7 +306,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['context']:,} tokens of context; {machine}. Dense decodes with "
         "DynamicCache, sparse with the adaptive cache at a mean of 7 bits. Memory and load times "
         f"of each form come from processes of their own, the best of {result['load_rounds']}; "
-        f"decoding is the median of {result['rounds']} rounds in turns.\n\n"
+        f"decoding is the median of {result['rounds']} rounds in turns, a prompt of "
+        f"{result['prompt']:,} tokens that of {result['prompt_rounds']}.\n\n"
         f"{markdown_table(rows)}\n\n"
         "`memory_N`: bytes of the pruned weights against dense; `peak_N`: resident peak until the "
         "first token against the final size; `first_token_N`: time until it against the dense "
@@ -309,6 +326,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument(
+        "--prompt", type=int, default=512, help="tokens of the prompt that is timed"
+    )
+    parser.add_argument("--prompt-rounds", type=int, default=9)
     parser.add_argument("--load-rounds", type=int, default=3)
     parser.add_argument(
         "--result", default="sparse_runtime", help="name to store it by; another keeps this one's"
@@ -336,10 +357,12 @@ def main() -> None:
             "dense_pruned_bytes": 2 * parameters,
             "context": options.context,
             "rounds": options.rounds,
+            "prompt": options.prompt,
+            "prompt_rounds": options.prompt_rounds,
             "load_rounds": options.load_rounds,
             "kernels": library.describe(),
             "loading": loading(folder, options.load_rounds),
-            "decoding": decoding(folder, config, options.context, options.rounds),
+            **in_models(folder, config, options),
         }
     result["ratios"] = compare(result, parameters)
     result["targets"] = {
