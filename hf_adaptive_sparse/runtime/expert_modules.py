@@ -16,12 +16,14 @@ from hf_adaptive_sparse.packing.stored_weight import StoredWeight
 from hf_adaptive_sparse.runtime.parameters import FrozenParameter
 from hf_adaptive_sparse.runtime.sparse_experts import (
     EAGER,
+    HELD,
     SparseStack,
     by_expert,
     offsets_name,
     stacks_of,
 )
 from hf_adaptive_sparse.runtime.sparse_linear import dtype_after
+from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 
 
 def hold_empty_(stack: ExpertStack, stored: StoredWeight) -> None:
@@ -63,6 +65,7 @@ def _hold_(
     module.register_buffer(offsets_name(key), None, persistent=False)
     held = SparseStack(module, key, (count, rows, columns), group_size, dtype)
     setattr(module, key, held)
+    module.__dict__.setdefault(HELD, {})[key] = held
     for name, override in _OVERRIDES.items():
         setattr(module, name, partial(override, module))
     # What a model's initialisation would do to the parameter has no meaning here.
@@ -85,9 +88,10 @@ def release_(held: SparseStack, rest: Iterable[SparseStack]) -> None:
     module, key, dense = held.owner, held.key, held.to_dense()
     for name in (*leaf_names(key), offsets_name(key), key):
         delattr(module, name)
+    del module.__dict__[HELD][key]
     setattr(module, key, nn.Parameter(dense))
     if not stacks_of(module):
-        for name in _OVERRIDES:
+        for name in (*_OVERRIDES, HELD):
             delattr(module, name)
     if held.implementation is None:
         return
@@ -109,6 +113,15 @@ def _apply(
     for stack, dtype in zip(stacks, dtypes, strict=True):
         stack.follow(dtype)
     return module
+
+
+def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """Add a parameter, but none in a compressed stack's place, as `SparseLinear` does itself."""
+    held: dict[str, SparseStack] = getattr(module, HELD)
+    if name in held:
+        module.__dict__[name] = held[name]  # which `nn.Module.__setattr__` took out before
+        raise FrozenWeightError(f"{name} = ...")
+    type(module).register_parameter(module, name, param)
 
 
 def _load_from_state_dict(
@@ -137,5 +150,6 @@ def _load_from_state_dict(
 _OVERRIDES: dict[str, Callable[..., Any]] = {
     "_apply": _apply,
     "_load_from_state_dict": _load_from_state_dict,
+    "register_parameter": _register_parameter,
 }
 """Methods of `nn.Module` that a module of compressed experts has of its own."""

@@ -28,11 +28,13 @@ from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, leaf_names, t
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
 from hf_adaptive_sparse.runtime.sparse_linear import in_dtype, is_offloaded
-from hf_adaptive_sparse.runtime.weight_view import SparseWeightView
+from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 EAGER = "eager"
 """transformers' experts implementation that takes one expert after the other."""
 
+HELD = "_sparse_stacks"
+"""Where a module of experts lists its compressed stacks, by the parameter's name."""
 
 _ONE_BY_ONE = (
     "These experts are kept compressed in memory (sparse runtime), and give one matrix at a time: "
@@ -141,6 +143,12 @@ class SparseStack:
     def __getattr__(self, name: str) -> Any:
         """Refuse what a tensor would have, and what copies ask for."""
         raise AttributeError(f"There is no {name!r}. {_ONE_BY_ONE}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse other values, which would be lost: nothing computes with a tensor put here."""
+        if name == "data":
+            raise FrozenWeightError(f"{self.key}.data = ...")
+        super().__setattr__(name, value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -333,8 +341,8 @@ def by_expert(weight: SparseWeight, count: int) -> dict[str, torch.Tensor]:
 
 def stacks_of(module: nn.Module) -> list[SparseStack]:
     """Return the stacks that one module holds compressed."""
-    held = (module.__dict__.get(key) for key in PARAMETERS)
-    return [stack for stack in held if isinstance(stack, SparseStack)]
+    held: dict[str, SparseStack] = module.__dict__.get(HELD, {})
+    return [held[key] for key in PARAMETERS if key in held]
 
 
 def offsets_name(key: str) -> str:

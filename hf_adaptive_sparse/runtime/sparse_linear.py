@@ -192,8 +192,12 @@ class SparseLinear(nn.Linear):
         return SparseWeight(shape, bitmask, values, offsets, *coded)
 
     @property
-    def weight(self) -> SparseWeightView:  # type: ignore[override]
-        """A read-only view, decompressed where something computes with it."""
+    def weight(self) -> SparseWeightView:
+        """A read-only view, decompressed where something computes with it.
+
+        Raises:
+            FrozenWeightError: If another weight is assigned.
+        """
         offsets = self.row_offsets
         if offsets is None:
             offsets = torch.empty(0, dtype=torch.int32, device="meta")
@@ -201,6 +205,20 @@ class SparseLinear(nn.Linear):
         return SparseWeightView(
             SparseWeight(shape, row_offsets=offsets, group_size=self.group_size, **parts)
         )
+
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        raise FrozenWeightError("weight = ...")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, as ``nn.Module`` does wherever one is assigned.
+
+        Raises:
+            FrozenWeightError: If it would be the weight.
+        """
+        if name == "weight":
+            raise FrozenWeightError("weight = ...")
+        super().register_parameter(name, param)
 
     def _detached(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint stores, by their kind."""

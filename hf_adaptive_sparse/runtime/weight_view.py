@@ -70,6 +70,20 @@ class SparseWeightView(torch.Tensor):
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
 
+    @property
+    def data(self) -> torch.Tensor:
+        """The same view; what is assigned here would be lost with it, so that is refused.
+
+        Raises:
+            FrozenWeightError: If other values are assigned.
+        """
+        same: torch.Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return same
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise FrozenWeightError("weight.data = ...")
+
     # Every operation goes to __torch_dispatch__ as it is.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

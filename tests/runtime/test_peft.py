@@ -113,16 +113,45 @@ def test_the_adapter_is_saved_alone_and_loads_on_both_runtimes(
     torch.testing.assert_close(own(**text_batches[1]).logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_merging_into_the_sparse_weight_is_refused(folder: Path, text_batches: Batches) -> None:
-    model = adapted(load(folder, "sparse"))
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merging_into_the_sparse_weight_is_refused(
+    folder: Path, text_batches: Batches, use_dora: bool, safe_merge: bool
+) -> None:
+    model = adapted(load(folder, "sparse"), use_dora=use_dora)
     with pytest.raises(FrozenWeightError, match=r"runtime='dense'"):
-        model.merge_and_unload()
+        model.merge_and_unload(safe_merge=safe_merge)
     assert len(sparse_linears(model)) == 28
-    dense = adapted(load(folder, "dense")).eval()
+    dense = adapted(load(folder, "dense"), use_dora=use_dora).eval()
     expected = dense(**text_batches[0]).logits
-    merged = dense.merge_and_unload()
+    merged = dense.merge_and_unload(safe_merge=safe_merge)
     assert isinstance(merged, LlamaForCausalLM)
     torch.testing.assert_close(merged(**text_batches[0]).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (peft.AdaLoraConfig, {"init_r": 4, "total_step": 10, "init_lora_weights": False}),
+        (peft.IA3Config, {"feedforward_modules": [], "init_ia3_weights": False}),
+        (peft.LoHaConfig, {"r": 4, "init_weights": False}),
+    ],
+)
+def test_other_adapters_are_not_lost_in_merging_either(
+    folder: Path, method: type[peft.PeftConfig], options: dict[str, object]
+) -> None:
+    config = method(target_modules=TARGETS, **options)
+    model = peft.get_peft_model(load(folder, "sparse"), config)
+    with pytest.raises(FrozenWeightError, match=r"runtime='dense'"):
+        model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_starts_by_changing_the_weight_is_refused(folder: Path, start: str) -> None:
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=start)
+    with pytest.raises(FrozenWeightError, match=r"runtime='dense'"):
+        peft.get_peft_model(load(folder, "sparse"), config)
+    peft.get_peft_model(load(folder, "dense"), config)
 
 
 @pytest.mark.parametrize("runtime", ["dense", "sparse"])

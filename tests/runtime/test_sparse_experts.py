@@ -270,6 +270,24 @@ def test_gradients_flow_through_and_not_into_experts(tmp_path):
         values.requires_grad_()
 
 
+def test_other_weights_in_place_of_compressed_ones_are_refused(tmp_path):
+    sparse = loaded(tmp_path, saved(tmp_path))
+    experts, before = sparse.model.layers[0].mlp.experts, logits(sparse)
+    dense = experts.down_proj.to_dense()
+    attempts = (
+        lambda: setattr(experts.down_proj, "data", dense),
+        lambda: setattr(experts.down_proj[0], "data", dense[0]),
+        lambda: setattr(experts, "down_proj", torch.nn.Parameter(dense)),
+    )
+    for attempt in attempts:
+        with pytest.raises(FrozenWeightError, match=r"runtime='dense'"):
+            attempt()
+        assert isinstance(experts.down_proj, SparseStack)
+        assert torch.equal(logits(sparse), before)
+    decompress_(sparse)
+    experts.down_proj = torch.nn.Parameter(dense)  # a plain one again, which takes any other
+
+
 def test_more_than_one_expert_at_a_time_is_refused(tmp_path):
     model = saved(tmp_path)
     stack = loaded(tmp_path, model).model.layers[0].mlp.experts.gate_up_proj

@@ -200,6 +200,11 @@ def test_training_the_weight_is_refused() -> None:
         lambda: module.weight.requires_grad_(),
         lambda: setattr(module.weight, "requires_grad", True),
         lambda: module.weight.data.add_(1.0),
+        lambda: setattr(module.weight, "data", torch.zeros(24, 77)),
+        lambda: setattr(module.weight.data, "data", torch.zeros(24, 77)),
+        lambda: setattr(module, "weight", torch.zeros(24, 77)),
+        lambda: setattr(module, "weight", nn.Parameter(torch.zeros(24, 77))),
+        lambda: module.register_parameter("weight", None),
         lambda: nn.init.normal_(module.weight),
         module.reset_parameters,
         lambda: FrozenParameter(torch.zeros(2), requires_grad=True),
@@ -207,6 +212,7 @@ def test_training_the_weight_is_refused() -> None:
     for attempt in attempts:
         with pytest.raises(FrozenWeightError, match=r"runtime='dense'.*adapter"):
             attempt()
+    assert torch.equal(module.weight + 0, pruned().weight)
     module.weight_values = nn.Parameter(module.weight_values.data)
     with pytest.raises(FrozenWeightError, match=r"weight_values requires a gradient"):
         module(torch.zeros(77))
