@@ -213,20 +213,24 @@ class InputStatistics:
         self._read.clear()
         self._last = None
 
+    def reached(self, name: str) -> bool:
+        """Return whether a calibration token that counts reached a linear."""
+        found = self._statistics.get(name)
+        return found is not None and found.tokens > 0
+
     def statistic(self, name: str) -> InputStatistic:
         """Return the sums for a linear.
 
         Raises:
             ValueError: If no calibration token reached it.
         """
-        found = self._statistics.get(name)
-        if found is None or found.tokens <= 0:
+        if not self.reached(name):
             raise ValueError(
                 f"No calibration token reached {name!r}; at least one must. Use more calibration "
                 "data (with images, if the module reads them), or leave it out with "
                 "modules_to_not_convert."
             )
-        return found
+        return self._statistics[name]
 
     def input_norm(self, name: str) -> torch.Tensor:
         """Return ``‖X_j‖₂`` over all counted tokens: ``(in,)``, float32.

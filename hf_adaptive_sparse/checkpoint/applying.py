@@ -147,7 +147,7 @@ def prune_and_resolve(
     quantiser.rest_()
     provenance = {
         **_provenance(model, config, source, settings, batches, hub_arguments or {}),
-        **_experts_without_data(report),
+        **_without_data(report),
     }
     carried = our_config(model)
     if not ratios and carried is not None and carried.sparsity:
@@ -228,10 +228,12 @@ def _optional_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> 
     return fields
 
 
-def _experts_without_data(report: PruningReport) -> dict[str, Any]:
-    """Return what the provenance says of experts that too few calibration tokens reached."""
-    found = {name: list(experts) for name, experts in report.experts_without_data.items()}
-    return {"experts_without_data": found} if found else {}
+def _without_data(report: PruningReport) -> dict[str, Any]:
+    """Return what the provenance says of experts and linears that calibration did not reach."""
+    experts = {name: list(found) for name, found in report.experts_without_data.items()}
+    linears = list(report.linears_without_data)
+    said = {"experts_without_data": experts, "linears_without_data": linears}
+    return {key: found for key, found in said.items() if found}
 
 
 def _nothing_removed(weights: Mapping[str, Prunable], config: SparsityConfig) -> PruningReport:

@@ -52,7 +52,8 @@ class OffloadedLayers(LayerResidence):
 
     Attributes:
         removed: Name of a weight -> weights that went, of all layers that are done.
-        without_data: Name of a stack of experts -> those that were pruned without data, likewise.
+        without_data: Name of a stack of experts -> those that were pruned without data, of a linear
+            that was -> none; likewise.
         most_resident_bytes: The most bytes of layers that were in memory at once.
     """
 

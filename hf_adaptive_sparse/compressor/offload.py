@@ -29,6 +29,7 @@ from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.pruning.experts import experts_without_data
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
+from hf_adaptive_sparse.pruning.unreached import linears_without_data
 from hf_adaptive_sparse.version import library_versions
 
 
@@ -100,6 +101,7 @@ def _prune_rest(
         report,
         modules=tuple(modules),
         experts_without_data=experts_without_data(layers.without_data, warn=False),
+        linears_without_data=linears_without_data(layers.without_data, layers_name, warn=False),
     )
 
 

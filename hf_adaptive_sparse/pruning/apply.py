@@ -38,6 +38,7 @@ from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
 from hf_adaptive_sparse.pruning.residence import EVERYWHERE, LayerResidence
 from hf_adaptive_sparse.pruning.storage import check_sound, stored_weight
+from hf_adaptive_sparse.pruning.unreached import linear_inputs, linears_without_data
 
 __all__ = [
     "MaskedModel",
@@ -113,7 +114,7 @@ def prune_model(
                 check_sound(weight, name)
             by_layer.setdefault(layer_index(name, layers_name), {})[name] = weight
     removed = dict.fromkeys(weights, 0)
-    without_data: dict[str, tuple[int, ...]] = {}
+    without_data: dict[str, tuple[int, ...]] = {}  # of a stack: these experts; of a linear: it
     with progress_bar(len(by_layer), f"Pruning ({method})", progress) as bar:
         for turn in layer_statistics(
             model,
@@ -133,7 +134,8 @@ def prune_model(
                     model, name, targets[name], method, parsed, turn, min_expert_tokens
                 )
                 removed[name] += gone
-                without_data[name] = (*without_data.get(name, ()), *experts)
+                if experts is not None:
+                    without_data[name] = (*without_data.get(name, ()), *experts)
             if turn.statistics is not None:
                 turn.statistics.release()
             if not turn.last:
@@ -146,7 +148,7 @@ def prune_model(
             residence.keep(
                 turn.index,
                 {name: removed[name] for name in members},
-                {name: without_data[name] for name in members if without_data.get(name)},
+                {name: without_data[name] for name in members if name in without_data},
             )
             bar.set_postfix(layer=turn.index, sparsity=f"{gone / size:.4f}")
             bar.update()
@@ -159,6 +161,7 @@ def prune_model(
         pattern=str(parsed),
         weight_update=weight_update,
         experts_without_data=experts_without_data(without_data),
+        linears_without_data=linears_without_data(without_data, layers_name),
         seconds=time.perf_counter() - started,
     )
 
@@ -171,16 +174,17 @@ def _prune_weight_(
     pattern: Pattern,
     turn: Turn,
     min_expert_tokens: int,
-) -> tuple[int, Sequence[int]]:
+) -> tuple[int, Sequence[int] | None]:
     """Prune one linear, or the experts of a turn, in place.
 
     Returns:
-        How many elements went, and the experts that were scored without data.
+        How many elements went, and what was scored without data though there are some: these
+        experts, of a linear an empty sequence; ``None``: nothing was.
     """
     weight = turn.weights[name]
     stored = stored_weight(weight, name)
     if isinstance(weight, ExpertStack):
-        return prune_experts_(
+        gone, experts = prune_experts_(
             weight,
             stored,
             name,
@@ -191,12 +195,23 @@ def _prune_weight_(
             min_expert_tokens,
             turn.experts,
         )
+        return gone, experts or None
+    inputs, known = None, True
+    if turn.statistics is not None:
+        inputs, known = linear_inputs(
+            weight,
+            name,
+            turn.weights,
+            turn.statistics,
+            hessian=method.needs_hessian,
+            device=stored.device,
+        )
     gone = method.prune_(
         stored,
         parameter_name(name, weight),
         removal_count(stored.numel(), ratio),
         pattern,
-        None if turn.statistics is None else turn.statistics.statistic(name),
+        inputs,
         fused_rows(model, name),
     )
-    return gone, ()
+    return gone, None if known else ()

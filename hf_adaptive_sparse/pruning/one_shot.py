@@ -7,7 +7,12 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import decoder_layers, fused_rows, prunable_weights
+from hf_adaptive_sparse.architecture import (
+    decoder_layers,
+    fused_rows,
+    layer_index,
+    prunable_weights,
+)
 from hf_adaptive_sparse.calibration.activations import InputStatistics, collect_inputs
 from hf_adaptive_sparse.calibration.replay import evaluation_mode, run_decoder
 from hf_adaptive_sparse.calibration.token_weights import encoder_weights, token_weights
@@ -31,6 +36,7 @@ from hf_adaptive_sparse.pruning.preparation import (
 )
 from hf_adaptive_sparse.pruning.ranking import Ranking
 from hf_adaptive_sparse.pruning.storage import check_sound, stored_weight
+from hf_adaptive_sparse.pruning.unreached import linear_inputs, linears_without_data
 
 
 def rank_model(
@@ -73,7 +79,10 @@ def rank_model(
     warn_of_experts(model)
     for name, weight in weights.items():
         check_sound(weight, name)
-    _, layers = decoder_layers(model)
+    layers_name, layers = decoder_layers(model)
+    by_layer: dict[int, list[str]] = {}
+    for name in weights:
+        by_layer.setdefault(layer_index(name, layers_name), []).append(name)
     steps = len(weights) + (len(batches or ()) if chosen.needs_calibration else 0)
     rankings: dict[str, Ranking] = {}
     without_data: dict[str, tuple[int, ...]] = {}
@@ -92,14 +101,24 @@ def rank_model(
             if isinstance(weight, ExpertStack):
                 scores = _ExpertScores(weight, stored, name, chosen, known, min_expert_tokens)
                 rankings[name] = ExpertRanking(weight, scores, low, high, chosen.grouping)
-                without_data[name] = tuple(scores.without_data)
+                if scores.without_data:
+                    without_data[name] = tuple(scores.without_data)
             else:
-                norm = None if known is None else known.input_norm(name)
+                norm = None
+                if known is not None:
+                    layer = by_layer[layer_index(name, layers_name)]
+                    inputs, of_data = linear_inputs(
+                        weight, name, layer, known, hessian=False, device=stored.device
+                    )
+                    norm = inputs.norm
+                    if not of_data:
+                        without_data[name] = ()
                 found = score_stacked(chosen, stored, norm, fused_rows(model, name))
                 rankings[name] = Ranking(found, low, high, chosen.grouping)
             release_freed()  # a ranking takes a tenth of what it is made from
             bar.update()
     experts_without_data(without_data)
+    linears_without_data(without_data, layers_name)
     return rankings
 
 

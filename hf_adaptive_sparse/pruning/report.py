@@ -41,6 +41,7 @@ class PruningReport:
         weight_update: Name of the update of the kept weights, if there was one.
         experts_without_data: Module of experts -> those of them that saw too few calibration tokens
             and were scored without.
+        linears_without_data: Linears that no calibration token reached, scored without data.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -49,6 +50,7 @@ class PruningReport:
     seconds: float
     weight_update: str | None = None
     experts_without_data: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    linears_without_data: Sequence[str] = ()
 
     @property
     def numel(self) -> int:
@@ -88,5 +90,6 @@ class PruningReport:
             "mean_sparsity": self.mean_sparsity,
             "target_sparsity": self.target_sparsity,
             "experts_without_data": {n: list(e) for n, e in self.experts_without_data.items()},
+            "linears_without_data": list(self.linears_without_data),
             "modules": [asdict(module) | {"ratio": module.ratio} for module in self.modules],
         }

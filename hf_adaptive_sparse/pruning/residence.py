@@ -23,7 +23,8 @@ class LayerResidence(ABC):
         Args:
             index: The layer.
             removed: Name of a weight -> weights that went.
-            without_data: Name of a stack of experts -> those that were pruned without data.
+            without_data: Name of a stack of experts -> those that were pruned without data; of a
+                linear that was -> none.
         """
 
 

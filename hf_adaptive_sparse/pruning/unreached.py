@@ -1,0 +1,75 @@
+"""Linears that no calibration token reached, in a layer where tokens reached others.
+
+Some models multiply with a linear's weight without calling the linear (``dt_proj`` of Mamba), and
+some keep each expert of a layer as linears of its own, of which the router chose none. Such a
+linear is scored without data, as an expert that too few tokens reached is. A layer in which no
+linear was reached was not run by the data at all, and is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from hf_adaptive_sparse.calibration.activations import InputStatistic, InputStatistics
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 4
+
+
+def linear_inputs(
+    linear: nn.Linear,
+    name: str,
+    layer: Iterable[str],
+    statistics: InputStatistics,
+    *,
+    hessian: bool,
+    device: torch.device,
+) -> tuple[InputStatistic, bool]:
+    """Return the statistics to prune a linear by, and whether they are of data.
+
+    Args:
+        linear: The linear.
+        name: Its name.
+        layer: Names of the weights of its layer whose inputs were collected.
+        statistics: Statistics of the inputs.
+        hessian: Whether a Hessian is needed.
+        device: Where the weight is.
+
+    Raises:
+        ValueError: If no calibration token reached it, nor any other linear of its layer.
+    """
+    if statistics.reached(name) or not any(map(statistics.reached, layer)):
+        return statistics.statistic(name), True
+    return InputStatistic.without_data(name, linear.in_features, hessian, device), False
+
+
+def linears_without_data(
+    without_data: Mapping[str, Sequence[int]], layers_name: str, *, warn: bool = True
+) -> list[str]:
+    """Return the linears pruned without data.
+
+    Args:
+        without_data: Name -> experts of a stack that were pruned without data; none of a linear.
+        layers_name: Name of the list of layers.
+        warn: Name them in the log.
+    """
+    found = [name for name, experts in without_data.items() if not experts]
+    if found and warn:
+        places = (name.removeprefix(f"{layers_name}.").partition(".")[2] for name in found)
+        globs = [f"*.{place}" for place in dict.fromkeys(places)]
+        logger.warning(
+            "%d linears were reached by no calibration token and scored without data, such as %s. "
+            "The model uses their weights without calling them, or more calibration data (with "
+            "images, if they read them) reaches more of them. modules_to_not_convert=%s leaves "
+            "%s dense.",
+            len(found),
+            ", ".join(found[:_LISTED]),
+            globs[:_LISTED],
+            "them" if len(globs) <= _LISTED else f"the first {_LISTED} of {len(globs)} kinds",
+        )
+    return found
