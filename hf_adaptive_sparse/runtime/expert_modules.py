@@ -22,7 +22,7 @@ from hf_adaptive_sparse.runtime.sparse_experts import (
     offsets_name,
     stacks_of,
 )
-from hf_adaptive_sparse.runtime.sparse_linear import dtype_after
+from hf_adaptive_sparse.runtime.sparse_linear import dtype_after, keeping_integers
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 
 
@@ -109,7 +109,7 @@ def _apply(
     """Move or cast the module, as `SparseLinear` does itself."""
     stacks = stacks_of(module)
     dtypes = [dtype_after(fn, stack.dtype) for stack in stacks]
-    type(module)._apply(module, fn, recurse)
+    type(module)._apply(module, keeping_integers(fn), recurse)
     for stack, dtype in zip(stacks, dtypes, strict=True):
         stack.follow(dtype)
     return module

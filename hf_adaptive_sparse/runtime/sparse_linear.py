@@ -301,7 +301,7 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         dtype = dtype_after(fn, self.dtype)
-        super()._apply(fn, recurse)
+        super()._apply(keeping_integers(fn), recurse)
         self._over_parameters, self._dtype = None, dtype
         if self.row_offsets is not None and not self.weight_bitmask.is_meta:
             held = self.sparse_weight
@@ -363,6 +363,24 @@ def dtype_after(fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) 
             "sparsity_config=SparsityConfig(runtime='dense') it takes any dtype."
         )
     return after
+
+
+def keeping_integers(
+    fn: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return ``fn`` without the casts of integers: ``Module.type`` casts bitmasks and codes, too.
+
+    Args:
+        fn: What `nn.Module._apply` is called with.
+    """
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        after = fn(tensor)
+        if tensor.is_floating_point() or after.dtype == tensor.dtype:
+            return after
+        return tensor.to(after.device)
+
+    return kept
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -175,6 +175,23 @@ def test_another_dtype(tmp_path):
     assert logits(sparse).isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [16, 12, 8, 4])
+def test_a_type_is_that_of_the_weights_and_not_of_their_bitmasks(bits, tmp_path):
+    model = saved(tmp_path / "a", dtype=torch.bfloat16, weight_bits=bits)
+    sparse, twin = (loaded(tmp_path / "a", model) for _ in range(2))
+    sparse, twin = sparse.type(torch.float16), twin.to(torch.float16)
+    expected = twin.state_dict()
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in sparse.state_dict().items())
+    assert torch.equal(logits(sparse), logits(twin))
+    if bits == 12:  # those of bfloat16, and saved as no others
+        return
+    for each, folder in ((sparse, "b"), (twin, "c")):
+        each.save_pretrained(tmp_path / folder)
+    written, other = (tmp_path / f / "model.safetensors" for f in "bc")
+    assert written.read_bytes() == other.read_bytes()
+    assert logits(loaded(tmp_path / "b", model)).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_experts_of_12_bits_become_plain_when_cast(dtype, tmp_path):
     model = saved(tmp_path, dtype=torch.bfloat16, weight_bits=12)

@@ -251,6 +251,23 @@ def test_casts(bits: int) -> None:
     assert module.dtype == torch.float32
 
 
+@pytest.mark.parametrize("bits", [*BITS, 12])
+@pytest.mark.parametrize("dtype", [torch.float16, "torch.HalfTensor"])
+def test_a_type_is_that_of_the_weight_and_not_of_its_bitmask(bits, dtype) -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), bits)
+    twin = copy.deepcopy(module).half()
+    module.type(dtype)
+    assert module.dtype == module.bias.dtype == torch.float16
+    for name, tensor in {**twin.state_dict(), "row_offsets": twin.row_offsets}.items():
+        assert torch.equal(getattr(module, name), tensor), name
+    x = torch.randn(2, 77).half()
+    assert torch.equal(module(x), twin(x))
+    for other in (torch.float64, torch.int8):
+        with pytest.raises(ValueError, match=f"float16, got {other}"):
+            module.type(other)
+    assert torch.equal(module(x), twin(x))
+
+
 @pytest.mark.parametrize("shape", [(77,), (3, 77), (2, 5, 77), (0, 77)])
 def test_12_bits_multiply_as_the_values_that_they_are(shape: tuple[int, ...]) -> None:
     module = sparse(pruned(dtype=torch.bfloat16), 12)
