@@ -20,6 +20,7 @@ from hf_adaptive_sparse.architecture import (
 )
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.kvcache.generation import check_takes_profile
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks, sparse_stacks
@@ -179,10 +180,12 @@ def per_layer_kv_cache(model: PreTrainedModel, config: SparsityConfig) -> KVCach
     """Return the config's KV profile with one number of bits per decoder layer.
 
     Raises:
-        ValueError: If a list of bits has another length than the model has layers.
+        ValueError: If a list of bits has another length than the model has layers, or the model
+            makes a cache of its own kind.
     """
     kv_cache = config.kv_profile
     if kv_cache is None:
         return None
+    check_takes_profile(model)
     keys, values = zip(*kv_cache.layer_bits(num_decoder_layers(model.config)), strict=True)
     return replace(kv_cache, key_bits=keys, value_bits=values)

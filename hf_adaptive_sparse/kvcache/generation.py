@@ -20,7 +20,13 @@ from hf_adaptive_sparse.architecture import decoder_layers, generating_parts
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
-__all__ = ["AdaptiveEncoderDecoderCache", "install", "kv_cache_config", "share_profile"]
+__all__ = [
+    "AdaptiveEncoderDecoderCache",
+    "check_takes_profile",
+    "install",
+    "kv_cache_config",
+    "share_profile",
+]
 
 _MARK = "_hf_adaptive_sparse_wrapper"
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -46,6 +52,22 @@ def install() -> None:
     stock = GenerationMixin._prepare_cache_for_generation
     if not hasattr(stock, _MARK):
         GenerationMixin._prepare_cache_for_generation = _with_adaptive_cache(stock)
+
+
+def check_takes_profile(model: nn.Module) -> None:
+    """Refuse a KV profile for a model whose ``generate()`` would never look at it.
+
+    Raises:
+        ValueError: If it does not make the `DynamicCache` that the adaptive cache stands for.
+    """
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        raise ValueError(
+            "A KV profile needs a model that generates with a DynamicCache; "
+            f"{type(model).__name__} makes one of its own kind, of which nothing would be "
+            "quantised. Leave kv_cache out; a checkpoint that has it loads with "
+            "sparsity_config=SparsityConfig(kv_cache=False)."
+        )
 
 
 def share_profile(model: nn.Module) -> None:

@@ -14,12 +14,35 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.checkpoint.quantizer import attach
+from tests.families.tiny_models import tiny_model
 
 Batches = list[dict[str, torch.Tensor]]
 
 
 def zeros(module: torch.nn.Linear) -> float:
     return float((module.weight == 0).float().mean())
+
+
+def test_a_kv_profile_is_refused_where_generate_makes_a_cache_of_another_kind(
+    tmp_path: Path,
+) -> None:
+    refusal = r"MiniMaxForCausalLM makes one of its own.*kv_cache=False"
+    model = tiny_model("minimax").eval()
+    quantised = has.SparsityConfig(target_sparsity=0.0, kv_cache=has.KVCacheConfig(bits=8))
+    with pytest.raises(ValueError, match=refusal):
+        has.prune(model, quantised)
+    assert not hasattr(model.config, "quantization_config")
+    has.prune(model, has.SparsityConfig(metric="magnitude"))
+    batch = {"input_ids": torch.arange(24).view(2, 12) + 3}
+    expected = has.perplexity(model, [batch])
+    model.config.quantization_config.kv_cache = has.KVCacheConfig(bits=8)  # as it was written once
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refusal):
+        type(model).from_pretrained(tmp_path)
+    without = has.SparsityConfig(kv_cache=False)
+    again = type(model).from_pretrained(tmp_path, sparsity_config=without).eval()
+    assert has.perplexity(again, [batch]) == pytest.approx(expected, rel=1e-5)
+    assert again.generate(batch["input_ids"], max_new_tokens=3, min_new_tokens=3).shape == (2, 15)
 
 
 def test_the_report_and_the_carried_config_describe_the_model(
