@@ -53,6 +53,7 @@ FAMILIES = [
     ("mistral", AutoModelForCausalLM, "model.layers", 7),
     ("phi3", AutoModelForCausalLM, "model.layers", 4),
     ("opt", AutoModelForCausalLM, "model.decoder.layers", 6),
+    ("modernbert-decoder", AutoModelForCausalLM, "model.layers", 6),
 ]
 
 

@@ -57,7 +57,11 @@ def _language_decoder(model: nn.Module) -> nn.Module:
         raise _no_layers(model, "it has no `transformers` config")
     if getattr(text_config(config), "vocab_size", None) is None:
         raise _no_layers(model, "its config has no vocab_size, so it holds no language model")
-    return inner if isinstance(inner, nn.Module) else decoder
+    found = inner if isinstance(inner, nn.Module) else decoder
+    if not any(isinstance(module, nn.ModuleList) for module in found.modules()):
+        # ModernBertDecoder's output head is called "decoder", and get_decoder() goes by that.
+        return getattr(model, "base_model", model)
+    return found
 
 
 def _no_layers(model: nn.Module, why: str) -> ValueError:

@@ -23,6 +23,21 @@ def zeros(module: torch.nn.Linear) -> float:
     return float((module.weight == 0).float().mean())
 
 
+def test_a_model_whose_get_decoder_returns_its_head_is_pruned_and_loaded(tmp_path: Path) -> None:
+    model = tiny_model("modernbert-decoder").eval()
+    batch = {"input_ids": torch.arange(24).view(2, 12) + 3}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    report = has.prune(model, has.SparsityConfig(kv_cache=8), [batch])
+    assert report.mean_sparsity == pytest.approx(0.5, abs=1e-3)
+    expected = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path)
+    for runtime in ("dense", "sparse"):
+        config = has.SparsityConfig(runtime=runtime)
+        again = type(model).from_pretrained(tmp_path, sparsity_config=config).eval()
+        assert torch.equal(again.generate(**batch, max_new_tokens=4, do_sample=False), expected)
+    assert has.perplexity(again, [batch]) > 1
+
+
 def test_a_kv_profile_is_refused_where_generate_makes_a_cache_of_another_kind(
     tmp_path: Path,
 ) -> None:
