@@ -17,6 +17,7 @@ from hf_adaptive_sparse.architecture.config_facts import (
     kv_widths,
     media_token_ids,
     num_decoder_layers,
+    rewrites_weights,
 )
 from hf_adaptive_sparse.architecture.layers import (
     decoder_layers,
@@ -59,6 +60,7 @@ __all__ = [
     "num_decoder_layers",
     "parameter_name",
     "prunable_weights",
+    "rewrites_weights",
     "spread_by_name",
     "stack_names",
     "weight_place",

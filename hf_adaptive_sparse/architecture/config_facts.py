@@ -170,6 +170,12 @@ def accepts_audio(model_or_config: nn.Module | PretrainedConfig) -> bool:
     return any(getattr(config, field, None) is not None for field in fields)
 
 
+def rewrites_weights(model_or_config: nn.Module | PretrainedConfig) -> bool:
+    """Return whether the model's forward changes its own weights (RWKV divides some, in place)."""
+    every = getattr(text_config(config_of(model_or_config)), "rescale_every", None)
+    return isinstance(every, int) and every > 0
+
+
 def cache_argument(model: nn.Module) -> str:
     """Return the name under which the model's forward takes its cache.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.architecture import Prunable, prunable_weights
+from hf_adaptive_sparse.architecture import Prunable, prunable_weights, rewrites_weights
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
@@ -31,7 +31,7 @@ from hf_adaptive_sparse.pruning.apply import (
     resolve_ratios,
 )
 from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
-from hf_adaptive_sparse.runtime.choice import check_multiplies
+from hf_adaptive_sparse.runtime.choice import check_multiplies, check_only_read
 from hf_adaptive_sparse.version import library_versions
 
 logger = logging.getLogger(__name__)
@@ -214,8 +214,10 @@ def _check_dtypes(
             )
     if config.runtime == "sparse":
         stored = SparsityConfig(sparsity=ratios, **_optional_fields(config, weight_bits))
-        for name in runtime_formats(model, stored):
+        formats = runtime_formats(model, stored)
+        for name in formats:
             check_multiplies(dtypes[name])
+        check_only_read(bool(formats) and rewrites_weights(model))
 
 
 def _optional_fields(config: SparsityConfig, weight_bits: Mapping[str, int]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.base import HfQuantizer
 
-from hf_adaptive_sparse.architecture import parameter_name
+from hf_adaptive_sparse.architecture import parameter_name, rewrites_weights
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.decompression import (
@@ -228,7 +228,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         held = {n: parameters[n if n in parameters else f"{n}.weight"] for n in formats}
         shapes = {n: (w.shape[:-1].numel(), w.shape[-1]) for n, w in held.items()}
         dtype = next(iter(held.values())).dtype if held else model.dtype
-        weights = CompressedWeights(shapes, formats, config.sparsity or {}, dtype)
+        ratios = config.sparsity or {}
+        weights = CompressedWeights(shapes, formats, ratios, dtype, rewrites_weights(model))
         self.runtime_choice = choose_runtime(config.runtime, weights, self.device)
         logger.info("Runtime: %s, because %s.", *astuple(self.runtime_choice))
         sparse = self.runtime_choice.runtime == "sparse"

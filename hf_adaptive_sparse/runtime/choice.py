@@ -54,12 +54,14 @@ class CompressedWeights:
         formats: Module name -> how its values are stored.
         ratios: Module name -> fraction of its weights removed.
         dtype: Dtype of the weights.
+        rewritten: Whether the model's own forward changes weights.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     formats: Mapping[str, ValueFormat]
     ratios: Mapping[str, float]
     dtype: torch.dtype
+    rewritten: bool = False
 
     @property
     def dense_bytes(self) -> int:
@@ -120,6 +122,22 @@ def check_multiplies(dtype: torch.dtype) -> None:
         )
 
 
+def check_only_read(rewritten: bool) -> None:
+    """Refuse the sparse runtime for a model whose own forward changes weights.
+
+    Args:
+        rewritten: Whether it does.
+
+    Raises:
+        ValueError: If so.
+    """
+    if rewritten:
+        raise ValueError(
+            "runtime='sparse' keeps weights that can only be read, and this model's forward "
+            "rescales its own (rescale_every in its config). Pass runtime='dense'."
+        )
+
+
 def choose_runtime(
     asked: str, weights: CompressedWeights, device: torch.device | None
 ) -> RuntimeChoice:
@@ -134,15 +152,19 @@ def choose_runtime(
         The runtime, and why.
 
     Raises:
-        ValueError: If the sparse runtime was asked for and cannot multiply in the weights' dtype.
+        ValueError: If the sparse runtime was asked for and cannot multiply in the weights' dtype,
+            or the model changes its weights.
     """
     device = device or torch.device("cpu")
     if not weights.shapes:
         return RuntimeChoice("dense", "no weight is stored compressed")
     if asked == "sparse":
         check_multiplies(weights.dtype)
+        check_only_read(weights.rewritten)
     if asked != "auto":
         return RuntimeChoice(asked, "it was asked for")
+    if weights.rewritten:
+        return RuntimeChoice("dense", "the model's own forward changes its weights")
     if weights.dtype not in SCALE_DTYPES:
         return RuntimeChoice("dense", f"sparse weights do not multiply in {weights.dtype}")
     dense, sparse = weights.dense_bytes, weights.sparse_bytes(device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.loading import apply_config
@@ -111,6 +111,40 @@ def test_the_bytes_that_are_foretold_are_those_that_it_takes(bits: int, group: i
     blocks = count_block_offsets(made.bitmask, 256)
     assert one.sparse_bytes(torch.device("cuda")) == made.nbytes + blocks.nbytes
     assert one.dense_bytes == 2 * dense.numel()
+
+
+def test_a_model_that_changes_its_own_weights_stays_dense(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    model = RwkvForCausalLM(RwkvConfig(**sizes, attention_hidden_size=32, rescale_every=2)).eval()
+    refusal = r"runtime='sparse'.*rescales its own .*runtime='dense'"
+    sparse = has.SparsityConfig(metric="magnitude", runtime="sparse")
+    with pytest.raises(ValueError, match=refusal):
+        has.prune(model, sparse)
+    has.prune(model, has.SparsityConfig(metric="magnitude"))
+    assert model.rwkv.blocks[3].attention.output.weight.count_nonzero() == 32 * 32 / 2
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refusal):
+        type(model).from_pretrained(tmp_path, sparsity_config=has.SparsityConfig(runtime="sparse"))
+    again = type(model).from_pretrained(tmp_path).eval()
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    # It takes the sparse runtime where it leaves them as they are.
+    kept, plain = (
+        type(model).from_pretrained(
+            tmp_path, sparsity_config=has.SparsityConfig(runtime=runtime), rescale_every=0
+        )
+        for runtime in ("sparse", "dense")
+    )
+    assert sparse_linears(kept)
+    torch.testing.assert_close(kept.eval()(ids).logits, plain.eval()(ids).logits)
+
+
+def test_such_a_model_is_dense_whatever_is_faster(machine: dict[str, object]) -> None:
+    chosen = choose_runtime("auto", weights(rewritten=True), CPU)
+    assert chosen.runtime == "dense"
+    assert "changes its weights" in chosen.reason
+    assert machine["timed"] == []
 
 
 @pytest.mark.parametrize(
