@@ -1,4 +1,4 @@
-"""What a process holds beside its tensors."""
+"""Giving memory that was freed back to the operating system."""
 
 from __future__ import annotations
 

@@ -40,19 +40,21 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     output = output.resolve()
     if os.path.ismount(output):
         raise OutputError(
-            f"The output folder is renamed into place, {output} is a mount point and cannot be. "
+            f"{output} is a mount point, so the finished folder cannot be renamed to it. "
             f"Choose a folder inside it, such as {output / 'model'}."
         )
     if Path.cwd().is_relative_to(output):
         raise OutputError(
-            f"The output folder is replaced as a whole, {output} is the working directory or holds "
-            "it. Choose a folder inside it, or run from elsewhere."
+            f"The output folder is replaced as a whole, but {output} is the working directory or "
+            "holds it. Choose a folder inside it, or run from elsewhere."
         )
     if output.exists() and not output.is_dir():
-        raise OutputError(f"The output must be a folder, {output} is a file. Choose another path.")
+        raise OutputError(
+            f"The output must be a folder, but {output} is a file. Choose another path."
+        )
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(
-            f"The output folder must be empty, {output} is not. Choose another folder, or pass "
+            f"The output folder must be empty, but {output} is not. Choose another folder, or pass "
             "--overwrite (overwrite=True) to replace it when the job is done."
         )
     parent = output.parent

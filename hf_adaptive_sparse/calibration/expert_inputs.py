@@ -177,7 +177,7 @@ class ExpertInputs:
             expected.index_add_(0, tokens, made * weights.float().unsqueeze(1))
         error = float((found - expected).norm())
         if error > TOLERANCE * float(found.norm()):
-            raise self._refusal("its output is another than its weights and gate give")
+            raise self._refusal("its output differs from what its weights and gate compute")
 
     def _refusal(self, why: str) -> ValueError:
         name = next(iter(self._names.values())).rpartition(".")[0]

@@ -165,7 +165,7 @@ def compute(
 
 
 _failures: dict[object, str] = {}
-"""Kernels that cannot be had on a device, and why."""
+"""Kernels that failed to compile or launch on a device, and the error."""
 
 
 _compiled: dict[object, tuple[Launch, Launch]] = {}

@@ -72,7 +72,8 @@ def launch(failures: dict[object, str], kernel: object, run: Callable[[], _Resul
     """Run what compiles and launches a kernel, unless it failed before, and return what it does.
 
     Args:
-        failures: Kernels that cannot be had, and why; compiling one takes seconds.
+        failures: Kernels that failed to compile or launch, and the error: to compile one again
+            would take seconds.
         kernel: What the kernel is compiled for.
         run: Launches it.
 

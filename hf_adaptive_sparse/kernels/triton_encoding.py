@@ -80,7 +80,7 @@ def encode(
 
 
 _failures: dict[object, str] = {}
-"""Kernels that cannot be had on a device, and why."""
+"""Kernels that failed to compile or launch on a device, and the error."""
 
 _compiled: dict[object, Launch] = {}
 """What launches a kernel again, by what it is compiled for."""

@@ -161,7 +161,7 @@ def say_what_failed(error: LaunchError) -> None:
 
 
 _failures: dict[object, str] = {}
-"""Kernels that cannot be had on a device, and why."""
+"""Kernels that failed to compile or launch on a device, and the error."""
 
 _chosen: dict[object, Launch] = {}
 """What launches a kernel again, ``vector_kernel`` with the fastest tile, by what is called."""

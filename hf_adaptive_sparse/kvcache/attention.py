@@ -160,7 +160,7 @@ def _why_not(query: torch.Tensor, packed: PackedCache, mask: torch.Tensor | None
     """Return, for people, what keeps the kernels from serving a call."""
     device = query.device.type
     if device == "cpu" and active_path() is None:
-        return "the native kernels are not built or switched off"
+        return "the native kernels are not built, or are switched off"
     if device == "cpu" and packed.blocks.block_length > MAX_CODES:
         return (
             f"the kernels read blocks of up to {MAX_CODES} tokens; choose a smaller residual_length"

@@ -83,12 +83,12 @@ class Refusals:
         """Wait for the devices, and raise if one of their kernels ever refused what it was given.
 
         Raises:
-            NonFiniteError: Naming the first of it. The cache is of no use any more then.
+            NonFiniteError: Naming the first of them. The cache can no longer be used then.
         """
         found = [refused for flags in self._flags.values() for refused in _read(flags)]
         if found and self._refusal is None:
             why = refusal(*found[0], got="others")  # of which the flag says no more
-            self._refusal = f"{why} The cache is of no use any more: call its reset()."
+            self._refusal = f"{why} The cache can no longer be used: call its reset()."
         self._are_unread = self._refusal is not None
         if self._refusal is not None:
             raise NonFiniteError(self._refusal)

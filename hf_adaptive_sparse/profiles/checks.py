@@ -23,7 +23,7 @@ def check_ratio(ratio: Any, what: str) -> float:
 
 
 def check_count(value: object, what: str, least: int = 1, also: str = "") -> int:
-    """Return a whole number that is not below ``least``.
+    """Return a whole number that is at least ``least``.
 
     Args:
         value: What was given.
@@ -32,7 +32,7 @@ def check_count(value: object, what: str, least: int = 1, also: str = "") -> int
         also: What else may be given, for the message.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If ``value`` is no such number.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
         raise ValueError(f"{what} must be a whole number >= {least}{also}, got {value!r}.")
@@ -43,7 +43,7 @@ def check_mapping(value: object, what: str) -> Mapping[str, Any]:
     """Return a mapping whose keys are names.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If ``value`` is no such mapping.
     """
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{what} must be a mapping from module names, got {value!r}.")
@@ -54,7 +54,7 @@ def check_form(data: object, what: str) -> Mapping[str, Any]:
     """Return what was read from JSON, as an object.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If ``data`` is no JSON object.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} must be a JSON object, got {data!r}.")

@@ -44,7 +44,7 @@ class StudyFacts:
         narrowing: How the best profile compares with narrower KV and weight bits.
         workers: Workers that carried trials through; ``None`` where it is not known.
         seconds: Time from the first trial's start to the last one's end, likewise.
-        versions: Libraries it was begun with.
+        versions: Libraries it was started with.
     """
 
     name: str

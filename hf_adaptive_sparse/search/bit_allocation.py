@@ -29,8 +29,8 @@ class BitAllocation:
     Attributes:
         sizes: Elements per unit, > 0.
         palette: Distinct widths in bits, ascending.
-        mean_bits: Size-weighted mean of every assignment; what differs from one that can be reached
-            by less than 1e-9 stands for it, since 13/3 cannot be written in decimals.
+        mean_bits: Size-weighted mean of every assignment. A value within 1e-9 of a mean that can be
+            reached is read as that mean: 13/3 has no finite decimal form.
         what: What the mean is called, for messages.
 
     Raises:

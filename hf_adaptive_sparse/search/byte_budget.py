@@ -4,9 +4,9 @@ Every figure comes from the size formula of its format: `LinearBytes` for the we
 own block sizes for the KV cache. Nothing is allocated to compute it.
 
 A figure is what a profile takes at most, on the kind of device that the model is searched on: on a
-GPU a weight has a quarter of a bit more. Kept weights that a code of 8 or 4 bits rounds to 0 are
-not stored either; they are few where weights have been removed, the smallest first, and up to a
-tenth at 4 bits where none have.
+GPU a weight has a quarter of a bit more. Weights that 8 or 4 bits round to 0 are not
+stored either, which is not counted: they are rare among pruned weights, of which the smallest are
+gone already, and up to a tenth of unpruned ones at 4 bits.
 """
 
 from __future__ import annotations

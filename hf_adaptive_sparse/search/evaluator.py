@@ -159,7 +159,7 @@ class Evaluator:
         """Apply the masks and the weight bits of a profile to the model."""
         if self.mask is not None:
             self.mask.apply(candidate.ratios)
-            release_freed()  # small masks lie between what large ones were made from
+            release_freed()  # the allocator cannot reuse the gaps between small masks
         if self.codes is not None:
             self.codes.apply(candidate.weight_bits)
 

@@ -17,8 +17,8 @@ from hf_adaptive_sparse.search.kv_split import LayerBits
 from hf_adaptive_sparse.search.space import OWN_DTYPE, SearchSpace
 
 WIDEST_MEASURED = 4
-"""Wider codes change the loss by less than can be told on few data. Their change is taken to fall
-as the squared error does, to a quarter with every bit."""
+"""Above this width the change of the loss is too small to measure. It is extrapolated: a quarter
+for each further bit, as the squared error falls."""
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,9 @@ def check_bound(
     given = [setting for setting, is_given in decided.items() if is_given]
     if given:
         raise ValueError(
-            f"max_loss finds the size that its bound allows, but it is fixed by "
-            f"{' and '.join(given)}: leave one of them out. (A target_sparsity of 'free', or 0 to "
-            "leave the weights alone, is fine.)"
+            f"max_loss searches for the size, which is already fixed by {' and '.join(given)}: "
+            "leave one of them out. (A target_sparsity of 'free', or 0 to leave the weights alone, "
+            "is fine.)"
         )
 
 

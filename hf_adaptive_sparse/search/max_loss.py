@@ -268,7 +268,7 @@ class _Searches:
                 self.found[budget] = self._search(budget)
                 self.tried[budget] = self._increase(budget)
             except TrialsFailed as error:
-                logger.warning("%s does not hold: %s", budget_text(budget, self.unit), error)
+                logger.warning("No profile of %s works: %s", budget_text(budget, self.unit), error)
                 self.tried[budget] = math.inf
         return self.tried[budget]
 

@@ -111,7 +111,7 @@ class Narrowing:
         weight_bytes: Bytes of the prunable weights that it saves in a checkpoint.
         kept: The exact means that keep the best profile in its place, in words; else empty.
         failure: Why the comparison broke off; else empty.
-        repeatable: Whether it would break off again, so that it need not be tried again.
+        repeatable: Whether a repeated comparison would break off in the same way.
     """
 
     trial: int
@@ -181,7 +181,9 @@ class Narrowing:
             saved.append(f"{self.weight_bytes:,} bytes of weights")
         amount = " and ".join(saved)
         if self.taken:
-            told.append(f"The narrower are taken, which saves {amount} at no measurable loss.")
+            told.append(
+                f"The narrower widths are used; this saves {amount} without a measurable loss."
+            )
         else:
             told.append(
                 f"The mean of {self.kept} is kept, as the search space says (by default all widths "

@@ -77,7 +77,9 @@ def open_study(
     check_fingerprint(stored, made_for, name)
     versions, current = study.user_attrs.get("versions"), study_versions()
     if versions != current:
-        logger.warning("The study was begun with %s, now %s: values may differ.", versions, current)
+        logger.warning(
+            "The study was started with %s, this run has %s: values may differ.", versions, current
+        )
     return study
 
 
@@ -118,6 +120,10 @@ def _wait_for_fingerprint(study: Study) -> Any:
                 "trials but no fingerprint. Give another study_name or storage."
             )
         if time.monotonic() > deadline:
-            logger.warning("The study %r was created but left empty.", study.study_name)
+            logger.warning(
+                "The study %r was still empty %d s after it was found; this search sets it up.",
+                study.study_name,
+                PATIENCE_SECONDS,
+            )
             return None
         time.sleep(POLL_SECONDS)

@@ -161,8 +161,8 @@ class TrialRunner:
     @staticmethod
     def _say_that_it_ended() -> None:
         logger.warning(
-            "A trial was ended by another worker: this one was silent for so long that it is "
-            "repeated, or the database gave it to both."
+            "A trial was ended by another worker: either this one did not renew its lease in time, "
+            "so that the trial was given to the other, or the database gave it to both."
         )
 
     def _run_trial(self, trial: Trial) -> float | Sequence[float]:

@@ -34,10 +34,10 @@ GROWTH = 5
 """Exponent of the damage in the ratio."""
 
 PROBE_SHARE = 4
-"""One batch in so many is probed ..."""
+"""Every so many batches, one is probed."""
 
 FEWEST_PROBED = 4
-"""... but no fewer than so many, where there are."""
+"""At least so many batches are probed, if there are that many."""
 
 _BISECTIONS = 200
 

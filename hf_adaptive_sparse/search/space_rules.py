@@ -162,7 +162,7 @@ def check_has_budget(space: SearchSpace) -> None:
     """Refuse a space that leaves a mean to a budget in bytes but has no such budget.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If the space needs a budget in bytes and has none.
     """
     if space.in_bytes:
         return

@@ -273,12 +273,12 @@ def _describe(name: str, error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return (
             f"The storage {_without_password(name)} is damaged: a record of it is not JSON "
-            f"({detail}). Search into another one, or put a copy of it back."
+            f"({detail}). Use another storage, or restore this one from a backup."
         )
     if isinstance(error, OSError):
         return (
             f"The storage {_without_password(name)} cannot be used: {detail}. Completed trials are "
-            "kept, so once that is mended, the same call resumes the search."
+            "kept, so once that is fixed, the same call resumes the search."
         )
     return (
         f"The storage {_without_password(name)} cannot be used: {detail}. Check that it exists, "

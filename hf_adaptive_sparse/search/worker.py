@@ -163,7 +163,7 @@ class Watch:
     def is_abandoned(self, trial: FrozenTrial) -> bool:
         """Return whether the worker of a running trial has stopped.
 
-        That is known at once of a process of this machine that is gone. Otherwise the lease has to
+        If its process ran on this machine, its end is known at once. Otherwise the lease has to
         stay as it is for `LEASE_SECONDS` while this process looks on, or the trial has to name no
         worker for `UNCLAIMED_SECONDS`.
         """

@@ -95,7 +95,7 @@ def test_under_a_ceiling_in_bytes_the_narrower_is_taken(run, costs, tmp_path):
     same, other, last = result.narrowing.lines
     assert same.startswith("8 and 4 KV bits do not differ")
     assert other.startswith("2 KV bits lose measurably against 8: with 2")
-    assert last.startswith("The narrower are taken, which saves ")
+    assert last.startswith("The narrower widths are used; this saves ")
     # Its files and its report say the same.
     result.save(tmp_path)
     assert SearchResult.load_profile(tmp_path) == result.best_profile
