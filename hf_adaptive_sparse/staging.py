@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -94,29 +95,30 @@ def staged_folder(
 
 @contextmanager
 def resumable_folder(
-    output: Path, state_names: tuple[str, ...], *, overwrite: bool = False
+    output: Path, state_names: tuple[str, ...], *, parts: str = "*", overwrite: bool = False
 ) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``output`` if the body succeeds.
 
-    If it does not, everything in it stays for the next run where one of the state files is there,
+    If it does not, state files and parts stay for the next run where one of the former is there,
     but for files that were being written when the run was killed.
 
     Args:
         output: The folder to make.
         state_names: Names of the files that say how far a run came.
+        parts: Pattern of the names of the files that they speak of.
         overwrite: Replace what is in ``output``; otherwise it must be missing or empty.
 
     Raises:
         OutputError: As `staged_folder`.
     """
     with _partial_folder(output, overwrite=overwrite) as partial:
-        _clear_without(state_names, partial)
+        _clear_but_state(partial, state_names, parts)
         _make(partial)
         remove_unfinished(partial)
         try:
             yield partial
         except BaseException:
-            _clear_without(state_names, partial)
+            _clear_but_state(partial, state_names, parts)
             raise
 
 
@@ -184,20 +186,20 @@ def _make(partial: Path) -> None:
         raise OutputError(f"The folder {partial} cannot be made: {error.strerror}.") from error
 
 
-def _clear_without(state_names: tuple[str, ...], partial: Path) -> None:
-    """Remove ``partial`` unless one of the state files is in it."""
-    if not any((partial / name).is_file() for name in state_names):
-        _clear(partial, ())
+def _clear_but_state(partial: Path, state_names: tuple[str, ...], parts: str) -> None:
+    """Remove all of ``partial`` but state files and parts; these too without a state file."""
+    resumes = any((partial / name).is_file() for name in state_names)
+    _clear(partial, (*state_names, parts) if resumes else ())
 
 
 def _clear(partial: Path, keep: tuple[str, ...]) -> None:
-    """Remove all of ``partial`` but the files named in ``keep``, and itself if nothing is left."""
+    """Remove all of ``partial`` but files named as in ``keep``, and itself if nothing is left."""
     if not partial.is_dir():
         return
     for entry in partial.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name not in keep:
+        elif not any(fnmatchcase(entry.name, pattern) for pattern in keep):
             entry.unlink()
     if not any(partial.iterdir()):
         partial.rmdir()

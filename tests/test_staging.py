@@ -70,6 +70,18 @@ def test_what_a_killed_run_was_writing_is_not_taken_over(tmp_path: Path) -> None
     assert names(tmp_path / "out") == ["log"]
 
 
+def test_what_is_no_part_of_the_result_does_not_outlive_the_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"state_names": ("log",), "parts": "*.shard"}
+    with pytest.raises(RuntimeError), resumable_folder(tmp_path / "out", **options) as folder:
+        for name in ("log", "1.shard", "card"):
+            (folder / name).write_text("1")
+        raise RuntimeError
+    assert names(tmp_path / PARTIAL) == ["1.shard", "log"]
+    (tmp_path / PARTIAL / "card").write_text("of a run that was killed")
+    with resumable_folder(tmp_path / "out", **options) as folder:
+        assert names(folder) == ["1.shard", "log"]
+
+
 def test_a_folder_that_is_not_empty_needs_overwrite(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"must be empty.*--overwrite"):

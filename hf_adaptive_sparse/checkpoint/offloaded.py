@@ -3,7 +3,8 @@
 The folder that is written holds what a run needs to go on after it was interrupted: the shards of
 the layers that are done, and a state file that names them. A layer counts as done when the state
 file says so, which is written once its shard is on the disk. A state of another run, or one whose
-shards are not what it says, is not used, and what it left is removed.
+shards are not what it says, is not used, and its shards are removed. Whoever completes the folder
+removes the state, last of all.
 """
 
 from __future__ import annotations
@@ -146,13 +147,12 @@ class OffloadedLayers(LayerResidence):
         self._write(index + 1, tensors)
 
     def finish(self) -> None:
-        """Write the layers in which nothing was pruned, and the index; forget the state."""
+        """Write the layers in which nothing was pruned, and the index; the state stays."""
         for index in range(self._count):
             if index not in self._done:
                 with self.resident(index):
                     self.keep(index, {}, {})
         write_index(self._folder, self._shards)
-        (self._folder / STATE_NAME).unlink()
 
     def _layer(self, index: int) -> str:
         return f"{self._prefix}.{index}."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,11 @@ def prune_to_folder(
     return PrunedFolder(target, report, dense_bytes, weight_bytes)
 
 
+@contextmanager
 def output_folder(
     target: Path, *, offload: bool, overwrite: bool, keep: tuple[str, ...] = ()
-) -> AbstractContextManager[Path]:
-    """Return the folder of the job; a failed job leaves files there from which the next resumes.
+) -> Iterator[Path]:
+    """Yield the folder of the job; a failed job leaves files there from which the next resumes.
 
     Args:
         target: What the folder becomes.
@@ -116,9 +118,14 @@ def output_folder(
         overwrite: Replace what is in ``target``.
         keep: Names of further files to go on from.
     """
-    if offload:
-        return resumable_folder(target, (*keep, STATE_NAME), overwrite=overwrite)
-    return staged_folder(target, overwrite=overwrite, keep=keep)
+    if not offload:
+        with staged_folder(target, overwrite=overwrite, keep=keep) as folder:
+            yield folder
+        return
+    states = (*keep, STATE_NAME)
+    with resumable_folder(target, states, parts="*.safetensors", overwrite=overwrite) as folder:
+        yield folder
+        (folder / STATE_NAME).unlink()  # not before all else is written, or the layers were lost
 
 
 def prune_and_save(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlavaProcessor
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import hf_adaptive_sparse as has
@@ -22,6 +22,7 @@ from hf_adaptive_sparse.compressor import (
     DataSource,
     ModelSource,
     compress,
+    pipeline,
     prune_to_folder,
 )
 from hf_adaptive_sparse.compressor.saving import save_model
@@ -261,6 +262,61 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert replace(found.report, seconds=0) == replace(expected.report, seconds=0)
     assert_same_model(whole, output)
     assert not (output / STATE_NAME).exists()
+
+
+def count_written(monkeypatch) -> list[str]:
+    """Return the list to which the name of each shard that is written from now on is added."""
+    written, write = [], offloaded.write_shard
+    monkeypatch.setattr(
+        offloaded,
+        "write_shard",
+        lambda path, tensors: written.append(path.name) or write(path, tensors),
+    )
+    return written
+
+
+def test_a_run_that_fails_after_its_last_layer_prunes_none_again(
+    source, questions, tmp_path, monkeypatch
+):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    expected = offload(source, whole, questions)
+
+    def full(self, folder, **options):
+        (Path(folder) / "left.json").write_text("half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(LlavaProcessor, "save_pretrained", full)
+        offload(source, output, questions)
+    assert not output.exists()
+    written = count_written(monkeypatch)
+    found = offload(source, output, questions)
+    assert written == []
+    assert replace(found.report, seconds=0) == replace(expected.report, seconds=0)
+    assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
+    for path in whole.glob("*.safetensors*"):
+        assert path.read_bytes() == (output / path.name).read_bytes()
+
+
+def test_a_job_that_is_interrupted_while_it_measures_prunes_none_again(
+    source, text_file, tmp_path, monkeypatch
+):
+    data = DataSource(text_file, num_samples=6, sequence_length=32, batch_size=2)
+    settings = {"calibration": data, "evaluation": data, "trials": 3, "progress": False}
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    compress(source, whole, offload=True, **settings)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_load_stored", interrupted)
+        compress(source, output, offload=True, **settings)
+    written = count_written(monkeypatch)
+    compress(source, output, offload=True, **settings)
+    assert written == []
+    assert_same_model(whole, output)
+    assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def interrupt(source, output, data, config=CONFIG) -> None:
