@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError
 
 from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.files import remove_unfinished
@@ -29,6 +30,28 @@ _OURS = ".adaptive-sparse."
 
 class OutputError(AdaptiveSparseError, OSError):
     """The output folder cannot be used as asked; the message says why and what to do."""
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turn what libraries in Rust raise where a file cannot be written into `OutputError`.
+
+    Safetensors has an error of its own for it; tokenizers raises a bare `Exception`, which is told
+    by its text.
+
+    Args:
+        what: What the body writes, as in "The weights".
+        folder: Where to.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, SafetensorError) and "(os error " not in str(error):
+            raise
+        raise OutputError(
+            f"{what} cannot be written to {folder}: {error}. Free space there, or choose "
+            "another output folder."
+        ) from error
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

@@ -31,6 +31,7 @@ from hf_adaptive_sparse.checkpoint.headers import (
     read_headers,
 )
 from hf_adaptive_sparse.files import replacing
+from hf_adaptive_sparse.staging import writing
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,13 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, in
 
     Returns:
         Name of each tensor -> its bytes.
+
+    Raises:
+        OutputError: If it cannot be written, for example because the disk is full.
     """
     with replacing(path) as partial:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"format": "pt"})
+        with writing("The weights", path.parent):
+            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"format": "pt"})
         with partial.open("r+b") as file:
             os.fsync(file.fileno())
     return {name: tensor.nbytes for name, tensor in tensors.items()}

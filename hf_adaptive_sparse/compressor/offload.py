@@ -23,6 +23,7 @@ from hf_adaptive_sparse.checkpoint.loading import attach
 from hf_adaptive_sparse.checkpoint.offloaded import OffloadedLayers
 from hf_adaptive_sparse.checkpoint.profile import parameter_formats, resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
+from hf_adaptive_sparse.compressor.saving import save_processor
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
@@ -56,6 +57,7 @@ def prune_into(
 
     Raises:
         ValueError: If the config does not fit the model.
+        OutputError: If a file cannot be written, for example because the disk is full.
     """
     ratios = asked_ratios(empty, config)
     layers = OffloadedLayers(
@@ -76,8 +78,7 @@ def prune_into(
     layers.finish()
     attach(empty, resolved)
     _save_configs(empty, folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
+    save_processor(processor, folder)
     return report
 
 

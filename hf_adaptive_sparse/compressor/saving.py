@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import (
@@ -37,7 +36,7 @@ from hf_adaptive_sparse.report.tables import format_bytes
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import PROFILE_FILE, SearchResult
 from hf_adaptive_sparse.search.trials import evaluated
-from hf_adaptive_sparse.staging import OutputError
+from hf_adaptive_sparse.staging import writing
 from hf_adaptive_sparse.version import library_versions
 
 BOUND_FILE = "max_loss.json"
@@ -95,18 +94,24 @@ def save_model(
         consume: Free each weight once it is written; only its shape is left in the model.
 
     Raises:
-        OutputError: If the weights cannot be written, for example because the disk is full.
+        OutputError: If the files cannot be written, for example because the disk is full.
     """
     if consume:
         model.hf_quantizer.consumes_model = True
-    try:
+    with writing("The weights", folder):
         model.save_pretrained(folder)
-    except SafetensorError as error:
-        raise OutputError(
-            f"The weights cannot be written to {folder}: {error}. Free space there, or choose "
-            "another output folder."
-        ) from error
-    if processor is not None:
+    save_processor(processor, folder)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write a processor into ``folder``; ``None`` is none.
+
+    Raises:
+        OutputError: If its files cannot be written, for example because the disk is full.
+    """
+    if processor is None:
+        return
+    with writing("The processor", folder):
         processor.save_pretrained(folder)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlavaProcessor
 from transformers.core_model_loading import Chunk, WeightConverter
@@ -25,7 +26,7 @@ from hf_adaptive_sparse.compressor import (
     pipeline,
     prune_to_folder,
 )
-from hf_adaptive_sparse.compressor.saving import save_model
+from hf_adaptive_sparse.compressor.saving import save_model, save_processor
 from hf_adaptive_sparse.pruning import layerwise
 from hf_adaptive_sparse.staging import OutputError
 from tests.families.catalogue import FAMILIES
@@ -296,6 +297,39 @@ def test_a_run_that_fails_after_its_last_layer_prunes_none_again(
     assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
     for path in whole.glob("*.safetensors*"):
         assert path.read_bytes() == (output / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_full_disk_is_named_where_the_processor_is_written(
+    source, tmp_path, monkeypatch, offloaded
+):
+    def full(self, folder, **options):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    monkeypatch.setattr(LlavaProcessor, "save_pretrained", full)
+    config = has.SparsityConfig(metric="magnitude")
+    message = r"processor cannot be written to .*No space left on device.*Free space there, or"
+    with pytest.raises(OutputError, match=message):
+        prune_to_folder(source, tmp_path / "out", config, offload=offloaded, progress=False)
+
+
+def test_a_bug_in_a_processor_is_no_full_disk(tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise RuntimeError("no such attribute")
+
+    with pytest.raises(RuntimeError, match="no such attribute"):
+        save_processor(Broken(), tmp_path)
+
+
+def test_a_full_disk_is_named_where_a_shard_is_written(source, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weight_files, "save_file", full)
+    message = r"weights cannot be written to .*No space left on device.*Free space there, or"
+    with pytest.raises(OutputError, match=message):
+        offload(source, tmp_path / "out", None, has.SparsityConfig(metric="magnitude"))
 
 
 def test_a_job_that_is_interrupted_while_it_measures_prunes_none_again(
