@@ -26,6 +26,7 @@ from transformers.utils.logging import (
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.search.storage import JOURNAL
+from hf_adaptive_sparse.search.study import STUDY_NAME
 from hf_adaptive_sparse.staging import partial_of
 
 INPUT_ERRORS = (ValueError, OSError, StrictDataclassError)
@@ -62,10 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _interrupted(options: argparse.Namespace) -> str:
     """Return what an interruption leaves to go on from."""
     states = {"prune": (STATE_NAME,), "search": (JOURNAL,), "compress": (JOURNAL, STATE_NAME)}
-    for name in states.get(options.command, ()):
+    if getattr(options, "output", None) is not None:
         partial = partial_of(Path(options.output))
-        if (partial / name).is_file():
+        if any((partial / name).is_file() for name in states.get(options.command, ())):
             return f"interrupted; the same command goes on from what is in {partial}."
+    storage = getattr(options, "storage", None)
+    if storage is not None and ("://" in storage or Path(storage).is_file()):
+        study = options.study or STUDY_NAME
+        return f"interrupted; the same command resumes study {study!r}."
     return "interrupted."
 
 

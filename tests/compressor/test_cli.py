@@ -375,6 +375,34 @@ def test_an_interruption_says_what_there_is_to_go_on_from(
     assert err == f"hf-adaptive-sparse: interrupted{told}\n"
 
 
+@pytest.mark.parametrize(
+    ("storage", "output", "told"),
+    [
+        ("s.log", None, "; the same command resumes study 'mine'."),
+        ("s.log", "out", "; the same command resumes study 'mine'."),
+        ("redis://:secret@host", None, "; the same command resumes study 'mine'."),
+        ("missing.log", None, "."),
+        (None, None, "."),
+    ],
+)
+def test_an_interruption_names_the_study_that_the_same_command_resumes(
+    capsys, monkeypatch, tmp_path: Path, storage: str | None, output: str | None, told: str
+) -> None:
+    def interrupted(options: object) -> None:
+        Path("s.log").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_adaptive_sparse.cli.search.run_search", interrupted)
+    given = [] if storage is None else ["--storage", storage, "--study", "mine"]
+    given += [] if output is None else ["--output", output]
+    assert run(capsys, "search", "model", *given) == (
+        130,
+        "",
+        f"hf-adaptive-sparse: interrupted{told}\n",
+    )
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(llava_folder: Path, tmp_path: Path) -> None:
     arguments = ["prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude"]
     done = subprocess.run(
