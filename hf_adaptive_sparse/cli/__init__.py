@@ -25,7 +25,7 @@ from transformers.utils.logging import (
 
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME
 from hf_adaptive_sparse.cli.arguments import build_parser
-from hf_adaptive_sparse.search.storage import JOURNAL
+from hf_adaptive_sparse.search.storage import JOURNAL, hides_interruption
 from hf_adaptive_sparse.search.study import STUDY_NAME
 from hf_adaptive_sparse.staging import partial_of
 
@@ -50,14 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _hidden_bars(getattr(options, "no_progress", False)):
             answer = options.run(options)
     except KeyboardInterrupt:
-        print(f"hf-adaptive-sparse: {_interrupted(options)}", file=sys.stderr)
-        return 130
+        return _stop(options)
     except INPUT_ERRORS as error:
+        if hides_interruption(error):
+            return _stop(options)
         if options.traceback:
             raise
         return _complain(options.command, str(error).strip() or type(error).__name__)
     _say(json.dumps(answer.data, indent=2) if options.json else answer.text)
     return 0 if answer.error is None else _complain(options.command, answer.error)
+
+
+def _stop(options: argparse.Namespace) -> int:
+    """Say that the command was interrupted, and return the exit code."""
+    print(f"hf-adaptive-sparse: {_interrupted(options)}", file=sys.stderr)
+    return 130
 
 
 def _interrupted(options: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import sys
 import time
 import traceback
 import warnings
@@ -214,12 +215,19 @@ def storage_errors(name: str, *, opening: bool = False) -> Iterator[None]:
         name: What the storage was opened from.
         opening: Whether only the storage is at work, so that a missing driver or an error of the
             file system is its own too.
+
+    Raises:
+        StorageError: In place of what the storage raised.
+        KeyboardInterrupt: In place of what the storage raised when it was interrupted.
     """
+    handled = sys.exc_info()[1]
     try:
         yield
     except StorageError:
         raise
     except Exception as error:
+        if hides_interruption(error, handled):
+            raise KeyboardInterrupt from error
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
             raise
         origin = _storage_error_behind(error)
@@ -228,6 +236,22 @@ def storage_errors(name: str, *, opening: bool = False) -> Iterator[None]:
         if origin is None:
             raise
         raise StorageError(_describe(name, origin)) from error
+
+
+def hides_interruption(error: BaseException | None, handled: BaseException | None = None) -> bool:
+    """Return whether an error was raised on the way out of an interruption, which it hides.
+
+    Optuna gives up a journal's lock when it is interrupted, which fails if that was just done.
+
+    Args:
+        error: The error.
+        handled: What was being handled before, and the error has nothing to do with.
+    """
+    while error is not None and error is not handled:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _storage_error_behind(error: BaseException | None) -> BaseException | None:

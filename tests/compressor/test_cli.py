@@ -403,6 +403,19 @@ def test_an_interruption_names_the_study_that_the_same_command_resumes(
     )
 
 
+def test_an_error_that_hides_an_interruption_is_one(capsys, monkeypatch, tmp_path: Path) -> None:
+    def interrupted(options: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except BaseException:
+            os.unlink(tmp_path / "gone")
+            raise
+
+    monkeypatch.setattr("hf_adaptive_sparse.cli.search.run_search", interrupted)
+    told = (130, "", "hf-adaptive-sparse: interrupted.\n")
+    assert run(capsys, "search", "model", "--traceback") == told
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(llava_folder: Path, tmp_path: Path) -> None:
     arguments = ["prune", llava_folder, "--output", tmp_path / "out", "--metric", "magnitude"]
     done = subprocess.run(

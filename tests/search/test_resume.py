@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sqlite3
 from pathlib import Path
@@ -248,6 +249,36 @@ def test_a_journal_that_can_grow_no_more_is_one_clear_error(run, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [row["state"] for row in run(storage=path).history].count("complete") == 3
+
+
+@pytest.mark.parametrize("called", ["symlink", "unlink"])
+def test_an_interruption_at_a_journals_lock_is_one(run, tmp_path, monkeypatch, called):
+    """Optuna gives up the lock once more then, which fails and hides the interruption."""
+    path = tmp_path / "study.journal"
+    run(storage=path, n_trials=1)
+    call, interrupts = getattr(os, called), [KeyboardInterrupt()]
+
+    def interrupted(*arguments, **options):
+        if called == "unlink":
+            call(*arguments, **options)
+        if ".lock" in str(arguments[-1]) and interrupts:
+            raise interrupts.pop()
+        if called == "symlink":
+            call(*arguments, **options)
+
+    monkeypatch.setattr(os, called, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(storage=path, n_trials=3)
+    assert not interrupts
+    assert [row["state"] for row in run(storage=path, n_trials=3).history] == ["complete"] * 3
+
+
+def test_an_error_after_an_interruption_that_was_handled_is_named(run):
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(StorageError, match="cannot be used"):
+            run(storage="sqlite:////no/such/folder/s.db")
 
 
 def test_a_lock_that_a_killed_process_left_is_not_waited_for_without_end(
