@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import our_config
@@ -56,6 +57,7 @@ def add_evaluate(commands: Any) -> None:
     )
     tasks.add_argument(
         "--results",
+        type=os.path.expanduser,
         metavar="DIR",
         help="write outcomes here as they come; a stopped run resumes from them",
     )

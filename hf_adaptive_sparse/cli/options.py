@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_output(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add the folder that a command writes."""
-    parser.add_argument("--output", metavar="DIR", required=required, help="folder to write")
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="DIR",
+        required=required,
+        help="folder to write",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the content of DIR when the job is done"
     )
@@ -215,6 +222,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--storage",
+        type=os.path.expanduser,
         metavar="URL",
         help="Optuna storage such as postgresql://… or redis://…, or path of a journal or SQLite "
         "file (default: a journal in DIR)",

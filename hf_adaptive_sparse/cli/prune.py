@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
@@ -29,7 +30,10 @@ def add_prune(commands: Any) -> None:
     for add in (add_output, *CALIBRATED, add_final_prune, add_offload):
         add(parser)
     parser.add_argument(
-        "--profile", metavar="FILE", help="profile.json of a search, instead of uniform ratios"
+        "--profile",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="profile.json of a search, instead of uniform ratios",
     )
     parser.add_argument(
         "--sparsity",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
@@ -18,6 +19,7 @@ def add_report(commands: Any) -> None:
     )
     parser.add_argument(
         "source",
+        type=os.path.expanduser,
         metavar="STUDY",
         help="folder that search or compress wrote, journal or SQLite file, or storage URL",
     )
@@ -25,7 +27,11 @@ def add_report(commands: Any) -> None:
         "--study", metavar="NAME", help="study in the storage (default: the only one there)"
     )
     parser.add_argument(
-        "--output", metavar="DIR", default="report", help="folder to write (default: report)"
+        "--output",
+        type=os.path.expanduser,
+        metavar="DIR",
+        default="report",
+        help="folder to write (default: report)",
     )
 
 

@@ -17,6 +17,7 @@ from hf_adaptive_sparse.evaluation.resources import (
     sparsity_report,
     weight_bytes_on_disk,
 )
+from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import SearchResult
@@ -75,7 +76,7 @@ def search_to_folder(
         ValueError: As :func:`search_study`.
         OSError: As :func:`search_study`, or if the output cannot be written.
     """
-    target = Path(output)
+    target = expanded(output)
     check_output(target, overwrite=overwrite)
     with (
         staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
@@ -111,7 +112,7 @@ def search_within_to_folder(
         SearchError: If no budget that was tried holds.
         OSError: If the model cannot be found, or the output cannot be written.
     """
-    target = Path(output)
+    target = expanded(output)
     check_output(target, overwrite=overwrite)
     with (
         staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,

@@ -35,6 +35,7 @@ from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
 from hf_adaptive_sparse.memory import release_freed
+from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
@@ -179,7 +180,7 @@ def compress(
         HubError: If ``push_to_hub`` is given and there is no token; before any work is done.
         PushError: If the model is complete but the Hub did not take it.
     """
-    target = Path(output)
+    target = expanded(output)
     check_output(target, overwrite=overwrite)
     check_pushed(push_to_hub, private)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.digests import weights_digest
 from hf_adaptive_sparse.evaluation.tasks.run import run_task
 from hf_adaptive_sparse.evaluation.tasks.task import Setting, TaskResult, find_task
 from hf_adaptive_sparse.files import replacing
+from hf_adaptive_sparse.naming import expanded
 
 RESULTS = "results.json"
 
@@ -55,6 +55,7 @@ def evaluate_tasks(
             )
     processor = model.load_processor()
     loaded = model.load()
+    results = None if results is None else expanded(results)
     weights = None if results is None else weights_digest(loaded)
     found: list[TaskResult] = []
     for task in tasks:
@@ -73,7 +74,7 @@ def evaluate_tasks(
         )
         found.append(result)
         if results is not None:
-            with replacing(Path(results) / RESULTS) as partial:
+            with replacing(results / RESULTS) as partial:
                 partial.write_text(json.dumps([r.to_dict() for r in found], indent=2) + "\n")
     return found
 

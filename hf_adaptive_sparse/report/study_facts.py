@@ -112,7 +112,7 @@ def read_study(source: str | os.PathLike[str], name: str | None = None) -> Study
         SearchError: If it holds no study of that name, several of which none was named, or one
             that was not made by this package.
     """
-    text = os.fspath(source)
+    text = os.path.expanduser(source)
     if "://" not in text:
         path = Path(text)
         begun = partial_of(path) / JOURNAL

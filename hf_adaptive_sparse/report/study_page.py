@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from hf_adaptive_sparse.files import replacing
+from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.report.markup import duration
 from hf_adaptive_sparse.report.study_analysis import failure_signs
 from hf_adaptive_sparse.report.study_facts import StudyFacts
@@ -53,7 +54,7 @@ def write_study_report(facts: StudyFacts, directory: str | os.PathLike[str]) -> 
             f"The study {facts.name!r} has no finished trial yet; there is nothing to report."
         )
     top = [_head(facts), *map(_warning, failure_signs(facts)), _figures(facts)]
-    folder = Path(directory)
+    folder = expanded(directory)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [
         *top,

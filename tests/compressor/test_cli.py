@@ -21,7 +21,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.space_arguments import space_of, widths
-from hf_adaptive_sparse.compressor import ModelSource, checks, pipeline
+from hf_adaptive_sparse.compressor import ModelSource, checks, pipeline, prune_to_folder
 from hf_adaptive_sparse.compressor.presets import get_preset
 from hf_adaptive_sparse.hub import HubError
 from hf_adaptive_sparse.kernels import triton_device
@@ -355,6 +355,32 @@ def test_a_checkpoint_without_the_head_is_refused(capsys, llava_folder: Path, tm
     assert code == 2
     assert "such as 'cls.predictions." in stderr
     assert "give a complete BertLMHeadModel" in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["prune", "model", "--output", "~/x"], "output"),
+        (["search", "model", "--output=~/x"], "output"),
+        (["compress", "model", "--output=out", "--storage=~/x"], "storage"),
+        (["prune", "model", "--output=out", "--profile", "~/x"], "profile"),
+        (["demo", "--output=~/x"], "output"),
+        (["evaluate", "model", "--results", "~/x"], "results"),
+        (["report", "~/x"], "source"),
+        (["report", "study", "--output=~/x"], "output"),
+    ],
+)
+def test_paths_below_the_home_folder(monkeypatch, tmp_path: Path, arguments: list[str], name: str):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(build_parser().parse_args(arguments), name) == str(tmp_path / "x")
+
+
+def test_outputs_below_the_home_folder(monkeypatch, llava_folder: Path, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = SparsityConfig(metric="magnitude")
+    done = prune_to_folder(ModelSource(llava_folder), "~/x", config, progress=False)
+    assert done.output == tmp_path / "home" / "x"
+    assert (done.output / "config.json").is_file()
 
 
 @pytest.mark.parametrize(("command", "kept"), [("search", True), ("prune", False)])
