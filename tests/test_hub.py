@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.hub import HubError, inspect, push_folder
 from hf_adaptive_sparse.hub.license import license_of
 from hf_adaptive_sparse.hub.push import folder_files
@@ -146,6 +147,20 @@ def test_a_pushed_card_names_its_repo(hub: HubServer, folder: Path) -> None:
     assert f'repo = "{REPO}"'.encode() in pushed
     assert b"path/to" not in pushed
     assert b"path/to" in card.read_bytes()
+
+
+def test_the_command_says_whether_it_pushed(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    told = []
+    for options in ([], [], ["--json"]):
+        assert main(["push", str(folder), REPO, *options]) == 0
+        told.append(capsys.readouterr().out.strip())
+    url = f"{hub.endpoint}/{REPO}/commit/{hub.repos[REPO].history()[0].sha}"
+    assert told[:2] == [f"Pushed: {url}", f"Nothing to push: {REPO} already holds this folder."]
+    assert json.loads(told[2]) == {"commit_url": url, "pushed": False}
 
 
 def test_push_again_without_a_change_makes_no_commit(hub: HubServer, folder: Path) -> None:

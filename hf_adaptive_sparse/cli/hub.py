@@ -47,4 +47,7 @@ def run_push(options: argparse.Namespace) -> Answer:
         revision=options.revision,
         commit_message=options.message,
     )
-    return Answer(f"Pushed: {url}", {"commit_url": url})
+    text = f"Pushed: {url}"
+    if not url.is_new:
+        text = f"Nothing to push: {options.repo} already holds this folder."
+    return Answer(text, {"commit_url": url, "pushed": url.is_new})

@@ -41,6 +41,22 @@ _SKIPPED_ENDINGS = (UNFINISHED, ".lock", ".tmp", "-journal", "-wal", "-shm", ".j
 """Unfinished files, and storages of a search: those name the machine they were made on."""
 
 
+class CommitUrl(str):
+    """The address of a commit.
+
+    Attributes:
+        is_new: Whether the push made it; False: the branch held the same files before.
+    """
+
+    is_new: bool
+
+    def __new__(cls, url: str, is_new: bool = True) -> CommitUrl:
+        """Make one."""
+        made = super().__new__(cls, url)
+        made.is_new = is_new
+        return made
+
+
 def push_folder(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -51,7 +67,7 @@ def push_folder(
     token: str | None = None,
     endpoint: str | None = None,
     exist_ok: bool = True,
-) -> str:
+) -> CommitUrl:
     """Push a compressed model's folder as one commit.
 
     Hidden files, files still being written (``*.partial``) and what a sharded version left beside
@@ -70,7 +86,7 @@ def push_folder(
         exist_ok: Whether the repo may exist already.
 
     Returns:
-        The address of the commit.
+        The address of the commit; of the branch's last one where nothing had changed.
 
     Raises:
         ValueError: If the repo id is invalid, or the folder is not a complete compressed model or
@@ -112,7 +128,7 @@ def push_folder(
             revision=revision,
             parent_commit=info.sha,
         )
-    return str(commit.commit_url)
+    return CommitUrl(commit.commit_url, is_new=commit.oid != info.sha)
 
 
 def _content(name: str, path: Path, repo_id: str) -> Path | bytes:
