@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
@@ -172,7 +173,7 @@ def _partial_folder(output: Path, *, overwrite: bool) -> Iterator[Path]:
 def _acquired(path: Path, output: Path) -> BaseFileLock:
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        _acquire(lock, path)
     except Timeout as error:
         raise OutputError(
             f"Another job is writing the output folder {output}. Wait until it has ended, or "
@@ -185,6 +186,21 @@ def _acquired(path: Path, output: Path) -> BaseFileLock:
             "be made."
         ) from error
     return lock
+
+
+def _acquire(lock: BaseFileLock, path: Path) -> None:
+    """Acquire a lock.
+
+    Raises:
+        Timeout: If another process holds it.
+        OSError: If its file cannot be made.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not path.exists():  # which filelock also takes for one that was just removed
+            TemporaryFile(dir=path.parent).close()
+        raise
 
 
 def is_partial(folder: Path) -> bool:

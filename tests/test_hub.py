@@ -291,7 +291,7 @@ def test_a_commit_that_came_in_between_is_not_overwritten(hub: HubServer, folder
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, "needs a token with write access; run `hf auth login`"),
+        (None, "needs a token with write access; run `hf auth login`.* token= in Python"),
         ("hf_wrong", r"refused the token \(401\)"),
         (READER, r"the token may not do that \(403"),
     ],

@@ -142,7 +142,9 @@ class TestCompressionProfile:
             CompressionProfile().save(tmp_path / "profile.json")
         assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
 
-    @pytest.mark.parametrize("text", ["{", "{}", "[]"])
+    @pytest.mark.parametrize(
+        "text", ["{", "{}", "[]", pytest.param("[" * 100_000, id="too deep to be read")]
+    )
     def test_a_file_that_is_none_is_named(self, tmp_path, text: str) -> None:
         (tmp_path / "mine.json").write_text(text)
         with pytest.raises(ValueError, match=r"mine\.json is no compression profile: "):

@@ -232,6 +232,18 @@ def test_a_lock_that_cannot_be_had_says_so(tmp_path: Path) -> None:
         pytest.fail("the work began")
 
 
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/proc/self").exists(),
+    reason="only root is told that it may write to /proc",
+)
+def test_a_folder_in_which_no_file_can_be_made_is_not_in_use() -> None:
+    with (
+        pytest.raises(OutputError, match=r"cannot be locked by /proc/.*: No such file.*Choose"),
+        staged_folder(Path("/proc/out")),
+    ):
+        pass
+
+
 def test_a_lock_file_that_cannot_be_removed_while_it_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

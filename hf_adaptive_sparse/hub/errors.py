@@ -24,7 +24,7 @@ _TRANSPORT_ERROR: type[BaseException] = next(
     base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"
 )
 
-LOG_IN = "run `hf auth login`, set HF_TOKEN, or pass token="
+LOG_IN = "run `hf auth login`, set HF_TOKEN, or pass token= in Python"
 
 
 OFFLINE = "offline mode is on. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE."

@@ -95,5 +95,5 @@ class CompressionProfile:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: lists within lists
             raise ValueError(f"{os.fspath(path)} is no compression profile: {error}") from error

@@ -304,6 +304,11 @@ def _describe(name: str, error: BaseException) -> str:
             f"The storage {_without_password(name)} cannot be used: {detail}. Completed trials are "
             "kept, so once that is fixed, the same call resumes the search."
         )
+    if "disk is full" in detail or "No space left" in detail:
+        return (
+            f"The storage {_without_password(name)} cannot be used: {detail}. Free space there; "
+            "completed trials are kept, so the same call resumes the search."
+        )
     return (
         f"The storage {_without_password(name)} cannot be used: {detail}. Check that it exists, "
         "that user and password are right, and that no other program holds it locked; completed "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from hf_adaptive_sparse.search import evaluator as evaluator_module
 from hf_adaptive_sparse.search import runner
@@ -20,7 +21,7 @@ from hf_adaptive_sparse.search.errors import SearchError, StorageError, StudyMis
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.runner import TrialRunner
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.storage import open_storage
+from hf_adaptive_sparse.search.storage import open_storage, storage_errors
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
 from hf_adaptive_sparse.search.trials import tally
 from tests.search import processes
@@ -216,6 +217,16 @@ def test_a_database_that_becomes_locked_keeps_what_was_completed(run, tmp_path, 
     blocker.close()
     resumed = run(storage=path)
     assert [row["state"] for row in resumed.history].count("complete") == 3
+
+
+def test_a_database_on_a_full_disk_asks_for_space(tmp_path):
+    full = sqlite3.OperationalError("database or disk is full")
+    with (
+        pytest.raises(StorageError, match=r"disk is full\. Free space there; completed") as caught,
+        storage_errors(str(tmp_path / "study.db")),
+    ):
+        raise OperationalError("INSERT", {}, full)
+    assert "password" not in str(caught.value)
 
 
 def test_passwords_stay_out_of_messages(run):
