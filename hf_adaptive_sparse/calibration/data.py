@@ -52,6 +52,7 @@ def load_batches(
     shuffle: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    halves: bool = False,
 ) -> list[Batch]:
     """Make the batches of a calibration or an evaluation.
 
@@ -77,6 +78,7 @@ def load_batches(
             and an evaluation, which is asked for with another ``split``, never does.
         revision: Revision of a Hub dataset.
         token: Token for private or gated Hub datasets.
+        halves: Batch the first half of the samples and the rest apart, each in half of the batches.
 
     Returns:
         Batches of ``input_ids`` and ``attention_mask``, both (batch, seq) int64. For
@@ -118,12 +120,12 @@ def load_batches(
         samples = [samples[i] for i in sorted(rng.sample(range(len(samples)), count))]
     if num_samples is not None and len(samples) < num_samples:
         logger.warning("%s holds %d of %d samples.", records.name, len(samples), num_samples)
+    middle = len(samples) // 2 if halves else 0
+    chunks = [*_chunks(samples[:middle], batch_size), *_chunks(samples[middle:], batch_size)]
     if medium is None:
-        return [_window_batch(chunk) for chunk in _chunks(samples, batch_size)]
+        return [_window_batch(chunk) for chunk in chunks]
     context = context_length(config)
-    return [
-        question_batch(processor, chunk, context=context) for chunk in _chunks(samples, batch_size)
-    ]
+    return [question_batch(processor, chunk, context=context) for chunk in chunks]
 
 
 def _chunks(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

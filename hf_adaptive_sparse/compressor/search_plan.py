@@ -126,7 +126,7 @@ class SearchPlan:
         if self.max_loss is not None and searched is held_out:
             raise ValueError(
                 "The evaluation data make a single batch, and the bound needs data that no search "
-                "saw. Give more data, or a smaller batch size."
+                "saw. Give more data."
             )
         return Loaded(model, processor, calibration, searched, held_out)
 

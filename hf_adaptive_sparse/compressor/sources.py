@@ -280,8 +280,13 @@ class DataSource:
             return "batches given in memory"
         return public_name(self.source)
 
-    def batches(self, processor: Any, config: PreTrainedConfig, split: str) -> list[Batch]:
-        """Load the batches; ``split`` is used where the source names none itself."""
+    def batches(
+        self, processor: Any, config: PreTrainedConfig, split: str, *, halves: bool = False
+    ) -> list[Batch]:
+        """Load the batches; ``split`` is used where the source names none itself.
+
+        With ``halves`` no batch holds samples of both halves, see `load_batches`.
+        """
         return load_batches(
             self.source,
             processor,
@@ -291,6 +296,7 @@ class DataSource:
             batch_size=self.batch_size,
             seed=self.seed,
             split=split,
+            halves=halves,
         )
 
     def questions(self, config: PreTrainedConfig, split: str) -> Records | None:
@@ -346,7 +352,7 @@ def held_out_batches(
     """Load twice the samples that are asked for, and split them as `split_held_out` does."""
     evaluation = evaluation or DataSource(num_samples=EVALUATION_SAMPLES)
     twice = replace(evaluation, num_samples=2 * evaluation.num_samples)
-    return split_held_out(twice.batches(processor, config, "validation"))
+    return split_held_out(twice.batches(processor, config, "validation", halves=True))
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from optuna import create_study
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -50,9 +51,33 @@ def test_data_that_nothing_reads_are_not_loaded(llava_folder, tmp_path):
     assert plan.load(ModelSource(llava_folder)).calibration is None
 
 
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "rows"),
+    [
+        (5, 4, [[4, 1], [4, 1]]),
+        (1, 2, [[1], [1]]),
+        (4, 4, [[4], [4]]),
+        (2, 1, [[1, 1], [1, 1]]),
+    ],
+)
+def test_halves_have_the_windows_asked_for_in_batches_of_any_size(
+    llava_folder, text_file, samples, batch_size, rows
+):
+    data = DataSource(text_file, samples, sequence_length=16, batch_size=batch_size)
+    loaded = SearchPlan(KV_ALONE, "study.journal", evaluation=data).load(ModelSource(llava_folder))
+    halves = [loaded.searched, loaded.held_out]
+    assert [[len(batch["input_ids"]) for batch in half] for half in halves] == rows
+    one_by_one = replace(data, num_samples=2 * samples, batch_size=1)
+    windows = one_by_one.batches(loaded.processor, loaded.model.config, "validation")
+    assert torch.equal(
+        torch.cat([batch["input_ids"] for half in halves for batch in half]),
+        torch.cat([batch["input_ids"] for batch in windows]),
+    )
+
+
 def test_a_bound_is_refused_where_no_data_are_left_to_hold_it_on(llava_folder, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("a fox sees a dog\n" * 60)
+    text.write_text("a fox sees a dog\n")  # a single window
     data = DataSource(text, num_samples=1, sequence_length=16, batch_size=2)
     plan = SearchPlan(KV_ALONE, "study.journal", evaluation=data)
     loaded = plan.load(ModelSource(llava_folder))
