@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
+from typing import Any
 
 from torch import nn
 
@@ -98,7 +99,7 @@ def check_weights(model: nn.Module, names: Iterable[str]) -> None:
             check_in_memory(getattr(*place), name)
 
 
-def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
+def check_outcome(count: Tally, n_trials: int, goal: Goal, space: SearchSpace) -> None:
     """Check the outcome of the trials, and log what makes it unreliable.
 
     Raises:
@@ -109,6 +110,13 @@ def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
         raise TrialsFailed(f"No trial succeeded. Most often: {count.reasons()}")
     if count.attempts < n_trials and count.repeats >= REPEATS_UNTIL_EXHAUSTED:
         if len(count.known) == 1:
+            whole = _whole_model(count.completed[0].user_attrs, space)
+            if whole is not None:
+                raise NothingToChoose(
+                    f"The budget holds {whole}, so nothing has to go and there is nothing to "
+                    "choose. Give a smaller budget (fit_bytes, size_bytes; --fit, --size), or do "
+                    "without a search."
+                )
             raise NothingToChoose(
                 "All profiles come out alike after projection onto the budget: there is nothing to "
                 "choose. Use more blocks, a wider range, two KV widths or another budget."
@@ -128,3 +136,23 @@ def check_outcome(count: Tally, n_trials: int, goal: Goal) -> None:
             goal.labels[0],
             values.pop(),
         )
+
+
+def _whole_model(profile: Mapping[str, Any], space: SearchSpace) -> str | None:
+    """Say what the largest profile of a budget in bytes is; ``None`` of a smaller one.
+
+    Args:
+        profile: The attributes of its trial.
+        space: The search space.
+    """
+    widest = {
+        "mean_weight_bits": max(space.weight_bits or (), default=None),
+        "mean_kv_bits": max(space.kv_bits or (), default=None),
+    }
+    if not space.in_bytes or profile["mean_sparsity"]:
+        return None
+    if any(profile.get(name) != width for name, width in widest.items()):
+        return None
+    weights, cache = widest.values()
+    text = "all weights" if weights is None else f"all weights at {weights} bits"
+    return text if cache is None else f"{text} and the KV cache at {cache}"

@@ -218,7 +218,7 @@ def search(
                     compare_widths=compare_widths,
                     progress=progress,
                 )
-        check_outcome(tally(study), n_trials, goal)
+        check_outcome(tally(study), n_trials, goal, space)
         too_small = None if goal.is_front else resolution_warning(tally(study), data.evaluation)
         if too_small is not None:
             logger.warning(too_small)

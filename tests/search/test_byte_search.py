@@ -11,6 +11,7 @@ from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.pruning.apply import prune_model
 from hf_adaptive_sparse.report.study_analysis import choices
 from hf_adaptive_sparse.report.study_facts import facts_of
+from hf_adaptive_sparse.search.errors import SearchError
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 
@@ -69,6 +70,40 @@ def test_weight_bits_are_searched_without_pruning(run, tiny_llama):
     assert set(config.sparsity.values()) == {0.0}
     for name, parameter in tiny_llama.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"kv_bits": (6, 8), "fit_bytes": "1GiB", "context_length": 400},
+            "holds all weights at 16 bits and the KV cache at 8, so .* smaller budget",
+        ),
+        ({"kv_bits": None, "size_bytes": "1GiB"}, "holds all weights at 16 bits, so nothing"),
+        (
+            {"kv_bits": None, "weight_bits": None, "size_bytes": "1GiB"},
+            "holds all weights, so nothing",
+        ),
+    ],
+)
+def test_a_budget_that_holds_the_whole_model_says_so(run, changes, message):
+    settings = {"target_sparsity": "free", "blocks": 2, "weight_bits": (4, 8, 16), **KV}
+    with pytest.raises(SearchError, match=message):
+        run(SearchSpace(**{**settings, **changes}), n_trials=30)
+
+
+def test_a_budget_that_fixes_one_profile_is_not_one_that_holds_the_model(run):
+    space = SearchSpace(
+        target_sparsity=None,
+        weight_bits=None,
+        kv_bits=(2, 8),
+        kv_split="free",
+        fit_bytes=795_000,
+        context_length=400,
+        **KV,
+    )
+    with pytest.raises(SearchError, match="All profiles come out alike"):
+        run(space, n_trials=30)
 
 
 def test_every_trial_under_a_limit_in_bytes_meets_it(run):
