@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import tracemalloc
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -27,12 +28,13 @@ from hf_adaptive_sparse.report.study_analysis import (
 )
 from hf_adaptive_sparse.report.study_costs import costs
 from hf_adaptive_sparse.report.study_facts import read_study
+from hf_adaptive_sparse.report.study_mark import check_report_folder
 from hf_adaptive_sparse.report.study_page import write_study_report
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.narrowing_result import Narrowing
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
-from hf_adaptive_sparse.staging import partial_of
+from hf_adaptive_sparse.staging import OutputError, partial_of
 from tests.report_rows import facts, linear_rows, row
 
 HELD_OUT = {
@@ -366,6 +368,42 @@ class TestReading:
         assert answer["trials"] == 4
         assert math.isfinite(answer["best_value"])
         assert re.search(r"paired bootstrap over 2 windows", (out / "report.html").read_text())
+
+    def test_the_command_replaces_only_a_report_of_the_same_study(
+        self, study_folder, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.chdir(tmp_path)
+        command = ["report", str(study_folder)]
+        assert main(command) == main(command) == 0
+        assert main(["report", str(study_folder / "search.journal")]) == 0
+        written = write_study_report(facts(linear_rows(12)), "report").read_text(encoding="utf-8")
+        assert main(command) == 2
+        assert "report holds the report of another study. Choose" in capsys.readouterr().err
+        assert Path("report/report.html").read_text(encoding="utf-8") == written
+        assert main([*command, "--overwrite"]) == main(command) == 0
+
+    def test_the_command_writes_into_no_folder_of_something_else(self, study_folder, capsys):
+        command = ["report", str(study_folder), "--output", str(study_folder)]
+        assert main(command) == 2
+        assert "holds something else. Choose another folder with --output" in (
+            capsys.readouterr().err
+        )
+        assert not (study_folder / "report.html").exists()
+        assert main([*command, "--overwrite"]) == 0
+        assert (study_folder / "search.json").is_file()
+
+    def test_a_study_is_the_same_as_its_trials_come_in(self, tmp_path):
+        first, *others = linear_rows(12)
+        other = dict(first, value=first["value"] + 1)
+        begun = facts([dict(first, uniform=False)])
+        write_study_report(begun, tmp_path)
+        for rows in ([first], [first, *others]):
+            check_report_folder(facts(rows), tmp_path)
+            write_study_report(facts(rows), tmp_path)
+        check_report_folder(begun, tmp_path)
+        for study in (facts([other]), facts([first], name="other"), facts([first], metric="ria")):
+            with pytest.raises(OutputError, match="another study"):
+                check_report_folder(study, tmp_path)
 
     @pytest.mark.parametrize("name", ["missing", "missing.journal", "missing.db"])
     def test_what_is_not_there_is_not_made(self, tmp_path, name):

@@ -10,6 +10,7 @@ from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.options import add_command
 from hf_adaptive_sparse.report import read_study, write_study_report
 from hf_adaptive_sparse.report.study_analysis import failure_signs
+from hf_adaptive_sparse.report.study_mark import check_report_folder
 
 
 def add_report(commands: Any) -> None:
@@ -31,13 +32,21 @@ def add_report(commands: Any) -> None:
         type=os.path.expanduser,
         metavar="DIR",
         default="report",
-        help="folder to write (default: report)",
+        help="folder to write; a former report of the same study there is replaced (default: "
+        "report)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="write into DIR whatever it holds, and replace files of the same names",
     )
 
 
 def run_report(options: argparse.Namespace) -> Answer:
     """Write a study's report."""
     facts = read_study(options.source, options.study)
+    if not options.overwrite:
+        check_report_folder(facts, options.output)
     page = write_study_report(facts, options.output)
     best = None if facts.best is None else facts.best["value"]
     signs = failure_signs(facts)

@@ -11,10 +11,9 @@ from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.report.markup import duration
 from hf_adaptive_sparse.report.study_analysis import failure_signs
 from hf_adaptive_sparse.report.study_facts import StudyFacts
+from hf_adaptive_sparse.report.study_mark import PAGE, study_mark
 from hf_adaptive_sparse.report.study_sections import SECTIONS
 from hf_adaptive_sparse.report.tables import format_bytes
-
-PAGE = "report.html"
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -67,7 +66,7 @@ def write_study_report(facts: StudyFacts, directory: str | os.PathLike[str]) -> 
         partial.write_text(
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n"
+            f"{study_mark(facts)}<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n"
             + "\n".join(part for part in parts if part)
             + "\n</body></html>\n",
             encoding="utf-8",
