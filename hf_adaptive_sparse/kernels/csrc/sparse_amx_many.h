@@ -9,8 +9,10 @@
  *
  * Four tiles of sums, of 32 rows and 32 tokens, take four products of four tiles loaded. Only
  * MANY_STEPS times 32 columns are gone through with all tokens before the next, so that these parts of
- * x and of the rows stay in the cache; sums wait in memory meanwhile. */
-enum { MANY_STEPS = 64, STEP_COLUMNS = 32, STEP_BYTES = 64, TILE_NUMBERS = 256 };
+ * x and of the rows stay in the cache; sums wait in memory meanwhile. Where all of x is more than stays
+ * there, the tiles of tokens that come next are fetched while others are multiplied. */
+enum { MANY_STEPS = 64, STEP_COLUMNS = 32, STEP_BYTES = 64, TILE_NUMBERS = 256, LINE_NUMBERS = 16 };
+enum { KEPT_X_BYTES = 1 << 20 };
 
 /* Turn the rows of a matrix of 16 by 16 numbers of 32 bits into its columns. */
 AMX_FORCED void transpose_16(__m512i *v) {
@@ -80,13 +82,23 @@ AMX_FORCED void many_store(float *sums, int rows, int tokens) {
     MEMORY_BARRIER();
 }
 
+/* Part of the two tiles of tokens that come next: `share` numbers of each for every step. */
+typedef struct {
+    const uint32_t *x;
+    int64_t share;
+} many_ahead;
+
 /* Add the products of `count` steps: of one tile of rows or two with one of tokens or two, the second
  * of which lies `apart` numbers behind the first. */
 AMX_FORCED void many_add(const uint8_t *weights, int64_t row_bytes, const uint32_t *x, int64_t apart,
-                         int64_t count, int rows, int tokens) {
+                         int64_t count, int rows, int tokens, many_ahead ahead) {
     const uint8_t *below = weights + AMX_ROWS * row_bytes;
     MEMORY_BARRIER();
     for (int64_t step = 0; step < count; step++) {
+        for (int64_t i = 0; i < ahead.share; i += LINE_NUMBERS, ahead.x += LINE_NUMBERS) {
+            _mm_prefetch((const char *)ahead.x, _MM_HINT_T1);
+            _mm_prefetch((const char *)(ahead.x + apart), _MM_HINT_T1);
+        }
         _tile_loadd(4, weights + step * STEP_BYTES, row_bytes);
         _tile_loadd(6, x + step * TILE_NUMBERS, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -126,13 +138,14 @@ AMX_FORCED void many_write(const has_sparse_call *call, const float *sums, int64
     }
 }
 
-/* Rows first to last - 1, decompressed, and their sums. */
+/* Rows first to last - 1, decompressed, their sums, and how much of x is fetched ahead. */
 typedef struct {
     const has_sparse_call *call;
     const has_sparse_many *many;
     const uint8_t *weights;
     float *sums;
     int64_t first, last;
+    int64_t share; /* numbers of a tile, for each step: all tiles of rows together fetch it */
 } many_task;
 
 /* Multiply up to 2 tiles of rows with up to 2 of tokens, over `count` steps; write what is complete. */
@@ -147,9 +160,11 @@ AMX_FORCED void many_square(const many_task *task, int64_t row, int64_t tile, in
         many_begin(rows, tokens);
     else
         many_go_on(sums, rows, tokens);
-    many_add(task->weights + before * many->row_bytes + step * STEP_BYTES, many->row_bytes,
-             many->x + (tile * many->steps + step) * TILE_NUMBERS, many->steps * TILE_NUMBERS, count,
-             rows, tokens);
+    const uint32_t *x = many->x + (tile * many->steps + step) * TILE_NUMBERS;
+    int64_t apart = many->steps * TILE_NUMBERS;
+    many_ahead ahead = {x + 2 * apart + before / (2 * AMX_ROWS) * count * task->share, task->share};
+    many_add(task->weights + before * many->row_bytes + step * STEP_BYTES, many->row_bytes, x, apart,
+             count, rows, tokens, ahead);
     many_store(sums, rows, tokens);
     for (int r = 0; ends && r < rows; r++)
         for (int t = 0; t < tokens; t++)
@@ -168,7 +183,11 @@ static TARGET_AMX void many_multiply(const has_sparse_call *call, const has_spar
     for (int64_t r = 0; r < last - first; r++) /* zeros of x times NaN would be NaN */
         memset(memory + r * many->row_bytes + call->columns * 2, 0,
                (size_t)(many->steps * STEP_BYTES - call->columns * 2));
-    many_task task = {call, many, memory, (float *)(memory + many->weight_bytes), first, last};
+    many_task task = {call, many, memory, (float *)(memory + many->weight_bytes), first, last, 0};
+    if (many->tiles * many->steps * STEP_BYTES * AMX_TOKENS > KEPT_X_BYTES) {
+        int64_t squares = (last - first + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS);
+        task.share = (TILE_NUMBERS / squares + LINE_NUMBERS - 1) / LINE_NUMBERS * LINE_NUMBERS;
+    }
     amx_configure(AMX_TOKENS);
     for (int64_t step = 0; step < many->steps; step += MANY_STEPS) {
         int64_t count = many->steps - step < MANY_STEPS ? many->steps - step : MANY_STEPS;
