@@ -102,6 +102,7 @@ def runtime_table() -> str:
     loading, machine = result["loading"], result["environment"]
     dense_bytes, kernels = result["dense_pruned_bytes"], result["kernels"].split(" (")[0]
     steps = {form: step["median_ms"] for form, step in result["decoding"].items()}
+    prompts = {form: prompt["median_ms"] for form, prompt in result["prompts"].items()}
     lines: list[dict[str, object]] = [
         {
             "in memory": form,
@@ -109,6 +110,7 @@ def runtime_table() -> str:
             "whole process": f"{loaded['peak_bytes'] / 1e6:,.0f} MB",
             "tokens per second": f"{1000 / steps[form]:.1f}",
             "against dense": f"{steps['dense'] / steps[form]:.2f} x",
+            "prompt against dense": f"{prompts['dense'] / prompts[form]:.2f} x",
         }
         for form, loaded in loading.items()
     ]
@@ -116,7 +118,8 @@ def runtime_table() -> str:
         f"{markdown_table(lines)}\n\n"
         f"<sub>A random Llama of {result['parameters'] / 1e9:.2f} B pruned parameters, bfloat16, "
         f"behind {result['context']:,} tokens; {machine['processor']}, {machine['cores']} cores, "
-        f"kernels: {kernels}. Dense decodes with DynamicCache, sparse with the adaptive cache. "
+        f"kernels: {kernels}. Dense decodes with DynamicCache, sparse with the adaptive cache. The "
+        f"last column is the speed of a prompt of {result['prompt']:,} tokens. "
         f"From [sparse_runtime.md](benchmarks/results/sparse_runtime.md).</sub>\n"
     )
 
