@@ -81,11 +81,14 @@ def test_leaves_a_complete_repo_that_loads_and_generates(
     assert again == pytest.approx(compressed.perplexity, rel=1e-6)
 
 
-@pytest.mark.parametrize(("batch_size", "asked"), [(1, [2, 3]), (4, [0, 1])])
+@pytest.mark.parametrize(
+    ("there", "batch_size", "asked"), [(4, 1, [2, 3]), (4, 4, [2, 3]), (1, 4, [0])]
+)
 def test_no_question_that_was_searched_on_is_asked(
-    llava_folder: Path, question_file: Path, tmp_path: Path, monkeypatch, batch_size, asked
+    llava_folder: Path, question_file: Path, tmp_path: Path, monkeypatch, there, batch_size, asked
 ) -> None:
-    """Where the data make a single batch, there is no other question to ask."""
+    """Where there is a single one, there is no other question to ask."""
+    question_file.write_text("\n".join(question_file.read_text().splitlines()[:there]))
     rows: dict[str, list[str]] = {"read": [], "asked": []}
 
     def noting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,10 +109,10 @@ def test_no_question_that_was_searched_on_is_asked(
         evaluation=DataSource(question_file, num_samples=2, batch_size=batch_size),
         progress=False,
     )
-    assert len(rows["read"]) == 4
+    assert len(rows["read"]) == there
     expected = [rows["read"][index] for index in asked]
     assert rows["asked"] == expected * 2  # of the dense model, then of the compressed one
-    assert [row.questions for row in result.measurements] == [2, 2]
+    assert [row.questions for row in result.measurements] == [len(asked)] * 2
 
 
 def test_the_result_can_be_read_after_the_journal_has_moved(

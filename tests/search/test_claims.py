@@ -380,7 +380,7 @@ class TestOpening:
         study = open_study(storage, "s", **arguments)
         assert study.user_attrs[FINGERPRINT] == {"model": "A"}
         assert len(study.trials) == 1
-        assert "left empty" in caplog.text
+        assert "was still empty 0 s after it was found" in caplog.text
 
     def test_another_models_study_is_refused(self, arguments):
         storage = optuna.storages.InMemoryStorage()
