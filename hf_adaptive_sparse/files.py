@@ -25,9 +25,3 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what writers left in a folder that were killed; none may be at work there."""
-    for left in folder.glob("*" + UNFINISHED):
-        left.unlink()

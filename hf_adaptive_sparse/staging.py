@@ -21,7 +21,6 @@ from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from hf_adaptive_sparse.errors import AdaptiveSparseError
-from hf_adaptive_sparse.files import remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +118,11 @@ def staged_folder(
 
 @contextmanager
 def resumable_folder(
-    output: Path, state_names: tuple[str, ...], *, parts: str = "*", overwrite: bool = False
+    output: Path, state_names: tuple[str, ...], *, parts: str, overwrite: bool = False
 ) -> Iterator[Path]:
     """Yield a folder to write into, which becomes ``output`` if the body succeeds.
 
-    If it does not, state files and parts stay for the next run where one of the former is there,
-    but for files that were being written when the run was killed.
+    If it does not, state files and parts stay for the next run where one of the former is there.
 
     Args:
         output: The folder to make.
@@ -138,7 +136,6 @@ def resumable_folder(
     with _partial_folder(output, overwrite=overwrite) as partial:
         _clear_but_state(partial, state_names, parts)
         _make(partial)
-        remove_unfinished(partial)
         try:
             yield partial
         except BaseException:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_adaptive_sparse.files import remove_unfinished, replacing
+from hf_adaptive_sparse.files import replacing
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
@@ -42,11 +42,3 @@ def test_the_mode_is_that_of_a_new_file(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
-
-
-def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "kept").touch()
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "file") as partial:
-        partial.touch()
-        remove_unfinished(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -53,7 +53,9 @@ def test_a_failure_keeps_the_old_output_and_what_resumes(tmp_path: Path) -> None
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("staged", [staged_folder, partial(resumable_folder, state_names=("log",))])
+@pytest.mark.parametrize(
+    "staged", [staged_folder, partial(resumable_folder, state_names=("log",), parts="*")]
+)
 def test_a_failure_with_nothing_to_resume_leaves_nothing(tmp_path: Path, staged: Any) -> None:
     with pytest.raises(RuntimeError), staged(tmp_path / "out") as folder:
         (folder / "weights").write_text("half")
@@ -65,7 +67,7 @@ def test_what_a_killed_run_was_writing_is_not_taken_over(tmp_path: Path) -> None
     (tmp_path / PARTIAL).mkdir()
     for name in ("log", "shard.0a1b2c3d.partial"):
         (tmp_path / PARTIAL / name).touch()
-    with resumable_folder(tmp_path / "out", ("log",)):
+    with resumable_folder(tmp_path / "out", ("log",), parts="*.shard"):
         pass
     assert names(tmp_path / "out") == ["log"]
 
@@ -180,7 +182,10 @@ def test_a_second_job_with_the_same_output_is_refused(tmp_path: Path) -> None:
         (folder / "a").write_text("1")
         with pytest.raises(OutputError, match="Another job is writing"), staged_folder(output):
             pass
-        with pytest.raises(OutputError, match="Another job"), resumable_folder(output, ("log",)):
+        with (
+            pytest.raises(OutputError, match="Another job"),
+            resumable_folder(output, ("log",), parts="*"),
+        ):
             pass
     assert names(output) == ["a"]
     assert names(tmp_path) == ["out"]

@@ -404,6 +404,9 @@ class TestReading:
         for study in (facts([other]), facts([first], name="other"), facts([first], metric="ria")):
             with pytest.raises(OutputError, match="another study"):
                 check_report_folder(study, tmp_path)
+        (tmp_path / "report.html").write_text("<html></html>")
+        with pytest.raises(OutputError, match="a page that names no study"):
+            check_report_folder(begun, tmp_path)
 
     @pytest.mark.parametrize("name", ["missing", "missing.journal", "missing.db"])
     def test_what_is_not_there_is_not_made(self, tmp_path, name):

@@ -77,6 +77,8 @@ def _interrupted(options: argparse.Namespace) -> str:
     storage = getattr(options, "storage", None)
     if storage is not None and ("://" in storage or Path(storage).is_file()):
         study = options.study or STUDY_NAME
+        if getattr(options, "max_loss", None) is not None:
+            return f"interrupted; the same command resumes its studies, which begin with {study!r}."
         return f"interrupted; the same command resumes study {study!r}."
     return "interrupted."
 

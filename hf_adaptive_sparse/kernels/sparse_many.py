@@ -24,7 +24,10 @@ from hf_adaptive_sparse.kernels.sparse_calls import (
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 MOST_BYTES = 32 << 20
-"""Memory of a product. Tokens that need more are split, but not ``LEAST_TOKENS`` or fewer."""
+"""Memory of a product. Tokens that need more are split, but not ``LEAST_TOKENS`` or fewer.
+
+Every thread's decompressed rows are part of it, so that many threads take more all the same.
+"""
 
 LEAST_TOKENS = 512
 
@@ -32,7 +35,7 @@ LEAST_TOKENS = 512
 def takes(weight: SparseWeight) -> bool:
     """Return whether ``linear`` takes this weight, and is meant to beat torch's product."""
     prepared = prepared_for(weight)
-    return prepared is not None and prepared.takes_many
+    return prepared is not None and prepared.takes_many and weight.values.is_cpu
 
 
 def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -23,11 +23,11 @@ import torch
 
 from hf_adaptive_sparse.kernels import sparse_native, triton_sparse
 from hf_adaptive_sparse.kernels.library import multiplies
-from hf_adaptive_sparse.kernels.scratch import scratch
+from hf_adaptive_sparse.kernels.scratch import KEPT_BYTES, scratch
 from hf_adaptive_sparse.kernels.triton_device import processors
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
-TILE_BYTES = 16 << 20
+TILE_BYTES = KEPT_BYTES
 """Bytes of a tile at most, unless a single row is longer."""
 
 GPU_TILE_BYTES = 64 << 20

@@ -39,9 +39,10 @@ def check_report_folder(facts: StudyFacts, directory: str | os.PathLike[str]) ->
         return
     page = folder / PAGE
     if page.is_file():
-        if _is_of(facts, page.read_text(encoding="utf-8", errors="replace")):
+        text = page.read_text(encoding="utf-8", errors="replace")
+        if _is_of(facts, text):
             return
-        held = "the report of another study"
+        held = "the report of another study" if _MARK.search(text) else "a page that names no study"
     else:
         held = "something else"
     raise OutputError(

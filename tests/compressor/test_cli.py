@@ -429,6 +429,23 @@ def test_an_interruption_names_the_study_that_the_same_command_resumes(
     )
 
 
+def test_an_interruption_within_a_bound_names_its_studies(
+    capsys, monkeypatch, tmp_path: Path
+) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "s.log").touch()
+    monkeypatch.setattr("hf_adaptive_sparse.cli.search.run_search", interrupted)
+    given = ("--max-loss", "1%", "--storage", tmp_path / "s.log", "--study", "mine")
+    assert run(capsys, "search", "model", *given) == (
+        130,
+        "",
+        "hf-adaptive-sparse: interrupted; the same command resumes its studies, which begin with "
+        "'mine'.\n",
+    )
+
+
 def test_an_error_that_hides_an_interruption_is_one(capsys, monkeypatch, tmp_path: Path) -> None:
     def interrupted(options: object) -> None:
         try:

@@ -278,6 +278,7 @@ class TestRefusals:
             ("calibration", 3, ValueError, "calibration must be a dataset's name.* got int"),
             ("evaluation", {}, ValueError, "evaluation must be a dataset's name.* got dict"),
             ("questions", 1.0, ValueError, "questions must be a dataset's name.* got float"),
+            ("questions", [], ValueError, "a path or a DataSource, got list"),
             ("evaluation", [], DataError, "At least one batch"),
             ("calibration", ["a.txt"], TypeError, "batch 0 is str"),
         ],

@@ -8,7 +8,7 @@
 /* Columns that are expanded at a time, tokens of one call, and lanes of a partial sum. */
 enum { HAS_SPARSE_BLOCK = 512, HAS_SPARSE_TOKENS = 32, HAS_SPARSE_LANES = 16 };
 
-/* Mirrored field by field in sparse_native.py. */
+/* Mirrored field by field in sparse_calls.py. */
 typedef struct {
     int64_t rows, columns;
     int64_t bits;       /* of a value: 32 or 16 (then of type dtype), 12 (bfloat16, by a codebook), 8

@@ -19,6 +19,8 @@ static has_sparse_many divide(const has_sparse_call *call) {
     many.rows = (call->rows / (2 * many.threads) + 31) / 32 * 32;
     if (many.rows > MOST_ROWS) many.rows = MOST_ROWS;
     if (many.rows < 32) many.rows = 32;
+    int64_t tasks = (call->rows + many.rows - 1) / many.rows;
+    if (many.threads > tasks && tasks > 0) many.threads = tasks;
     many.row_bytes = many.steps * 64 + 64; /* rows a power of two apart would share cache lines */
     many.weight_bytes = many.rows * many.row_bytes;
     many.thread_bytes =
