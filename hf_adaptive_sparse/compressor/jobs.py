@@ -156,7 +156,7 @@ def evaluate(
                 f"{questions.label} must hold visual questions (columns image, question, answer) "
                 "for a model that takes images; it holds text."
             )
-    data = evaluation or DataSource(num_samples=EVALUATION_SAMPLES)
+    data = DataSource.of(evaluation, "evaluation", EVALUATION_SAMPLES)
     report = sparsity_report(loaded)
     return measure(
         str(model.name),

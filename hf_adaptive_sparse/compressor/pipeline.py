@@ -188,12 +188,7 @@ def compress(
     calibration = DataSource.of(calibration, "calibration", DataSource.num_samples)
     evaluation = DataSource.of(evaluation, "evaluation", EVALUATION_SAMPLES)
     if questions is not None:
-        if not isinstance(questions, DataSource | str | os.PathLike):
-            raise ValueError(
-                "questions must be a dataset's name, a path or a DataSource, got "
-                f"{type(questions).__name__}."
-            )
-        questions = DataSource.of(questions, "questions", EVALUATION_SAMPLES)
+        questions = DataSource.of(questions, "questions", EVALUATION_SAMPLES, batches=False)
     config = preset.config(config)
     space = space or _default_space(preset, config, max_loss)
     check_goal(config, space, max_loss, workers)

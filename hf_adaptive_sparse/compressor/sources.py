@@ -245,13 +245,21 @@ class DataSource:
     name: str | None = None
 
     @classmethod
-    def of(cls, data: DataSource | Source, what: str, num_samples: int) -> DataSource:
+    def of(
+        cls,
+        data: DataSource | Source,
+        what: str,
+        num_samples: int,
+        *,
+        batches: bool = True,
+    ) -> DataSource:
         """Return what a job was given.
 
         Args:
             data: Dataset name, path, ready batches or ``None``, if it is no `DataSource` yet.
             what: Name of the argument, for messages.
             num_samples: Samples of named data.
+            batches: Whether ready batches will do.
 
         Raises:
             ValueError: If it is nothing of these.
@@ -260,13 +268,13 @@ class DataSource:
         """
         if isinstance(data, DataSource):
             return data
-        if isinstance(data, Sequence) and not isinstance(data, str):
+        if batches and isinstance(data, Sequence) and not isinstance(data, str):
             return cls(check_batches(data))
         if data is None or isinstance(data, str | os.PathLike):
             return cls(data, num_samples)
         raise ValueError(
-            f"{what} must be a dataset's name, a path, a list of batches or a DataSource, got "
-            f"{type(data).__name__}."
+            f"{what} must be a dataset's name, a path{', a list of batches' if batches else ''} or "
+            f"a DataSource, got {type(data).__name__}."
         )
 
     @property
@@ -350,7 +358,7 @@ def held_out_batches(
     evaluation: DataSource | None, processor: Any, config: PreTrainedConfig
 ) -> tuple[list[Batch], list[Batch]]:
     """Load twice the samples that are asked for, and split them as `split_held_out` does."""
-    evaluation = evaluation or DataSource(num_samples=EVALUATION_SAMPLES)
+    evaluation = DataSource.of(evaluation, "evaluation", EVALUATION_SAMPLES)
     twice = replace(evaluation, num_samples=2 * evaluation.num_samples)
     return split_held_out(twice.batches(processor, config, "validation", halves=True))
 

@@ -153,13 +153,8 @@ def test_experts_are_pruned_as_in_memory(tokens, tmp_path, original, changes):
     assert found.report.experts_without_data == expected.report.experts_without_data != {}
 
 
-def test_interrupted_runs_name_all_linears_without_data(tokens, tmp_path, monkeypatch):
-    folder, config = tmp_path / "source", has.SparsityConfig()
-    tiny_model("mamba").save_pretrained(folder)
-    make_llava_processor().tokenizer.save_pretrained(folder)
-    memory = prune_to_folder(
-        ModelSource(folder), tmp_path / "memory", config, calibration=tokens, progress=False
-    )
+def interrupted_and_resumed(folder, output, tokens, config, monkeypatch):
+    """Prune from disk to disk, interrupted at the second layer; return the report in the end."""
     keep = OffloadedLayers.keep
 
     def dies(self, index, *args):
@@ -169,9 +164,19 @@ def test_interrupted_runs_name_all_linears_without_data(tokens, tmp_path, monkey
 
     monkeypatch.setattr(OffloadedLayers, "keep", dies)
     with pytest.raises(KeyboardInterrupt):
-        offload(ModelSource(folder), tmp_path / "out", tokens, config)
+        offload(ModelSource(folder), output, tokens, config)
     monkeypatch.setattr(OffloadedLayers, "keep", keep)
-    report = offload(ModelSource(folder), tmp_path / "out", tokens, config).report
+    return offload(ModelSource(folder), output, tokens, config).report
+
+
+def test_interrupted_runs_name_all_linears_without_data(tokens, tmp_path, monkeypatch):
+    folder, config = tmp_path / "source", has.SparsityConfig()
+    tiny_model("mamba").save_pretrained(folder)
+    make_llava_processor().tokenizer.save_pretrained(folder)
+    memory = prune_to_folder(
+        ModelSource(folder), tmp_path / "memory", config, calibration=tokens, progress=False
+    )
+    report = interrupted_and_resumed(folder, tmp_path / "out", tokens, config, monkeypatch)
     names = [f"backbone.layers.{index}.mixer.dt_proj" for index in range(2)]
     assert report.linears_without_data == memory.report.linears_without_data == names
     assert report.experts_without_data == {}
@@ -181,18 +186,7 @@ def test_interrupted_runs_name_all_experts_without_data(tokens, tmp_path, monkey
     folder, config = tmp_path / "source", has.SparsityConfig()
     tiny_model("mixtral").save_pretrained(folder)
     make_llava_processor().tokenizer.save_pretrained(folder)
-    keep = OffloadedLayers.keep
-
-    def dies(self, index, *args):
-        if index == 1:
-            raise KeyboardInterrupt
-        keep(self, index, *args)
-
-    monkeypatch.setattr(OffloadedLayers, "keep", dies)
-    with pytest.raises(KeyboardInterrupt):
-        offload(ModelSource(folder), tmp_path / "out", tokens, config)
-    monkeypatch.setattr(OffloadedLayers, "keep", keep)
-    report = offload(ModelSource(folder), tmp_path / "out", tokens, config).report
+    report = interrupted_and_resumed(folder, tmp_path / "out", tokens, config, monkeypatch)
     assert report.experts_without_data == {
         f"model.layers.{index}.mlp.experts": [0, 1, 2, 3] for index in range(2)
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import threading
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from hf_adaptive_sparse.kernels.sparse_reference import linear as reference
 from hf_adaptive_sparse.packing import offsets
 from hf_adaptive_sparse.packing.offsets import count_row_offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from tests.kernels.threads import differing
 
 PATHS = library.available_paths()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -322,20 +322,9 @@ def test_several_threads_at_once(path):
     weights = [
         SparseWeight.from_dense(make_dense(300, torch.float32, rows=200, seed=i)) for i in range(4)
     ]
-    xs = [make_x(1 + i, 300, torch.float32) for i in range(4)]
-    expected = [sparse_native.linear(*pair) for pair in zip(xs, weights, strict=True)]
-    wrong = []
-
-    def work(i):
-        found = [sparse_native.linear(xs[i], weights[i]) for _ in range(20)]
-        wrong.extend(i for output in found if not torch.equal(output, expected[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    calls = [(make_x(1 + i, 300, torch.float32), weight) for i, weight in enumerate(weights)]
+    expected = [sparse_native.linear(*call) for call in calls]
+    assert differing(sparse_native.linear, calls, expected) == []
 
 
 def test_the_call_structure_is_that_of_the_library():

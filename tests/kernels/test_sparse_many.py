@@ -1,7 +1,6 @@
 """Products of many tokens on the matrix unit against those of decompressed weights."""
 
 import itertools
-import threading
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from hf_adaptive_sparse.kernels import (
     sparse_tiles,
 )
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
+from tests.kernels.threads import differing
 
 FORMATS = [(16, None), (12, None), (8, None), (8, 128), (4, 96), (4, None)]
 HAS_UNIT = "amx" in library.available_paths()
@@ -137,20 +137,9 @@ def test_nothing_to_multiply(unit):
 @needs_unit
 def test_threads_of_python_do_not_share_memory(unit):
     weights = [SparseWeight.from_dense(make_dense(300, 500, seed=i)) for i in range(4)]
-    xs = [make_x(90, 500, seed=i) for i in range(4)]
-    expected = [sparse_many.linear(x, weight) for x, weight in zip(xs, weights, strict=True)]
-    wrong = []
-
-    def work(i):
-        found = [sparse_many.linear(xs[i], weights[i]) for _ in range(20)]
-        wrong.extend(i for output in found if not torch.equal(output, expected[i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    calls = [(make_x(90, 500, seed=i), weight) for i, weight in enumerate(weights)]
+    expected = [sparse_many.linear(*call) for call in calls]
+    assert differing(sparse_many.linear, calls, expected) == []
 
 
 @needs_unit

@@ -269,17 +269,24 @@ AMX_FORCED void amx_scale(const has_sparse_call *call, const has_sparse_x *x, in
     }
 }
 
-AMX_FORCED void amx_write(const has_sparse_call *call, int64_t first, int64_t count,
-                          const amx_sums *sums) {
-    _Alignas(64) float bias[AMX_ROWS] = {0}, column[AMX_ROWS];
+/* The bias of rows first to first + count - 1, at most 16; zeros where there is none. */
+AMX_FORCED __m512 amx_bias(const has_sparse_call *call, int64_t first, int64_t count) {
+    _Alignas(64) float bias[AMX_ROWS] = {0};
     if (call->bias != NULL)
         for (int64_t r = 0; r < count; r++) bias[r] = number_at(call->bias, first + r, call->dtype);
+    return _mm512_load_ps(bias);
+}
+
+AMX_FORCED void amx_write(const has_sparse_call *call, int64_t first, int64_t count,
+                          const amx_sums *sums) {
+    _Alignas(64) float column[AMX_ROWS];
+    const __m512 bias = amx_bias(call, first, count);
     const __m512i rows = _mm512_mullo_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
         _mm512_set1_epi32(AMX_TOKENS));
     for (int64_t t = 0; t < call->tokens; t++) {
         const float *of = sums->of[t / AMX_TOKENS] + t % AMX_TOKENS;
-        __m512 total = _mm512_add_ps(_mm512_i32gather_ps(rows, of, 4), _mm512_load_ps(bias));
+        __m512 total = _mm512_add_ps(_mm512_i32gather_ps(rows, of, 4), bias);
         int64_t at = t * call->output_stride + first;
         if (call->dtype == HAS_BFLOAT16) {
             __m256i halves = (__m256i)_mm512_cvtneps_pbh(total);

@@ -114,20 +114,13 @@ AMX_FORCED void many_add(const uint8_t *weights, int64_t row_bytes, const uint32
     }
 }
 
-AMX_FORCED __m512 many_bias(const has_sparse_call *call, int64_t row, int64_t count) {
-    _Alignas(64) float bias[AMX_ROWS] = {0};
-    if (call->bias != NULL)
-        for (int64_t r = 0; r < count; r++) bias[r] = number_at(call->bias, row + r, call->dtype);
-    return _mm512_load_ps(bias);
-}
-
 /* Write a tile of sums to the output: rows from `row` on, tokens from `token` on. */
 AMX_FORCED void many_write(const has_sparse_call *call, const float *sums, int64_t row, int64_t last,
                            int64_t token) {
     int64_t rows = last - row < AMX_ROWS ? last - row : AMX_ROWS;
     int64_t tokens = call->tokens - token < AMX_TOKENS ? call->tokens - token : AMX_TOKENS;
     uint16_t *to = (uint16_t *)call->output + token * call->output_stride + row;
-    __m512 bias = many_bias(call, row, rows);
+    __m512 bias = amx_bias(call, row, rows);
     __m512i of_token[AMX_TOKENS];
     for (int r = 0; r < AMX_ROWS; r++) of_token[r] = _mm512_load_si512(sums + r * AMX_TOKENS);
     transpose_16(of_token);
