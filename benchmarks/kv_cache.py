@@ -5,8 +5,9 @@ in bfloat16, on a random Llama (8 layers x 16 heads x 64, hidden 1,024) that no 
 times and bytes do not depend on what the weights say. Four questions:
 
 - decoding: time per token at each context. Every cache is filled with the same random states, then
-  all take turns, one token each per round, so that whatever else the machine does hits all alike.
-  The rounds pass through at least one flush of each cache (every 128 tokens).
+  all take turns, one token each per round, in an order that is drawn anew: whatever else the
+  machine does hits all alike, and so does what the one before left in the processor's caches. The
+  rounds pass through at least one flush of each cache (every 128 tokens).
 - prefill: time of one forward pass over a prompt into an empty cache, in turns as well.
 - memory: bytes allocated, and the resident set's high-water mark while tokens are decoded at the
   longest context, through one flush, above what it was before the cache was filled; one process per
@@ -28,12 +29,13 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -146,6 +148,13 @@ def timed(function: Callable[[], Any]) -> float:
     return (time.perf_counter() - started) * 1000
 
 
+def shuffled_rounds(names: list[str], rounds: int, seed: int) -> Iterator[list[str]]:
+    """Every name once per round, in an order that differs from round to round."""
+    draw = random.Random(seed)
+    for _ in range(rounds):
+        yield draw.sample(names, len(names))
+
+
 def summary(times: list[float]) -> dict[str, float]:
     return {
         "median_ms": statistics.median(times),
@@ -170,9 +179,9 @@ def measure_decoding(
     fill(caches["floor"], 8, seed)
     token = torch.tensor([[5]])
     times: dict[str, list[float]] = {name: [] for name in caches}
-    for turn in range(rounds + 2):
-        for name, cache in caches.items():
-            spent = timed(lambda cache=cache: model(token, past_key_values=cache))
+    for turn, names in enumerate(shuffled_rounds(list(caches), rounds + 2, seed)):
+        for name in names:
+            spent = timed(lambda c=caches[name]: model(token, past_key_values=c))
             if turn >= 2:
                 times[name].append(spent)
     found = {name: summary(series) for name, series in times.items()}
@@ -191,9 +200,9 @@ def measure_prefill(
     say(f"prefill of {tokens} tokens")
     ids = torch.randint(3, 32000, (1, tokens), generator=torch.Generator().manual_seed(seed))
     times: dict[str, list[float]] = {name: [] for name in makers}
-    for turn in range(rounds + 1):
-        for name, make in makers.items():
-            cache = make()
+    for turn, names in enumerate(shuffled_rounds(list(makers), rounds + 1, seed)):
+        for name in names:
+            cache = makers[name]()
             spent = timed(lambda c=cache: model(ids, past_key_values=c, logits_to_keep=1))
             if turn >= 1:
                 times[name].append(spent)
@@ -378,7 +387,7 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", help="names of the caches; default: all")
     parser.add_argument("--rounds", type=int, default=130, help="tokens decoded per cache")
     parser.add_argument("--prefill", type=int, nargs="*", default=[2048])
-    parser.add_argument("--prefill-rounds", type=int, default=9)
+    parser.add_argument("--prefill-rounds", type=int, default=17)
     parser.add_argument("--drift-tokens", type=int, default=16384)
     parser.add_argument("--no-peak", action="store_true", help="skip peak memory (Linux only)")
     parser.add_argument("--no-write", action="store_true", help="print, but store no result")
