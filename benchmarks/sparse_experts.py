@@ -25,7 +25,7 @@ from turns import in_turns
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.kernels import library
 from hf_adaptive_sparse.report import markdown_table
 from hf_adaptive_sparse.runtime.sparse_experts import sparse_stacks

@@ -15,7 +15,7 @@ from inspect import Signature, signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from hf_adaptive_sparse.checkpoint.loading import register
+from hf_adaptive_sparse.checkpoint.plugin import register
 from hf_adaptive_sparse.version import __version__
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hf_adaptive_sparse.calibration.tables import DataError
     from hf_adaptive_sparse.checkpoint.config import SparsityConfig
     from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-    from hf_adaptive_sparse.checkpoint.loading import AutoModelForVision2Seq
+    from hf_adaptive_sparse.checkpoint.plugin import AutoModelForVision2Seq
     from hf_adaptive_sparse.compressor import compress, prune
     from hf_adaptive_sparse.compressor.pipeline import PushError
     from hf_adaptive_sparse.errors import AdaptiveSparseError, NonFiniteError
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         KVCacheConfig,
         SparsityProfile,
     )
+    from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
     from hf_adaptive_sparse.search.errors import SearchError, StorageError
     from hf_adaptive_sparse.search.result import SearchResult
     from hf_adaptive_sparse.search.space import SearchSpace
@@ -48,11 +49,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdaptiveQuantizedCache": "kvcache.cache",
     "AdaptiveSparseError": "errors",
-    "AutoModelForVision2Seq": "checkpoint.loading",
+    "AutoModelForVision2Seq": "checkpoint.plugin",
     "CalibrationConfig": "profiles",
     "CheckpointError": "checkpoint.headers",
     "CompressionProfile": "profiles",
     "DataError": "calibration.tables",
+    "FrozenWeightError": "runtime.weight_view",
     "HubError": "hub.errors",
     "KVCacheConfig": "profiles",
     "NonFiniteError": "errors",
@@ -83,6 +85,7 @@ __all__ = [
     "CheckpointError",
     "CompressionProfile",
     "DataError",
+    "FrozenWeightError",
     "HubError",
     "KVCacheConfig",
     "NonFiniteError",

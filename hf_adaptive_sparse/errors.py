@@ -6,8 +6,8 @@ from __future__ import annotations
 class AdaptiveSparseError(Exception):
     """Base of the public errors of this package.
 
-    Each is also a ``ValueError`` or an ``OSError``, as what it stands for is. An invalid argument
-    raises a plain ``ValueError``.
+    Each is also a ``ValueError``, ``OSError`` or ``RuntimeError``, as what it stands for is. An
+    invalid argument raises a plain ``ValueError``.
     """
 
 

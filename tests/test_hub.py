@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.hub import HubError, inspect, push_folder
 from hf_adaptive_sparse.hub.license import license_of

@@ -81,6 +81,7 @@ def test_every_public_name_is_there(name: str) -> None:
     [
         ("CheckpointError", ValueError),
         ("DataError", ValueError),
+        ("FrozenWeightError", RuntimeError),
         ("HubError", OSError),
         ("NonFiniteError", ValueError),
         ("OutputError", OSError),

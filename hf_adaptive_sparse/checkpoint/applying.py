@@ -15,7 +15,7 @@ from hf_adaptive_sparse.architecture import Prunable, prunable_weights, rewrites
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
-from hf_adaptive_sparse.checkpoint.profile import (
+from hf_adaptive_sparse.checkpoint.resolving import (
     per_layer_kv_cache,
     resolve_weight_bits,
     runtime_formats,

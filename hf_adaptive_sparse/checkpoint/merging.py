@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_adaptive_sparse.architecture import match_names
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.profile import resolve_weight_bits
+from hf_adaptive_sparse.checkpoint.resolving import resolve_weight_bits
 
 _RATIO_TOLERANCE = 1e-4
 

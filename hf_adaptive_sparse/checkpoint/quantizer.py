@@ -31,14 +31,14 @@ from hf_adaptive_sparse.checkpoint.decompression import (
     taken_as_stored,
 )
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.profile import (
+from hf_adaptive_sparse.checkpoint.reloading import take_compressed_
+from hf_adaptive_sparse.checkpoint.resolving import (
     parameter_formats,
     per_layer_kv_cache,
     rename_for_model,
     runtime_formats,
     storable_weights,
 )
-from hf_adaptive_sparse.checkpoint.reloading import take_compressed_
 from hf_adaptive_sparse.checkpoint.state_dict import stored_state_dict
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.kvcache.generation import share_profile

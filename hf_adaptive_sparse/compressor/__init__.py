@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import Calibration, apply_config
+from hf_adaptive_sparse.checkpoint.plugin import Calibration, apply_config
 from hf_adaptive_sparse.compressor.benching import BenchResult, bench
 from hf_adaptive_sparse.compressor.jobs import (
     evaluate,

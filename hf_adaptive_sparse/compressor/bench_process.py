@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import register
+from hf_adaptive_sparse.checkpoint.plugin import register
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.forward import resolve_kv_cache
 from hf_adaptive_sparse.evaluation.resource_meter import ResourceMeter

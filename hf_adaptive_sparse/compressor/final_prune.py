@@ -81,7 +81,7 @@ def pruned_for_now(
     batches: Sequence[Mapping[str, torch.Tensor]] | None,
     processor: Any,
 ) -> Iterator[KVCacheChoice]:
-    """Prune a model as `checkpoint.loading.apply_config` does, and restore it afterwards.
+    """Prune a model as `checkpoint.plugin.apply_config` does, and restore it afterwards.
 
     Args:
         model: The dense model. A copy of its prunable weights is kept in CPU memory.

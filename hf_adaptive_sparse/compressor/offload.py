@@ -19,9 +19,9 @@ from hf_adaptive_sparse.architecture import (
 from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.checkpoint.applying import asked_ratios, prune_and_resolve
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import attach
 from hf_adaptive_sparse.checkpoint.offloaded import OffloadedLayers
-from hf_adaptive_sparse.checkpoint.profile import parameter_formats, resolve_weight_bits
+from hf_adaptive_sparse.checkpoint.plugin import attach
+from hf_adaptive_sparse.checkpoint.resolving import parameter_formats, resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
 from hf_adaptive_sparse.compressor.saving import save_processor
 from hf_adaptive_sparse.compressor.sources import ModelSource

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import apply_config
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
 from hf_adaptive_sparse.compressor.checks import on_cpu
 from hf_adaptive_sparse.compressor.offload import prune_into, weight_files

@@ -18,7 +18,7 @@ from hf_adaptive_sparse.checkpoint.headers import (
     TensorHeader,
     compressed_summary,
 )
-from hf_adaptive_sparse.checkpoint.profile import resolve_weight_bits
+from hf_adaptive_sparse.checkpoint.resolving import resolve_weight_bits
 from hf_adaptive_sparse.hub.inspection import Inspection, ModuleInspection
 from hf_adaptive_sparse.hub.source import (
     CONFIG_NAME,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
+
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "HF_ADAPTIVE_SPARSE_KERNEL"
@@ -37,7 +39,7 @@ _FAILURES = {1: "no such path on this processor", 2: "no memory", 3: "sizes out 
 _IMPORTED_BY = os.getpid()
 
 
-class KernelError(OSError):
+class KernelError(AdaptiveSparseError, OSError):
     """The path that was asked for cannot be had."""
 
 

@@ -21,11 +21,13 @@ from collections.abc import Iterator
 
 import torch
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
+
 _CHUNK_ELEMENTS = 1 << 22  # of a weight that is taken apart or put together at a time
 _INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class BitmaskError(ValueError):
+class BitmaskError(AdaptiveSparseError, ValueError):
     """A bitmask and its values do not describe one weight."""
 
 

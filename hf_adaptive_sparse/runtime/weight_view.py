@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 
 _SAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
-class FrozenWeightError(RuntimeError):
+class FrozenWeightError(AdaptiveSparseError, RuntimeError):
     """Something tried to train or to change a weight that is compressed in memory."""
 
     def __init__(self, what: str) -> None:

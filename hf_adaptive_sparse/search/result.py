@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
 from hf_adaptive_sparse.pruning.apply import PruningReport

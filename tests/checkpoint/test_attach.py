@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.checkpoint.quantizer import attach
 from tests.families.tiny_models import tiny_model
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.changed_weights import holds
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.packing import bitmask
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.runtime.conversion import decompress_
 from tests.conftest import llama_config
 

@@ -25,7 +25,7 @@ from transformers import (
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.headers import compressed_summary, read_headers
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 
 QUIET = {"progress": False}
 

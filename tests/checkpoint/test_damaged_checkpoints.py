@@ -21,7 +21,7 @@ from transformers import (
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.decompression import DecompressWeight
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.profiles import check_format_version
 
 Tensors = dict[str, torch.Tensor]

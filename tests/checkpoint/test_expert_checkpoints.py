@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import prunable_weights
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.packing.bitmask import compressed_size_bytes
 from hf_adaptive_sparse.packing.stored_names import KINDS, parse_tensor_name, tensor_name

@@ -26,7 +26,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from tests.conftest import llama_config
 from tests.servers import free_port
 

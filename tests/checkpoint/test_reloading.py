@@ -16,7 +16,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from tests.families.tiny_models import tiny_model
 
 Changes = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]

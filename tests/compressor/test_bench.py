@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM, MambaConfig
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.cli.options import weight_bits
 from hf_adaptive_sparse.compressor import ModelSource, bench, bench_process, benching

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.compressor import tasks as job
 from hf_adaptive_sparse.compressor.sources import ModelSource

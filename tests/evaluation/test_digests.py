@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.evaluation.digests import source_digest, weights_digest
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
 from tests.families.tiny_models import tiny_model

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.evaluation.resources import (
     kv_bytes_per_token,
     sparsity_report,

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.packing.offsets import count_block_offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat

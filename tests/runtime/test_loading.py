@@ -25,7 +25,7 @@ from transformers import (
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.packing.stored_names import KINDS
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
 from hf_adaptive_sparse.runtime.parameters import FrozenParameter

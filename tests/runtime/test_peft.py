@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.runtime.conversion import sparse_linears
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError
 

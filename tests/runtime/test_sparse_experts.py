@@ -13,7 +13,7 @@ from accelerate import cpu_offload
 from transformers import PreTrainedModel
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint.loading import apply_config
+from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.runtime.conversion import decompress_
 from hf_adaptive_sparse.runtime.parameters import FrozenParameter

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.evaluation.tasks.task import Outcome
 from hf_adaptive_sparse.files import replacing
 
 VERSION = 1
 
 
-class OutcomesError(ValueError):
+class OutcomesError(AdaptiveSparseError, ValueError):
     """A file of outcomes is damaged or belongs to another run."""
 
 

@@ -29,12 +29,12 @@ from hf_adaptive_sparse.checkpoint.applying import Calibration, prune_and_resolv
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, as_our_config
 from hf_adaptive_sparse.checkpoint.merging import merge_configs
 from hf_adaptive_sparse.checkpoint.plain_models import check_plain
-from hf_adaptive_sparse.checkpoint.profile import runtime_formats
 from hf_adaptive_sparse.checkpoint.quantizer import (
     AdaptiveSparseQuantizer,
     arguments_in_progress,
     attach,
 )
+from hf_adaptive_sparse.checkpoint.resolving import runtime_formats
 from hf_adaptive_sparse.kvcache.generation import install
 from hf_adaptive_sparse.profiles import QUANT_METHOD
 from hf_adaptive_sparse.pruning.apply import PruningReport
