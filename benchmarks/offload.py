@@ -150,7 +150,7 @@ def measure(mode: str, checkpoint: Path, output: Path, samples: int, tokens: int
             output,
             config=config,
             quality="paper",
-            trials=TRIALS,
+            n_trials=TRIALS,
             calibration=data,
             evaluation=data,
             offload=mode == "compress-offload",

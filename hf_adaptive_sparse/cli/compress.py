@@ -77,7 +77,7 @@ def _compress(options: argparse.Namespace) -> CompressionResult:
         config=config,
         quality=options.quality,
         space=space_of(options, config, base),
-        trials=options.trials,
+        n_trials=options.trials,
         objective=Goal.parse(options.objective).to_json(),
         timeout_seconds=options.timeout,
         max_loss=options.max_loss,

@@ -28,7 +28,7 @@ def run_demo_command(options: argparse.Namespace) -> Answer:
     """Compress the bundled model and compare it with the dense one."""
     result = run_demo(
         options.output,
-        trials=options.trials,
+        n_trials=options.trials,
         seed=options.seed,
         overwrite=options.overwrite,
         progress=not options.no_progress,

@@ -73,7 +73,7 @@ def plan_of(options: argparse.Namespace, space: SearchSpace) -> SearchPlan:
         storage=options.storage,
         study_name=options.study,
         metric=options.metric,
-        trials=options.trials,
+        n_trials=options.trials,
         calibration=calibration_of(options),
         evaluation=evaluation_of(options),
         objective=Goal.parse(options.objective).to_json(),

@@ -109,7 +109,7 @@ def compress(
     config: SparsityConfig | None = None,
     space: SearchSpace | None = None,
     quality: str = DEFAULT_QUALITY,
-    trials: int | None = None,
+    n_trials: int | None = None,
     calibration: DataSource | Source = None,
     evaluation: DataSource | Source = None,
     questions: DataSource | str | os.PathLike[str] | None = None,
@@ -143,8 +143,8 @@ def compress(
             search ranks with ``lognorm``.
         space: What to search. ``None``: the quality's space at the config's target sparsity.
         quality: Name of a preset (`compressor.presets`), which says what ``config``, ``space`` and
-            ``trials`` leave open.
-        trials: Trials of the search, the first of which is the uniform profile. ``None``: the
+            ``n_trials`` leave open.
+        n_trials: Trials of the search, the first of which is the uniform profile. ``None``: the
             quality's.
         calibration: Data to calibrate on: a dataset's name, a path, batches, or a `DataSource`,
             which says how much of them. ``None``: WikiText-2, training split.
@@ -200,7 +200,7 @@ def compress(
         storage=storage,
         study_name=study_name,
         metric=config.metric,
-        trials=preset.trials if trials is None else trials,
+        n_trials=preset.n_trials if n_trials is None else n_trials,
         calibration=calibration,
         evaluation=evaluation,
         objective=objective,

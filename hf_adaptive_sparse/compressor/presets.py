@@ -22,7 +22,7 @@ class Preset:
         summary: What it is, for ``--help``.
         metric: Metric of the final prune; the search ranks with it where it only scores weights,
             else with ``lognorm``.
-        trials: Trials of the search.
+        n_trials: Trials of the search.
         blocks: Groups of consecutive layers that share a ratio.
         sparsity_range: How far a ratio may lie from the target.
         step: Distance of the sampled ratios.
@@ -31,7 +31,7 @@ class Preset:
     name: str
     summary: str
     metric: str
-    trials: int
+    n_trials: int
     blocks: int
     sparsity_range: float
     step: float
@@ -71,7 +71,7 @@ PRESETS = MappingProxyType(
                 name="best",
                 summary="a searched profile, mask and weights together by ALPS",
                 metric="alps",
-                trials=50,
+                n_trials=50,
                 blocks=8,
                 sparsity_range=0.05,
                 step=0.025,
@@ -80,7 +80,7 @@ PRESETS = MappingProxyType(
                 name="paper",
                 summary="arXiv 2507.20613: lognorm, weights as they are, 8 blocks within 0.05",
                 metric="lognorm",
-                trials=50,
+                n_trials=50,
                 blocks=8,
                 sparsity_range=0.05,
                 step=0.025,

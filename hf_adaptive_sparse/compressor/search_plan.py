@@ -54,7 +54,7 @@ class SearchPlan:
         study_name: Name of the study there; with ``max_loss`` the start of the names, one per
             budget. ``None``: ``"hf-adaptive-sparse"``.
         metric: Metric of the final prune; one that updates weights is ranked by ``lognorm``.
-        trials: Trials of all workers together; with ``max_loss`` of each budget.
+        n_trials: Trials of all workers together; with ``max_loss`` of each budget.
         calibration: Data to rank on. ``None``: WikiText-2, training split.
         evaluation: Data to evaluate on: the search sees ``num_samples`` of them, as many others
             are held out. ``None``: WikiText-2, validation split.
@@ -76,7 +76,7 @@ class SearchPlan:
     storage: str | None = None
     study_name: str | None = None
     metric: str = "lognorm"
-    trials: int = 50
+    n_trials: int = 50
     calibration: DataSource | None = None
     evaluation: DataSource | None = None
     objective: ObjectiveSpec = "perplexity"
@@ -209,7 +209,7 @@ class SearchPlan:
     def _settings(self, progress: bool) -> dict[str, Any]:
         return {
             "metric": ranking_metric(self.metric),
-            "n_trials": self.trials,
+            "n_trials": self.n_trials,
             "storage": self.storage,
             "study_name": self.study_name,
             "seed": self.seed,

@@ -87,7 +87,7 @@ class DemoResult:
 def run_demo(
     output: str | os.PathLike[str],
     *,
-    trials: int = 30,
+    n_trials: int = 30,
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = True,
@@ -96,7 +96,7 @@ def run_demo(
 
     Args:
         output: Folder for the compressed model, complete or not at all.
-        trials: Trials of the search.
+        n_trials: Trials of the search.
         seed: Seed of the generated data and of the search.
         overwrite: Replace what is in ``output`` when the job is done.
         progress: Show progress bars on stderr.
@@ -124,7 +124,7 @@ def run_demo(
             source,
             output,
             quality="paper",
-            trials=trials,
+            n_trials=n_trials,
             calibration=DataSource(calibration, name="generated text and scenes"),
             evaluation=data(seen["text/evaluation"], 64),
             questions=data(seen["visual/evaluation"], QUESTIONS),

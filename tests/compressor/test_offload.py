@@ -330,7 +330,7 @@ def test_a_job_that_is_interrupted_while_it_measures_prunes_none_again(
     source, text_file, tmp_path, monkeypatch
 ):
     data = DataSource(text_file, num_samples=6, sequence_length=32, batch_size=2)
-    settings = {"calibration": data, "evaluation": data, "trials": 3, "progress": False}
+    settings = {"calibration": data, "evaluation": data, "n_trials": 3, "progress": False}
     whole, output = tmp_path / "whole", tmp_path / "out"
     compress(source, whole, offload=True, **settings)
 
@@ -432,7 +432,7 @@ def test_the_whole_job_gives_what_it_gives_in_memory_and_goes_on_where_it_was(
     source, text_file, tmp_path, monkeypatch
 ):
     data = DataSource(text_file, num_samples=6, sequence_length=32, batch_size=2)
-    settings = {"calibration": data, "evaluation": data, "trials": 3, "progress": False}
+    settings = {"calibration": data, "evaluation": data, "n_trials": 3, "progress": False}
     expected = compress(source, tmp_path / "memory", **settings)
 
     output, write = tmp_path / "disk", offloaded.write_shard

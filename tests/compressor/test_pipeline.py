@@ -38,7 +38,7 @@ def test_leaves_a_complete_repo_that_loads_and_generates(
     result = compress(
         llava_folder,
         output,
-        trials=4,
+        n_trials=4,
         calibration=data,
         evaluation=data,
         questions=replace(data, source=question_file),
@@ -105,7 +105,7 @@ def test_no_question_that_was_searched_on_is_asked(
         llava_folder,
         tmp_path / "out",
         config=SparsityConfig(metric="magnitude"),
-        trials=1,
+        n_trials=1,
         evaluation=DataSource(question_file, num_samples=2, batch_size=batch_size),
         progress=False,
     )
@@ -119,7 +119,12 @@ def test_the_result_can_be_read_after_the_journal_has_moved(
     llava_folder: Path, data: DataSource, tmp_path: Path
 ) -> None:
     result = compress(
-        llava_folder, tmp_path / "out", trials=3, calibration=data, evaluation=data, progress=False
+        llava_folder,
+        tmp_path / "out",
+        n_trials=3,
+        calibration=data,
+        evaluation=data,
+        progress=False,
     )
     assert json.loads(json.dumps(result.to_dict()))["uniform_value"] == result.search.baseline
 
@@ -130,7 +135,7 @@ def test_a_failure_after_the_search_resumes_it_and_leaves_no_half_output(
     def fail(*_args: object, **_kwargs: object) -> None:
         raise RuntimeError("killed here")
 
-    arguments = {"trials": 3, "calibration": data, "evaluation": data, "progress": False}
+    arguments = {"n_trials": 3, "calibration": data, "evaluation": data, "progress": False}
     with monkeypatch.context() as patch:
         patch.setattr(pruned_folder, "save_model", fail)
         with pytest.raises(RuntimeError, match="killed here"):
@@ -156,7 +161,7 @@ def test_a_pattern_fixes_the_ratios_and_leaves_the_cache_to_search(
         llava_folder,
         tmp_path / "out",
         config=config,
-        trials=3,
+        n_trials=3,
         calibration=data,
         evaluation=data,
         progress=False,
@@ -210,7 +215,7 @@ def test_the_configs_kv_profile_stays_where_the_space_leaves_the_cache_alone(
         tmp_path / "out",
         config=SparsityConfig(metric="magnitude", kv_cache=8),
         space=SearchSpace(sparsity_range=sparsity_range, kv_bits=None),
-        trials=2,
+        n_trials=2,
         evaluation=data,
         progress=False,
     )
@@ -244,7 +249,7 @@ def test_sparsegpt_prunes_what_another_metric_searched(
         llava_folder,
         tmp_path / "out",
         config=SparsityConfig(metric="sparsegpt"),
-        trials=2,
+        n_trials=2,
         calibration=data,
         evaluation=data,
         progress=False,
@@ -321,7 +326,7 @@ def test_the_dense_model_is_not_touched_by_a_failed_search(
         compress(
             llava_folder,
             tmp_path / "out",
-            trials=0,
+            n_trials=0,
             calibration=data,
             evaluation=data,
             progress=False,
@@ -344,7 +349,7 @@ def test_calibration_data_that_nothing_reads_are_not_named(
         llava_folder,
         tmp_path / "out",
         config=SparsityConfig(metric="magnitude"),
-        trials=2,
+        n_trials=2,
         calibration=DataSource(tmp_path / "missing.txt"),
         evaluation=data,
         progress=False,

@@ -32,7 +32,7 @@ def test_presets_are_frozen_valid_and_named(name: str) -> None:
 def test_paper_is_the_papers_method() -> None:
     paper = get_preset("paper")
     config = paper.config()
-    assert (config.metric, config.weight_update, paper.trials) == ("lognorm", None, 50)
+    assert (config.metric, config.weight_update, paper.n_trials) == ("lognorm", None, 50)
     assert paper.space(config) == SearchSpace(
         target_sparsity=0.5, sparsity_range=0.05, step=0.025, blocks=8, kv_bits=(6, 8)
     )
