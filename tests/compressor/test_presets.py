@@ -24,7 +24,7 @@ def test_presets_are_frozen_valid_and_named(name: str) -> None:
     assert preset.config().metric == preset.metric
     assert preset.space(preset.config()).searches_sparsity
     with pytest.raises(dataclasses.FrozenInstanceError):
-        preset.trials = 1  # type: ignore[misc]
+        preset.n_trials = 1  # type: ignore[misc]
     with pytest.raises(TypeError):
         PRESETS[name] = preset  # type: ignore[index]
 
