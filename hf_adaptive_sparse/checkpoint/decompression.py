@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
-from hf_adaptive_sparse.packing.stored_names import leaf_names, tensor_name, weight_name
+from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names, tensor_name, weight_name
 from hf_adaptive_sparse.packing.stored_weight import restored_weight, stored_kinds
 
 
@@ -97,9 +99,32 @@ def decompresses(conversion: Any) -> bool:
     return _does(conversion, DecompressWeight)
 
 
-def is_only_for_loading(conversion: Any) -> bool:
-    """Whether one of a model's weight conversions is ours: saving has no use for it."""
-    return _does(conversion, _LoadingOp)
+def keep_saved_conversions_(model: PreTrainedModel, compressed: Collection[str]) -> None:
+    """Leave a model those weight conversions that saving it may revert: none of compressed weights.
+
+    One that fuses linears or permutes their rows would do so to values and bitmasks, each for
+    itself. Without it, its linears are stored under their runtime names, and loaded by these.
+
+    Args:
+        model: The model.
+        compressed: Names of the parameters that are stored compressed.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # then transformers reverts those of its model type
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
+    tensors = [tensor_name(key, kind) for key in compressed for kind in KINDS]
+    kept = [c for c in conversions if not (_does(c, _LoadingOp) or _reverts(c, tensors))]
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept
+
+
+def _reverts(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether saving a model would change one of these tensors, beyond its name."""
+    if not isinstance(conversion, WeightConverter):
+        return False
+    reverse = conversion.reverse_transform()
+    return any(reverse.rename_source_key(name)[1] is not None for name in names)
 
 
 def _does(conversion: Any, kind: type[ConversionOps]) -> bool:

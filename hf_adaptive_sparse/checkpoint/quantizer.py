@@ -27,7 +27,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.decompression import (
     DecompressWeight,
     decompresses,
-    is_only_for_loading,
+    keep_saved_conversions_,
     taken_as_stored,
 )
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
@@ -326,16 +326,15 @@ def attach(model: PreTrainedModel, config: SparsityConfig) -> None:
     model.config.quantization_config = config
     share_profile(model)
     model.hf_quantizer = AdaptiveSparseQuantizer(config, pre_quantized=True)
+    formats = parameter_formats(model, config)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     model.hf_quantizer.rounded_in = {
         key: parameters[key].dtype
-        for key, form in parameter_formats(model, config).items()
+        for key, form in formats.items()
         if form.bits in CODE_BITS and key in parameters
     }
     take_compressed_(model)
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
-        model._weight_conversions = [c for c in conversions if not is_only_for_loading(c)]
+    keep_saved_conversions_(model, formats)
     if sparse:
         # By these transformers' Trainer refuses to train the model without adapters.
         model.hf_quantizer.runtime_choice = RuntimeChoice("sparse", "it was asked for")
