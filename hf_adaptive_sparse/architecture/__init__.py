@@ -30,6 +30,7 @@ from hf_adaptive_sparse.architecture.names import match_names, spread_by_name
 from hf_adaptive_sparse.architecture.weights import (
     Prunable,
     dense_expert_weights,
+    expert_linears,
     fused_rows,
     parameter_name,
     prunable_weights,
@@ -47,6 +48,7 @@ __all__ = [
     "cross_attention_layers",
     "decoder_layers",
     "dense_expert_weights",
+    "expert_linears",
     "fused_rows",
     "generating_parts",
     "image_token_id",

@@ -99,6 +99,25 @@ def _nothing_prunable(model: nn.Module, layers_name: str, layers: nn.ModuleList)
     )
 
 
+def expert_linears(model: nn.Module) -> frozenset[str]:
+    """Return the names of linears that belong to one expert (``"...mlp.experts.3.up_proj"``).
+
+    That is: those in one of several modules of the same class that lie together in an
+    ``nn.ModuleList`` or ``nn.ModuleDict`` of a decoder layer.
+    """
+    layers_name, layers = decoder_layers(model)
+    found: set[str] = set()
+    for name, module in layers.named_modules(prefix=layers_name):
+        if module is layers or not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue
+        classes = Counter(type(child) for child in module.children())
+        for key, child in module.named_children():
+            if classes[type(child)] > 1:
+                inside = child.named_modules(prefix=f"{name}.{key}")
+                found |= {inner for inner, leaf in inside if isinstance(leaf, nn.Linear)}
+    return frozenset(found)
+
+
 def dense_expert_weights(model: nn.Module) -> list[str]:
     """Return the names of 3-D expert parameters in the decoder layers that stay dense.
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import (
     Prunable,
     decoder_layers,
+    expert_linears,
     fused_rows,
     layer_index,
     parameter_name,
@@ -114,6 +115,7 @@ def prune_model(
                 check_sound(weight, name)
             by_layer.setdefault(layer_index(name, layers_name), {})[name] = weight
     removed = dict.fromkeys(weights, 0)
+    own_experts = expert_linears(model)
     without_data: dict[str, tuple[int, ...]] = {}  # of a stack: these experts; of a linear: it
     with progress_bar(len(by_layer), f"Pruning ({method})", progress) as bar:
         for turn in layer_statistics(
@@ -130,8 +132,10 @@ def prune_model(
                 for name, weight in turn.weights.items():
                     check_sound(weight, name)
             for name in turn.weights:
+                expert = name in own_experts or isinstance(turn.weights[name], ExpertStack)
+                min_tokens = min_expert_tokens if expert else 1
                 gone, experts = _prune_weight_(
-                    model, name, targets[name], method, parsed, turn, min_expert_tokens
+                    model, name, targets[name], method, parsed, turn, min_tokens
                 )
                 removed[name] += gone
                 if experts is not None:
@@ -173,7 +177,7 @@ def _prune_weight_(
     method: PruningMethod,
     pattern: Pattern,
     turn: Turn,
-    min_expert_tokens: int,
+    min_tokens: int,
 ) -> tuple[int, Sequence[int] | None]:
     """Prune one linear, or the experts of a turn, in place.
 
@@ -192,7 +196,7 @@ def _prune_weight_(
             method,
             pattern,
             turn.statistics,
-            min_expert_tokens,
+            min_tokens,
             turn.experts,
         )
         return gone, experts or None
@@ -204,6 +208,7 @@ def _prune_weight_(
             turn.weights,
             turn.statistics,
             hessian=method.needs_hessian,
+            min_tokens=min_tokens,
             device=stored.device,
         )
     gone = method.prune_(

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import (
     decoder_layers,
+    expert_linears,
     fused_rows,
     layer_index,
     prunable_weights,
@@ -84,6 +85,7 @@ def rank_model(
     for name in weights:
         by_layer.setdefault(layer_index(name, layers_name), []).append(name)
     steps = len(weights) + (len(batches or ()) if chosen.needs_calibration else 0)
+    own_experts = expert_linears(model)
     rankings: dict[str, Ranking] = {}
     without_data: dict[str, tuple[int, ...]] = {}
     with progress_bar(steps, f"Ranking ({metric})", progress) as bar:
@@ -108,7 +110,13 @@ def rank_model(
                 if known is not None:
                     layer = by_layer[layer_index(name, layers_name)]
                     inputs, of_data = linear_inputs(
-                        weight, name, layer, known, hessian=False, device=stored.device
+                        weight,
+                        name,
+                        layer,
+                        known,
+                        hessian=False,
+                        min_tokens=min_expert_tokens if name in own_experts else 1,
+                        device=stored.device,
                     )
                     norm = inputs.norm
                     if not of_data:

@@ -41,7 +41,8 @@ class PruningReport:
         weight_update: Name of the update of the kept weights, if there was one.
         experts_without_data: Module of experts -> those of them that saw too few calibration tokens
             and were scored without.
-        linears_without_data: Linears that no calibration token reached, scored without data.
+        linears_without_data: Linears scored without data: those that no calibration token reached,
+            and those of an expert that too few did.
     """
 
     modules: tuple[ModuleReport, ...]

@@ -1,9 +1,9 @@
-"""Linears that no calibration token reached, in a layer where tokens reached others.
+"""Linears that too few calibration tokens reached, in a layer where tokens reached others.
 
-Some models multiply with a linear's weight without calling the linear (``dt_proj`` of Mamba), and
-some keep each expert of a layer as linears of its own, of which the router chose none. Such a
-linear is scored without data, as an expert that too few tokens reached is. A layer in which no
-linear was reached was not run by the data at all, and is refused.
+Some models multiply with a linear's weight without calling the linear (``dt_proj`` of Mamba): no
+token reaches it. Some keep each expert of a layer as linears of its own, and for these the rule is
+that of `pruning.experts`: fewer than ``min_tokens`` are too few. Such a linear is scored without
+data. A layer in which no linear was reached was not run by the data at all, and is refused.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def linear_inputs(
     statistics: InputStatistics,
     *,
     hessian: bool,
+    min_tokens: int,
     device: torch.device,
 ) -> tuple[InputStatistic, bool]:
     """Return the statistics to prune a linear by, and whether they are of data.
@@ -38,12 +39,14 @@ def linear_inputs(
         layer: Names of the weights of its layer whose inputs were collected.
         statistics: Statistics of the inputs.
         hessian: Whether a Hessian is needed.
+        min_tokens: Tokens below which it is pruned without data.
         device: Where the weight is.
 
     Raises:
         ValueError: If no calibration token reached it, nor any other linear of its layer.
     """
-    if statistics.reached(name) or not any(map(statistics.reached, layer)):
+    enough = statistics.rows(name) >= min_tokens
+    if enough or not any(map(statistics.reached, layer)):
         return statistics.statistic(name), True
     return InputStatistic.without_data(name, linear.in_features, hessian, device), False
 
@@ -63,10 +66,10 @@ def linears_without_data(
         places = (name.removeprefix(f"{layers_name}.").partition(".")[2] for name in found)
         globs = [f"*.{place}" for place in dict.fromkeys(places)]
         logger.warning(
-            "%d linears were reached by no calibration token and scored without data, such as %s. "
-            "The model uses their weights without calling them, or more calibration data (with "
-            "images, if they read them) reaches more of them. modules_to_not_convert=%s leaves "
-            "%s dense.",
+            "%d linears saw no calibration token (or, of an expert, too few) and were scored "
+            "without data, such as %s. The model uses their weights without calling them, or more "
+            "calibration data (with images, if they read them) reaches more of them. "
+            "modules_to_not_convert=%s leaves %s dense.",
             len(found),
             ", ".join(found[:_LISTED]),
             globs[:_LISTED],

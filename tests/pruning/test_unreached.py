@@ -1,4 +1,4 @@
-"""Linears that no calibration token reached: weights used without a call, experts as linears."""
+"""Linears that too few tokens reached: weights used without a call, experts as linears."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration, PreTrainedModel
 
 import hf_adaptive_sparse as has
+from hf_adaptive_sparse.architecture import expert_linears
 from hf_adaptive_sparse.pruning.apply import prune_model, rank_model, resolve_ratios
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.pruning.ranking import mask_from_scores
@@ -75,7 +77,7 @@ def test_a_ranking_scores_them_so_too(caplog):
     with caplog.at_level(logging.WARNING, logger="hf_adaptive_sparse"):
         rankings = rank_model(mamba(), BATCHES, low=0.5, high=0.5, progress=False)
     assert "backbone.layers.1.mixer.dt_proj" in rankings
-    assert "2 linears were reached by no calibration token" in caplog.text
+    assert "2 linears saw no calibration token" in caplog.text
 
 
 def test_a_hybrid_model_is_pruned_saved_and_loaded(tmp_path):
@@ -100,6 +102,75 @@ def test_experts_that_are_linears_are_scored_without_data_where_no_token_came(ca
     assert all(".ffn.experts.expert_" in name for name in report.linears_without_data)
     assert "modules_to_not_convert=['*.ffn.experts.expert_" in caplog.text
     assert report.mean_sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+class ListedExperts(nn.Module):
+    """Mixtral's experts as a list, each with linears of its own."""
+
+    def __init__(self, stacked: nn.Module) -> None:
+        super().__init__()
+        self.act_fn = stacked.act_fn
+        self.experts = nn.ModuleList()
+        matrices = zip(stacked.gate_up_proj.data, stacked.down_proj.data, strict=True)
+        for gate_up, down in matrices:
+            expert = nn.Module()
+            for name, matrix in zip(("gate", "up", "down"), (*gate_up.chunk(2), down), strict=True):
+                linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+                linear.weight.data = matrix.clone()
+                expert.add_module(name, linear)
+            self.experts.append(expert)
+
+    def forward(self, hidden, chosen, weights):
+        output = torch.zeros_like(hidden)
+        for index, expert in enumerate(self.experts):
+            tokens, place = (chosen == index).nonzero(as_tuple=True)
+            if tokens.numel():
+                inputs = hidden[tokens]
+                found = expert.down(self.act_fn(expert.gate(inputs)) * expert.up(inputs))
+                output.index_add_(0, tokens, found * weights[tokens, place, None])
+        return output
+
+
+@pytest.mark.parametrize("metric", ["lognorm", "wanda", "sparsegpt"])
+@pytest.mark.parametrize(("min_tokens", "starved"), [(1, 0), (20, 2), (10**6, 4)])
+def test_experts_that_are_linears_are_pruned_as_stacked_ones(metric, min_tokens, starved):
+    stacked, listed = tiny_model("mixtral"), tiny_model("mixtral")
+    for layer in listed.model.layers:
+        layer.mlp.experts = ListedExperts(layer.mlp.experts)
+    reports = []
+    for model in (stacked, listed):
+        ratios = {n: 0.5 for n in resolve_ratios(model, 0.5) if ".layers.0.mlp.experts" in n}
+        settings = {"metric": metric, "min_expert_tokens": min_tokens, "progress": False}
+        reports.append(prune_model(model, ratios=ratios, batches=BATCHES, **settings))
+    expected = ListedExperts(stacked.model.layers[0].mlp.experts)
+    found = listed.model.layers[0].mlp.experts
+    for (name, weight), other in zip(expected.named_parameters(), found.parameters(), strict=True):
+        assert torch.equal(weight == 0, other == 0), name
+        torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-6)
+    without = reports[0].experts_without_data.get("model.layers.0.mlp.experts", [])
+    names = [f"{expert}.{kind}" for expert in without for kind in ("gate", "up", "down")]
+    assert reports[1].linears_without_data == [
+        f"model.layers.0.mlp.experts.experts.{n}" for n in names
+    ]
+    assert len(without) == starved
+
+
+def test_a_ranking_scores_experts_that_are_linears_so_too():
+    model = tiny_model("mixtral")
+    model.model.layers[0].mlp.experts = ListedExperts(model.model.layers[0].mlp.experts)
+    settings = {"low": 0.5, "high": 0.5, "progress": False}
+    ranked = rank_model(model, BATCHES, min_expert_tokens=10**6, **settings)
+    linear = model.model.layers[0].mlp.experts.experts[1].up
+    scores = get_metric("lognorm").score(linear.weight, torch.ones(linear.in_features))
+    mask = ranked["model.layers.0.mlp.experts.experts.1.up"].mask(0.5)
+    assert torch.equal(mask, mask_from_scores(scores, 0.5))
+
+
+def test_only_modules_of_one_class_in_a_list_are_experts():
+    assert expert_linears(tiny_model("mixtral")) == frozenset()
+    found = expert_linears(nllb_moe())
+    assert found
+    assert all(".ffn.experts.expert_" in name for name in found)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
