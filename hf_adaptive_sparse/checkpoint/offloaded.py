@@ -96,7 +96,7 @@ class OffloadedLayers(LayerResidence):
         inside = self._prefix + "."
         self._outside = [n for n in source.names if not n.startswith(inside)]
         if self._file(0) not in self._shards:
-            self._write(0, source.tensors(self._outside) | source.read(source.others))
+            self._write(0, source.tensors(self._outside))
         self._fill(self._outside)
         model.tie_weights()
 

@@ -50,10 +50,11 @@ class _Assembly:
 class WeightFiles:
     """The safetensors files of a dense checkpoint.
 
+    Tensors that no parameter takes are left alone, as transformers leaves them when it loads.
+
     Attributes:
         stored: Runtime name -> where its tensor lies, and what it is called there; of parameters
             that are stored as they are.
-        others: Tensors that no parameter of the model takes.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
@@ -70,7 +71,6 @@ class WeightFiles:
         self._model, self._folder = model, folder
         self._assembled: dict[str, _Assembly] = {}
         self.stored: dict[str, TensorHeader] = {}
-        self.others: list[TensorHeader] = []
         expected = model.state_dict()
         self._shapes = {name: tensor.shape for name, tensor in expected.items()}
         self._dtypes = {name: tensor.dtype for name, tensor in expected.items()}
@@ -96,8 +96,6 @@ class WeightFiles:
                 assembly.parts.append((header, source))
             elif name in expected:
                 self.stored[name] = header
-            else:
-                self.others.append(header)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         missing = expected.keys() - {*self.names, *tied, *tied.values()}
         if missing:
@@ -149,7 +147,7 @@ class WeightFiles:
             for header in self.headers(name):
                 summary.update(f"{name} {header.name} {header.dtype} {header.shape}".encode())
         held = [header for name in self.names for header in self.headers(name)]
-        for file in sorted({Path(h.file).name for h in (*held, *self.others)}):
+        for file in sorted({Path(header.file).name for header in held}):
             status = (self._folder / file).stat()
             summary.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
         return summary.hexdigest()

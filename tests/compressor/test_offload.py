@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlavaProcessor
 from transformers.core_model_loading import Chunk, WeightConverter
 
@@ -114,6 +115,23 @@ def test_the_result_is_that_of_memory_bit_for_bit(source, questions, tmp_path, c
     assert shards == stored.keys()
     extra = {p.name for p in disk.iterdir()} ^ {p.name for p in memory.iterdir()}
     assert {name for name in extra if not name.startswith("model")} == set()
+
+
+def test_tensors_that_the_model_does_not_take_are_left_out_as_in_memory(
+    source, questions, tmp_path
+) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(source.name, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["mtp.layers.0.weight"] = torch.ones(2, 2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    prune_to_folder(
+        ModelSource(folder), tmp_path / "memory", CONFIG, calibration=questions, progress=False
+    )
+    offload(ModelSource(folder), tmp_path / "disk", questions)
+    assert_same_model(tmp_path / "memory", tmp_path / "disk")
+    assert stored_tensors(tmp_path / "memory").keys() == stored_tensors(tmp_path / "disk").keys()
 
 
 @pytest.fixture
