@@ -26,6 +26,7 @@ from hf_adaptive_sparse.checkpoint.weight_files import (
     WeightFiles,
     empty_,
     fill_,
+    missing_tensors,
     write_index,
     write_json,
     write_shard,
@@ -98,7 +99,10 @@ class OffloadedLayers(LayerResidence):
         if self._file(0) not in self._shards:
             self._write(0, source.tensors(self._outside))
         self._fill(self._outside)
-        model.tie_weights()
+        absent = set(source.absent)
+        model.tie_weights(absent, recompute_mapping=False)
+        if absent:  # all that one is tied to
+            raise missing_tensors(source.folder, absent, model)
 
     @property
     def done(self) -> frozenset[int]:

@@ -53,8 +53,10 @@ class WeightFiles:
     Tensors that no parameter takes are left alone, as transformers leaves them when it loads.
 
     Attributes:
+        folder: Folder of the checkpoint.
         stored: Runtime name -> where its tensor lies, and what it is called there; of parameters
             that are stored as they are.
+        absent: Runtime names of tied parameters that are in no file; the others give them.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
@@ -66,9 +68,10 @@ class WeightFiles:
 
         Raises:
             CheckpointError: If there are no safetensors files, one is damaged, a parameter is not
-                in them, or transformers assembles one that is no stack of experts.
+                in them or has another shape there, or transformers assembles one that is no stack
+                of experts.
         """
-        self._model, self._folder = model, folder
+        self._model, self.folder = model, folder
         self._assembled: dict[str, _Assembly] = {}
         self.stored: dict[str, TensorHeader] = {}
         expected = model.state_dict()
@@ -100,6 +103,8 @@ class WeightFiles:
         missing = expected.keys() - {*self.names, *tied, *tied.values()}
         if missing:
             raise missing_tensors(folder, missing, model)
+        self.absent = expected.keys() - set(self.names)
+        self._check_shapes()
 
         # What a converter would take for its own when it is loaded under its runtime name.
         self._converted_again = {
@@ -107,6 +112,16 @@ class WeightFiles:
             for name in self._assembled
             if rename_source_key(name, renamings, converters, prefix, expected) != (name, None)
         }
+
+    def _check_shapes(self) -> None:
+        for name, header in self.stored.items():
+            shape = tuple(self._shapes[name])
+            if header.shape != shape:
+                raise CheckpointError(
+                    f"{header.file}: tensor {header.name!r} must have the shape of the model's "
+                    f"{name!r}, {list(shape)}; it has {list(header.shape)}. The checkpoint and its "
+                    "config.json do not belong together."
+                )
 
     def _can_assemble(self, name: str, converter: WeightConverter) -> bool:
         shape = self._shapes.get(name)
@@ -148,7 +163,7 @@ class WeightFiles:
                 summary.update(f"{name} {header.name} {header.dtype} {header.shape}".encode())
         held = [header for name in self.names for header in self.headers(name)]
         for file in sorted({Path(header.file).name for header in held}):
-            status = (self._folder / file).stat()
+            status = (self.folder / file).stat()
             summary.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
         return summary.hexdigest()
 
@@ -159,7 +174,7 @@ class WeightFiles:
             by_file[header.file].append(header)
         found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
-            with safe_open(self._folder / Path(file).name, framework="pt") as handle:
+            with safe_open(self.folder / Path(file).name, framework="pt") as handle:
                 for header in wanted:
                     # A copy: what the file is mapped to goes away with the handle.
                     found[header.name] = handle.get_tensor(header.name).clone()
@@ -200,7 +215,7 @@ class WeightFiles:
         shape = self._shapes[name]
         if tensor is None or tensor.shape != shape:
             raise CheckpointError(
-                f"{self._folder}: what transformers makes of {assembly.parts[0][0].name!r} and "
+                f"{self.folder}: what transformers makes of {assembly.parts[0][0].name!r} and "
                 f"{len(assembly.parts) - 1} others must be {name!r} {list(shape)}, got "
                 f"{list(made) if tensor is None else list(tensor.shape)}."
             )

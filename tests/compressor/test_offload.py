@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,21 +119,62 @@ def test_the_result_is_that_of_memory_bit_for_bit(source, questions, tmp_path, c
     assert {name for name in extra if not name.startswith("model")} == set()
 
 
+@contextmanager
+def edited_tensors(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    tensors = load_file(folder / "model.safetensors")
+    yield tensors
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def test_tensors_that_the_model_does_not_take_are_left_out_as_in_memory(
     source, questions, tmp_path
 ) -> None:
-    folder = tmp_path / "source"
-    shutil.copytree(source.name, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    tensors["mtp.layers.0.weight"] = torch.ones(2, 2)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    folder = Path(shutil.copytree(source.name, tmp_path / "source"))
+    inv_freq = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    with edited_tensors(folder) as tensors:
+        tensors |= {inv_freq: torch.ones(4), "mtp.layers.0.weight": torch.ones(2, 2)}
     prune_to_folder(
         ModelSource(folder), tmp_path / "memory", CONFIG, calibration=questions, progress=False
     )
     offload(ModelSource(folder), tmp_path / "disk", questions)
     assert_same_model(tmp_path / "memory", tmp_path / "disk")
     assert stored_tensors(tmp_path / "memory").keys() == stored_tensors(tmp_path / "disk").keys()
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    """The folder of a model whose head is its embedding."""
+    folder = tmp_path / "source"
+    tiny_model("llama", {"tie_word_embeddings": True}).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_tied_weight_may_lie_under_either_name(tied, tokens, tmp_path) -> None:
+    with edited_tensors(tied) as tensors:
+        embedding = tensors.pop(EMBEDDING)
+        tensors["lm_head.weight"] = embedding
+    offload(ModelSource(tied), tmp_path / "disk", tokens, has.SparsityConfig())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "disk")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, embedding)
+
+
+def test_a_tied_weight_that_is_under_no_name_is_missed(tied, tokens, tmp_path) -> None:
+    with edited_tensors(tied) as tensors:
+        del tensors[EMBEDDING]
+    with pytest.raises(CheckpointError, match=r"lacks 2 .*such as 'lm_head.weight'"):
+        offload(ModelSource(tied), tmp_path / "disk", tokens, has.SparsityConfig())
+
+
+def test_a_tensor_of_another_shape_is_refused(tied, tokens, tmp_path) -> None:
+    with edited_tensors(tied) as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(40, 32)
+    with pytest.raises(CheckpointError, match=r"up_proj.weight', \[48, 32\]; it has \[40, 32\]"):
+        offload(ModelSource(tied), tmp_path / "disk", tokens, has.SparsityConfig())
 
 
 @pytest.fixture
