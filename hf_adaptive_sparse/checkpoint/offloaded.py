@@ -26,7 +26,6 @@ from hf_adaptive_sparse.checkpoint.weight_files import (
     WeightFiles,
     empty_,
     fill_,
-    missing_tensors,
     write_index,
     write_json,
     write_shard,
@@ -99,10 +98,7 @@ class OffloadedLayers(LayerResidence):
         if self._file(0) not in self._shards:
             self._write(0, source.tensors(self._outside))
         self._fill(self._outside)
-        absent = set(source.absent)
-        model.tie_weights(absent, recompute_mapping=False)
-        if absent:  # all that one is tied to
-            raise missing_tensors(source.folder, absent, model)
+        model.tie_weights(set(source.twins), recompute_mapping=False)
 
     @property
     def done(self) -> frozenset[int]:
@@ -115,7 +111,8 @@ class OffloadedLayers(LayerResidence):
         if self._resident == index:
             yield
             return
-        names = self._names(index)
+        tied = [name for name in self._source.twins if name.startswith(self._layer(index))]
+        names = self._names(index) + tied
         if index in self._done and self._sequential:
             self._fill_pruned(index, names)
         else:
@@ -187,7 +184,9 @@ class OffloadedLayers(LayerResidence):
         fill_(self._model, self._source.parameters(names))
 
     def _fill_pruned(self, index: int, names: list[str]) -> None:
-        tensors = self._source.parameters(n for n in names if self._untouched(n))
+        tensors = self._source.parameters(
+            name for name in names if name in self._source.twins or self._untouched(name)
+        )
         with safe_open(self._folder / self._file(index + 1), framework="pt") as file:
             for name in names:
                 if name in tensors:

@@ -53,10 +53,9 @@ class WeightFiles:
     Tensors that no parameter takes are left alone, as transformers leaves them when it loads.
 
     Attributes:
-        folder: Folder of the checkpoint.
         stored: Runtime name -> where its tensor lies, and what it is called there; of parameters
             that are stored as they are.
-        absent: Runtime names of tied parameters that are in no file; the others give them.
+        twins: Runtime name of a tied parameter that is in no file -> one it is tied to that is.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
@@ -71,7 +70,7 @@ class WeightFiles:
                 in them or has another shape there, or transformers assembles one that is no stack
                 of experts.
         """
-        self._model, self.folder = model, folder
+        self._model, self._folder = model, folder
         self._assembled: dict[str, _Assembly] = {}
         self.stored: dict[str, TensorHeader] = {}
         expected = model.state_dict()
@@ -99,11 +98,10 @@ class WeightFiles:
                 assembly.parts.append((header, source))
             elif name in expected:
                 self.stored[name] = header
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        missing = expected.keys() - {*self.names, *tied, *tied.values()}
+        self.twins = _twins(model, set(self.names))
+        missing = expected.keys() - {*self.names, *self.twins}
         if missing:
             raise missing_tensors(folder, missing, model)
-        self.absent = expected.keys() - set(self.names)
         self._check_shapes()
 
         # What a converter would take for its own when it is loaded under its runtime name.
@@ -163,7 +161,7 @@ class WeightFiles:
                 summary.update(f"{name} {header.name} {header.dtype} {header.shape}".encode())
         held = [header for name in self.names for header in self.headers(name)]
         for file in sorted({Path(header.file).name for header in held}):
-            status = (self.folder / file).stat()
+            status = (self._folder / file).stat()
             summary.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
         return summary.hexdigest()
 
@@ -174,7 +172,7 @@ class WeightFiles:
             by_file[header.file].append(header)
         found: dict[str, torch.Tensor] = {}
         for file, wanted in by_file.items():
-            with safe_open(self.folder / Path(file).name, framework="pt") as handle:
+            with safe_open(self._folder / Path(file).name, framework="pt") as handle:
                 for header in wanted:
                     # A copy: what the file is mapped to goes away with the handle.
                     found[header.name] = handle.get_tensor(header.name).clone()
@@ -195,10 +193,10 @@ class WeightFiles:
         Raises:
             CheckpointError: If what is assembled has another shape than the model's parameter.
         """
-        names = list(names)
-        plain = self.read(self.stored[name] for name in names if name in self.stored)
-        found = {n: plain[self.stored[n].name] for n in names if n in self.stored}
-        for name in names:
+        held = {name: self.twins.get(name, name) for name in names}
+        plain = self.read(self.stored[name] for name in held.values() if name in self.stored)
+        found = {n: plain[self.stored[h].name] for n, h in held.items() if h in self.stored}
+        for name in held:
             if name in self._assembled:
                 found[name] = self._assemble(name)
         return found
@@ -215,11 +213,25 @@ class WeightFiles:
         shape = self._shapes[name]
         if tensor is None or tensor.shape != shape:
             raise CheckpointError(
-                f"{self.folder}: what transformers makes of {assembly.parts[0][0].name!r} and "
+                f"{self._folder}: what transformers makes of {assembly.parts[0][0].name!r} and "
                 f"{len(assembly.parts) - 1} others must be {name!r} {list(shape)}, got "
                 f"{list(made) if tensor is None else list(tensor.shape)}."
             )
         return tensor
+
+
+def _twins(model: PreTrainedModel, names: Collection[str]) -> dict[str, str]:
+    """Return name -> one it is tied to among ``names``, of tied parameters that are not."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for target, source in tied.items():
+        groups[source].append(target)
+    found: dict[str, str] = {}
+    for source, targets in groups.items():
+        held = [name for name in (source, *targets) if name in names]
+        if held:
+            found |= {name: held[0] for name in (source, *targets) if name not in names}
+    return found
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

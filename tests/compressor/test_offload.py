@@ -163,6 +163,33 @@ def test_a_tied_weight_may_lie_under_either_name(tied, tokens, tmp_path) -> None
     assert torch.equal(loaded.lm_head.weight, embedding)
 
 
+def test_a_block_that_layers_share_is_read_for_each(tokens, tmp_path) -> None:
+    layers = ["linear_attention", "hybrid"] * 3
+    model = tiny_model(
+        "zamba2",
+        {
+            "num_hidden_layers": len(layers),
+            "layer_types": layers,
+            "hybrid_layer_ids": [1, 3, 5],
+            "num_mem_blocks": 1,
+            "mamba_headdim": 8,
+            "n_mamba_heads": 8,
+            "mamba_d_state": 8,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+        },
+    )
+    assert any(name.startswith("model.layers.5.") for name in model.all_tied_weights_keys)
+    model.save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    source, config = ModelSource(tmp_path / "source"), has.SparsityConfig()
+    prune_to_folder(source, tmp_path / "memory", config, calibration=tokens, progress=False)
+    offload(source, tmp_path / "disk", tokens, config)
+    expected, found = stored_tensors(tmp_path / "memory"), stored_tensors(tmp_path / "disk")
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
 def test_a_tied_weight_that_is_under_no_name_is_missed(tied, tokens, tmp_path) -> None:
     with edited_tensors(tied) as tensors:
         del tensors[EMBEDDING]
