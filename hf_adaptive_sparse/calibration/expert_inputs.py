@@ -171,6 +171,7 @@ class ExpertInputs:
         found = output.detach().reshape(call.tokens.shape)[sent].float()
         expected = torch.zeros_like(found)
         for expert, tokens in self._sent(few):
+            tokens = tokens.unique()  # one that chose an expert twice has both weights below
             hidden = self._experts.hidden(expert, few.tokens[tokens])
             weights = (few.weights * (few.chosen == expert)).sum(dim=1)[tokens]
             made = self._experts.output(expert, hidden).float()

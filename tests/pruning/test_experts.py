@@ -215,6 +215,16 @@ def test_experts_that_compute_something_else_are_refused(mixtral, batches, monke
         prune_model(mixtral, ratios=resolve_ratios(mixtral, 0.5), batches=batches, progress=False)
 
 
+def test_a_token_may_choose_an_expert_twice(batches):
+    """As in DeepSeek V4, whose table of choices is all zeros without a checkpoint."""
+    model = tiny_model("deepseek_v4")
+    experts = [name for name in resolve_ratios(model, 0.5) if ".experts." in name]
+    ratios = dict.fromkeys(experts, 0.5)
+    report = prune_model(model, ratios=ratios, batches=batches, progress=False)
+    assert report.mean_sparsity == 0.5
+    assert report.experts_without_data["model.layers.0.mlp.experts"] == [1, 2, 3]
+
+
 def test_hessians_are_held_for_as_many_experts_as_fit(batches, monkeypatch):
     found = []
     for limit in (1 << 30, 30_000):  # one expert's take 4 * (32² + 48²) bytes
