@@ -47,12 +47,32 @@ class _Change:
 
 @dataclass
 class _Call:
-    """The arguments of one layer for one batch, without the hidden states."""
+    """The arguments of one layer for one batch, without the hidden states.
+
+    Attributes:
+        args: By position.
+        kwargs: By name.
+        keyword: Whether the hidden states are passed by name.
+        carried: Position or name of an argument -> place in the output of the layer before, where
+            it comes from there (T5's position bias, the router's states of ZAYA).
+        change: What the model adds to the hidden states before the layer.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: bool
+    carried: dict[int | str, int] = field(default_factory=dict)
     change: _Change | None = None
+
+    def carry(self, output: Any, kept: Callable[[Any], Any]) -> None:
+        """Take over what the layer before returned."""
+        args = list(self.args)
+        for key, place in self.carried.items():
+            if isinstance(key, int):
+                args[key] = kept(output[place])
+            else:
+                self.kwargs[key] = kept(output[place])
+        self.args = tuple(args)
 
 
 @dataclass
@@ -62,6 +82,7 @@ class _Record:
     calls: list[_Call | None]
     first_input: torch.Tensor | None = None
     previous: torch.Tensor | None = field(default=None, repr=False)
+    output: Any = field(default=None, repr=False)
 
 
 class DecoderReplay:
@@ -122,9 +143,14 @@ class DecoderReplay:
                     f"Decoder layer {index} of {self._name!r} runs more than once per forward; "
                     "layer-by-layer calibration needs each to run once. Use a data-free metric."
                 )
-            others = {k: self._kept(v) for k, v in kwargs.items() if k != "hidden_states"}
-            rest = tuple(self._kept(a) for a in (args if keyword else args[1:]))
-            call = record.calls[index] = _Call(rest, others, keyword)
+            named = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            rest = args if keyword else args[1:]
+            call = record.calls[index] = _Call(
+                tuple(map(self._kept, rest)),
+                {k: self._kept(v) for k, v in named.items()},
+                keyword,
+                _carried([*enumerate(rest), *named.items()], record.output),
+            )
             if record.first_input is None:
                 record.first_input = hidden.detach().to("cpu", copy=True)
             elif record.previous is not None:
@@ -133,10 +159,11 @@ class DecoderReplay:
         def after(output: Any) -> None:
             # A copy: some models add to the hidden states in place between layers.
             record.previous = _hidden(output).detach().clone()
+            record.output = output
 
         with _layer_hooks(self._layers, before, after), evaluation_mode(model):
             run_decoder(model, batch, stop_after=self._layers)
-        record.previous = None
+        record.previous = record.output = None
         return record
 
     def _change(self, previous: torch.Tensor, hidden: torch.Tensor) -> _Change | None:
@@ -191,6 +218,9 @@ class DecoderReplay:
                     output = layer(hidden, *call.args, **call.kwargs)
                 if advance:
                     self.hidden_states[batch] = _hidden(output).cpu()
+                    following = next((c for c in calls[index + 1 :] if c is not None), None)
+                    if following is not None:
+                        following.carry(output, self._kept)
         if advance:
             for calls in self._calls:
                 calls[index] = None
@@ -253,6 +283,14 @@ def execution_device(module: nn.Module) -> torch.device:
     for parameter in module.parameters():
         return parameter.device
     return torch.device("cpu")
+
+
+def _carried(arguments: Sequence[tuple[int | str, Any]], output: Any) -> dict[int | str, int]:
+    """Return which arguments are tensors that the layer before returned, and their places there."""
+    if not isinstance(output, tuple | list):
+        return {}
+    places = {id(v): p for p, v in enumerate(output) if p and isinstance(v, torch.Tensor)}
+    return {key: places[id(value)] for key, value in arguments if id(value) in places}
 
 
 def _hidden(output: Any) -> torch.Tensor:

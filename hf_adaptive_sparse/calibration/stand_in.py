@@ -1,8 +1,9 @@
 """Stand-ins for decoder layers: a forward that needs no layer's weights but the first's.
 
 What a layer is called with besides its hidden states (masks, rotary embeddings) does not depend on
-the weights of the layers before it. So a forward with stand-ins shows all of it, while the layers
-themselves may still lie on disk.
+the weights of the layers before it, but for what these return besides theirs. So a forward with
+stand-ins shows all of it, while the layers themselves may still lie on disk. What a layer would
+return besides its hidden states is stood in for by empty tensors, which show where it is passed on.
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ class _Form:
 
     def __init__(self) -> None:
         self.known = False
-        self._length: int | None = None
+        self._others: tuple[torch.Tensor | None, ...] | None = None
 
     def learn(self, output: Any) -> None:
         self.known = True
-        self._length = len(output) if isinstance(output, tuple | list) else None
+        if isinstance(output, tuple | list):
+            self._others = tuple(
+                other.new_empty(0) if isinstance(other, torch.Tensor) else None
+                for other in output[1:]
+            )
 
     def of(self, hidden: torch.Tensor) -> Any:
-        return hidden if self._length is None else (hidden, *[None] * (self._length - 1))
+        if self._others is None:
+            return hidden
+        return hidden, *(None if other is None else other.clone() for other in self._others)
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
+    T5Config,
 )
 
 from hf_adaptive_sparse.architecture import decoder_layers
 from hf_adaptive_sparse.calibration.replay import DecoderReplay, execution_device
+from tests.families.tiny_models import tiny_model
 
 
 def last_layer_output(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -124,6 +126,48 @@ def test_what_is_added_between_layers_is_replayed(dtype):
     replay = DecoderReplay(model, [batch])
     assert any(call.change is not None for call in replay._calls[0])
     assert_replays(model, [batch])
+
+
+def zaya() -> PreTrainedModel:
+    """Its layers hand on the states of their router, beside the hidden states."""
+    return tiny_model("zaya", {"num_experts_per_tok": 1})
+
+
+def blip_2_t5() -> PreTrainedModel:
+    """T5's first layer computes the position biases of all."""
+    model = tiny_model(
+        "blip-2",
+        {
+            "text_config": T5Config(**T5),
+            "use_decoder_only_language_model": False,
+            "num_query_tokens": 4,
+            "image_token_index": 50,
+        },
+    )
+    bias = model.language_model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    bias.weight.data.normal_(std=5)
+    return model
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "vocab_size": 160}
+IDS = torch.arange(24).view(2, 12) + 100
+READ = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+PLACED = torch.cat([torch.full((2, 4), 50), IDS], dim=1)
+SEEN = {"input_ids": PLACED, "attention_mask": torch.ones_like(PLACED)}
+SEEN |= {"pixel_values": torch.ones(2, 3, 32, 32), "decoder_input_ids": IDS, "labels": IDS}
+
+
+@pytest.mark.parametrize("stand_ins", [False, True])
+@pytest.mark.parametrize(("make", "batch"), [(zaya, READ), (blip_2_t5, SEEN)])
+def test_what_layers_hand_on_is_that_of_the_layers_as_they_are(make, batch, stand_ins):
+    model = make()
+    replay = DecoderReplay(model, [batch], stand_ins=stand_ins)
+    _, layers = decoder_layers(model)
+    for parameter in layers[0].parameters():
+        parameter.data *= 0.9
+    for index in range(len(layers)):
+        replay.run_layer(index, advance=True)
+    assert torch.equal(replay.hidden_states[0], last_layer_output(model, batch))
 
 
 class TupleLayer(nn.Module):
