@@ -222,7 +222,10 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
             if not (path / shard).is_file():
                 raise CheckpointError(f"{index_file} names {shard}, which is not there.")
         return merge_headers(read_file_header(path / shard) for shard in shards)
-    raise CheckpointError(f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
+    raise CheckpointError(
+        f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}. Weights in other files, such as "
+        "pytorch_model.bin, become such a file by loading the model and model.save_pretrained()."
+    )
 
 
 def shard_names(index: bytes, file: str) -> list[str]:
