@@ -58,11 +58,13 @@ def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
     made.record_past = bool(state["record_past"])
     if state["stores"]:
         keys, values = state["stores"]
+        for stored in (keys, values):
+            _check_kinds(stored, made.layer_idx)
         made.lazy_initialization(keys["raw"], values["raw"])
         for store, stored in zip(made.stores(), (keys, values), strict=True):
             _restore_store(store, stored, made.layer_idx)
-        _check_pair(made.stores(), made.layer_idx)
-        made.set_length(int(state["cumulative_length"]))
+        _check_pair(made, state["cumulative_length"])
+        made.set_length(state["cumulative_length"])
     return made
 
 
@@ -81,16 +83,44 @@ def _restore_store(store: TokenStore, state: Mapping[str, Any], layer_idx: int) 
         if store.codec is None:
             raise ValueError(f"Layer {layer_idx} keeps 16 bits, the saved one has packed blocks.")
         blocks = raw.new_empty((*raw.shape[:2], 0, store.block_length, raw.shape[-1]))
-        expected = empty_parts(store.codec, blocks)
-        found = [(tuple(part.shape[:2]), part.dtype, part.shape[3:]) for part in state["parts"]]
-        wanted = [(tuple(part.shape[:2]), part.dtype, part.shape[3:]) for part in expected]
+        found = [_but_for_blocks(part) for part in state["parts"]]
+        wanted = [_but_for_blocks(part) for part in empty_parts(store.codec, blocks)]
         if found != wanted:
             raise ValueError(
                 f"The saved blocks of layer {layer_idx} do not fit its codec: expected "
-                f"{wanted}, got {found}. A cache is loaded into one of the same profile."
+                f"{wanted}, got {found}. A cache is loaded into one of the same profile, all of "
+                "its tensors on one device."
             )
     _check_lengths(state, store.block_length, layer_idx)
     store.restore(state["parts"], lengths, raw, int(state["sinks"]))
+
+
+def _but_for_blocks(part: torch.Tensor) -> tuple[object, ...]:
+    """Return what kernels believe of ``(batch, kv_heads, blocks, ...)``, blocks aside."""
+    return tuple(part.shape[:2]), tuple(part.shape[3:]), part.dtype, str(part.device)
+
+
+def _check_kinds(state: Mapping[str, Any], layer_idx: int) -> None:
+    """Refuse what are no states, parts and numbers of tokens."""
+    raw, parts, lengths, sinks = (state[name] for name in ("raw", "parts", "lengths", "sinks"))
+    is_states = isinstance(raw, torch.Tensor) and raw.is_floating_point() and raw.ndim == 4
+    if not (
+        is_states
+        and raw.shape[-1] > 0
+        and isinstance(sinks, int)
+        and _is_list_of(parts, torch.Tensor)
+        and _is_list_of(lengths, int)
+    ):
+        raise ValueError(
+            f"The saved layer {layer_idx} must have states raw (batch, kv_heads, tokens, "
+            "head_dim), a list of tensors parts, a list of whole numbers lengths and a whole "
+            f"number sinks, got {tuple(raw.shape) if isinstance(raw, torch.Tensor) else raw}, "
+            f"{type(parts).__name__}, {lengths} and {sinks!r}; the file is damaged."
+        )
+
+
+def _is_list_of(entries: object, kind: type) -> bool:
+    return isinstance(entries, list | tuple) and all(isinstance(entry, kind) for entry in entries)
 
 
 def _check_lengths(state: Mapping[str, Any], block_length: int, layer_idx: int) -> None:
@@ -109,14 +139,27 @@ def _check_lengths(state: Mapping[str, Any], block_length: int, layer_idx: int) 
         )
 
 
-def _check_pair(stores: tuple[TokenStore, ...], layer_idx: int) -> None:
-    """Refuse keys and values that are not of the same sequences: kernels believe the keys."""
-    sizes = [(store.batch_size, store.kv_heads) for store in stores]
-    if sizes[0] != sizes[1]:
+def _check_pair(layer: AdaptiveQuantizedLayer, tokens: object) -> None:
+    """Refuse keys and values that are not of the same sequences: kernels believe the keys.
+
+    Args:
+        layer: What was restored.
+        tokens: Of the sequence, of which a window holds the newest.
+    """
+    keys, values = ((s.batch_size, s.kv_heads, str(s.device)) for s in layer.stores())
+    if keys != values:
         raise ValueError(
-            f"The saved keys and values of layer {layer_idx} must have as many sequences and "
-            f"heads, got {sizes[0]} and {sizes[1]}; the file is damaged."
+            f"The saved keys and values of layer {layer.layer_idx} must have as many sequences "
+            f"and heads, on one device, got {keys} and {values}; the file is damaged."
         )
+    window = layer.get_max_length()
+    for held in (store.length for store in layer.stores()):
+        is_whole = held == tokens
+        if not isinstance(tokens, int) or not (is_whole or 0 < window <= held + 1 <= tokens):
+            raise ValueError(
+                f"The saved layer {layer.layer_idx} must hold the tokens of its sequence, or the "
+                f"newest of a window; it holds {held} of {tokens}; the file is damaged."
+            )
 
 
 def _plain(value: Any, name: str) -> Any:

@@ -74,8 +74,9 @@ def test_an_empty_cache_and_one_that_held_something_else(tiny_llama):
     assert feed(tiny_llama, loaded, random_ids(1, 5)).shape[0] == 1
 
 
+@pytest.mark.parametrize("bits", [(8, 8), (8, 16), (16, 8)])
 @pytest.mark.parametrize("kind", ["Mistral", "Lfm2"])
-def test_windows_and_layers_of_transformers_are_saved_too(kind):
+def test_windows_and_layers_of_transformers_are_saved_too(kind, bits):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=128,
         hidden_size=32,
@@ -91,7 +92,7 @@ def test_windows_and_layers_of_transformers_are_saved_too(kind):
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    profile = KVCacheConfig(bits=8, residual_length=8)
+    profile = KVCacheConfig(key_bits=bits[0], value_bits=bits[1], residual_length=8)
     cache = AdaptiveQuantizedCache(config, profile)
     feed(model, cache, random_ids(2, 50))
     state = through_file(cache.state_dict())
@@ -147,7 +148,7 @@ def test_keys_and_values_of_different_sequences_are_refused(tiny_llama):
     states = [cache.state_dict() for cache in caches]
     stores = [state["layers"][2]["stores"] for state in states]
     stores[0][1] = stores[1][1]
-    with pytest.raises(ValueError, match=r"layer 2 must have as many sequences.*\(2, 2\) and"):
+    with pytest.raises(ValueError, match=r"layer 2 must have as many sequences.*\(2, 2, "):
         caches[0].load_state_dict(states[0])
 
 
@@ -196,7 +197,14 @@ def test_parts_of_no_blocks_are_not_believed(tiny_llama):
         ("lengths", [5000, 16], "must hold 1 to 16 tokens each"),
         ("lengths", [16, 16, 16], "must hold 1 to 16 tokens each"),
         ("lengths", [16, 0], "must hold 1 to 16 tokens each"),
+        ("lengths", [16, 15.5], "whole numbers lengths"),
+        ("lengths", None, "whole numbers lengths"),
         ("sinks", 400, "sinks"),
+        ("sinks", "3", "whole number sinks"),
+        ("parts", None, "list of tensors parts"),
+        ("raw", torch.ones(1, 2, 8), "states raw"),
+        ("raw", torch.ones(1, 2, 8, 0), "states raw"),
+        ("raw", None, "states raw"),
     ],
 )
 def test_numbers_that_the_tensors_do_not_bear_out_are_refused(tiny_llama, field, value, message):
@@ -208,3 +216,28 @@ def test_numbers_that_the_tensors_do_not_bear_out_are_refused(tiny_llama, field,
     loaded = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
     with pytest.raises(ValueError, match=message):
         loaded.load_state_dict(state)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_tensors_on_several_devices_are_refused(tiny_llama, which):
+    """A kernel takes their addresses for its own device's."""
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
+    feed(tiny_llama, cache, random_ids(1, 40))
+    for move in (
+        lambda store: store.update(raw=store["raw"].to("meta")),
+        lambda store: store["parts"].append(store["parts"].pop().to("meta")),
+    ):
+        state = cache.state_dict()
+        move(state["layers"][1]["stores"][which])
+        with pytest.raises(ValueError, match="on one device"):
+            cache.load_state_dict(state)
+
+
+@pytest.mark.parametrize("tokens", [-1, 39, 41, 40.0, None])
+def test_a_length_that_is_not_that_of_the_tokens_is_refused(tiny_llama, tokens):
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
+    feed(tiny_llama, cache, random_ids(1, 40))
+    state = cache.state_dict()
+    state["layers"][1]["cumulative_length"] = tokens
+    with pytest.raises(ValueError, match=f"layer 1 must hold.*40 of {tokens}"):
+        cache.load_state_dict(state)
