@@ -41,7 +41,7 @@ from hf_adaptive_sparse.checkpoint.resolving import (
 )
 from hf_adaptive_sparse.checkpoint.state_dict import stored_state_dict
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
-from hf_adaptive_sparse.kvcache.generation import share_profile
+from hf_adaptive_sparse.kvcache.carrying import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.stored_names import leaf_names, weight_name
 from hf_adaptive_sparse.packing.stored_weight import StoredWeight, ValueFormat

@@ -19,7 +19,8 @@ from transformers import (
 from hf_adaptive_sparse.calibration.replay import evaluation_mode
 from hf_adaptive_sparse.calibration.token_ids import check_token_ids
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
-from hf_adaptive_sparse.kvcache.generation import AdaptiveEncoderDecoderCache, kv_cache_config
+from hf_adaptive_sparse.kvcache.carrying import carried_profile
+from hf_adaptive_sparse.kvcache.generation import AdaptiveEncoderDecoderCache
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
 KVCacheChoice = KVCacheConfig | bool | None
@@ -41,7 +42,7 @@ def resolve_kv_cache(config: PretrainedConfig, kv_cache: KVCacheChoice) -> KVCac
         TypeError: If ``kv_cache`` is neither ``None``, ``False`` nor a `KVCacheConfig`.
     """
     if kv_cache is None:
-        return kv_cache_config(config)
+        return carried_profile(config)
     if kv_cache is False:
         return None
     if isinstance(kv_cache, KVCacheConfig):

@@ -42,7 +42,7 @@ from hf_adaptive_sparse.evaluation.forward import (
     to_model,
 )
 from hf_adaptive_sparse.evaluation.vqa_answers import mean_agreement, normalize_answer
-from hf_adaptive_sparse.kvcache.generation import kv_cache_config
+from hf_adaptive_sparse.kvcache.carrying import carried_profile
 from hf_adaptive_sparse.profiles import check_count
 
 Match = Literal["whole", "prefix"]
@@ -258,7 +258,7 @@ def generate_answers(
     settings = _greedy(model, tokenizer, max_new_tokens)
     with evaluating(model), _generating_by(model, settings):
         cache = new_cache(model, kv_cache)
-        if cache is None and kv_cache_config(model.config) is not None:
+        if cache is None and carried_profile(model.config) is not None:
             # Without a cache of ours, generate() would make one from the config's profile.
             cache = plain_cache(model)
         inputs[cache_argument(model)] = cache

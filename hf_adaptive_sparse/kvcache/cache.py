@@ -1,4 +1,4 @@
-"""The adaptive KV cache as transformers sees it, and the KV profile that a config carries."""
+"""The adaptive KV cache as transformers sees it."""
 
 from __future__ import annotations
 
@@ -17,40 +17,12 @@ from transformers.cache_utils import (
 
 from hf_adaptive_sparse.architecture import cross_attention_layers
 from hf_adaptive_sparse.kvcache.attending import Attending
+from hf_adaptive_sparse.kvcache.carrying import carried_profile, check_profile
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.refusals import Refusals
 from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
-from hf_adaptive_sparse.profiles import (
-    FORMAT_VERSION,
-    QUANT_METHOD,
-    KVCacheConfig,
-    check_format_version,
-)
-
-
-def kv_cache_config(config: PretrainedConfig) -> KVCacheConfig | None:
-    """Return the KV profile that a model's config carries, or None.
-
-    Args:
-        config: The model's own config (of a vision-language model: the whole, not its text part).
-            Its ``quantization_config`` may be an object or the dict of a ``config.json``.
-
-    Raises:
-        ValueError: If the profile is invalid.
-        TypeError: If the profile is of no known type.
-    """
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, Mapping):
-        method, profile = quantization.get("quant_method"), quantization.get("kv_cache")
-    else:
-        method = getattr(quantization, "quant_method", None)
-        profile = getattr(quantization, "kv_cache", None)
-    if getattr(method, "value", method) != QUANT_METHOD or profile is None or profile is False:
-        return None
-    if isinstance(profile, Mapping):
-        return KVCacheConfig.from_dict(profile)
-    return _checked(profile)
+from hf_adaptive_sparse.profiles import FORMAT_VERSION, KVCacheConfig, check_format_version
 
 
 class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
@@ -89,8 +61,8 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         offloading: bool = False,
     ) -> None:
         if kv_cache is None:
-            kv_cache = kv_cache_config(config) or KVCacheConfig()
-        _checked(kv_cache)
+            kv_cache = carried_profile(config) or KVCacheConfig()
+        check_profile(kv_cache)
         # transformers decides which kind of layer goes where; its plain and sliding ones, which
         # hold nothing but keys and values, are replaced.
         read_directly = cross_attention_layers(config)
@@ -242,15 +214,6 @@ def _quantized(layer: Any, kv_cache: KVCacheConfig, bits: tuple[int, int], index
             key_mode=kv_cache.key_mode,
         )
     return layer
-
-
-def _checked(profile: object) -> KVCacheConfig:
-    if not isinstance(profile, KVCacheConfig):
-        raise TypeError(
-            "kv_cache must be a KVCacheConfig, for example KVCacheConfig(bits=8), got "
-            f"{type(profile).__name__}."
-        )
-    return profile
 
 
 def _layer_nbytes(layer: Any) -> int:

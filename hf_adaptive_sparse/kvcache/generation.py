@@ -16,25 +16,14 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from hf_adaptive_sparse.architecture import decoder_layers, generating_parts
-from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
+from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.kvcache.carrying import profile_to_generate_with
 from hf_adaptive_sparse.profiles import KVCacheConfig
-
-__all__ = [
-    "AdaptiveEncoderDecoderCache",
-    "check_takes_profile",
-    "install",
-    "kv_cache_config",
-    "share_profile",
-]
 
 _MARK = "_hf_adaptive_sparse_wrapper"
 _CACHE_NAMES = ("cache", "past_key_values")
 """Under which of them ``generate()`` keeps its cache depends on the version of transformers."""
-
-
-_WHOLE_CONFIG = "_hf_adaptive_sparse_config"
-"""Where a part of a model keeps the config of the whole, which carries the KV profile."""
 
 
 class AdaptiveEncoderDecoderCache(EncoderDecoderCache):
@@ -70,12 +59,6 @@ def check_takes_profile(model: nn.Module) -> None:
         )
 
 
-def share_profile(model: nn.Module) -> None:
-    """Let the parts of a model that generate in its place use the KV profile of its config."""
-    for part in generating_parts(model):
-        setattr(part, _WHOLE_CONFIG, model.config)
-
-
 def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(stock)
     def prepare(
@@ -91,9 +74,7 @@ def _with_adaptive_cache(stock: Callable[..., None]) -> Callable[..., None]:
         if name is None or callers_own or generation_config.cache_implementation is not None:
             return
         made: Any = model_kwargs[name]
-        profile = kv_cache_config(self.config)
-        if profile is None and hasattr(self, _WHOLE_CONFIG):
-            profile = kv_cache_config(getattr(self, _WHOLE_CONFIG))
+        profile = profile_to_generate_with(self)
         if profile is None:
             return
         if generation_config.is_assistant:

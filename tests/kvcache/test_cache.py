@@ -15,7 +15,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache, kv_cache_config
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.kvcache.carrying import carried_profile
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from tests.conftest import random_ids
 
@@ -85,7 +86,7 @@ def test_the_profile_of_the_config_is_found(tiny_llama, kv_cache, form):
     fields = {"quant_method": "adaptive_sparse", "kv_cache": kv_cache}
     config = copy.deepcopy(tiny_llama.config)
     config.quantization_config = fields if form == "dict" else SimpleNamespace(**fields)
-    found = kv_cache_config(config)
+    found = carried_profile(config)
     assert found.layer_bits(4) == ((4, 4),) * 4
     assert [layer.key_bits for layer in AdaptiveQuantizedCache(config).layers] == [4] * 4
     # An argument has precedence.
@@ -106,15 +107,15 @@ def test_the_profile_of_the_config_is_found(tiny_llama, kv_cache, form):
 )
 def test_configs_without_a_profile_have_none(tiny_llama, quantization):
     config = copy.deepcopy(tiny_llama.config)
-    assert kv_cache_config(config) is None
+    assert carried_profile(config) is None
     config.quantization_config = quantization
-    assert kv_cache_config(config) is None
+    assert carried_profile(config) is None
 
 
 def test_an_unknown_kind_of_profile_is_refused(tiny_llama):
     tiny_llama.config.quantization_config = {"quant_method": "adaptive_sparse", "kv_cache": 8}
     with pytest.raises(TypeError, match="got int"):
-        kv_cache_config(tiny_llama.config)
+        carried_profile(tiny_llama.config)
 
 
 def test_repr_is_readable(tiny_llama):
