@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -20,10 +21,13 @@ from hf_adaptive_sparse.architecture import (
 )
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.generation import check_takes_profile
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from hf_adaptive_sparse.runtime.sparse_experts import compressible_stacks, sparse_stacks
+
+logger = logging.getLogger(__name__)
 
 
 def storable_weights(model: nn.Module) -> dict[str, str]:
@@ -188,4 +192,11 @@ def per_layer_kv_cache(model: PreTrainedModel, config: SparsityConfig) -> KVCach
         return None
     check_takes_profile(model)
     keys, values = zip(*kv_cache.layer_bits(num_decoder_layers(model.config)), strict=True)
-    return replace(kv_cache, key_bits=keys, value_bits=values)
+    resolved = replace(kv_cache, key_bits=keys, value_bits=values)
+    if not AdaptiveQuantizedCache(model.config, resolved).quantizes:
+        logger.warning(
+            "The KV profile has no effect on %s: nothing that its layers keep is quantised. "
+            "Leave kv_cache out.",
+            type(model).__name__,
+        )
+    return resolved

@@ -12,12 +12,15 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     QuantizedCache,
 )
 
 from hf_adaptive_sparse.architecture import cross_attention_layers
 from hf_adaptive_sparse.kvcache.attending import Attending
 from hf_adaptive_sparse.kvcache.carrying import carried_profile, check_profile
+from hf_adaptive_sparse.kvcache.hybrid import AdaptiveHybridLayer, AdaptiveSlidingHybridLayer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.refusals import Refusals
 from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
@@ -34,10 +37,10 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
     it: graphs break where it is updated. What is stored, and when, is described at
     ``AdaptiveQuantizedLayer``; the number format in ``hf_adaptive_sparse.kvcache.codec``.
 
-    Full-attention, sliding-window and chunked layers are quantised. Linear-attention, state-space,
-    indexed, hybrid, shared and cross-attention layers are those a ``DynamicCache`` has, not
-    quantised, and ignore their entry of the KV profile, which has one per decoder layer all the
-    same.
+    Full-attention, sliding-window and chunked layers are quantised, and the keys and values of
+    hybrid ones, which have states of a linear attention besides. Linear-attention, state-space,
+    indexed, shared and cross-attention layers are those a ``DynamicCache`` has, not quantised, and
+    ignore their entry of the KV profile, which has one per decoder layer all the same.
 
     Args:
         config: ``model.config`` of the model that the cache will be used with, the object itself
@@ -63,8 +66,7 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         if kv_cache is None:
             kv_cache = carried_profile(config) or KVCacheConfig()
         check_profile(kv_cache)
-        # transformers decides which kind of layer goes where; its plain and sliding ones, which
-        # hold nothing but keys and values, are replaced.
+        # transformers decides which kind of layer goes where.
         read_directly = cross_attention_layers(config)
         layers = [
             layer if index in read_directly else _quantized(layer, kv_cache, bits, index)
@@ -102,6 +104,11 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         quantised, their keys and values.
         """
         return sum(_layer_nbytes(layer) for layer in self.layers)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether there is a layer that is quantised."""
+        return bool(self._quantized_layers())
 
     @property
     def is_compileable(self) -> bool:
@@ -183,6 +190,15 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
         return f"{type(self).__name__}({described})"
 
 
+_REPLACED: dict[type, type[AdaptiveQuantizedLayer]] = {
+    DynamicLayer: AdaptiveQuantizedLayer,
+    DynamicSlidingWindowLayer: AdaptiveSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer: AdaptiveHybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: AdaptiveSlidingHybridLayer,
+}
+"""transformers' kinds of layers -> ours in their places."""
+
+
 def _with_bits(
     config: PretrainedConfig, kv_cache: KVCacheConfig
 ) -> Iterator[tuple[Any, tuple[int, int]]]:
@@ -193,27 +209,24 @@ def _with_bits(
 
 def _quantized(layer: Any, kv_cache: KVCacheConfig, bits: tuple[int, int], index: int) -> Any:
     """Return the quantised layer in the place of transformers' ``layer``, or ``layer`` itself."""
-    group_size, block_length = kv_cache.group_size, kv_cache.residual_length
-    if type(layer) is DynamicLayer:
-        return AdaptiveQuantizedLayer(
-            *bits,
-            group_size,
-            block_length,
-            index,
-            key_mode=kv_cache.key_mode,
-            sink_length=kv_cache.sink_length,
-        )
-    # Of a window of 1, transformers' layer keeps everything.
-    if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1:
-        return AdaptiveSlidingWindowLayer(
-            *bits,
-            layer.sliding_window,
-            group_size,
-            block_length,
-            index,
-            key_mode=kv_cache.key_mode,
-        )
-    return layer
+    made = _REPLACED.get(type(layer))
+    if made is None:
+        return layer
+    settings: dict[str, Any] = {
+        "group_size": kv_cache.group_size,
+        "residual_length": kv_cache.residual_length,
+        "layer_idx": index,
+        "key_mode": kv_cache.key_mode,
+    }
+    if issubclass(made, AdaptiveSlidingWindowLayer):
+        if layer.sliding_window == 1:  # of which transformers' layer keeps everything
+            return layer
+        settings["sliding_window"] = layer.sliding_window
+    else:
+        settings["sink_length"] = kv_cache.sink_length
+    if issubclass(made, AdaptiveHybridLayer):
+        settings["number_of_states"] = layer.number_of_states
+    return made(*bits, **settings)
 
 
 def _layer_nbytes(layer: Any) -> int:

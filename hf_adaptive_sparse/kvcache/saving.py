@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_adaptive_sparse.kvcache.coding import empty_parts
+from hf_adaptive_sparse.kvcache.hybrid import AdaptiveHybridLayer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.store import TokenStore
 
@@ -31,11 +32,14 @@ def layer_state(layer: Any) -> dict[str, Any]:
     """
     if not isinstance(layer, AdaptiveQuantizedLayer):
         return {name: _plain(value, name) for name, value in vars(layer).items()}
-    return {
+    state = {
         "cumulative_length": layer.cumulative_length,
         "record_past": layer.record_past,
         "stores": [_store_state(store) for store in layer.stores()],
     }
+    if isinstance(layer, AdaptiveHybridLayer):
+        state["states"] = _plain(layer.states(), "states")
+    return state
 
 
 def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
@@ -54,7 +58,7 @@ def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
     made = object.__new__(type(layer))  # no copy, which would be refused where contents are
     made.__dict__.update(layer.__dict__)
     made.is_initialized = False  # so that nothing is zeroed of what it shares with the layer
-    made.reset()
+    AdaptiveQuantizedLayer.reset(made)
     made.record_past = bool(state["record_past"])
     if state["stores"]:
         keys, values = state["stores"]
@@ -65,6 +69,8 @@ def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
             _restore_store(store, stored, made.layer_idx)
         _check_pair(made, state["cumulative_length"])
         made.set_length(state["cumulative_length"])
+    if isinstance(made, AdaptiveHybridLayer):
+        made.set_states(_plain(state["states"], "states"))
     return made
 
 

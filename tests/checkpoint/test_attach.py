@@ -299,3 +299,10 @@ def test_a_module_that_disappeared_is_named_when_saving(
     tiny_llama.model.layers[1].mlp.up_proj = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"names 'model.layers.1.mlp.up_proj.weight'"):
         tiny_llama.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "idle"), [("mamba", True), ("falcon_h1", False)])
+def test_a_kv_profile_without_effect_is_told(model_type: str, idle: bool, caplog) -> None:
+    model = tiny_model(model_type)
+    has.prune(model, has.SparsityConfig(metric="magnitude", kv_cache=8))
+    assert ("The KV profile has no effect on MambaForCausalLM" in caplog.text) is idle

@@ -1,12 +1,20 @@
 """Every kind of layer that DynamicCache makes, in tiny models: the same tokens at 16 bits."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.kvcache.hybrid import AdaptiveHybridLayer, AdaptiveSlidingHybridLayer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -78,6 +86,16 @@ MODELS = {
             "mamba_d_head": 16,
             "mamba_d_state": 8,
             "mamba_n_groups": 1,
+        },
+    ),
+    "zaya": (
+        "Zaya",
+        {
+            "layer_types": ["hybrid", "hybrid_sliding"] * 2,
+            "sliding_window": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
         },
     ),
     "deepseek v3.2": (
@@ -189,6 +207,8 @@ def test_plain_and_sliding_layers_are_quantised_and_others_are_those_of_transfor
         replaced = {
             DynamicLayer: AdaptiveQuantizedLayer,
             DynamicSlidingWindowLayer: AdaptiveSlidingWindowLayer,
+            LinearAttentionAndFullAttentionLayer: AdaptiveHybridLayer,
+            LinearAttentionAndSlidingWindowAttentionLayer: AdaptiveSlidingHybridLayer,
         }
         assert type(mine) is replaced.get(type(theirs), type(theirs))
 
@@ -241,3 +261,70 @@ def test_bytes_of_a_window_stay_below_those_of_transformers():
             stock.update(states, states, layer)
     stock_bytes = sum(2 * layer.keys.numel() * 2 for layer in stock.layers)
     assert ours.nbytes < 0.8 * stock_bytes
+
+
+HYBRIDS = ["falcon-h1", "zaya"]
+
+
+def logits_after(model, cache, ids):
+    """Logits of the last five of ``ids``, one by one, behind a cache of what precedes them."""
+    with torch.no_grad():
+        steps = [
+            model(input_ids=ids[:, step : step + 1], past_key_values=cache).logits
+            for step in range(ids.shape[1] - 5, ids.shape[1])
+        ]
+    return torch.cat(steps, dim=1)
+
+
+def filled(model, ids, cache):
+    """The cache, after all but the last five of ``ids``."""
+    with torch.no_grad():
+        model(input_ids=ids[:, :-5], past_key_values=cache)
+    return cache
+
+
+def small_blocks(model, bits=16):
+    return AdaptiveQuantizedCache(model.config, KVCacheConfig(bits=bits, residual_length=8))
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_beams_move_the_states_of_hybrid_layers_too(name):
+    model, ids = make_model(name), random_ids(1, 20)
+    expected = generate(model, DynamicCache(config=model.config), ids, num_beams=3)[0]
+    assert torch.equal(generate(model, small_blocks(model), ids, num_beams=3)[0], expected)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_sequences_of_hybrid_layers_are_chosen_with_their_states(name, change, rows):
+    model, ids = make_model(name), random_ids(3, 40)
+    cache = filled(model, ids, small_blocks(model))
+    change(cache)
+    stock = filled(model, ids[rows], DynamicCache(config=model.config))
+    expected = logits_after(model, stock, ids[rows])
+    torch.testing.assert_close(logits_after(model, cache, ids[rows]), expected)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("bits", [16, 6])
+def test_hybrid_layers_are_saved_copied_and_emptied_with_their_states(name, bits, tmp_path):
+    model, ids = make_model(name), random_ids(2, 40)
+    cache = filled(model, ids, small_blocks(model, bits))
+    torch.save(cache.state_dict(), tmp_path / "cache.pt")
+    copied = copy.deepcopy(cache)
+    expected = logits_after(model, cache, ids)
+
+    loaded = filled(model, random_ids(2, 30, seed=1), small_blocks(model, bits))
+    kept = copy.deepcopy(loaded)
+    loaded.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
+    assert torch.equal(logits_after(model, loaded, ids), expected)
+    assert torch.equal(logits_after(model, copied, ids), expected)
+
+    kept.reset()
+    assert torch.equal(logits_after(model, filled(model, ids, kept), ids), expected)
