@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from hf_adaptive_sparse.calibration.data import (
     Batch,
@@ -39,7 +40,7 @@ from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
 from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_, missing_tensors
-from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config
+from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config, read_object
 from hf_adaptive_sparse.naming import expanded, public_name
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 
@@ -192,10 +193,16 @@ class ModelSource:
             ) from error
 
     def _check_folder(self) -> Path | None:
-        """Return the folder of a local model, after a look at its config."""
+        """Return the folder of a local model, after a look at its configs.
+
+        transformers loads a model with a damaged generation config without a word, and without it.
+        """
         folder = local_folder(self.name)
         if folder is not None:
-            read_config(FolderSource(folder))
+            source = FolderSource(folder)
+            read_config(source)
+            if GENERATION_CONFIG_NAME in source.sizes:
+                read_object(source, GENERATION_CONFIG_NAME)
         return folder
 
     @contextmanager

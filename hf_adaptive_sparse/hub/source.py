@@ -195,16 +195,32 @@ def read_config(source: Source) -> dict[str, Any]:
     """Return the model's config.
 
     Raises:
+        ValueError: If it is missing or not a JSON object, or its model type is no text.
+    """
+    config = read_object(source, CONFIG_NAME)
+    model_type = config.get("model_type", "")
+    if not isinstance(model_type, str):
+        raise ValueError(
+            f"model_type in {CONFIG_NAME} of {source.name} must be text, got {model_type!r}. "
+            "Download or save it again."
+        )
+    return config
+
+
+def read_object(source: Source, file: str) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object.
+
+    Raises:
         ValueError: If it is missing or not a JSON object.
     """
-    content = read_small(source, CONFIG_NAME)
+    content = read_small(source, file)
     try:
-        config = json.loads(content)
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{CONFIG_NAME} of {source.name} is not valid JSON.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG_NAME} of {source.name} is not a JSON object.")
-    return config
+        raise ValueError(f"{file} of {source.name} is not valid JSON.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} of {source.name} is not a JSON object.")
+    return found
 
 
 def read_tensors(source: Source) -> dict[str, TensorHeader]:

@@ -54,8 +54,8 @@ def check_takes_profile(model: nn.Module) -> None:
         raise ValueError(
             "A KV profile needs a model that generates with a DynamicCache; "
             f"{type(model).__name__} makes one of its own kind, of which nothing would be "
-            "quantised. Leave kv_cache out; a checkpoint that has it loads with "
-            "sparsity_config=SparsityConfig(kv_cache=False)."
+            "quantised. Leave kv_cache out (of a search, kv_bits); a checkpoint that has it loads "
+            "with sparsity_config=SparsityConfig(kv_cache=False)."
         )
 
 

@@ -16,6 +16,7 @@ from hf_adaptive_sparse.architecture import (
     linear_role,
     prunable_weights,
 )
+from hf_adaptive_sparse.kvcache.generation import check_takes_profile
 from hf_adaptive_sparse.search.bit_allocation import BitAllocation
 from hf_adaptive_sparse.search.byte_budget import ByteBudget
 from hf_adaptive_sparse.search.kv_plan import KVPlan, kv_plan
@@ -87,12 +88,13 @@ class ModelShape:
             modules_to_not_convert: Names or globs of linears to leave dense.
 
         Raises:
-            ValueError: If the model has no decoder layers, nothing to prune, no KV cache where the
-                space asks for them, or an exact mean cannot be reached.
+            ValueError: If the model has no decoder layers, nothing to prune, no KV cache that takes
+                a profile where the space asks for them, or an exact mean cannot be reached.
         """
         layers_name, layers = decoder_layers(model)
         kv, widths = None, []
         if space.kv_bits is not None:
+            check_takes_profile(model)
             widths = kv_widths(model)
             if len(widths) != len(layers):
                 raise ValueError(

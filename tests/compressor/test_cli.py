@@ -321,6 +321,14 @@ def lose_the_processor(folder: Path) -> None:
         (truncate, "dense/model.safetensors: the header declares "),
         (lambda folder: (folder / "config.json").unlink(), "dense has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "dense is not valid JSON"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text("[]"),
+            "dense is not a JSON object",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": ["llava"]}'),
+            "dense must be text, got ['llava']",
+        ),
         (lose_the_processor, "dense has no tokenizer or processor"),
         (lambda folder: folder.rename(folder.with_name("away")), "There is no folder "),
     ],

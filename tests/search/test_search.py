@@ -22,6 +22,7 @@ from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
+from tests.families.tiny_models import tiny_model
 
 SPACE = SearchSpace(blocks=4, kv_group_size=16, kv_residual_length=8)
 
@@ -535,3 +536,9 @@ def test_offloaded_weights_are_refused_where_they_are_searched(run, tiny_llama, 
     with pytest.raises(ValueError, match=r"q_proj' is offloaded; .* Load the model without"):
         run(space=space, storage=tmp_path / "study.journal")
     assert not list(tmp_path.iterdir())
+
+
+def test_kv_bits_are_refused_where_generate_makes_a_cache_of_another_kind():
+    batches = [{"input_ids": torch.arange(24).view(2, 12) + 100}]
+    with pytest.raises(ValueError, match=r"MiniMaxForCausalLM makes one of its own.*kv_bits"):
+        search(tiny_model("minimax"), batches, batches, n_trials=2, progress=False)
