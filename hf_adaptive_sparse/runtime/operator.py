@@ -3,7 +3,8 @@
 ``torch.compile`` and ``torch.export`` see two opaque operators, ``hf_adaptive_sparse::linear`` and
 the gradient for its input. They take the tensors of a `SparseWeight` one by one, as operators of
 torch must. The weight itself has no gradient. A call at which nothing but autograd looks skips the
-operators, which take as long as a small product.
+operators, which take as long as a small product. Operators of torch have neither forward-mode
+derivatives nor those of ``torch.func``: these multiply with the decompressed weight.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.nn import functional
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -41,6 +44,8 @@ def linear(x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None) -> 
             return sparse_linear.linear(x, weight, bias)
         product = _Product.apply(x, bias, weight)
         return product
+    if _is_transformed():
+        return functional.linear(x, weight.to_dense(), bias)
     product = _linear(x, bias, *_tensors(weight), weight.shape[1], weight.group_size or _NO_GROUPS)
     return product
 
@@ -53,8 +58,18 @@ def _is_watched(x: torch.Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or x.is_meta
     )
+
+
+def _is_transformed() -> bool:
+    """Return whether derivatives are taken of which the operators know nothing."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    known = torch._C._functorch.TransformType.Vmap
+    return forward_ad._current_level >= 0 or any(entry.key() != known for entry in stack)
 
 
 def _needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -7,12 +7,14 @@ import pickle
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_adaptive_sparse.kernels import sparse_linear
@@ -100,6 +102,39 @@ def test_second_derivatives_and_jacobians_are_those_of_dense(tokens: int) -> Non
         jacobian = torch.autograd.functional.jacobian(module, row, vectorize=vectorize)
         expected = torch.autograd.functional.jacobian(plain, row)
         torch.testing.assert_close(jacobian, expected)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_torchs_function_transforms_see_a_dense_product(tokens: int, bits: int) -> None:
+    module = sparse(pruned(), bits)
+    plain = module.to_linear()
+    x, direction = torch.randn(2, tokens, 77)
+    bias = module.bias.detach()
+
+    def loss(linear: nn.Linear) -> Callable[..., torch.Tensor]:
+        call = torch.func.functional_call
+        return lambda given, row: call(linear, {"bias": given}, (row,)).pow(3).sum()
+
+    for transform in (
+        lambda f: torch.func.jvp(f, (x,), (direction,)),
+        lambda f: torch.func.jacrev(f)(x[0]),
+        lambda f: torch.func.jacfwd(f)(x[0]),
+        lambda f: torch.func.hessian(lambda row: f(row).pow(2).sum())(x[0]),
+        lambda f: torch.func.grad(loss(f), argnums=(0, 1))(bias, x),
+        lambda f: torch.vmap(torch.func.grad(loss(f)), in_dims=(None, 0))(bias, x),
+        lambda f: torch.func.grad(lambda rows: torch.vmap(f)(rows).sum())(x),
+    ):
+        torch.testing.assert_close(transform(module), transform(plain), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_tangents_flow_through(tokens: int, grad: bool) -> None:
+    module, x = sparse(pruned()), torch.randn(tokens, 77)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(module(forward_ad.make_dual(x, 2 * x))).tangent
+    torch.testing.assert_close(found, 2 * x @ module.to_dense().T)
 
 
 @pytest.mark.parametrize("name", ["weight_values", "weight_bitmask", "weight_scales"])
