@@ -34,7 +34,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_CODES = 1024
 """Codes in a packed row, tokens of a block or channels of a head, that kernels take at most."""
 
-_FAILURES = {1: "no such path on this processor", 2: "no memory", 3: "sizes out of range"}
+_FAILURES = {
+    1: "no such path on this processor",
+    2: "no memory",
+    3: "sizes are out of range, or tensors not of one weight",
+}
 
 _IMPORTED_BY = os.getpid()
 

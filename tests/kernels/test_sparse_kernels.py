@@ -335,7 +335,7 @@ def test_the_call_structure_is_that_of_the_library():
 def test_sizes_that_the_library_refuses(path, monkeypatch):
     weight = SparseWeight.from_dense(make_dense(64, torch.float32))
     monkeypatch.setattr(sparse_native, "MAX_TOKENS", sparse_native.MAX_TOKENS + 1)
-    with pytest.raises(RuntimeError, match="sizes out of range"):
+    with pytest.raises(RuntimeError, match="sizes are out of range"):
         sparse_native.linear(make_x(sparse_native.MAX_TOKENS, 64, torch.float32), weight)
 
 

@@ -169,5 +169,5 @@ def test_what_is_taken(path, monkeypatch):
         weight = SparseWeight.from_dense(make_dense(40, 96, dtype), bits)
         assert sparse_many.takes(weight) == (path == "amx" and dtype == torch.bfloat16)
         if not sparse_many.takes(weight):
-            with pytest.raises(RuntimeError, match="sizes out of range"):
+            with pytest.raises(RuntimeError, match="sizes are out of range"):
                 sparse_many.linear(torch.ones(3, 96, dtype=dtype), weight)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_adaptive_sparse.kernels import sparse_linear
+from hf_adaptive_sparse.kernels.library import library
 from hf_adaptive_sparse.packing.offsets import count_block_offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
@@ -135,6 +136,17 @@ def test_tangents_flow_through(tokens: int, grad: bool) -> None:
     with torch.set_grad_enabled(grad), forward_ad.dual_level():
         found = forward_ad.unpack_dual(module(forward_ad.make_dual(x, 2 * x))).tangent
     torch.testing.assert_close(found, 2 * x @ module.to_dense().T)
+
+
+@pytest.mark.skipif(library() is None, reason="there is no native library")
+@pytest.mark.parametrize("bits", [16, 12, 8, 4])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_fewer_values_than_the_offsets_promise_are_not_read(bits: int, tokens: int) -> None:
+    linear = sparse(pruned(dtype=torch.bfloat16), bits)
+    linear.weight_values.data = linear.weight_values.data[:5]
+    x = torch.ones(tokens, linear.in_features, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="tensors not of one weight"):
+        linear(x)
 
 
 @pytest.mark.parametrize("name", ["weight_values", "weight_bitmask", "weight_scales"])

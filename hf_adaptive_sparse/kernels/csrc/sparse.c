@@ -60,6 +60,13 @@ HAS_EXPORT int has_sparse_in_registers(int variant) {
 
 HAS_EXPORT int64_t has_sparse_call_size_bytes(void) { return (int64_t)sizeof(has_sparse_call); }
 
+/* Bits of the values that the offsets promise. */
+static int64_t promised_bits(const has_sparse_call *call) {
+    int64_t values = call->offset_bytes == 4 ? ((const int32_t *)call->row_offsets)[call->rows]
+                                             : ((const int64_t *)call->row_offsets)[call->rows];
+    return values * call->bits;
+}
+
 int has_sparse_bad_sizes(const has_sparse_call *call) {
     int whole = call->bits == 32 ? call->dtype == HAS_FLOAT32
                                  : call->bits == 16 && (call->dtype == HAS_BFLOAT16 ||
@@ -69,7 +76,8 @@ int has_sparse_bad_sizes(const has_sparse_call *call) {
     int codes = (call->bits == 8 || call->bits == 4) && call->dtype >= HAS_FLOAT32 &&
                 call->dtype <= HAS_FLOAT16 && call->group_size >= 0 && call->group_size % 32 == 0;
     return call->rows < 0 || call->columns < 1 || !(whole || by_book || codes) ||
-           (call->offset_bytes != 4 && call->offset_bytes != 8);
+           (call->offset_bytes != 4 && call->offset_bytes != 8) ||
+           promised_bits(call) > call->value_bytes * 8; /* others took the parameters' place */
 }
 
 /* Columns that share a step of x: 256 at most, so that sums of products fit 32 bits, and a part of
