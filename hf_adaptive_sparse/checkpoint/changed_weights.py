@@ -1,4 +1,7 @@
-"""Whether codes of 8 or 4 bits still hold a weight: training or a merged adapter may change it."""
+"""Which weights their format no longer holds: by codes once trained, in 12 bits once cast.
+
+They are stored as they are, and the config says so.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,17 @@ import logging
 from collections.abc import Collection
 
 import torch
+from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.architecture import parameter_name
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.resolving import parameter_formats
 from hf_adaptive_sparse.packing.bitmask import row_chunks
+from hf_adaptive_sparse.packing.stored_names import weight_name
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
+from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, decode, encode
+from hf_adaptive_sparse.runtime.conversion import decompress_, sparse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -60,3 +70,29 @@ def warn_of_changed(names: Collection[str]) -> None:
             len(names),
             next(iter(names)),
         )
+
+
+def store_cast_weights_plain_(model: PreTrainedModel, config: SparsityConfig) -> None:
+    """Change 12 bits to 16 in a config, for weights that are not bfloat16: loaded so, or cast.
+
+    A weight of which nothing is removed is stored dense then, and so made plain in the model, too.
+
+    Args:
+        model: The model.
+        config: The config that it carries.
+    """
+    if UPPER_BYTE_BITS not in config.widths:
+        return
+    cast = []
+    sparse = sparse_weights(model)
+    held = {parameter_name(name, weight): weight for name, weight in sparse.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for key, form in parameter_formats(model, config).items():
+        weight = held.get(key, parameters.get(key))
+        if form.bits != UPPER_BYTE_BITS or weight is None:
+            continue
+        if weight.dtype != torch.bfloat16 and getattr(weight, "bits", 16) != UPPER_BYTE_BITS:
+            cast.append(weight_name(key))
+    ratios = config.sparsity or {}
+    decompress_(model, [name for name in cast if name in sparse and not ratios.get(name)])
+    config.store_plain(cast)

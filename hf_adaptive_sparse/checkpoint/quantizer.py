@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_adaptive_sparse.architecture import parameter_name, rewrites_weights
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading, prune_and_resolve
+from hf_adaptive_sparse.checkpoint.changed_weights import store_cast_weights_plain_
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.decompression import (
     DecompressWeight,
@@ -43,9 +44,8 @@ from hf_adaptive_sparse.checkpoint.state_dict import stored_state_dict
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.kvcache.carrying import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
-from hf_adaptive_sparse.packing.stored_names import leaf_names, weight_name
+from hf_adaptive_sparse.packing.stored_names import leaf_names
 from hf_adaptive_sparse.packing.stored_weight import StoredWeight, ValueFormat
-from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
@@ -211,7 +211,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             except BitmaskError as error:
                 raise CheckpointError(f"{parameter_name(name, weight)}: {error}") from error
         if self.pre_quantized:
-            _store_cast_weights_plain_(model, config)
+            store_cast_weights_plain_(model, config)
         if not loaded:
             formats = runtime_formats(model, config)
             if self._runs_sparse(model, formats):
@@ -274,28 +274,6 @@ def _check_whole_weights(config: SparsityConfig, pre_quantized: bool) -> None:
         "or while a model is pruned. Leave it out: device_map='auto' puts whole layers on several "
         "devices. Or save the model with checkpoint_format='dense', and load that."
     )
-
-
-def _store_cast_weights_plain_(model: PreTrainedModel, config: SparsityConfig) -> None:
-    """Change 12 bits to 16 in a config, for weights that were not loaded as bfloat16.
-
-    A weight of which nothing is removed is stored dense then, and so made plain in the model, too.
-    """
-    if UPPER_BYTE_BITS not in config.widths:
-        return
-    cast = []
-    sparse = sparse_weights(model)
-    held = {parameter_name(name, weight): weight for name, weight in sparse.items()}
-    for key, form in parameter_formats(model, config).items():
-        if form.bits != UPPER_BYTE_BITS:
-            continue
-        weight = held.get(key)
-        dtype = model.get_parameter(key).dtype if weight is None else weight.dtype
-        if dtype != torch.bfloat16 and (weight is None or weight.bits != UPPER_BYTE_BITS):
-            cast.append(weight_name(key))
-    ratios = config.sparsity or {}
-    decompress_(model, [name for name in cast if name in sparse and not ratios.get(name)])
-    config.store_plain(cast)
 
 
 def attach(model: PreTrainedModel, config: SparsityConfig) -> None:

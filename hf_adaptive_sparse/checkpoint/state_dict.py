@@ -9,7 +9,11 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_adaptive_sparse.architecture import parameter_name
-from hf_adaptive_sparse.checkpoint.changed_weights import holds, warn_of_changed
+from hf_adaptive_sparse.checkpoint.changed_weights import (
+    holds,
+    store_cast_weights_plain_,
+    warn_of_changed,
+)
 from hf_adaptive_sparse.checkpoint.config import our_config
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.resolving import parameter_formats
@@ -27,7 +31,7 @@ def stored_state_dict(
 
     That of a part of a model, whose own config names no compression, has plain weights. A
     ``state_dict`` that ``save_pretrained`` was given is not used: transformers passes none on.
-    A weight that its codes no longer hold is stored as it is, and the config says so.
+    A weight that its codes or 12 bits no longer hold is stored as it is, and the config says so.
 
     Args:
         model: The model.
@@ -48,6 +52,7 @@ def stored_state_dict(
     if config is None:
         return _plain_state_dict(model)
     model.config.quantization_config = config  # a dict there would not see what changes below
+    store_cast_weights_plain_(model, config)
     if not config.compressed_modules:
         return None
     dense: dict[str, torch.Tensor] = model.state_dict()

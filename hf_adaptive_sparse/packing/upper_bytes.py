@@ -66,8 +66,8 @@ def encode(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if values.dtype != torch.bfloat16:
         raise ValueError(
-            f"Values of {UPPER_BYTE_BITS} bits are bfloat16 ones, got {values.dtype}. Cast the "
-            "model back to bfloat16 before it is saved."
+            f"Values of {UPPER_BYTE_BITS} bits are bfloat16 ones, got {values.dtype}. Cast "
+            "the weight to bfloat16, or store it in 16 bits."
         )
     count = values.numel()
     halves = values.contiguous().view(torch.int16)

@@ -297,9 +297,39 @@ def test_a_model_that_is_not_bfloat16_is_not_stored_in_12_bits(
     loaded = LlamaForCausalLM.from_pretrained(
         tmp_path / "dense", sparsity_config=config, dtype=torch.bfloat16
     )
-    loaded.float()
-    with pytest.raises(ValueError, match=r"bfloat16 ones, got torch.float32. Cast the model"):
-        loaded.save_pretrained(tmp_path / "cast")
+    assert set(loaded.config.quantization_config.widths) == {12}
+
+
+@pytest.mark.parametrize("runtime", ["dense", "sparse"])
+def test_12_bits_that_are_cast_after_loading_are_saved_as_those_cast_while_loading(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, runtime: str
+) -> None:
+    profile = {"model.layers.1": 0.0, "model.layers.2": 0.0}
+    save(tiny_llama.bfloat16(), tmp_path / "a", sparsity=profile, weight_bits=12)
+    config = has.SparsityConfig(runtime=runtime)
+    after = LlamaForCausalLM.from_pretrained(tmp_path / "a", sparsity_config=config)
+    after.to(torch.float32)
+    while_loading = LlamaForCausalLM.from_pretrained(
+        tmp_path / "a", sparsity_config=config, dtype=torch.float32
+    )
+    after.save_pretrained(tmp_path / "after")
+    while_loading.save_pretrained(tmp_path / "while")
+    assert hashes(tmp_path / "after") == hashes(tmp_path / "while")
+
+
+def test_training_in_float32_of_a_model_of_12_bits_is_saved(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    save(tiny_llama.bfloat16(), tmp_path / "a", weight_bits=12)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "a", sparsity_config=DENSE).float()
+    with torch.no_grad():
+        for module in model.model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.mul_(1.0001)
+    model.save_pretrained(tmp_path / "b")
+    assert_same_weights(
+        LlamaForCausalLM.from_pretrained(tmp_path / "b", sparsity_config=DENSE), model
+    )
 
 
 QUANTISES = r"weight_bits={} quantises .*'model.layers.{}.*' is torch.float64. Load the model"
