@@ -8,7 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from hf_adaptive_sparse.packing.weight_codes import GROUP_MULTIPLE, default_group_size
+from hf_adaptive_sparse.packing.weight_codes import (
+    GROUP_MULTIPLE,
+    MAX_GROUP_SIZE,
+    default_group_size,
+)
 from hf_adaptive_sparse.profiles import (
     CalibrationConfig,
     KVCacheConfig,
@@ -62,15 +66,21 @@ def weight_group_size(size: object) -> int | None:
     """Return the columns that share a scale, or ``None``.
 
     Raises:
-        ValueError: If it is neither ``None`` nor a multiple of ``GROUP_MULTIPLE`` above 0.
+        ValueError: If it is neither ``None`` nor a multiple of ``GROUP_MULTIPLE`` above 0, at most
+            ``MAX_GROUP_SIZE``.
     """
     if size is None:
         return None
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % GROUP_MULTIPLE:
+    if (
+        not isinstance(size, int)
+        or isinstance(size, bool)
+        or not 0 < size <= MAX_GROUP_SIZE
+        or size % GROUP_MULTIPLE
+    ):
         raise ValueError(
             "weight_group_size must be None (8 bits: one scale per row; 4 bits: one per "
-            f"{default_group_size(4)} columns) or a multiple of {GROUP_MULTIPLE} above 0, got "
-            f"{size!r}."
+            f"{default_group_size(4)} columns) or a multiple of {GROUP_MULTIPLE} above 0, at most "
+            f"{MAX_GROUP_SIZE}, got {size!r}."
         )
     return size
 

@@ -34,6 +34,9 @@ CODE_BITS = tuple(CODE_DTYPES)
 GROUP_MULTIPLE = 32
 """Groups are whole multiples of this many columns, so that no step of a kernel straddles two."""
 
+MAX_GROUP_SIZE = 2**31 - GROUP_MULTIPLE
+"""Most columns of a group: any weight's, and what kernels take as a number."""
+
 SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtype of the scales is that of the weight they belong to."""
 
@@ -75,14 +78,15 @@ def group_count(columns: int, group_size: int | None) -> int:
     """Return the scales of a row: ``ceil(columns / group_size)``, 1 without groups.
 
     Raises:
-        ValueError: If ``group_size`` is not None and not a positive multiple of 32.
+        ValueError: If ``group_size`` is not None and not a positive multiple of 32, or more
+            than ``MAX_GROUP_SIZE``.
     """
     if group_size is None:
         return 1
-    if group_size <= 0 or group_size % GROUP_MULTIPLE:
+    if not 0 < group_size <= MAX_GROUP_SIZE or group_size % GROUP_MULTIPLE:
         raise ValueError(
-            f"group_size must be a positive multiple of {GROUP_MULTIPLE}, or None for one scale "
-            f"per row, got {group_size!r}."
+            f"group_size must be a positive multiple of {GROUP_MULTIPLE}, at most "
+            f"{MAX_GROUP_SIZE}, or None for one scale per row, got {group_size!r}."
         )
     return max(1, -(-columns // group_size))
 
@@ -112,7 +116,7 @@ def encode(
         )
     rows, columns = weight.shape
     groups = group_count(columns, group_size)
-    width = columns if group_size is None else group_size
+    width = columns if group_size is None else min(group_size, columns)
     exact = weight.detach().float()
     if not torch.isfinite(exact).all():
         raise ValueError("Only finite weights can be quantised; this one has NaN or infinity.")
@@ -140,7 +144,8 @@ def decode(
     wide = torch.float64 if scales.dtype == torch.float32 else torch.float32
     factors = scales.to(wide) / code_limit(bits)
     if group_size is not None:
-        factors = factors.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]]
+        columns = codes.shape[1]
+        factors = factors.repeat_interleave(min(group_size, columns), dim=1)[:, :columns]
     return (codes.to(wide) * factors).float()
 
 

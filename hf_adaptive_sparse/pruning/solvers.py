@@ -59,7 +59,7 @@ def check_weight_update(name: str | None, metric: Metric) -> str | None:
     """
     if name is None:
         return None
-    if name not in WEIGHT_UPDATES:
+    if not isinstance(name, str) or name not in WEIGHT_UPDATES:
         raise ValueError(
             f"weight_update must be None or one of {', '.join(sorted(WEIGHT_UPDATES))}; got "
             f"{name!r}."

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing import bitmask, offsets, weight_codes
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.offsets import offset_dtype
@@ -181,6 +182,23 @@ def test_rows_by_themselves(bits):
         for stop in range(start, 10):
             assert torch.equal(sparse.dense_rows(start, stop), dense[start:stop])
             assert torch.equal(sparse.part(start, stop).to_dense(), sparse.to_dense()[start:stop])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_group_wider_than_the_weight_takes_no_more_memory_than_a_row(bits):
+    weight = make_weight(5, 70)
+    wide = SparseWeight.from_dense(weight, bits, weight_codes.MAX_GROUP_SIZE)
+    row = SparseWeight.from_dense(weight, bits)
+    assert torch.equal(wide.scales, row.scales)
+    assert torch.equal(wide.to_dense(), row.to_dense())
+    x = torch.randn(3, 70, dtype=weight.dtype)
+    product = sparse_linear.linear(x, wide)
+    torch.testing.assert_close(product, x @ row.to_dense().T, rtol=0, atol=5e-3)
+
+
+def test_a_group_size_that_no_kernel_can_be_told_is_refused():
+    with pytest.raises(ValueError, match=r"at most 2147483616, .* got 18446744073709551648"):
+        SparseWeight.from_dense(make_weight(5, 70), 8, 2**64 + 32)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), CODES)
