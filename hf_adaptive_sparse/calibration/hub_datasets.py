@@ -107,5 +107,6 @@ def _hub_error(source: str, error: Exception) -> DataError:
     reason = next((line for line in str(error).splitlines() if line.strip()), "")
     return DataError(
         f"The dataset {source!r} cannot be read from the Hub ({type(error).__name__}: {reason}). "
-        "Check its name, the network and your token (`hf auth login`), or give a local file."
+        "Check its name, the network and your token (`hf auth login`), or give a local file or "
+        f"folder: there is none called {source!r}."
     )

@@ -12,6 +12,12 @@ from hf_adaptive_sparse.calibration.tables import TEXT, DataError, Row, Table
 
 FILE_TYPES = (".parquet", ".jsonl", ".json", ".txt")
 
+OTHER_FILE_TYPES = (
+    *(".csv", ".tsv", ".xlsx", ".xml", ".yaml", ".yml", ".md", ".arrow", ".pkl"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"),
+)
+"""Not read; what ends so is meant as a file. Repos have dots too ("owner/data-v1.5")."""
+
 ROWS_WITH_COLUMNS = 1000
 """Rows of a jsonl or json file that are read to learn its columns: a row need not have them all."""
 

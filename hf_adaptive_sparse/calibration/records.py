@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_adaptive_sparse.calibration.hub_datasets import hub_table
-from hf_adaptive_sparse.calibration.local_files import FILE_TYPES, local_table
+from hf_adaptive_sparse.calibration.local_files import (
+    FILE_TYPES,
+    OTHER_FILE_TYPES,
+    local_table,
+)
 from hf_adaptive_sparse.calibration.media import COLUMN, MEDIA, PLACE, PLURAL, Medium
 from hf_adaptive_sparse.calibration.pictures import load_image
 from hf_adaptive_sparse.calibration.tables import (
@@ -139,9 +143,13 @@ def open_table(
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
         path = expanded(text)
-        is_file = path.suffix.lower() in FILE_TYPES
+        is_file = path.suffix.lower() in FILE_TYPES + OTHER_FILE_TYPES
         # A colon comes before the config of a dataset, but also after the letter of a drive.
-        is_path = "\\" in text or looks_like_path(text.partition(":")[0])
+        is_path = (
+            isinstance(source, os.PathLike)
+            or "\\" in text
+            or looks_like_path(text.partition(":")[0])
+        )
         if path.exists() or is_file or is_path:
             return local_table(path, split)
         return hub_table(text, split, revision, token)

@@ -216,6 +216,14 @@ def test_errors_of_files(tmp_path: Path) -> None:
         read_records(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    "missing", ["data.csv", "data/train.TSV", "train.jsonl.gz", Path("data"), Path("data/part")]
+)
+def test_a_missing_file_is_not_taken_for_a_dataset_of_the_hub(missing: str | Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist. Give a local \.parquet"):
+        read_records(missing)
+
+
 def test_a_json_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")
@@ -260,8 +268,10 @@ def test_null_text_is_skipped() -> None:
 
 class TestHub:
     def test_unreachable_hub_is_one_clear_error(self) -> None:
-        with pytest.raises(DataError, match=r"'nobody/nothing' cannot be read .* local file"):
-            read_records("nobody/nothing")
+        message = r"'{0}' cannot be read .* local file or folder: there is none called '{0}'"
+        for name in ("nobody/nothing", "nobody/nothing-v1.5"):
+            with pytest.raises(DataError, match=message.format(name)):
+                read_records(name)
 
     def test_default_is_wikitext(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
