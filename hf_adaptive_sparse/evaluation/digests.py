@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_adaptive_sparse.architecture import parameter_name
 from hf_adaptive_sparse.calibration.local_files import data_files
+from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, tensor_name
 from hf_adaptive_sparse.runtime.conversion import sparse_weights
@@ -129,7 +129,7 @@ def source_digest(data: object, split: str) -> str | None:
     """
     digest = hashlib.sha256()
     if isinstance(data, str | os.PathLike):
-        source = Path(data).expanduser()
+        source = expanded(data)
         if not source.exists():
             return None
         folder = source if source.is_dir() else source.parent

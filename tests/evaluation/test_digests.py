@@ -116,6 +116,7 @@ def test_of_a_file_its_content_counts(tmp_path: Path) -> None:
     assert len(digests) == 2
     assert source_digest(str(file), "test") in digests
     assert source_digest("Salesforce/wikitext", "test") is None
+    assert source_digest("~no-such-user/data.jsonl", "test") is None
 
 
 def rows(shade: int = 0, **cells: Any) -> list[dict[str, Any]]:
