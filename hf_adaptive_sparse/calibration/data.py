@@ -161,7 +161,8 @@ def check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
         index: Its place among all, for messages.
 
     Raises:
-        DataError: If it is empty or of mismatched shapes.
+        DataError: If it is empty, of mismatched shapes, or its ids are of another dtype than
+            int64 and int32.
         TypeError: If it is not a dict of tensors.
     """
     if not isinstance(batch, Mapping):
@@ -174,6 +175,12 @@ def check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
                 f"A batch must hold tensors; {key!r} of batch {index} is {type(value).__name__}."
             )
     _check_tokens(batch, index)
+    for key in ("input_ids", "decoder_input_ids"):
+        if key in batch and batch[key].dtype not in (torch.int64, torch.int32):
+            raise DataError(
+                f"{key} must be whole numbers of dtype torch.int64 or torch.int32; batch {index} "
+                f"has {batch[key].dtype}."
+            )
 
 
 def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
@@ -183,7 +190,7 @@ def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
     decoder: `sequence_pairs` checks them.
 
     Raises:
-        DataError: If tokens are missing, empty, no whole numbers or of mismatched shapes.
+        DataError: If tokens are missing, empty or of mismatched shapes.
     """
     decoder_is_fed = "decoder_input_ids" in batch
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
@@ -207,11 +214,6 @@ def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
                 f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch "
                 f"{index} has {tuple(batch[key].shape)}.{own if key == 'labels' else ''}"
             )
-    if "input_ids" in batch and (tokens.is_floating_point() or tokens.dtype == torch.bool):
-        raise DataError(
-            f"input_ids must be whole numbers, such as torch.int64; batch {index} has "
-            f"{tokens.dtype}."
-        )
 
 
 __all__ = [

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import cache_argument, media_token_ids
 from hf_adaptive_sparse.calibration.questions import IGNORED
 from hf_adaptive_sparse.calibration.sequence_pairs import model_pairs
+from hf_adaptive_sparse.calibration.tables import DataError
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, evaluating, new_cache, to_model
 
 CHUNK_LOGITS = 1 << 24
@@ -86,6 +87,7 @@ def predict(
 
     Raises:
         ValueError: If the batch has neither labels nor input_ids.
+        DataError: If a label is no token that the model predicts.
     """
     inputs = to_model(model, batch)
     if model.config.is_encoder_decoder:
@@ -100,8 +102,21 @@ def predict(
         cache = new_cache(model, kv_cache)
         inputs[cache_argument(model)] = cache
         logits = model(**inputs, use_cache=cache is not None).logits
+    _check_targets(targets, logits.shape[-1])
     # A decoder alone predicts at each position the next token; of the last one nothing is known.
     return Predictions(logits[:, : targets.shape[1]], targets.to(logits.device, torch.int64))
+
+
+def _check_targets(targets: torch.Tensor, vocabulary: int) -> None:
+    """Refuse targets beyond the logits, on which a GPU would fail for good."""
+    scored = targets[targets != IGNORED]
+    outside = scored[(scored < 0) | (scored >= vocabulary)]
+    if outside.numel():
+        raise DataError(
+            f"labels must be tokens that the model predicts, 0 to {vocabulary - 1}, or {IGNORED} "
+            f"where none is scored; got {int(outside[0])}. Tokenizer and model must belong "
+            "together: load both from the same repo."
+        )
 
 
 def scored_targets(inputs: Mapping[str, torch.Tensor], media_tokens: Sequence[int]) -> torch.Tensor:

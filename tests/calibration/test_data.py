@@ -141,7 +141,7 @@ def test_a_question_beyond_the_context_is_named(tmp_path: Path, tiny_llava) -> N
         load_batches(path, make_llava_processor(), config=tiny_llava.config, batch_size=2)
 
 
-FED = {"decoder_input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)}
+FED = dict.fromkeys(["decoder_input_ids", "labels"], torch.ones(1, 3, dtype=torch.int64))
 """What the decoder of an encoder-decoder is given."""
 
 

@@ -213,6 +213,21 @@ def test_ids_of_another_tokenizer_are_refused(tiny_llama, wrong_ids, use) -> Non
         use(tiny_llama, batches)
 
 
+@pytest.mark.parametrize("label", [128, -1])
+def test_labels_of_another_tokenizer_are_refused(tiny_llama, label) -> None:
+    batch = single([5, 6, 7]) | {"labels": torch.tensor([[-100, 6, label]])}
+    with pytest.raises(DataError, match=rf"labels must be .* 0 to 127, or -100 .*; got {label}\."):
+        perplexity(tiny_llama, [batch])
+
+
+@pytest.mark.parametrize("name", ["input_ids", "decoder_input_ids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.bool])
+def test_ids_of_a_dtype_that_no_embedding_takes_are_refused(tiny_llama, name, dtype) -> None:
+    batch = single([5, 6, 7]) | {name: torch.tensor([[5, 6, 7]]).to(dtype)}
+    with pytest.raises(DataError, match=f"{name} must be whole numbers .* has {dtype}"):
+        perplexity(tiny_llama, [batch])
+
+
 def test_image_tokens_may_lie_outside_the_vocabulary(tiny_llava) -> None:
     batch = {"input_ids": torch.tensor([[5, 5000, 7]])}
     tiny_llava.config.image_token_id = 5000
