@@ -67,7 +67,10 @@ def data_files(path: Path, split: str) -> list[Path]:
         return [path]
     files = sorted(path.rglob("*.parquet"))
     if not files:
-        raise DataError(f"A folder of data must hold parquet files; {path} holds none.")
+        raise DataError(
+            f"A folder of data must hold parquet files; {path} holds none. Name a file in it, or "
+            "write its rows as such (datasets: load_from_disk, then to_parquet)."
+        )
     return [f for f in files if f.name.startswith(split)] or files
 
 
