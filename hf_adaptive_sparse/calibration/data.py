@@ -172,7 +172,8 @@ def check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
     for key, value in batch.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(
-                f"A batch must hold tensors; {key!r} of batch {index} is {type(value).__name__}."
+                f"A batch must hold tensors; {key!r} of batch {index} is {type(value).__name__}. "
+                "Rows of a dataset are given as a file: dataset.to_parquet(path), and its path."
             )
     _check_tokens(batch, index)
     for key in ("input_ids", "decoder_input_ids"):
