@@ -148,7 +148,7 @@ def measure_all(inputs: Inputs, target: float, trials: int | None, seed: int) ->
     space = replace(best.space(config), kv_bits=None)
     if space != replace(paper.space(config), kv_bits=None):
         raise RuntimeError("The presets search different spaces: search once for each.")
-    result, seconds = run_search(inputs, space, trials or best.trials, seed)
+    result, seconds = run_search(inputs, space, trials or best.n_trials, seed)
     for preset in (paper, best):
         config = preset_config(preset, target, result)
         name = f"quality {preset.name} ({config.method}, searched)"
