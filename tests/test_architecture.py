@@ -188,6 +188,21 @@ def test_routers_that_are_linears_by_descent_are_left_alone():
     assert not [name for name in prunable_weights(model) if "router" in name]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "router"),
+    [
+        ("afmoe", "model.layers.1.mlp.router.gate"),
+        ("jetmoe", "model.layers.0.self_attention.experts.router.layer"),
+        ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate"),
+    ],
+)
+def test_linears_of_a_router_are_left_alone(model_type: str, router: str) -> None:
+    with torch.device("meta"):
+        model = tiny_model(model_type)
+    assert type(model.get_submodule(router)) is nn.Linear
+    assert router not in prunable_weights(model)
+
+
 def test_encoders_inside_the_decoder_are_not_its_layers():
     layers = {"audio_config.num_blocks": 1, "audio_config.intermediate_size": 4096}
     with torch.device("meta"):

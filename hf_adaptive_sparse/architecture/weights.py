@@ -31,7 +31,8 @@ def prunable_weights(
     parameters that hold the matrices of a layer's experts. Vision tower, projector, embeddings and
     output head lie outside; weights that are shared with another module, or stored in something
     else than floating point of shape (out, in), are left out, and linears with a forward of their
-    own.
+    own. Routers, which choose or weigh experts, stay whole: most are no linears, and those that are
+    hold next to nothing and decide everything.
 
     Args:
         model: The model.
@@ -48,6 +49,7 @@ def prunable_weights(
     """
     layers_name, layers = decoder_layers(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    routers = _in_routers(layers)
     found: dict[str, Prunable] = {}
     for name, module in layers.named_modules(prefix=layers_name):
         if not isinstance(module, nn.Linear):
@@ -55,8 +57,8 @@ def prunable_weights(
                 if stack.weight.is_floating_point() and uses[id(stack.weight)] == 1:
                     found[f"{name}.{stack.key}"] = stack
             continue
-        # A router that is a linear by descent returns choices: nothing may stand in for it.
-        if type(module).forward is not nn.Linear.forward:
+        # What is a linear by descent may return anything else: nothing may stand in for it.
+        if type(module).forward is not nn.Linear.forward or module in routers:
             continue
         weight = module.weight
         plain = tuple(weight.shape) == (module.out_features, module.in_features)
@@ -68,6 +70,17 @@ def prunable_weights(
     for pattern in modules_to_not_convert or ():
         excluded |= set(match_names(pattern, found, "modules_to_not_convert"))
     return {name: module for name, module in found.items() if name not in excluded}
+
+
+def _in_routers(layers: nn.Module) -> set[nn.Module]:
+    """Return the modules of what chooses experts: a router by name, or a gate beside experts."""
+    found: set[nn.Module] = set()
+    for module in layers.modules():
+        experts = hasattr(module, "experts")
+        for name, child in module.named_children():
+            if "router" in name or (experts and name.endswith("gate")):
+                found.update(child.modules())
+    return found
 
 
 def _nothing_prunable(model: nn.Module, layers_name: str, layers: nn.ModuleList) -> ValueError:
