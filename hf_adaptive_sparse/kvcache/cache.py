@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -21,6 +22,7 @@ from hf_adaptive_sparse.architecture import cross_attention_layers
 from hf_adaptive_sparse.kvcache.attending import Attending
 from hf_adaptive_sparse.kvcache.carrying import carried_profile, check_profile
 from hf_adaptive_sparse.kvcache.hybrid import AdaptiveHybridLayer, AdaptiveSlidingHybridLayer
+from hf_adaptive_sparse.kvcache.indexed import AdaptiveIndexedLayer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.refusals import Refusals
 from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
@@ -38,9 +40,10 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
     ``AdaptiveQuantizedLayer``; the number format in ``hf_adaptive_sparse.kvcache.codec``.
 
     Full-attention, sliding-window and chunked layers are quantised, and the keys and values of
-    hybrid ones, which have states of a linear attention besides. Linear-attention, state-space,
-    indexed, shared and cross-attention layers are those a ``DynamicCache`` has, not quantised, and
-    ignore their entry of the KV profile, which has one per decoder layer all the same.
+    those that keep something else besides: states of a linear attention, keys of an indexer.
+    Linear-attention, state-space, shared and cross-attention layers are those a ``DynamicCache``
+    has, not quantised, and ignore their entry of the KV profile, which has one per decoder layer
+    all the same.
 
     Args:
         config: ``model.config`` of the model that the cache will be used with, the object itself
@@ -193,6 +196,7 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
 _REPLACED: dict[type, type[AdaptiveQuantizedLayer]] = {
     DynamicLayer: AdaptiveQuantizedLayer,
     DynamicSlidingWindowLayer: AdaptiveSlidingWindowLayer,
+    DynamicIndexedLayer: AdaptiveIndexedLayer,
     LinearAttentionAndFullAttentionLayer: AdaptiveHybridLayer,
     LinearAttentionAndSlidingWindowAttentionLayer: AdaptiveSlidingHybridLayer,
 }

@@ -9,7 +9,7 @@ stored, their own block included, which is what later tokens see of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -139,6 +139,13 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
         if self._quantized_keys is None or self._quantized_values is None:
             return ()
         return self._quantized_keys, self._quantized_values
+
+    def states(self) -> dict[str, Any]:
+        """Return what is kept beside keys and values, in kinds of layers that keep more."""
+        return {}
+
+    def set_states(self, states: Mapping[str, Any]) -> None:
+        """Take over what ``states`` returned."""
 
     def set_length(self, tokens: int) -> None:
         """Say how many tokens of the sequence the stores stand for, after they were restored."""

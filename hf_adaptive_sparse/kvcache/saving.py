@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from hf_adaptive_sparse.kvcache.coding import empty_parts
-from hf_adaptive_sparse.kvcache.hybrid import AdaptiveHybridLayer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.store import TokenStore
 
@@ -37,8 +36,9 @@ def layer_state(layer: Any) -> dict[str, Any]:
         "record_past": layer.record_past,
         "stores": [_store_state(store) for store in layer.stores()],
     }
-    if isinstance(layer, AdaptiveHybridLayer):
-        state["states"] = _plain(layer.states(), "states")
+    states = layer.states()
+    if states:
+        state["states"] = _plain(states, "states")
     return state
 
 
@@ -69,7 +69,7 @@ def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
             _restore_store(store, stored, made.layer_idx)
         _check_pair(made, state["cumulative_length"])
         made.set_length(state["cumulative_length"])
-    if isinstance(made, AdaptiveHybridLayer):
+    if made.states():
         made.set_states(_plain(state["states"], "states"))
     return made
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -15,6 +16,7 @@ from transformers.cache_utils import (
 
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.hybrid import AdaptiveHybridLayer, AdaptiveSlidingHybridLayer
+from hf_adaptive_sparse.kvcache.indexed import AdaptiveIndexedLayer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
 from hf_adaptive_sparse.profiles import KVCacheConfig
@@ -115,7 +117,26 @@ MODELS = {
             "first_k_dense_replace": 1,
             "index_n_heads": 2,
             "index_head_dim": 16,
-            "index_topk": 64,
+            "index_topk": 24,
+        },
+    ),
+    "qwen4": (
+        "Qwen4ExpText",
+        {
+            "layer_types": ["linear_attention", "indexed_attention"] * 2,
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 24,
+            "indexer_compress_ratio": 4,
         },
     ),
     "gemma3n": (
@@ -132,7 +153,12 @@ MODELS = {
         },
     ),
 }
-CLASSES = {"Gemma3Text": "Gemma3", "Llama4Text": "Llama4", "Gemma3nText": "Gemma3n"}
+CLASSES = {
+    "Gemma3Text": "Gemma3",
+    "Qwen4ExpText": "Qwen4Exp",
+    "Llama4Text": "Llama4",
+    "Gemma3nText": "Gemma3n",
+}
 
 
 def make_model(name):
@@ -207,15 +233,16 @@ def test_plain_and_sliding_layers_are_quantised_and_others_are_those_of_transfor
         replaced = {
             DynamicLayer: AdaptiveQuantizedLayer,
             DynamicSlidingWindowLayer: AdaptiveSlidingWindowLayer,
+            DynamicIndexedLayer: AdaptiveIndexedLayer,
             LinearAttentionAndFullAttentionLayer: AdaptiveHybridLayer,
             LinearAttentionAndSlidingWindowAttentionLayer: AdaptiveSlidingHybridLayer,
         }
         assert type(mine) is replaced.get(type(theirs), type(theirs))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral", "llama4"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "llama4", "deepseek v3.2"])
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 4}])
-def test_beams_and_rollbacks_in_windows(name, settings):
+def test_beams_and_rollbacks_in_windows_and_indexes(name, settings):
     """Beam search reorders the ring; prompt lookup takes rejected tokens back out of it."""
     model = make_model(name)
     ids = random_ids(1, 10).repeat(1, 4)
@@ -263,7 +290,7 @@ def test_bytes_of_a_window_stay_below_those_of_transformers():
     assert ours.nbytes < 0.8 * stock_bytes
 
 
-HYBRIDS = ["falcon-h1", "zaya"]
+WITH_STATES = ["falcon-h1", "zaya", "deepseek v3.2"]
 
 
 def logits_after(model, cache, ids):
@@ -287,14 +314,14 @@ def small_blocks(model, bits=16):
     return AdaptiveQuantizedCache(model.config, KVCacheConfig(bits=bits, residual_length=8))
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_beams_move_the_states_of_hybrid_layers_too(name):
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_beams_move_the_states_beside_keys_and_values_too(name):
     model, ids = make_model(name), random_ids(1, 20)
     expected = generate(model, DynamicCache(config=model.config), ids, num_beams=3)[0]
     assert torch.equal(generate(model, small_blocks(model), ids, num_beams=3)[0], expected)
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", WITH_STATES)
 @pytest.mark.parametrize(
     ("change", "rows"),
     [
@@ -302,7 +329,7 @@ def test_beams_move_the_states_of_hybrid_layers_too(name):
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
     ],
 )
-def test_sequences_of_hybrid_layers_are_chosen_with_their_states(name, change, rows):
+def test_sequences_are_chosen_with_their_states(name, change, rows):
     model, ids = make_model(name), random_ids(3, 40)
     cache = filled(model, ids, small_blocks(model))
     change(cache)
@@ -311,9 +338,9 @@ def test_sequences_of_hybrid_layers_are_chosen_with_their_states(name, change, r
     torch.testing.assert_close(logits_after(model, cache, ids[rows]), expected)
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("name", WITH_STATES)
 @pytest.mark.parametrize("bits", [16, 6])
-def test_hybrid_layers_are_saved_copied_and_emptied_with_their_states(name, bits, tmp_path):
+def test_layers_are_saved_copied_and_emptied_with_their_states(name, bits, tmp_path):
     model, ids = make_model(name), random_ids(2, 40)
     cache = filled(model, ids, small_blocks(model, bits))
     torch.save(cache.state_dict(), tmp_path / "cache.pt")
