@@ -203,6 +203,20 @@ def test_linears_of_a_router_are_left_alone(model_type: str, router: str) -> Non
     assert router not in prunable_weights(model)
 
 
+def test_a_model_that_only_leads_its_parts_names_them() -> None:
+    with torch.device("meta"):
+        model = tiny_model("qwen2_5_omni")
+    with pytest.raises(ValueError, match=r"only leads its parts \(Qwen2_5OmniThinkerFor\w+, Qwen"):
+        decoder_layers(model)
+    assert decoder_layers(model.thinker)[0] == "model.language_model.layers"
+
+
+def test_an_encoder_of_as_many_layers_is_not_the_decoder() -> None:
+    with torch.device("meta"):
+        model = tiny_model("git")
+    assert decoder_layers(model)[0] == "git.encoder.layer"
+
+
 def test_encoders_inside_the_decoder_are_not_its_layers():
     layers = {"audio_config.num_blocks": 1, "audio_config.intermediate_size": 4096}
     with torch.device("meta"):

@@ -19,16 +19,31 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         The runtime name of the list (``"model.language_model.layers"``) and the list itself.
 
     Raises:
-        ValueError: If the model has no language model with a list of decoder layers.
+        ValueError: If the model has no language model with a list of decoder layers, or no forward
+            pass.
     """
+    if type(model).forward is nn.Module.forward:
+        parts = ", ".join(type(part).__name__ for part in generating_parts(model))
+        raise ValueError(
+            f"The model must have a forward pass; {type(model).__name__} only leads its parts "
+            f"({parts}). Load the part that reads text, with its own class."
+        )
     decoder = _language_decoder(model)
-    expected = getattr(text_config(config_of(model)), "num_hidden_layers", None)
-    best: tuple[tuple[bool, int], nn.ModuleList] | None = None
+    config = text_config(config_of(model))
+    expected = getattr(config, "num_hidden_layers", None)
+    kinds: dict[str, type] = {}
+    best: tuple[tuple[bool, bool, int], nn.ModuleList] | None = None
     for name, module in decoder.named_modules():
+        kinds[name] = _config_type(module) or kinds.get(name.rpartition(".")[0], type(config))
         if not isinstance(module, nn.ModuleList) or not len(module) or _inside_a_list(name):
             continue
-        # The length first: Phi-4-multimodal keeps its encoders inside the decoder.
-        rank = len(module) == expected, sum(p.numel() for p in module.parameters())
+        # Size comes last: Phi-4-multimodal and GIT keep encoders inside the decoder, and
+        # Qwen2.5-Omni's get_decoder() is the whole model, which speaks, too.
+        rank = (
+            kinds[name] is type(config),
+            len(module) == expected,
+            sum(p.numel() for p in module.parameters()),
+        )
         if best is None or rank > best[0]:
             best = rank, module
     if best is None:
@@ -38,6 +53,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not names:
         raise _no_layers(model, "its decoder is not one of its own modules")
     return names[0], layers
+
+
+def _config_type(module: nn.Module) -> type | None:
+    """Return the kind of config that a model inside the model was made from."""
+    return type(module.config) if isinstance(module, PreTrainedModel) else None
 
 
 def _language_decoder(model: nn.Module) -> nn.Module:
