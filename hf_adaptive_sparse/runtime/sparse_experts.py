@@ -90,6 +90,9 @@ class SparseStack:
         implementation: How transformers ran the model's experts before, if this stack changed that.
     """
 
+    _is_hf_initialized = True
+    """What transformers asks before it fills a weight with random numbers."""
+
     def __init__(
         self,
         owner: nn.Module,
