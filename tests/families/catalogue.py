@@ -121,6 +121,40 @@ def placed_patches(config: PretrainedConfig) -> Features:
     }
 
 
+def flat_patches(config: PretrainedConfig) -> Features:
+    """Patches of an image in rows and columns: ``(1, patches, values)``, ``(1, 2)``."""
+    return {
+        "pixel_values": _patches(config, 1).unsqueeze(0),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+    }
+
+
+def square_patches(config: PretrainedConfig) -> Features:
+    """Patches of an image as small images: ``(patches, channels, height, width)``."""
+    size = config.vision_config.patch_size
+    return {**patches(config), "pixel_values": noise(16, 3, size, size)}
+
+
+def merged_patches(config: PretrainedConfig) -> Features:
+    return {**patches(config), "image_merge_sizes": torch.tensor([2])}
+
+
+def pooled_patches(config: PretrainedConfig) -> Features:
+    """Patches of an image, and the four that each token is pooled from."""
+    places = torch.arange(16).view(2, 2, 2, 2)  # rows of tokens, rows in one, and so for columns
+    return {
+        "pixel_values": _patches(config, 1).unsqueeze(0),
+        "image_token_pooling": places.transpose(1, 2).reshape(4, 4),
+        "image_grids": torch.tensor([[2, 2, 0, 0]]),
+    }
+
+
+def kept_tiles(config: PretrainedConfig) -> Features:
+    """Tiles of an image, and which of them are no padding."""
+    return {**pictures(config), "pixel_attention_mask": torch.ones(1, 2, dtype=torch.bool)}
+
+
 def question_and_picture(config: PretrainedConfig) -> Features:
     """An image, and the question as the Q-Former reads it."""
     return {**picture(config), "qformer_input_ids": torch.tensor([[5, 6, 7]])}
@@ -191,6 +225,24 @@ PHI = {
     "audio_config.nemo_conv_channels": 32,
 }
 FULL = {"layer_types": ["full_attention"] * 2}
+MLA = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+}
+GROUPS = {"n_group": 1, "topk_group": 1}
+INDEXER = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
+OMNI = {
+    **MROPE,
+    "vision_start_token_id": 90,
+    "vision_end_token_id": 91,
+    "audio_start_token_id": 92,
+    "audio_end_token_id": 93,
+}
 ARIA = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
 GRID = {"image_grid_pinpoints": [[SIZE, 64]]}
 VIDEO = "video_token_id"
@@ -312,6 +364,57 @@ FAMILIES = [
         tokens=13,
         placeholder="vision_config.image_token_id",
     ),
+    Family(
+        "lfm2_vl", "image", flat_patches, {"text_config.layer_types": ["conv", "full_attention"]}
+    ),
+    Family("video_llama_3", "image", merged_patches),
+    Family("paddleocr_vl", "image", square_patches, MROPE),
+    Family("granite_docling", "image", kept_tiles),
+    Family("hyperclovax_vision_v2", "image", patches),
+    Family("pp_chart2table", "image", picture),
+    Family("qwen2_5_omni_thinker", "image", patches, OMNI),
+    Family("qwen3_omni_moe_thinker", "image", patches, OMNI),
+    Family(
+        "qwen4_exp",
+        "image",
+        patches,
+        {
+            "text_config.layer_types": ["linear_attention", "indexed_attention"],
+            "text_config.indexer_n_heads": 2,
+            "text_config.indexer_kv_heads": 1,
+            "text_config.indexer_head_dim": 8,
+            "text_config.indexer_budget": 24,
+            "text_config.indexer_compress_ratio": 4,
+        },
+    ),
+    Family(
+        "ernie4_5_vl_moe",
+        "image",
+        patches,
+        {
+            "text_config.rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            },
+            "text_config.moe_num_experts": 4,
+            "text_config.moe_k": 2,
+            "text_config.moe_intermediate_size": [16, 16],
+        },
+    ),
+    Family(
+        "molmo2",
+        "image",
+        pooled_patches,
+        {
+            "adapter_config.vision_feature_layer": [-1, 0],
+            "adapter_config.text_hidden_size": 32,
+            "vision_config.num_position_embeddings": 16,
+            "image_patch_id": 50,
+        },
+        tokens=4,
+        placeholder="image_patch_id",
+    ),
     Family("llava_next_video", "video", frames, GRID, placeholder=VIDEO),
     Family("llava_onevision", "video", frames, GRID, placeholder=VIDEO),
     Family("video_llava", "video", frames, placeholder=VIDEO),
@@ -365,26 +468,17 @@ FAMILIES = [
     Family("olmoe", "text", text),
     Family("granitemoe", "text", text),
     Family("phimoe", "text", text),
-    Family("glm4_moe", "text", text, {"n_group": 1, "topk_group": 1}),
+    Family("glm4_moe", "text", text, GROUPS),
     Family("minimax_m2", "text", text),
     Family("ernie4_5_moe", "text", text, {"moe_num_experts": 4, "moe_k": 2}),
     Family(
         "deepseek_v3",
         "text",
         text,
-        {
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 8,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-            "head_dim": 4,
-        },
+        {**MLA, **GROUPS, "first_k_dense_replace": 1},
     ),
+    Family("deepseek_v32", "text", text, {**MLA, **GROUPS, **INDEXER, "first_k_dense_replace": 1}),
+    Family("mistral4", "text", text, {**MLA, "qk_head_dim": 8}),
     Family("gpt_oss", "text", text, FULL),
     Family(
         "llama4_text",
@@ -399,6 +493,45 @@ FAMILIES = [
     ),
     Family("nemotron_h", "text", text),
     Family("jetmoe", "text", text),
+    Family("qwen3_next", "text", text, {"layer_types": ["linear_attention", "full_attention"]}),
+    Family(
+        "lfm2_moe",
+        "text",
+        text,
+        {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    Family(
+        "falcon_h1",
+        "text",
+        text,
+        {
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 2,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+    ),
+    Family(
+        "zamba2",
+        "text",
+        text,
+        {
+            "layer_types": ["linear_attention", "hybrid"],
+            "hybrid_layer_ids": [1],
+            "num_mem_blocks": 1,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "mamba_ngroups": 1,
+            "mamba_d_state": 8,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+            "adapter_rank": 4,
+        },
+    ),
+    Family("smollm3", "text", text, {"no_rope_layers": [1, 0]}),
+    Family("olmo3", "text", text),
+    Family("starcoder2", "text", text),
     Family("phi3", "text", text),
     Family("gpt2", "text", text),
     Family("opt", "text", text),
