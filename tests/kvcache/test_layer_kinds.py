@@ -227,7 +227,11 @@ def test_plain_and_sliding_layers_are_quantised_and_others_are_those_of_transfor
     stock = DynamicCache(config=config)
     ours = AdaptiveQuantizedCache(config)
     assert ours.is_sliding == stock.is_sliding
-    assert ours.is_linear == stock.is_linear
+    # Up to 5.23 transformers takes a hybrid layer in a window for one without keys and values.
+    assert ours.is_linear == [
+        linear and not isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer)
+        for linear, layer in zip(stock.is_linear, stock.layers, strict=True)
+    ]
     assert ours.is_dummy == stock.is_dummy
     for mine, theirs in zip(ours.layers, stock.layers, strict=True):
         replaced = {
