@@ -28,15 +28,7 @@ import llama_cpp
 import numpy as np
 import torch
 from environment import describe, write_result
-from sparse_runtime import (
-    FORMS,
-    HEAD_DIM,
-    HEADS,
-    KV_HEADS,
-    decode_step,
-    model_config,
-    write_models,
-)
+from sparse_runtime import FORMS, decoder, load, model_config, write_models
 from transformers import LlamaConfig
 from turns import WARM_UP, in_turns
 
@@ -50,10 +42,11 @@ def gguf_tensors(config: LlamaConfig, seed: int) -> Iterator[tuple[str, np.ndarr
     """Yield llama.cpp's names and random weights, float32."""
     generator = np.random.default_rng(seed)
     hidden, inner = config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * config.head_dim
     shapes = {
         "attn_q": (hidden, hidden),
-        "attn_k": (KV_HEADS * HEAD_DIM, hidden),
-        "attn_v": (KV_HEADS * HEAD_DIM, hidden),
+        "attn_k": (keys, hidden),
+        "attn_v": (keys, hidden),
         "attn_output": (hidden, hidden),
         "ffn_gate": (inner, hidden),
         "ffn_up": (inner, hidden),
@@ -80,10 +73,10 @@ def write_gguf(path: Path, config: LlamaConfig, seed: int) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
@@ -154,6 +147,7 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=22)
@@ -162,13 +156,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain-buffers", action="store_true", help="of llama.cpp, see above")
     options = parser.parse_args()
-    config = model_config(options.layers)
+    config = model_config("1b", options.layers)
     own = f"llama.cpp, Q8_0 (llama-cpp-python {version('llama-cpp-python')})"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(folder, model_config(options.layers), options.seed)
+        write_models(folder, model_config("1b", options.layers), options.seed)
         write_gguf(folder / "model.gguf", config, options.seed)
-        steps = {form: decode_step(folder, form, config, options.context) for form in FORMS}
+        steps = {form: decoder(load(folder, form), form, config, options.context) for form in FORMS}
         with plain_buffers() if options.plain_buffers else contextlib.nullcontext():
             steps[own] = llama_step(
                 folder / "model.gguf", config, options.context, room=options.rounds + WARM_UP

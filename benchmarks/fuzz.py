@@ -31,7 +31,8 @@ SHOWN = 5
 def fuzz_at_random(name: str, executions: int, seed: int) -> dict[str, Any]:
     """Run one target on random inputs."""
     rng = random.Random(f"{seed}:{name}")
-    accepted, slowest, crashes, count = 0, 0.0, [], 0
+    crashes: list[dict[str, str]] = []
+    accepted, slowest, count = 0, 0.0, 0
     started = time.perf_counter()
     for index in range(executions):
         data = rng.randbytes(rng.randrange(LONGEST_INPUT))

@@ -45,8 +45,11 @@ from hf_adaptive_sparse.kernels.packed import PackedCache
 from hf_adaptive_sparse.kernels.reference import attention as reference
 from hf_adaptive_sparse.kvcache.attention import PinnedPair, pin_pair
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
+from hf_adaptive_sparse.kvcache.channel import ChannelCodec
+from hf_adaptive_sparse.kvcache.codec import Codec
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.store import TokenStore
+from hf_adaptive_sparse.kvcache.transposed import TransposedCodec
 from hf_adaptive_sparse.packing.bits import PACKED_BITS
 from hf_adaptive_sparse.profiles import KVCacheConfig
 
@@ -119,17 +122,20 @@ def packed_cache(
     key_mode: str = "channel",
 ) -> tuple[PackedCache, PinnedPair]:
     """A cache of random states ``(batch, kv_heads, tokens, head_dim)``."""
-    stores = []
-    codecs = (key_codec(bits[0], key_mode, 64), value_codec(bits[1], 64))
-    for codec, what in zip(codecs, ("keys", "values"), strict=True):
+
+    def filled(codec: Codec | None, what: str) -> TokenStore:
         template = torch.empty((*shape[:2], 0, shape[3]), dtype=dtype, device=device)
         store = TokenStore(codec, 128, template)
         for start in range(0, shape[2], 4096):
             count = min(4096, shape[2] - start)
             states = torch.randn((*shape[:2], count, shape[3]), device=device).to(dtype)
             store.commit(store.prepare(states, what))
-        stores.append(store)
-    pair = pin_pair(*stores)
+        return store
+
+    pair = pin_pair(
+        filled(key_codec(bits[0], key_mode, 64), "keys"),
+        filled(value_codec(bits[1], 64), "values"),
+    )
     if pair.packed is None:
         raise SystemExit(f"{shape[2]} tokens fill no block.")
     return pair.packed, pair
@@ -263,9 +269,12 @@ def measure_decoding(
 def read_bytes(packed: PackedCache) -> int:
     """Bytes of codes, metadata and raw tokens, each of which attention reads once."""
     keys, values = packed.blocks.keys, packed.blocks.values
-    parts = (keys.codes, keys.step, keys.minimum)
-    parts += (values.codes, values.step_codes, values.min_codes, values.scales)
-    return sum(p.numel() * p.element_size() for p in (*parts, packed.raw_keys, packed.raw_values))
+    parts = (
+        *(keys.codes, keys.step, keys.minimum),
+        *(values.codes, values.step_codes, values.min_codes, values.scales),
+        *(packed.raw_keys, packed.raw_values),
+    )
+    return sum(part.nbytes for part in parts)
 
 
 def compile_case(case: tuple[Sizes, tuple[int, int]], device: torch.device) -> None:
@@ -308,6 +317,10 @@ def measure_bandwidth(
     return rows
 
 
+def codecs_of(bits: int) -> dict[str, ChannelCodec | TransposedCodec]:
+    return {"keys": ChannelCodec(bits), "values": TransposedCodec(bits, 64)}
+
+
 def measure_encoding(device: torch.device, sizes: Sizes, tokens: int) -> list[dict[str, Any]]:
     """Microseconds to encode a prompt's keys and values, by the kernel and by torch."""
     shape = (1, tokens, sizes.heads, sizes.head_dim)  # as models have it in memory
@@ -315,14 +328,13 @@ def measure_encoding(device: torch.device, sizes: Sizes, tokens: int) -> list[di
     blocks = states.unflatten(2, (tokens // 128, 128))
     rows = []
     for bits in PACKED_BITS[::-1]:
-        codecs = {"keys": key_codec(bits, "channel", 64), "values": value_codec(bits, 64)}
-        for what, codec in codecs.items():
+        for what, codec in codecs_of(bits).items():
             kernel = functools.partial(triton_encoding.encode, blocks, codec.kernel_format)
             reference = functools.partial(codec.encode, blocks, what)
-            for part, theirs in zip(kernel(), reference(), strict=True):
-                if not torch.equal(part, theirs):
-                    gpu.say(f"{what} at {bits} bits differ from torch's")
-            row = {"tokens": tokens, "what": what, "bits": bits}
+            encoded = kernel()
+            if encoded is None or not all(map(torch.equal, encoded, reference())):
+                gpu.say(f"{what} at {bits} bits differ from torch's")
+            row: dict[str, Any] = {"tokens": tokens, "what": what, "bits": bits}
             row |= {"kernel_us": gpu.best_seconds([kernel] * 4, device) * 1e6}
             row |= {"torch_us": gpu.best_seconds([reference] * 4, device) * 1e6}
             rows.append(row)
@@ -336,11 +348,10 @@ def measure_restoring(device: torch.device, sizes: Sizes, tokens: int) -> list[d
     blocks = torch.randn(shape, device=device).bfloat16().unflatten(2, (tokens // 128, 128))
     size = blocks.numel() * blocks.element_size()
     count = 1 + min(64, sizes.rotation_bytes // size)
-    outputs = [blocks.new_empty(shape) for _ in range(count)]
+    outputs: list[torch.Tensor] = [blocks.new_empty(shape) for _ in range(count)]
     rows = []
     for bits in PACKED_BITS[::-1]:
-        codecs = {"keys": key_codec(bits, "channel", 64), "values": value_codec(bits, 64)}
-        for what, codec in codecs.items():
+        for what, codec in codecs_of(bits).items():
             parts = codec.parts_type(*(part.contiguous() for part in codec.encode(blocks, what)))
             kernels = [
                 functools.partial(triton_decoding.decode, parts, codec.kernel_format, 128, output)
@@ -349,13 +360,15 @@ def measure_restoring(device: torch.device, sizes: Sizes, tokens: int) -> list[d
 
             def reference(codec: Any = codec, parts: Any = parts) -> torch.Tensor:
                 found: torch.Tensor = codec.decode(parts, (128, shape[3]), blocks.dtype)
-                return outputs[0].copy_(found.flatten(2, 3))
+                outputs[0].copy_(found.flatten(2, 3))
+                return outputs[0]
 
             kernels[-1]()
             if not torch.equal(outputs[-1].view(torch.int16), reference().view(torch.int16)):
                 gpu.say(f"{what} at {bits} bits differ from torch's")
             found = gpu.seconds_of(kernels, device)
-            row = {"tokens": tokens, "what": what, "bits": bits, "kernel_us": found["call_us"]}
+            row: dict[str, Any] = {"tokens": tokens, "what": what, "bits": bits}
+            row |= {"kernel_us": found["call_us"]}
             row |= {"device_us": found["device_us"], "bytes": size + sum(p.nbytes for p in parts)}
             row |= {"torch_us": gpu.best_seconds([reference] * 4, device) * 1e6}
             rows.append(row)

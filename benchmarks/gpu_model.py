@@ -109,7 +109,7 @@ class Form:
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             gpu.milliseconds(self.prompt.device, self.step)
-        return sum(event.device_time_total for event in profile.events()) / 1000
+        return float(sum(event.device_time_total for event in profile.events())) / 1000
 
 
 class GraphForm(Form):

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import gpu
 import torch
@@ -212,8 +213,8 @@ def compile_case(case: tuple[int, int, int, int | None, int], device: torch.devi
     weight = indexed(SparseWeight.from_dense(pruned((8, columns), device), bits, group))
     tiles = triton_sparse_plan.vector_tiles(weight)
     if place < len(tiles):
-        triton_sparse.vector_tiles = lambda weight: [tiles[place]]
-        triton_sparse.linear(torch.randn(tokens, columns, device=device).bfloat16(), weight)
+        with mock.patch.object(triton_sparse, "vector_tiles", return_value=[tiles[place]]):
+            triton_sparse.linear(torch.randn(tokens, columns, device=device).bfloat16(), weight)
 
 
 def rotation(weight: Any, size: int, sizes: Sizes, copy: Callable[[Any], Any]) -> list[Any]:

@@ -26,6 +26,7 @@ its kernels at its first use on a machine, which takes minutes and is not timed.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -93,8 +94,8 @@ def cache_makers(wanted: list[str] | None = None) -> dict[str, Callable[[], Any]
     makers["fp8"] = lambda: QuantizedCache("fp8", config=config)
     if importlib.util.find_spec("hqq"):
         for bits in (8, 4):
-            makers[f"hqq, {bits}"] = lambda bits=bits: QuantizedCache(
-                "hqq", config=config, nbits=bits, axis_key=1, axis_value=1
+            makers[f"hqq, {bits}"] = functools.partial(
+                QuantizedCache, "hqq", config=config, nbits=bits, axis_key=1, axis_value=1
             )
     unknown = set(wanted or ()) - set(makers)
     if unknown:
@@ -181,7 +182,7 @@ def measure_decoding(
     times: dict[str, list[float]] = {name: [] for name in caches}
     for turn, names in enumerate(shuffled_rounds(list(caches), rounds + 2, seed)):
         for name in names:
-            spent = timed(lambda c=caches[name]: model(token, past_key_values=c))
+            spent = timed(functools.partial(model, token, past_key_values=caches[name]))
             if turn >= 2:
                 times[name].append(spent)
     found = {name: summary(series) for name, series in times.items()}
@@ -202,8 +203,8 @@ def measure_prefill(
     times: dict[str, list[float]] = {name: [] for name in makers}
     for turn, names in enumerate(shuffled_rounds(list(makers), rounds + 1, seed)):
         for name in names:
-            cache = makers[name]()
-            spent = timed(lambda c=cache: model(ids, past_key_values=c, logits_to_keep=1))
+            step = functools.partial(model, ids, past_key_values=makers[name](), logits_to_keep=1)
+            spent = timed(step)
             if turn >= 1:
                 times[name].append(spent)
     return {name: summary(series) for name, series in times.items()}

@@ -84,19 +84,20 @@ def main() -> None:
                 if turn >= 2:
                     for part, series in times.items():
                         found[name][part] += series
+    medians = {
+        name: {part: round(statistics.median(s), 1) for part, s in parts.items() if s}
+        for name, parts in found.items()
+    }
+    ours = medians[OURS]
     result = {
         "question": "microseconds per layer and token of the cache beyond the attention kernel",
         "kernel": library.describe(),
         "settings": vars(arguments),
-        "median_us": {
-            name: {part: round(statistics.median(s), 1) for part, s in parts.items() if s}
-            for name, parts in found.items()
-        },
+        "median_us": medians,
+        "beyond_kernel_us": round(ours["update"] + ours["attention"] - ours["kernel"], 1),
     }
-    ours = result["median_us"][OURS]
-    result["beyond_kernel_us"] = round(ours["update"] + ours["attention"] - ours["kernel"], 1)
     lines = ["| cache | update, us | attention, us | kernel, us |", "| --- | --- | --- | --- |"]
-    for name, parts in result["median_us"].items():
+    for name, parts in medians.items():
         cells = [str(parts.get(part, "")) for part in times]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", f"Beyond the kernel: {result['beyond_kernel_us']} us per layer and token."]

@@ -16,6 +16,7 @@ import argparse
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from environment import shared, write_result
@@ -26,7 +27,7 @@ from hf_adaptive_sparse.architecture import kv_widths
 from hf_adaptive_sparse.calibration.data import Batch, load_batches
 from hf_adaptive_sparse.evaluation.perplexity import negative_log_likelihood
 from hf_adaptive_sparse.profiles import KVCacheConfig
-from hf_adaptive_sparse.search.kv_plan import kv_plan
+from hf_adaptive_sparse.search.kv_plan import FreeSplit
 from hf_adaptive_sparse.search.kv_sensitivity import KVSensitivity, measure_kv_sensitivity
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
@@ -59,9 +60,10 @@ def searched(
 
     shape = ModelShape.of(model, space)
     storage = optuna.storages.InMemoryStorage()
-    arguments = {"storage": storage, "seed": seed, "progress": False}
+    arguments: dict[str, Any] = {"storage": storage, "seed": seed, "progress": False}
     first = has.search(model, None, batches, space, n_trials=1, compare_widths=False, **arguments)
-    start = replace(sensitivity, plan=shape.kv).best_bits()
+    plan = FreeSplit.of(kv_widths(model), space)
+    start = replace(sensitivity, plan=plan).best_bits()
     first.study.enqueue_trial(params_for(space, shape, kv_bits=start))
     result = has.search(model, None, batches, space, n_trials=trials, **arguments)
     keys, values = zip(*start, strict=True)
@@ -70,7 +72,7 @@ def searched(
 
 def row(
     name: str, mean: float, kv: KVCacheConfig, found: torch.Tensor, dense: torch.Tensor
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return a row of the table: the increase of perplexity and its interval, in percent."""
     differences = found - dense
     half = 1.96 * float(differences.std()) / math.sqrt(len(differences))
@@ -85,7 +87,7 @@ def row(
     }
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| mean bits | split | perplexity | against dense | 95 % interval |",
         "| ---: | --- | ---: | ---: | --- |",
@@ -140,15 +142,16 @@ def main() -> None:
         mean: SearchSpace(target_sparsity=None, kv_bits=PALETTE, kv_mean_bits=mean, kv_apart=True)
         for mean in MEANS
     }
-    plan = kv_plan(kv_widths(model), spaces[MEANS[0]])
+    plan = FreeSplit.of(kv_widths(model), spaces[MEANS[0]])
     sensitivity = measure_kv_sensitivity(
         lambda kv: float(losses(model, seen, kv).mean()), plan, spaces[MEANS[0]]
     )
     dense = losses(model, held_out, False)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for mean, space in spaces.items():
         result, start = searched(model, seen, space, sensitivity, arguments.trials, arguments.seed)
         best = result.best_profile.kv_cache
+        assert best is not None  # the space searches its bits
         cases = {"uniform": KVCacheConfig(bits=mean), "from sensitivity": start, "searched": best}
         for name, kv in cases.items():
             exact = kv.mean_bits(kv_widths(model))

@@ -88,7 +88,8 @@ class ClipProcessor(LlavaNextVideoProcessor):
         """Take our video processor as it is: the class to check it against needs torchvision."""
         if isinstance(argument, FramesByPillow):
             return type(argument)
-        return super().check_argument_for_proper_class(argument_name, argument)
+        found: type = super().check_argument_for_proper_class(argument_name, argument)
+        return found
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,10 @@ def tables(
         rows.append(row)
     lines += [markdown_table(rows), "", "Accuracy on the visual questions:", ""]
     rows = [
-        {"target sparsity": f"{ratio:.0%}"}
-        | {one.name: f"{one.accuracy:.1%}" for one in measured if one.accuracy is not None}
+        {
+            "target sparsity": f"{ratio:.0%}",
+            **{one.name: f"{one.accuracy:.1%}" for one in measured if one.accuracy is not None},
+        }
         for ratio, measured, _ in sweep
     ]
     lines.append(markdown_table(rows))

@@ -45,6 +45,7 @@ from hf_adaptive_sparse.compressor import (
 )
 from hf_adaptive_sparse.demo.run import CHECKPOINT
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
+from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import markdown_table
 
 SEED = 0
@@ -144,8 +145,9 @@ def measure(mode: str, checkpoint: Path, output: Path, samples: int, tokens: int
     memory = AnonymousMemory()
     memory.start()
     started = time.perf_counter()
+    report: PruningReport
     if mode.startswith("compress"):
-        result = compress(
+        report = compress(
             checkpoint,
             output,
             config=config,
@@ -155,22 +157,22 @@ def measure(mode: str, checkpoint: Path, output: Path, samples: int, tokens: int
             evaluation=data,
             offload=mode == "compress-offload",
             progress=False,
-        )
+        ).report
     else:
-        result = prune_to_folder(
+        report = prune_to_folder(
             ModelSource(checkpoint),
             output,
             config,
             calibration=data,
             offload=mode == "offload",
             progress=False,
-        )
+        ).report
     return {
         "mode": mode,
         "seconds": time.perf_counter() - started,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_anonymous_bytes": memory.most_bytes,
-        "sparsity": result.report.mean_sparsity,
+        "sparsity": report.mean_sparsity,
         "weight_bytes": weight_bytes_on_disk(output),
     }
 

@@ -76,6 +76,7 @@ def prune_in_place(
     model: PreTrainedModel, profile: CompressionProfile, calibration: Batches, metric: str
 ) -> None:
     """Prune a model layer by layer."""
+    assert profile.sparsity is not None  # the space searches ratios
     prune_model(
         model,
         ratios=profile.sparsity.ratios,

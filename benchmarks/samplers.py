@@ -18,15 +18,17 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from statistics import mean, stdev
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import optuna
 import torch
 from environment import RESULTS, shared, write_result
-from optuna.trial import FixedTrial
+from optuna.trial import FixedTrial, FrozenTrial
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from hf_adaptive_sparse.calibration.data import load_batches
-from hf_adaptive_sparse.search.evaluator import open_evaluator
+from hf_adaptive_sparse.calibration.data import Batch, load_batches
+from hf_adaptive_sparse.search.candidate import Candidate
+from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
 from hf_adaptive_sparse.search.runner import TrialRunner
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -39,13 +41,23 @@ SHARES = (0.25, 0.5, 1.0)
 SETTINGS = ("seeds", "trials", "windows", "held_out", "sequence_length")
 
 
-def search_with(name: str, seed: int, parts: tuple, budget_batches: int) -> dict:
+class Parts(NamedTuple):
+    """What every search of a process uses."""
+
+    evaluator: Evaluator
+    space: SearchSpace
+    shape: ModelShape
+    held_out: list[Batch]
+
+
+def search_with(name: str, seed: int, parts: Parts, budget_batches: int) -> dict[str, Any]:
     """Search with one sampler and seed, and return the best profile at each share of the budget."""
     evaluator, space, shape, _ = parts
     study = optuna.create_study()
     study.enqueue_trial(uniform_params(space, shape), user_attrs={UNIFORM: True})
     runner = TrialRunner(study, space, shape, evaluator, seed, name)
-    spent, best_at, wanted = 0, {}, 0
+    spent, wanted = 0, 0
+    best_at: dict[float, FrozenTrial | None] = {}
     best = None
     while spent < budget_batches and wanted < 20 * budget_batches:
         wanted += 1
@@ -64,10 +76,10 @@ def search_with(name: str, seed: int, parts: tuple, budget_batches: int) -> dict
 
 
 _stack = contextlib.ExitStack()
-_prepared: list[tuple] = []
+_prepared: list[Parts] = []
 
 
-def prepare(options: argparse.Namespace) -> tuple:
+def prepare(options: argparse.Namespace) -> Parts:
     """Load and rank, once in each process; the masks stay until it ends."""
     if _prepared:
         return _prepared[0]
@@ -99,16 +111,16 @@ def prepare(options: argparse.Namespace) -> tuple:
             progress=False,
         )
     )
-    _prepared.append((evaluator, space, shape, windows[options.windows :]))
+    _prepared.append(Parts(evaluator, space, shape, windows[options.windows :]))
     return _prepared[0]
 
 
-def perplexity_on(parts: tuple, candidate) -> float:
-    losses = parts[0].losses(candidate, parts[3])
+def perplexity_on(parts: Parts, candidate: Candidate) -> float:
+    losses = parts.evaluator.losses(candidate, parts.held_out)
     return math.exp(sum(loss for loss, _ in losses) / sum(count for _, count in losses))
 
 
-def run(job: tuple[str, int], options: argparse.Namespace) -> list[dict]:
+def run(job: tuple[str, int], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run one sampler with one seed in this process."""
     name, seed = job
     torch.set_num_threads(1)
@@ -137,11 +149,11 @@ def run(job: tuple[str, int], options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def summarise(rows: list[dict]) -> list[dict]:
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return means and standard deviations over the seeds, best first at the whole budget."""
     table = []
     for name in dict.fromkeys(row["sampler"] for row in rows):
-        entry: dict = {"sampler": name}
+        entry: dict[str, Any] = {"sampler": name}
         for share in SHARES:
             at = [row for row in rows if row["sampler"] == name and row["share"] == share]
             for kind in ("searched", "held_out"):
@@ -153,7 +165,7 @@ def summarise(rows: list[dict]) -> list[dict]:
     return sorted(table, key=lambda entry: entry["searched_1"])
 
 
-def render(result: dict) -> str:
+def render(result: dict[str, Any]) -> str:
     settings = result["settings"]
     lines = [
         "# Samplers at equal forward tokens",
@@ -175,7 +187,7 @@ def render(result: dict) -> str:
     return "\n".join(lines)
 
 
-def earlier_rows(settings: dict, again: set[str]) -> list[dict]:
+def earlier_rows(settings: dict[str, Any], again: set[str]) -> list[dict[str, Any]]:
     """Return what an earlier run with the same settings found of other samplers."""
     path = RESULTS / "samplers.json"
     if not path.is_file():

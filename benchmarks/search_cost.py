@@ -13,13 +13,14 @@ import gc
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from environment import shared, write_result
 from optuna.storages import InMemoryStorage
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
-from hf_adaptive_sparse.calibration.data import load_batches
+from hf_adaptive_sparse.calibration.data import Batch, load_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.evaluator import open_evaluator
@@ -42,7 +43,13 @@ def held_tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def measure_memory(model, calibration, evaluation, space: SearchSpace, metric: str) -> dict:
+def measure_memory(
+    model: PreTrainedModel,
+    calibration: list[Batch],
+    evaluation: list[Batch],
+    space: SearchSpace,
+    metric: str,
+) -> dict[str, Any]:
     shape = ModelShape.of(model, space)
     candidate = uniform_candidate(space, shape)
     before = held_tensor_bytes()
@@ -74,10 +81,17 @@ def measure_memory(model, calibration, evaluation, space: SearchSpace, metric: s
     }
 
 
-def measure_time(model, calibration, evaluation, space: SearchSpace, options) -> dict:
+def measure_time(
+    model: PreTrainedModel,
+    calibration: list[Batch],
+    evaluation: list[Batch],
+    space: SearchSpace,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     storage = InMemoryStorage()
-    plain, cached, trials = [], [], []
-    result = None
+    plain: list[float] = []
+    cached: list[float] = []
+    trials: list[float] = []
     for repeat in range(options.repeats + 1):
         result = search(
             model,
@@ -96,7 +110,9 @@ def measure_time(model, calibration, evaluation, space: SearchSpace, options) ->
             start = perf_counter()
             perplexity(model, evaluation, kv_cache)
             passes.append(perf_counter() - start)
-        trials.append(result.study.trials[-1].duration.total_seconds())
+        duration = result.study.trials[-1].duration
+        assert duration is not None  # it has ended
+        trials.append(duration.total_seconds())
     # The first of each warms up.
     trial, with_cache, without = (median(times[1:]) for times in (trials, cached, plain))
     return {

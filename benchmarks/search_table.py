@@ -87,7 +87,9 @@ def table(document: Mapping[str, Any]) -> str:
 def _seconds(kind: str, runs: Sequence[Mapping[str, Any]]) -> float:
     """Return the mean time; that of updating weights counts."""
     pruning = kind == "equal_time_best"
-    return mean(r[kind]["seconds"] + (r[kind]["pruning_seconds"] if pruning else 0) for r in runs)
+    return mean(
+        float(r[kind]["seconds"]) + (r[kind]["pruning_seconds"] if pruning else 0) for r in runs
+    )
 
 
 def _said(document: Mapping[str, Any]) -> list[str]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from environment import write_result
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import cache_argument
@@ -110,16 +110,17 @@ def read(library: Any, calls: int, shapes: int) -> Reading:
     return Reading(calls, resident_bytes(), in_use, len(objects), tensors, mappings, shapes)
 
 
-def load(compressed: bool) -> torch.nn.Module:
+def load(compressed: bool) -> PreTrainedModel:
     """Return the bundled model, as it is or as it comes back from a compressed checkpoint."""
-    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
     if not compressed:
         return model.eval()
     cache = has.KVCacheConfig(key_bits=8, value_bits=6, residual_length=BLOCK)
     has.prune(model, has.SparsityConfig(metric="magnitude", kv_cache=cache), progress=False)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return AutoModelForImageTextToText.from_pretrained(folder).eval()
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+    return model.eval()
 
 
 def measure(compressed: bool, calls: int, lengths: int, seed: int) -> dict[str, Any]:
@@ -170,7 +171,8 @@ def in_a_process(capacity: int | None, **arguments: Any) -> dict[str, Any]:
             environment[name] = str(capacity)
     command = [sys.executable, __file__, "--measure", json.dumps(arguments)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def slope(readings: list[dict[str, int]], field: str) -> float:

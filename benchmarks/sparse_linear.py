@@ -20,6 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ def pruned(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tens
     weight = torch.randn(rows, columns, generator=generator).mul_(0.02)
     gone = torch.rand(rows, columns, generator=generator) < 0.5
     return weight.masked_fill_(gone, 0.0).to(dtype)
+
+
+def sizes(shape: str) -> tuple[int, int]:
+    """Return rows and columns of a shape on the command line, ``"11008x4096"``."""
+    rows, columns = map(int, shape.split("x"))
+    return rows, columns
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -86,7 +93,7 @@ def measure(
             for name, weights in kinds.items():
                 function = functional.linear if name == "dense" else sparse_linear.linear
                 weight = weights[turn % copies]
-                times[name].append(timed(lambda f=function, w=weight, x=x: f(x, w)))
+                times[name].append(timed(partial(function, x, weight)))
         found[str(tokens)] = {
             name: {
                 "median_ms": statistics.median(spent),
@@ -167,10 +174,7 @@ def main() -> None:
         "settings": vars(arguments),
         "read_bytes_per_ms": read_bytes_per_ms(arguments.memory_mb, 5),
         "times": {
-            shape: {
-                name: measure(tuple(int(size) for size in shape.split("x")), name, arguments)
-                for name in arguments.dtypes
-            }
+            shape: {name: measure(sizes(shape), name, arguments) for name in arguments.dtypes}
             for shape in arguments.shapes
         },
         "targets": TARGETS,

@@ -116,10 +116,11 @@ def write_models(folder: Path, config: LlamaConfig, seed: int) -> None:
         names |= pruned
         for form, bits in FORMS.items():
             stored = dict(tensors)
-            for name in pruned if bits is not None else ():
-                group = 64 if bits == 4 else None
-                weight = SparseWeight.from_dense(stored.pop(name), bits, group)
-                stored |= {f"{name}_{kind}": part for kind, part in weight.tensors().items()}
+            if bits is not None:
+                for name in pruned:
+                    group = 64 if bits == 4 else None
+                    weight = SparseWeight.from_dense(stored.pop(name), bits, group)
+                    stored |= {f"{name}_{kind}": part for kind, part in weight.tensors().items()}
             file = f"model-{number:05d}.safetensors"
             (folder / form).mkdir(exist_ok=True)
             save_file(stored, folder / form / file, metadata={"format": "pt"})
@@ -127,7 +128,9 @@ def write_models(folder: Path, config: LlamaConfig, seed: int) -> None:
     modules = sorted(name.removesuffix(".weight") for name in names)
     for form, bits in FORMS.items():
         if bits is not None:
-            quantised = {} if bits == 16 else {"weight_bits": dict.fromkeys(modules, bits)}
+            quantised: dict[str, Any] = {}
+            if bits != 16:
+                quantised = {"weight_bits": dict.fromkeys(modules, bits)}
             config.quantization_config = has.SparsityConfig(
                 target_sparsity=0.5,
                 metric="magnitude",
@@ -220,24 +223,31 @@ def filled_cache(form: str, config: LlamaConfig, tokens: int) -> Any:
     return cache
 
 
+def decoder(
+    model: LlamaForCausalLM, form: str, config: LlamaConfig, context: int
+) -> Callable[[], object]:
+    """Return what decodes one token behind a context."""
+    token = torch.tensor([[5]])
+    arguments = {cache_argument(model): filled_cache(form, config, context)}
+    return lambda: model(token, logits_to_keep=1, **arguments)
+
+
 @torch.no_grad()
 def in_models(folder: Path, config: LlamaConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Measure ``decoding`` behind a context, and a ``prompt``, of all forms."""
     say("loading all forms")
     models = {form: load(folder, form) for form in FORMS}
     argument = cache_argument(models["dense"])
-    token = torch.tensor([[5]])
     prompt = torch.randint(0, config.vocab_size, (1, options.prompt))
-
-    def decoder(form: str) -> Callable[[], object]:
-        arguments = {argument: filled_cache(form, config, options.context)}
-        return lambda: models[form](token, logits_to_keep=1, **arguments)
 
     def reader(form: str) -> Callable[[], object]:
         return lambda: models[form](prompt, logits_to_keep=1, **{argument: new_cache(form, config)})
 
     say(f"decoding, {options.rounds} rounds")
-    decoding = in_turns({form: decoder(form) for form in FORMS}, options.rounds)
+    decoding = in_turns(
+        {form: decoder(models[form], form, config, options.context) for form in FORMS},
+        options.rounds,
+    )
     say(f"reading prompts, {options.prompt_rounds} rounds")
     prompts = in_turns({form: reader(form) for form in FORMS}, options.prompt_rounds)
     return {"decoding": summaries(decoding), "prompts": summaries(prompts)}

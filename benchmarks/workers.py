@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
+from typing import IO, Any
 
 import optuna
 import torch
@@ -65,7 +66,7 @@ def work(options: argparse.Namespace) -> None:
     )
 
 
-def measure(workers: int, trials: int, windows: int) -> dict:
+def measure(workers: int, trials: int, windows: int) -> dict[str, Any]:
     """Search a new study with so many workers, and return what it took."""
     with tempfile.TemporaryDirectory() as folder:
         storage = str(Path(folder) / "study.journal")
@@ -81,20 +82,21 @@ def measure(workers: int, trials: int, windows: int) -> dict:
             for core in range(workers)
         ]
         for process in processes:
-            if process.stdout.readline() != "ready\n":
+            if _pipe(process.stdout).readline() != "ready\n":
                 raise SystemExit("A worker failed; its error is above.")
         started = perf_counter()
         for process in processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
+            _pipe(process.stdin).write("go\n")
+            _pipe(process.stdin).flush()
         if any(process.wait() for process in processes):
             raise SystemExit("A worker failed; its error is above.")
         seconds = perf_counter() - started
         with quiet_optuna():
             study = optuna.load_study(study_name=STUDY_NAME, storage=open_storage(storage))
         done = tally(study).completed
-    first = min(trial.datetime_start for trial in done)
-    span = (max(trial.datetime_complete for trial in done) - first).total_seconds()
+    first = min(trial.datetime_start for trial in done if trial.datetime_start)
+    last = max(trial.datetime_complete for trial in done if trial.datetime_complete)
+    span = (last - first).total_seconds()
     by_worker = [trial.user_attrs["worker"] for trial in done]
     return {
         "workers": workers,
@@ -106,7 +108,12 @@ def measure(workers: int, trials: int, windows: int) -> dict:
     }
 
 
-def table(result: dict) -> str:
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None  # each process was started with pipes
+    return pipe
+
+
+def table(result: dict[str, Any]) -> str:
     lines = [
         "# Two workers against one",
         "",
