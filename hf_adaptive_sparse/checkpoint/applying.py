@@ -30,7 +30,7 @@ from hf_adaptive_sparse.pruning.apply import (
     prune_model,
     resolve_ratios,
 )
-from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
+from hf_adaptive_sparse.pruning.layer_quantiser import LayerQuantiser
 from hf_adaptive_sparse.runtime.choice import check_multiplies, check_only_read
 from hf_adaptive_sparse.version import library_versions
 

@@ -1,6 +1,6 @@
 """What the Triton kernels that encode share: scales, codes and packed rows.
 
-Every operation is one of the torch reference's, in its order (``kvcache/rounding.py`` and
+Every operation is one of the torch reference's, in its order (``kvcache/affine.py`` and
 ``fitting.py``), so that results are the same to the last bit. For that, divisions are those that
 IEEE rounds, and the kernels are to be compiled without ``enable_fp_fusion``: a product that is not
 rounded before the sum is another number.

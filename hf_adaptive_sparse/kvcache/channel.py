@@ -17,14 +17,14 @@ import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
 from hf_adaptive_sparse.kernels.packed import PackedKeys
-from hf_adaptive_sparse.kvcache.codec import Codec, Parts
-from hf_adaptive_sparse.kvcache.fitting import KEY_FITS, scale_ends
-from hf_adaptive_sparse.kvcache.rounding import (
+from hf_adaptive_sparse.kvcache.affine import (
     compute_dtype,
     from_codes,
     stored_scale,
     to_codes,
 )
+from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+from hf_adaptive_sparse.kvcache.fitting import KEY_FITS, scale_ends
 from hf_adaptive_sparse.packing.bits import pack, packed_size_bytes, unpack
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_adaptive_sparse.kvcache.rounding import divide, inverse_step
+from hf_adaptive_sparse.kvcache.affine import divide, inverse_step
 
 KEY_FITS = {2: 1, 3: 6}
 """Steps for keys per channel, by bits; 0 for those not named."""

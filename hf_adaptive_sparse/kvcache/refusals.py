@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_adaptive_sparse.errors import NonFiniteError
-from hf_adaptive_sparse.kvcache.rounding import refusal
+from hf_adaptive_sparse.kvcache.affine import refusal
 
 _FLAGS = 512  # of a device: keys and values of more layers than models have
 _APART = 4  # so that each lies at a multiple of 16 bytes, for which kernels are compiled anyway

@@ -27,10 +27,7 @@ import torch
 
 from hf_adaptive_sparse.kernels.encoding import Format
 from hf_adaptive_sparse.kernels.packed import PackedValues
-from hf_adaptive_sparse.kvcache.codec import Codec, Parts
-from hf_adaptive_sparse.kvcache.fitting import VALUE_FITS
-from hf_adaptive_sparse.kvcache.grouped import group_count, group_ends, spread_groups
-from hf_adaptive_sparse.kvcache.rounding import (
+from hf_adaptive_sparse.kvcache.affine import (
     check_finite,
     compute_dtype,
     divide,
@@ -40,6 +37,9 @@ from hf_adaptive_sparse.kvcache.rounding import (
     round_up,
     to_codes,
 )
+from hf_adaptive_sparse.kvcache.codec import Codec, Parts
+from hf_adaptive_sparse.kvcache.fitting import VALUE_FITS
+from hf_adaptive_sparse.kvcache.grouped import group_count, group_ends, spread_groups
 from hf_adaptive_sparse.packing.bits import pack, packed_size_bytes, unpack
 
 _HIGHEST = 255

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_adaptive_sparse.kvcache.affine import round_down, round_up
 from hf_adaptive_sparse.kvcache.channel import ChannelCodec
 from hf_adaptive_sparse.kvcache.grouped import GroupCodec
-from hf_adaptive_sparse.kvcache.rounding import round_down, round_up
 from hf_adaptive_sparse.kvcache.selection import key_codec, value_codec
 from hf_adaptive_sparse.kvcache.transposed import TransposedCodec
 from hf_adaptive_sparse.packing.bits import unpack

@@ -10,8 +10,8 @@ from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.pruning.apply import masked, prune_model, rank_model, resolve_ratios
+from hf_adaptive_sparse.pruning.layer_quantiser import LayerQuantiser
 from hf_adaptive_sparse.pruning.quantising import quantised, through_codes
-from hf_adaptive_sparse.pruning.rounding import LayerQuantiser
 
 UP = "model.layers.0.mlp.up_proj"
 

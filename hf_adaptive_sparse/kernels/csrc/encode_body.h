@@ -2,7 +2,7 @@
  *
  * Plain loops over rows that are padded to 16, which compilers vectorise; the including file says
  * for which processor (TARGET, VARIANT). Every operation is one of the torch reference's, in its
- * order, so that results are the same to the last bit: kvcache/rounding.py and fitting.py. */
+ * order, so that results are the same to the last bit: kvcache/affine.py and fitting.py. */
 
 #include <float.h>
 #include <stdlib.h>
@@ -17,7 +17,7 @@
 
 static TARGET inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* --- 16-bit metadata, rounded in one direction (rounding.py) ------------------------------- */
+/* --- 16-bit metadata, rounded in one direction (affine.py) --------------------------------- */
 
 HAS_INLINE float widen(uint16_t half, int64_t dtype) {
     return dtype == HAS_BFLOAT16 ? has_from_bfloat16(half) : has_from_float16(half);
@@ -175,7 +175,7 @@ static TARGET void row_extremes(const float *x, int64_t n, int64_t width, int64_
     }
 }
 
-/* --- Codes (rounding.py) -------------------------------------------------------------------- */
+/* --- Codes (affine.py) ---------------------------------------------------------------------- */
 
 HAS_INLINE uint8_t code_of(float x, float minimum, float inverse, float levels) {
     float y = (x - minimum) * inverse;

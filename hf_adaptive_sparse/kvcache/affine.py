@@ -1,4 +1,4 @@
-"""Rounding in one direction, and the affine step between elements and codes."""
+"""The affine map between elements and codes, and how its steps and minima are rounded."""
 
 from __future__ import annotations
 
