@@ -65,7 +65,6 @@ def measure(
     processor: Any = None,
     questions: Records | None = None,
     num_questions: int | None = None,
-    seconds: float | None = None,
     match: Literal["whole", "prefix"] | None = None,
     progress: bool = False,
 ) -> Measurement:
@@ -81,7 +80,6 @@ def measure(
         processor: Processor for ``questions``.
         questions: Visual questions to answer, or ``None``.
         num_questions: The first so many of them; ``None``: all.
-        seconds: Time the compression took.
         match: The ``match`` of the row to compare with; ``None`` lets the answers decide.
         progress: Show progress bars.
     """
@@ -106,7 +104,6 @@ def measure(
         questions=asked,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token(model.config, cache, dtype=model.dtype),
-        seconds=seconds,
         match=matched,
     )
 

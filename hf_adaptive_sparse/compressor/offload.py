@@ -101,8 +101,8 @@ def _prune_rest(
     return replace(
         report,
         modules=tuple(modules),
-        experts_without_data=experts_without_data(layers.without_data, warn=False),
-        linears_without_data=linears_without_data(layers.without_data, layers_name, warn=False),
+        experts_without_data=experts_without_data(layers.without_data),
+        linears_without_data=linears_without_data(layers.without_data),
     )
 
 

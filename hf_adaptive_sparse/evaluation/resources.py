@@ -128,25 +128,20 @@ def sparsity_report(model: PreTrainedModel) -> SparsityReport:
     formats = {} if config is None else config.value_formats
     reports, counted = [], set()
     for name, module in _counted_weights(model, config).items():
-        if isinstance(module, SparseLinear):
-            _check_in_memory(module.weight_bitmask, f"{name}.weight")
-            weight = module.to_dense()
-            memory, stored = module.memory_bytes, module.memory_bytes - module.offset_bytes
-            counted |= {id(p) for n, p in module.named_parameters() if n != "bias"}
-        elif isinstance(module, SparseStack):
-            _check_in_memory(module.parts["bitmask"], name)
+        if isinstance(module, SparseLinear | SparseStack):
+            _check_in_memory(module.parts["bitmask"], parameter_name(name, module))
             weight = module.to_dense()
             memory, stored = module.memory_bytes, module.memory_bytes - module.offset_bytes
             counted |= {id(part) for part in module.parts.values()}
         else:
             _check_in_memory(module.weight, parameter_name(name, module))
             weight = module.weight.detach()
-            memory = weight.numel() * weight.element_size()
+            memory = weight.nbytes
             stored = _stored_bytes(weight, formats[name]) if name in formats else memory
             counted.add(id(module.weight))
         zeros = weight.numel() - int(weight.count_nonzero())
         reports.append(WeightReport(name, weight.numel(), zeros, stored, memory))
-    other = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in counted)
+    other = sum(p.nbytes for p in model.parameters() if id(p) not in counted)
     return SparsityReport(tuple(reports), "bitmask" if formats else "dense", other)
 
 

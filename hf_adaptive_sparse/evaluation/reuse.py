@@ -63,7 +63,7 @@ class HiddenStateStore:
         if key in self._kept:
             self._kept.move_to_end(key)
             return
-        size = hidden.numel() * hidden.element_size()
+        size = hidden.nbytes
         if size > self.limit_bytes:
             return
         while self._nbytes + size > self.limit_bytes:

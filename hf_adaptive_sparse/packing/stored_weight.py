@@ -122,7 +122,7 @@ def checkpoint_bytes(
     if form.bits == 16:
         return compressed_size_bytes(rows, columns, kept, value_bytes)
     scales = rows * group_count(columns, form.group_size) * value_bytes
-    return (kept * form.bits + 7) // 8 + compressed_size_bytes(rows, columns, 0, 0) + scales
+    return (kept * form.bits + 7) // 8 + rows * row_bytes(columns) + scales
 
 
 def restored_weight(

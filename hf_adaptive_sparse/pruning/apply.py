@@ -21,7 +21,11 @@ from hf_adaptive_sparse.architecture import (
 )
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
-from hf_adaptive_sparse.pruning.experts import experts_without_data, prune_experts_
+from hf_adaptive_sparse.pruning.experts import (
+    experts_without_data,
+    prune_experts_,
+    warn_of_unreached_experts,
+)
 from hf_adaptive_sparse.pruning.layerwise import Turn, layer_statistics
 from hf_adaptive_sparse.pruning.masking import MaskedModel, masked
 from hf_adaptive_sparse.pruning.method import PruningMethod
@@ -39,7 +43,11 @@ from hf_adaptive_sparse.pruning.ratios import resolve_ratios
 from hf_adaptive_sparse.pruning.report import ModuleReport, PruningReport
 from hf_adaptive_sparse.pruning.residence import EVERYWHERE, LayerResidence
 from hf_adaptive_sparse.pruning.storage import check_sound, stored_weight
-from hf_adaptive_sparse.pruning.unreached import linear_inputs, linears_without_data
+from hf_adaptive_sparse.pruning.unreached import (
+    linear_inputs,
+    linears_without_data,
+    warn_of_unreached_linears,
+)
 
 __all__ = [
     "MaskedModel",
@@ -108,12 +116,12 @@ def prune_model(
     targets = {name: parsed.check(ratios[name], f"ratio of {name!r}") for name in weights}
     require_batches(method, batches)
     warn_of_experts(model)
+    pruned = {name: weight for name, weight in weights.items() if targets[name] > 0}
+    if residence is EVERYWHERE:
+        _check_sound(pruned)
     by_layer: dict[int, dict[str, Prunable]] = {}
-    for name, weight in weights.items():
-        if targets[name] > 0:
-            if residence is EVERYWHERE:
-                check_sound(weight, name)
-            by_layer.setdefault(layer_index(name, layers_name), {})[name] = weight
+    for name, weight in pruned.items():
+        by_layer.setdefault(layer_index(name, layers_name), {})[name] = weight
     removed = dict.fromkeys(weights, 0)
     own_experts = expert_linears(model)
     without_data: dict[str, tuple[int, ...]] = {}  # of a stack: these experts; of a linear: it
@@ -129,34 +137,33 @@ def prune_model(
             residence=residence,
         ):
             if residence is not EVERYWHERE:
-                for name, weight in turn.weights.items():
-                    check_sound(weight, name)
-            for name in turn.weights:
-                expert = name in own_experts or isinstance(turn.weights[name], ExpertStack)
+                _check_sound(turn.weights)
+            for name, weight in turn.weights.items():
+                expert = name in own_experts or isinstance(weight, ExpertStack)
                 min_tokens = min_expert_tokens if expert else 1
-                gone, experts = _prune_weight_(
+                count, experts = _prune_weight_(
                     model, name, targets[name], method, parsed, turn, min_tokens
                 )
-                removed[name] += gone
+                removed[name] += count
                 if experts is not None:
                     without_data[name] = (*without_data.get(name, ()), *experts)
             if turn.statistics is not None:
                 turn.statistics.release()
             if not turn.last:
                 continue
-            members = by_layer[turn.index]
-            gone = sum(removed[name] for name in members)
-            size = sum(weight.weight.numel() for weight in members.values())
             if on_layer is not None:
                 on_layer(turn.index)
+            members = by_layer[turn.index]
+            gone = {name: removed[name] for name in members}
             residence.keep(
                 turn.index,
-                {name: removed[name] for name in members},
+                gone,
                 {name: without_data[name] for name in members if name in without_data},
             )
-            bar.set_postfix(layer=turn.index, sparsity=f"{gone / size:.4f}")
+            size = sum(weight.weight.numel() for weight in members.values())
+            bar.set_postfix(layer=turn.index, sparsity=f"{sum(gone.values()) / size:.4f}")
             bar.update()
-    return PruningReport(
+    report = PruningReport(
         modules=tuple(
             ModuleReport(name, weight.weight.numel(), removed[name], targets[name])
             for name, weight in weights.items()
@@ -165,9 +172,17 @@ def prune_model(
         pattern=str(parsed),
         weight_update=weight_update,
         experts_without_data=experts_without_data(without_data),
-        linears_without_data=linears_without_data(without_data, layers_name),
+        linears_without_data=linears_without_data(without_data),
         seconds=time.perf_counter() - started,
     )
+    warn_of_unreached_experts(report.experts_without_data)
+    warn_of_unreached_linears(report.linears_without_data, layers_name)
+    return report
+
+
+def _check_sound(weights: Mapping[str, Prunable]) -> None:
+    for name, weight in weights.items():
+        check_sound(weight, name)
 
 
 def _prune_weight_(

@@ -8,6 +8,7 @@ import torch
 
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.packing.bitmask import pack_mask
+from hf_adaptive_sparse.packing.offsets import offset_dtype
 from hf_adaptive_sparse.pruning.metrics import Grouping
 from hf_adaptive_sparse.pruning.ranking import Ranking, removal_order
 
@@ -48,6 +49,7 @@ class ExpertRanking(Ranking):
         self._set_range((count * rows, columns), low, high)
         first, last = self._first // count, -(-self._last // count)
         removed = self._first - first * count  # experts that have lost one more than ``first``
+        dtype = offset_dtype(self.numel)
         matrix = torch.arange(rows * columns, device=stack.weight.device).view(1, rows, columns)
         places = stack.read(matrix, 0).view(-1)
         orders, masks = [], []
@@ -59,7 +61,7 @@ class ExpertRanking(Ranking):
             stack.write_(mask, 0, below)
             masks.append(pack_mask(mask[0]))
             offset = expert * rows * columns
-            orders.append(places[order.long()].add_(offset).to(self._index_dtype))
+            orders.append(places[order.long()].add_(offset).to(dtype))
         together = torch.stack(orders, dim=1).view(-1)
         self.order = together[removed : self._last - first * count].clone()
         self.always_removed = torch.cat(masks)

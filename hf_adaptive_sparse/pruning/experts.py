@@ -122,32 +122,34 @@ def expert_passes(stacks: Iterable[ExpertStack]) -> list[range]:
     return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def experts_without_data(
-    without_data: Mapping[str, Sequence[int]], *, warn: bool = True
-) -> dict[str, list[int]]:
+def experts_without_data(without_data: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Return module of experts -> experts pruned without data.
 
     Args:
         without_data: Name of a stack -> its experts that were.
-        warn: Name them in the log.
     """
     found: dict[str, list[int]] = {}
     for name, experts in without_data.items():
         if experts:
             found.setdefault(name.rpartition(".")[0], sorted(experts))
-    if found and warn:
-        shown = "; ".join(f"{n}: {_numbers(e)}" for n, e in list(found.items())[:_LISTED])
-        more = f"; and in {len(found) - _LISTED} more layers" if len(found) > _LISTED else ""
-        logger.warning(
-            "%d experts saw too few calibration tokens and were scored without data: %s%s. More "
-            "calibration data reaches more of them.",
-            sum(map(len, found.values())),
-            shown,
-            more,
-        )
     return found
 
 
-def _numbers(experts: list[int]) -> str:
+def warn_of_unreached_experts(found: Mapping[str, Sequence[int]]) -> None:
+    """Name what `experts_without_data` found in the log."""
+    if not found:
+        return
+    shown = "; ".join(f"{n}: {_numbers(e)}" for n, e in list(found.items())[:_LISTED])
+    more = f"; and in {len(found) - _LISTED} more layers" if len(found) > _LISTED else ""
+    logger.warning(
+        "%d experts saw too few calibration tokens and were scored without data: %s%s. More "
+        "calibration data reaches more of them.",
+        sum(map(len, found.values())),
+        shown,
+        more,
+    )
+
+
+def _numbers(experts: Sequence[int]) -> str:
     listed = ", ".join(map(str, experts[:_LISTED]))
     return listed + (f" and {len(experts) - _LISTED} more" if len(experts) > _LISTED else "")

@@ -21,7 +21,11 @@ from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.pruning.expert_ranking import ExpertRanking
-from hf_adaptive_sparse.pruning.experts import expert_inputs, experts_without_data
+from hf_adaptive_sparse.pruning.experts import (
+    expert_inputs,
+    experts_without_data,
+    warn_of_unreached_experts,
+)
 from hf_adaptive_sparse.pruning.method import PruningMethod
 from hf_adaptive_sparse.pruning.metrics import (
     ScoringMetric,
@@ -37,7 +41,11 @@ from hf_adaptive_sparse.pruning.preparation import (
 )
 from hf_adaptive_sparse.pruning.ranking import Ranking
 from hf_adaptive_sparse.pruning.storage import check_sound, stored_weight
-from hf_adaptive_sparse.pruning.unreached import linear_inputs, linears_without_data
+from hf_adaptive_sparse.pruning.unreached import (
+    linear_inputs,
+    linears_without_data,
+    warn_of_unreached_linears,
+)
 
 
 def rank_model(
@@ -108,11 +116,10 @@ def rank_model(
             else:
                 norm = None
                 if known is not None:
-                    layer = by_layer[layer_index(name, layers_name)]
                     inputs, of_data = linear_inputs(
                         weight,
                         name,
-                        layer,
+                        by_layer[layer_index(name, layers_name)],
                         known,
                         hessian=False,
                         min_tokens=min_expert_tokens if name in own_experts else 1,
@@ -125,8 +132,8 @@ def rank_model(
                 rankings[name] = Ranking(found, low, high, chosen.grouping)
             release_freed()  # a ranking takes a tenth of what it is made from
             bar.update()
-    experts_without_data(without_data)
-    linears_without_data(without_data, layers_name)
+    warn_of_unreached_experts(experts_without_data(without_data))
+    warn_of_unreached_linears(linears_without_data(without_data), layers_name)
     return rankings
 
 

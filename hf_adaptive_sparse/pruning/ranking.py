@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 
 from hf_adaptive_sparse.packing.bitmask import pack_mask, unpack_mask
+from hf_adaptive_sparse.packing.offsets import offset_dtype
 from hf_adaptive_sparse.profiles import check_ratio
 from hf_adaptive_sparse.pruning.metrics import Grouping
 from hf_adaptive_sparse.pruning.patterns import UNSTRUCTURED, Pattern
 
 _CHUNK_ELEMENTS = 1 << 20
-_INT32_MAX = 2**31 - 1
 
 
 def removal_count(numel: int, ratio: float) -> int:
@@ -188,7 +188,7 @@ def removal_order(
         indices of the others, next to go first.
     """
     below = count_mask(scores, first, grouping)
-    dtype = torch.int32 if scores.numel() <= _INT32_MAX else torch.int64
+    dtype = offset_dtype(scores.numel())
     if first == last:
         return below, torch.empty(0, dtype=dtype, device=scores.device)
     if grouping == "row":
@@ -256,10 +256,6 @@ class Ranking:
             raise ValueError(f"low must be at most high, got low={low!r} and high={high!r}.")
         self.shape = shape
         self._first, self._last = (removal_count(self.numel, ratio) for ratio in (low, high))
-
-    @property
-    def _index_dtype(self) -> torch.dtype:
-        return torch.int32 if self.numel <= _INT32_MAX else torch.int64
 
     @property
     def nbytes(self) -> int:

@@ -51,28 +51,33 @@ def linear_inputs(
     return InputStatistic.without_data(name, linear.in_features, hessian, device), False
 
 
-def linears_without_data(
-    without_data: Mapping[str, Sequence[int]], layers_name: str, *, warn: bool = True
-) -> list[str]:
+def linears_without_data(without_data: Mapping[str, Sequence[int]]) -> list[str]:
     """Return the linears pruned without data.
 
     Args:
         without_data: Name -> experts of a stack that were pruned without data; none of a linear.
-        layers_name: Name of the list of layers.
-        warn: Name them in the log.
     """
-    found = [name for name, experts in without_data.items() if not experts]
-    if found and warn:
-        places = (name.removeprefix(f"{layers_name}.").partition(".")[2] for name in found)
-        globs = [f"*.{place}" for place in dict.fromkeys(places)]
-        logger.warning(
-            "%d linears saw no calibration token (or, of an expert, too few) and were scored "
-            "without data, such as %s. The model uses their weights without calling them, or more "
-            "calibration data (with images, if they read them) reaches more of them. "
-            "modules_to_not_convert=%s leaves %s dense.",
-            len(found),
-            ", ".join(found[:_LISTED]),
-            globs[:_LISTED],
-            "them" if len(globs) <= _LISTED else f"the first {_LISTED} of {len(globs)} kinds",
-        )
-    return found
+    return [name for name, experts in without_data.items() if not experts]
+
+
+def warn_of_unreached_linears(found: Sequence[str], layers_name: str) -> None:
+    """Name what `linears_without_data` found in the log.
+
+    Args:
+        found: Names of linears.
+        layers_name: Name of the list of layers.
+    """
+    if not found:
+        return
+    places = (name.removeprefix(f"{layers_name}.").partition(".")[2] for name in found)
+    globs = [f"*.{place}" for place in dict.fromkeys(places)]
+    logger.warning(
+        "%d linears saw no calibration token (or, of an expert, too few) and were scored "
+        "without data, such as %s. The model uses their weights without calling them, or more "
+        "calibration data (with images, if they read them) reaches more of them. "
+        "modules_to_not_convert=%s leaves %s dense.",
+        len(found),
+        ", ".join(found[:_LISTED]),
+        globs[:_LISTED],
+        "them" if len(globs) <= _LISTED else f"the first {_LISTED} of {len(globs)} kinds",
+    )

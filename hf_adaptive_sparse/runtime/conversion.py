@@ -111,8 +111,7 @@ def decompress_(model: nn.Module, names: Collection[str] | None = None) -> None:
     """
     chosen = {n: w for n, w in sparse_weights(model).items() if names is None or n in names}
     for name, weight in chosen.items():
-        parts = weight.state_dict() if isinstance(weight, SparseLinear) else weight.parts
-        if any(part.is_meta for part in parts.values()):
+        if any(part.is_meta for part in weight.parts.values()):
             raise ValueError(
                 f"The weight of {name!r} is offloaded, where it cannot be decompressed. Load the "
                 "model with sparsity_config=SparsityConfig(runtime='dense')."

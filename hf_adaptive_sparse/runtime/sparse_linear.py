@@ -220,10 +220,14 @@ class SparseLinear(nn.Linear):
             raise FrozenWeightError("weight = ...")
         super().register_parameter(name, param)
 
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint stores, by their kind."""
+        found = {kind: getattr(self, name) for kind, name in _STORED.items()}
+        return {kind: part for kind, part in found.items() if part is not None}
+
     def _detached(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that a checkpoint stores, by their kind."""
-        parts = {kind: getattr(self, name) for kind, name in _STORED.items()}
-        return {kind: part.detach() for kind, part in parts.items() if part is not None}
+        return {kind: part.detach() for kind, part in self.parts.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -241,8 +245,7 @@ class SparseLinear(nn.Linear):
     @property
     def memory_bytes(self) -> int:
         """Bytes of the weight: values, bitmask, scales and offsets."""
-        tensors = (getattr(self, name) for name in (*_STORED.values(), *_OFFSETS))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(part.nbytes for part in self.parts.values()) + self.offset_bytes
 
     @property
     def offset_bytes(self) -> int:
