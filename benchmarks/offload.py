@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint.weight_files import write_index, write_shard
+from hf_adaptive_sparse.checkpoint.shards import write_index, write_shard
 from hf_adaptive_sparse.compressor import (
     DataSource,
     ModelSource,

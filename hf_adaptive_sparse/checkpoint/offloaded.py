@@ -21,15 +21,10 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers
+from hf_adaptive_sparse.checkpoint.empty_weights import empty_, fill_
 from hf_adaptive_sparse.checkpoint.headers import read_file_header
-from hf_adaptive_sparse.checkpoint.weight_files import (
-    WeightFiles,
-    empty_,
-    fill_,
-    write_index,
-    write_json,
-    write_shard,
-)
+from hf_adaptive_sparse.checkpoint.shards import write_index, write_json, write_shard
+from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
 from hf_adaptive_sparse.packing.stored_names import tensor_name
 from hf_adaptive_sparse.packing.stored_weight import (
     ValueFormat,

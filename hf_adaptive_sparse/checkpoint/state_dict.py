@@ -15,9 +15,9 @@ from hf_adaptive_sparse.checkpoint.changed_weights import (
     warn_of_changed,
 )
 from hf_adaptive_sparse.checkpoint.config import our_config
+from hf_adaptive_sparse.checkpoint.empty_weights import empty_
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.resolving import parameter_formats
-from hf_adaptive_sparse.checkpoint.weight_files import empty_
 from hf_adaptive_sparse.packing.stored_names import KINDS, tensor_name, weight_name
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat, stored_tensors
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS, encode

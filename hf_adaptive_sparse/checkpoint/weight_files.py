@@ -1,37 +1,27 @@
-"""A checkpoint's tensors under a model's names, read a few at a time, and written as shards."""
+"""A dense checkpoint's tensors under a model's names, read a few at a time."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    build_glob_alternation,
     rename_source_key,
 )
 
-from hf_adaptive_sparse.checkpoint.headers import (
-    INDEX_NAME,
-    CheckpointError,
-    TensorHeader,
-    read_headers,
-)
-from hf_adaptive_sparse.files import replacing
-from hf_adaptive_sparse.staging import writing
+from hf_adaptive_sparse.checkpoint.empty_weights import cast_floating
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError, TensorHeader, read_headers
 
 
 @dataclass(frozen=True)
@@ -184,7 +174,7 @@ class WeightFiles:
         found = self.read(header for name in names for header in self.headers(name))
         for name in names:
             for header in self.headers(name):
-                found[header.name] = _cast(found[header.name], self._dtypes[name])
+                found[header.name] = cast_floating(found[header.name], self._dtypes[name])
         return found
 
     def parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -239,10 +229,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in name.split(".")]
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 def missing_tensors(
     where: str | os.PathLike[str], names: Collection[str], model: PreTrainedModel
 ) -> CheckpointError:
@@ -250,77 +236,4 @@ def missing_tensors(
     return CheckpointError(
         f"{where} lacks {len(names)} of the model's tensors, such as {min(names)!r}. They would be "
         f"random numbers: give a complete {type(model).__name__}."
-    )
-
-
-def keep_in_float32_(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give an empty model in float32 what transformers keeps in it when it loads in ``dtype``."""
-    kept = list(model._get_dtype_plan(dtype))
-    if not kept:
-        return
-    pattern, *_ = build_glob_alternation(kept)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if pattern.search(name):
-            tensor.data = _cast(tensor.data, torch.float32)
-
-
-def fill_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put tensors in the place of parameters and buffers, in the dtype those have.
-
-    Args:
-        model: The model, possibly on the meta device.
-        tensors: Runtime name -> tensor.
-    """
-    for name, tensor in tensors.items():
-        owner_name, _, key = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if key in owner._parameters:
-            old = owner.get_parameter(key)
-            owner._parameters[key] = nn.Parameter(_cast(tensor, old.dtype), requires_grad=False)
-        else:
-            owner._buffers[key] = _cast(tensor, owner.get_buffer(key).dtype)
-
-
-def empty_(model: nn.Module, names: Iterable[str]) -> None:
-    """Leave only the shapes of parameters in memory."""
-    for name in names:
-        owner_name, _, key = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        if key in owner._parameters:
-            meta = owner.get_parameter(key).to("meta")
-            owner._parameters[key] = nn.Parameter(meta, requires_grad=False)
-
-
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Write one safetensors file, whole or not at all, and flush it to the disk.
-
-    Returns:
-        Name of each tensor -> its bytes.
-
-    Raises:
-        OutputError: If it cannot be written, for example because the disk is full.
-    """
-    with replacing(path) as partial:
-        with writing("The weights", path.parent):
-            save_file({k: t.contiguous() for k, t in tensors.items()}, partial, {"format": "pt"})
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-    return {name: tensor.nbytes for name, tensor in tensors.items()}
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write a JSON file, whole or not at all, and flush it to the disk."""
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_index(folder: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
-    """Write the index of a sharded checkpoint: file -> its tensors' names and bytes."""
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-    total = sum(size for tensors in shards.values() for size in tensors.values())
-    write_json(
-        folder / INDEX_NAME,
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )

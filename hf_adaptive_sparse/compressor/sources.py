@@ -38,8 +38,9 @@ from hf_adaptive_sparse.calibration.data import (
 from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.empty_weights import keep_in_float32_
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
-from hf_adaptive_sparse.checkpoint.weight_files import keep_in_float32_, missing_tensors
+from hf_adaptive_sparse.checkpoint.weight_files import missing_tensors
 from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config, read_object
 from hf_adaptive_sparse.naming import expanded, public_name
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
@@ -372,4 +373,4 @@ def held_out_batches(
 
 def parameter_bytes(model: PreTrainedModel) -> int:
     """Return the bytes a dense checkpoint of ``model`` takes; tied weights count once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return sum(parameter.nbytes for parameter in model.parameters())

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llav
 from transformers.core_model_loading import Chunk, WeightConverter
 
 import hf_adaptive_sparse as has
-from hf_adaptive_sparse.checkpoint import offloaded, weight_files
+from hf_adaptive_sparse.checkpoint import offloaded, shards, weight_files
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME, OffloadedLayers
 from hf_adaptive_sparse.compressor import (
@@ -408,7 +408,7 @@ def test_a_full_disk_is_named_where_a_shard_is_written(source, tmp_path, monkeyp
     def full(tensors, path, metadata):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(weight_files, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     message = r"weights cannot be written to .*No space left on device.*Free space there, or"
     with pytest.raises(OutputError, match=message):
         offload(source, tmp_path / "out", None, has.SparsityConfig(metric="magnitude"))
@@ -499,7 +499,7 @@ def test_a_shard_is_on_the_disk_before_the_state_names_it(source, tmp_path, monk
     def order(path, data):
         assert len(synced) == 2 * len(written) + 1  # of each before: shard and state
         written.append(path)
-        weight_files.write_json(path, data)
+        shards.write_json(path, data)
 
     monkeypatch.setattr(offloaded, "write_json", order)
     offload(source, tmp_path / "out", None, has.SparsityConfig(metric="magnitude"))
