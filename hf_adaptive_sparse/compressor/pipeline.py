@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shlex
-from dataclasses import dataclass, replace
-from pathlib import Path
-from time import perf_counter
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel
+from dataclasses import replace
 
 from hf_adaptive_sparse.calibration.data import Source
-from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.checks import (
     check_goal,
@@ -22,65 +14,20 @@ from hf_adaptive_sparse.compressor.checks import (
     check_pushed,
     on_cpu,
 )
-from hf_adaptive_sparse.compressor.companions import companions, thread_count
-from hf_adaptive_sparse.compressor.final_prune import final_config
-from hf_adaptive_sparse.compressor.measuring import Measurement, Measuring
-from hf_adaptive_sparse.compressor.offload import weight_files
+from hf_adaptive_sparse.compressor.compression import Compression, CompressionResult
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Preset, get_preset
-from hf_adaptive_sparse.compressor.pruned_folder import output_folder, prune_and_save
-from hf_adaptive_sparse.compressor.saving import Recipe, save_report
-from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.compressor.pruned_folder import output_folder
+from hf_adaptive_sparse.compressor.search_plan import SearchPlan
+from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.errors import AdaptiveSparseError
-from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.hub import push_folder
-from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.naming import expanded
-from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
-from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
-from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
 from hf_adaptive_sparse.search.storage import JOURNAL
 from hf_adaptive_sparse.staging import check_output
-
-
-@dataclass(frozen=True)
-class CompressionResult:
-    """What :func:`compress` did.
-
-    Attributes:
-        output: The folder with the compressed model: a complete Hub repo.
-        config: The config the checkpoint carries.
-        report: What was pruned.
-        measurements: The dense model's row and the compressed one's, on held-out data.
-        search: The search's result; ``None`` where there was nothing to search.
-        within: The smallest budget found within a loss, where one was asked for.
-        commit_url: The Hub commit, where it was pushed.
-    """
-
-    output: Path
-    config: SparsityConfig
-    report: PruningReport
-    measurements: tuple[Measurement, ...]
-    search: SearchResult | None
-    within: WithinLoss | None
-    commit_url: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "output": str(self.output),
-            "mean_sparsity": self.report.mean_sparsity,
-            "kv_cache": self.config.to_dict()["kv_cache"],
-            "measurements": [row.to_dict() for row in self.measurements],
-            "best_value": None if self.search is None else self.search.best_value,
-            "uniform_value": None if self.search is None else self.search.baseline,
-            "max_loss": None if self.within is None else self.within.to_dict(),
-            "commit_url": self.commit_url,
-        }
 
 
 class PushError(AdaptiveSparseError, OSError):
@@ -211,62 +158,20 @@ def compress(
         max_loss=max_loss,
         final=config,
     )
+    job = Compression(
+        model=origin,
+        output=target,
+        plan=plan,
+        config=config,
+        evaluation=evaluation,
+        questions=questions,
+        workers=workers,
+        offload=offload,
+        repo_id=push_to_hub,
+        progress=progress,
+    )
     with output_folder(target, offload=offload, overwrite=overwrite, keep=(JOURNAL,)) as folder:
-        with plan.kept_in(folder) as kept, companions(origin, kept.work, workers) as own:
-            loaded = kept.load(own)
-            check_before_loading(loaded.model, config, loaded.calibration)
-            measured = Measuring(loaded, evaluation, questions, progress)
-            dense_row = measured("dense", loaded.model, 0.0, parameter_bytes(loaded.model))
-            started = perf_counter()
-            within, result = _search(kept, loaded, progress)
-            searched_with = torch.get_num_threads()
-
-        config = final_config(config, space, result, data=plan.calibration_label)
-        batches, processor = loaded.calibration, loaded.processor
-        if offload:
-            del loaded  # and with it the mapped files
-            gc.collect()
-            release_freed()
-            dense = origin.load_empty()
-            files = weight_files(origin, dense)
-        else:
-            dense, files = loaded.model, None
-        # Sums depend on the number of threads, and a bound is that of the very weights that were
-        # measured.
-        with thread_count(None if within is None else searched_with):
-            report = prune_and_save(
-                dense, config, batches, processor, folder, files=files, progress=progress
-            )
-        compressed = _load_stored(folder, config) if offload else dense
-        seconds = perf_counter() - started
-
-        config = dense.config.quantization_config
-        size = weight_bytes_on_disk(folder)
-        row = measured(
-            "compressed", compressed, report.mean_sparsity, size, config, dense_row.match
-        )
-        rows = (dense_row, replace(row, seconds=seconds))
-        asked = (questions or evaluation).label
-        recipe = Recipe(
-            origin,
-            plan.calibration_label,
-            evaluation.label,
-            seed,
-            questions=f"{row.questions} questions of {asked}" if row.questions else None,
-            repo_id=push_to_hub,
-        )
-        save_report(
-            folder,
-            dense,
-            report,
-            recipe,
-            processor=processor,
-            measurements=rows,
-            result=result,
-            within=within,
-        )
-        within, result = _detached(within, result)
-    done = CompressionResult(target, config, report, rows, result, within, None)
+        done = job.run(folder)
     return done if push_to_hub is None else _push(done, push_to_hub, private)
 
 
@@ -275,33 +180,6 @@ def _default_space(preset: Preset, config: SparsityConfig, max_loss: float | Non
     if max_loss is None or not space.prunes:
         return space
     return replace(space, target_sparsity=FREE)
-
-
-def _search(
-    plan: SearchPlan, loaded: Loaded, progress: bool
-) -> tuple[WithinLoss | None, SearchResult | None]:
-    if plan.max_loss is not None:
-        within = plan.search_within(loaded, progress=progress)
-        return within, within.search
-    if not plan.space.searches:
-        return None, None
-    return None, plan.search(loaded, progress=progress)
-
-
-def _load_stored(folder: Path, config: SparsityConfig) -> PreTrainedModel:
-    """Load a model that may be larger than the memory, to be measured as it is stored."""
-    runtime = SparsityConfig(runtime="sparse") if config.checkpoint_format == "bitmask" else None
-    return ModelSource(folder, device_map="cpu").load(runtime)
-
-
-def _detached(
-    within: WithinLoss | None, result: SearchResult | None
-) -> tuple[WithinLoss | None, SearchResult | None]:
-    """Return the results without the journal, which moves with the folder."""
-    if result is None:
-        return None, None
-    result = result.detached()
-    return None if within is None else replace(within, search=result), result
 
 
 def _push(done: CompressionResult, repo_id: str, private: bool) -> CompressionResult:

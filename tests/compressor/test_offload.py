@@ -26,7 +26,7 @@ from hf_adaptive_sparse.compressor import (
     DataSource,
     ModelSource,
     compress,
-    pipeline,
+    compression,
     prune_to_folder,
 )
 from hf_adaptive_sparse.compressor.saving import save_model, save_processor
@@ -426,7 +426,7 @@ def test_a_job_that_is_interrupted_while_it_measures_prunes_none_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "_load_stored", interrupted)
+        patch.setattr(compression, "_load_stored", interrupted)
         compress(source, output, offload=True, **settings)
     written = count_written(monkeypatch)
     compress(source, output, offload=True, **settings)
