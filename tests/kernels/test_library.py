@@ -142,7 +142,10 @@ def test_what_a_compiler_complains_about_is_shown(monkeypatch, tmp_path):
 def compile_fuzz(fuzz, output, command, *flags):
     """Compile a program with the sources of what it is named after."""
     kernels = sorted(build.SOURCES.glob(f"{fuzz.stem.removeprefix('fuzz_')}*.c"))
-    sources = [str(path) for path in (fuzz, *kernels, build.SOURCES / "threads.c")]
+    sources = [
+        str(path)
+        for path in (fuzz, *kernels, build.SOURCES / "library.c", build.SOURCES / "threads.c")
+    ]
     shared = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
     if fuzz.match(f"*_{build.EXACT}"):
         shared.append("-ffp-contract=off")

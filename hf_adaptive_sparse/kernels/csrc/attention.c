@@ -7,7 +7,6 @@
 #include "numbers.h"
 #include "threads.h"
 
-HAS_EXPORT int has_abi_version(void) { return HAS_ABI_VERSION; }
 HAS_EXPORT int64_t has_call_size_bytes(void) { return (int64_t)sizeof(has_attention_call); }
 
 static has_task_function function_of(int variant) {
@@ -60,15 +59,8 @@ static void join(const has_attention_call *call, float *partials, int64_t splits
         int64_t q_head = head % call->kv_heads * call->repeats + row / call->queries;
         int64_t at = head / call->kv_heads * call->output_strides[0] +
                      q_head * call->output_strides[1] + query * call->output_strides[2];
-        for (int64_t c = 0; c < call->value_dim; c++) {
-            float value = first[2 + c] * factor;
-            if (call->dtype == HAS_FLOAT32)
-                ((float *)call->output)[at + c] = value;
-            else
-                ((uint16_t *)call->output)[at + c] = call->dtype == HAS_BFLOAT16
-                                                         ? has_to_bfloat16(value)
-                                                         : has_to_float16(value);
-        }
+        for (int64_t c = 0; c < call->value_dim; c++)
+            has_store_number(call->output, call->dtype, at + c, first[2 + c] * factor);
     }
 }
 

@@ -3,18 +3,11 @@
 #ifndef HAS_ATTENTION_H
 #define HAS_ATTENTION_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "library.h"
 
-#include "threads.h"
-
-enum { HAS_ABI_VERSION = 8 };
-enum { HAS_FLOAT32 = 0, HAS_BFLOAT16 = 1, HAS_FLOAT16 = 2, HAS_BOOL = 3, HAS_NO_MASK = -1 };
+enum { HAS_BOOL = 3, HAS_NO_MASK = -1 }; /* dtypes that a mask may have besides */
 enum { HAS_KEYS_BY_CHANNEL = 0, HAS_KEYS_BY_TOKEN = 1 };
-enum { HAS_OK = 0, HAS_BAD_VARIANT = 1, HAS_NO_MEMORY = 2, HAS_BAD_ARGUMENT = 3 };
-/* Codes per row, so that integer sums of products stay below 2^31 (see round_vector), and query
- * rows per pass. */
-enum { HAS_MAX_CODES = 1024, HAS_MAX_ROWS = 16 };
+enum { HAS_MAX_ROWS = 16 }; /* of queries, per pass */
 
 /* Keys and values in the model's dtype: the sinks at the start, or the unpacked tokens at the end.
  * Strides in elements: batch, head, token. Channels lie next to each other. */

@@ -7,12 +7,12 @@
 #if defined(__x86_64__) || defined(_M_X64)
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define FORCED static TARGET inline __attribute__((always_inline))
 #define VARIANT(name) name##_avx2
 #define VECTOR_LIMIT 16256.0f
 
 #include <immintrin.h>
 
+#include "attention.h"
 #include "numbers.h"
 
 enum { TOGETHER = 8 }; /* rows */

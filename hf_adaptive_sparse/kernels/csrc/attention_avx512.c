@@ -28,8 +28,7 @@ static TARGET inline unpacker make_unpacker(int bits) {
     return u;
 }
 
-static TARGET inline __attribute__((always_inline)) __m512i unpack(
-    const uint8_t *at, __mmask64 valid, int bits, unpacker u) {
+FORCED __m512i unpack(const uint8_t *at, __mmask64 valid, int bits, unpacker u) {
     __m512i packed = _mm512_maskz_loadu_epi8(valid, at);
     if (bits == 8) return packed;
     __m512i lanes = _mm512_permutexvar_epi8(u.bytes, packed);

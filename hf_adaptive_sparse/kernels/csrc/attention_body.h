@@ -22,6 +22,7 @@
 #include <float.h>
 #include <stdlib.h>
 
+#include "attention.h"
 #include "numbers.h"
 
 /* Working memory of one task. Lengths are padded to 64 with zeros. */
@@ -103,9 +104,7 @@ static TARGET inline const void *element(const void *base, int64_t dtype, int64_
 
 static TARGET inline float load_one(const void *base, int64_t dtype, int64_t index) {
     const void *at = element(base, dtype, index);
-    if (dtype == HAS_FLOAT32) return *(const float *)at;
-    uint16_t half = *(const uint16_t *)at;
-    return dtype == HAS_BFLOAT16 ? has_from_bfloat16(half) : has_from_float16(half);
+    return dtype == HAS_FLOAT32 ? *(const float *)at : has_from_half(*(const uint16_t *)at, dtype);
 }
 
 /* Reductions over a multiple of 64 numbers; 16 partial results let compilers vectorise them. */

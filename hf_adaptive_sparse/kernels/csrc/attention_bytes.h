@@ -22,8 +22,6 @@ static TARGET void store_vector(const float *a, int64_t n, float factor, int16_t
     }
 }
 
-#define FORCED static TARGET inline __attribute__((always_inline))
-
 /* The sums over neighbours of two vectors, in the lanes of one: of 32 bits, then of 64. */
 FORCED __m512i add_words(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));

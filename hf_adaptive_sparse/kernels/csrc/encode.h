@@ -4,7 +4,7 @@
 #ifndef HAS_ENCODE_H
 #define HAS_ENCODE_H
 
-#include "attention.h"
+#include "library.h"
 
 enum { HAS_BY_CHANNEL = 0, HAS_BY_GROUP = 1, HAS_TRANSPOSED = 2 };
 enum { HAS_REFUSED = 4 }; /* NaN, Inf, or a span that the metadata cannot hold */

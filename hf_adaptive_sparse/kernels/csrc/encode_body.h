@@ -19,13 +19,9 @@ static TARGET inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES 
 
 /* --- 16-bit metadata, rounded in one direction (affine.py) --------------------------------- */
 
-HAS_INLINE float widen(uint16_t half, int64_t dtype) {
-    return dtype == HAS_BFLOAT16 ? has_from_bfloat16(half) : has_from_float16(half);
-}
-
 HAS_INLINE uint16_t round_up(float value, int64_t dtype) {
-    uint16_t half = dtype == HAS_BFLOAT16 ? has_to_bfloat16(value) : has_to_float16(value);
-    float rounded = widen(half, dtype);
+    uint16_t half = has_to_half(value, dtype);
+    float rounded = has_from_half(half, dtype);
     if (rounded < value) half = (uint16_t)(rounded < 0 ? half - 1 : half + 1);
     return half == 0x8000 ? 0 : half;
 }
@@ -155,9 +151,6 @@ static TARGET void fit_columns(const float *x, int64_t n, int64_t width, float l
     }
 }
 
-/* The whole number that orders as the value does; also the way back. NaN has no place in it. */
-HAS_INLINE int32_t ordered(int32_t bits) { return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1); }
-
 /* Extremes of columns [from, to) of each row, to low[r] and high[r]. Compilers find those of whole
  * numbers with vectors; among floats NaN and the two zeros would depend on the order. */
 static TARGET void row_extremes(const float *x, int64_t n, int64_t width, int64_t from, int64_t to,
@@ -166,12 +159,12 @@ static TARGET void row_extremes(const float *x, int64_t n, int64_t width, int64_
         const float *restrict row = x + r * width;
         int32_t lowest = INT32_MAX, highest = INT32_MIN;
         for (int64_t c = from; c < to; c++) {
-            int32_t number = ordered((int32_t)has_bits_of_float(row[c]));
+            int32_t number = has_order(row[c]);
             lowest = number < lowest ? number : lowest;
             highest = number > highest ? number : highest;
         }
-        low[r] = has_float_of_bits((uint32_t)ordered(lowest));
-        high[r] = has_float_of_bits((uint32_t)ordered(highest));
+        low[r] = has_of_order(lowest);
+        high[r] = has_of_order(highest);
     }
 }
 
@@ -255,9 +248,9 @@ static TARGET int encode_by_channel(const has_encode_call *call, const has_encod
     int refused = 0;
     for (int64_t c = 0; c < call->width; c++) {
         minima[c] = round_down(b->low[c], b->kept);
-        b->low[c] = widen(minima[c], b->kept);
+        b->low[c] = has_from_half(minima[c], b->kept);
         steps[c] = round_up((b->high[c] - b->low[c]) / b->levels, b->kept);
-        float step = widen(steps[c], b->kept);
+        float step = has_from_half(steps[c], b->kept);
         refused |= !is_finite(step);
         b->inverse[c] = inverse_of(step);
     }
@@ -309,9 +302,9 @@ static TARGET int encode_by_group(const has_encode_call *call, const has_encode_
         float *low = b->low + g * call->tokens, *high = b->high + g * call->tokens;
         for (int64_t t = 0; t < call->tokens; t++) {
             uint16_t minimum = round_down(low[t], b->kept);
-            low[t] = widen(minimum, b->kept);
+            low[t] = has_from_half(minimum, b->kept);
             uint16_t up = round_up((high[t] - low[t]) / b->levels, b->kept);
-            float step = widen(up, b->kept);
+            float step = has_from_half(up, b->kept);
             refused |= !is_finite(step);
             b->inverse[g * call->tokens + t] = inverse_of(step);
             steps[t * b->groups + g] = up;
@@ -334,9 +327,9 @@ static TARGET int second_level(float *numbers, int64_t n, int64_t kept, int up, 
         high = numbers[i] > high ? numbers[i] : high;
     }
     scales[0] = round_down(low, kept);
-    float base = widen(scales[0], kept);
+    float base = has_from_half(scales[0], kept);
     scales[1] = round_up((high - base) / 255.0f, kept);
-    float unit = widen(scales[1], kept), divisor = unit > 0 ? unit : 1.0f;
+    float unit = has_from_half(scales[1], kept), divisor = unit > 0 ? unit : 1.0f;
     if (!is_finite(base) || !is_finite(unit)) return HAS_REFUSED;
     for (int64_t i = 0; i < n; i++) {
         float y = (numbers[i] - base) / divisor;
@@ -397,20 +390,20 @@ static TARGET void load_scales(const has_encode_call *call, const has_encode_tas
     const uint16_t *steps = task->metadata[0], *minima = task->metadata[1];
     if (call->format == HAS_BY_CHANNEL) {
         for (int64_t c = 0; c < call->width; c++) {
-            b->inverse[c] = widen(steps[c], b->kept);
-            b->low[c] = widen(minima[c], b->kept);
+            b->inverse[c] = has_from_half(steps[c], b->kept);
+            b->low[c] = has_from_half(minima[c], b->kept);
         }
     } else if (call->format == HAS_BY_GROUP) {
         for (int64_t t = 0; t < call->tokens; t++)
             for (int64_t g = 0; g < b->groups; g++) {
-                b->inverse[g * call->tokens + t] = widen(steps[t * b->groups + g], b->kept);
-                b->low[g * call->tokens + t] = widen(minima[t * b->groups + g], b->kept);
+                b->inverse[g * call->tokens + t] = has_from_half(steps[t * b->groups + g], b->kept);
+                b->low[g * call->tokens + t] = has_from_half(minima[t * b->groups + g], b->kept);
             }
     } else {
         const uint8_t *step_codes = task->metadata[0], *minimum_codes = task->metadata[1];
         const uint16_t *halves = task->metadata[2];
         float scales[4];
-        for (int i = 0; i < 4; i++) scales[i] = widen(halves[i], b->kept);
+        for (int i = 0; i < 4; i++) scales[i] = has_from_half(halves[i], b->kept);
         for (int64_t i = 0; i < b->groups * call->tokens; i++) {
             b->inverse[i] = step_codes[i] * scales[1] + scales[0];
             b->low[i] = minimum_codes[i] * scales[3] + scales[2];

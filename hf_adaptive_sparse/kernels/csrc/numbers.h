@@ -6,9 +6,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "attention.h"
+#include "library.h"
 
 #define HAS_INLINE static inline __attribute__((always_inline, unused))
+
+/* The same for what needs the instructions that the including file's TARGET names. */
+#define FORCED static TARGET inline __attribute__((always_inline))
 
 HAS_INLINE float has_float_of_bits(uint32_t bits) {
     float value;
@@ -61,6 +64,27 @@ HAS_INLINE uint16_t has_to_float16(float value) {
         return (uint16_t)(sign | (has_bits_of_float(magnitude + 0.5f) - 0x3f000000u));
     bits &= 0x7fffffff;
     return (uint16_t)(sign | ((bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13));
+}
+
+/* Between a float and the 16 bits of a number of either type. */
+HAS_INLINE float has_from_half(uint16_t half, int64_t dtype) {
+    return dtype == HAS_BFLOAT16 ? has_from_bfloat16(half) : has_from_float16(half);
+}
+
+HAS_INLINE uint16_t has_to_half(float value, int64_t dtype) {
+    return dtype == HAS_BFLOAT16 ? has_to_bfloat16(value) : has_to_float16(value);
+}
+
+HAS_INLINE float has_number_at(const void *numbers, int64_t dtype, int64_t i) {
+    if (dtype == HAS_FLOAT32) return ((const float *)numbers)[i];
+    return has_from_half(((const uint16_t *)numbers)[i], dtype);
+}
+
+HAS_INLINE void has_store_number(void *numbers, int64_t dtype, int64_t i, float value) {
+    if (dtype == HAS_FLOAT32)
+        ((float *)numbers)[i] = value;
+    else
+        ((uint16_t *)numbers)[i] = has_to_half(value, dtype);
 }
 
 /* exp(x) for x <= 0, to about 2e-7 of itself; below -87 it is 0, NaN stays NaN. */

@@ -25,10 +25,7 @@ enum { AMX_ROWS = 16, AMX_TOKENS = 16, AMX_STEP = 64, AMX_CHUNK_BYTES = 256 };
 #define X_FULL 6
 #define X_LAST 7
 
-#define TARGET_AMX                                                                              \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,"          \
-                          "avx512vnni,avx512bf16,avx2,fma,bmi2,f16c,popcnt"                     \
-                          HAS_WIDE_VECTORS ",amx-tile,amx-int8,amx-bf16")))
+#define TARGET_AMX __attribute__((target(FEATURES ",amx-tile,amx-int8,amx-bf16")))
 #define AMX_FORCED static TARGET_AMX inline __attribute__((always_inline))
 
 /* Compilers do not know that a tile is loaded from memory. */
@@ -250,7 +247,8 @@ AMX_FORCED void amx_scale(const has_sparse_call *call, const has_sparse_x *x, in
         _Alignas(64) float units[AMX_ROWS];
         int64_t s = (column + i) / x->segment, group = (column + i) / size;
         for (int64_t r = 0; r < AMX_ROWS; r++)
-            units[r] = number_at(call->scales, row_of[r] * groups + group, call->dtype) * inverse;
+            units[r] =
+                has_number_at(call->scales, call->dtype, row_of[r] * groups + group) * inverse;
         for (int64_t first = 0; first < call->tokens; first += AMX_TOKENS) {
             const int32_t (*of)[AMX_ROWS * AMX_TOKENS] = products->of[i / x->segment][first != 0];
             _Alignas(64) float steps[AMX_TOKENS] = {0};
@@ -273,7 +271,8 @@ AMX_FORCED void amx_scale(const has_sparse_call *call, const has_sparse_x *x, in
 AMX_FORCED __m512 amx_bias(const has_sparse_call *call, int64_t first, int64_t count) {
     _Alignas(64) float bias[AMX_ROWS] = {0};
     if (call->bias != NULL)
-        for (int64_t r = 0; r < count; r++) bias[r] = number_at(call->bias, first + r, call->dtype);
+        for (int64_t r = 0; r < count; r++)
+            bias[r] = has_number_at(call->bias, call->dtype, first + r);
     return _mm512_load_ps(bias);
 }
 
@@ -295,7 +294,7 @@ AMX_FORCED void amx_write(const has_sparse_call *call, int64_t first, int64_t co
         } else {
             _mm512_store_ps(column, total);
             for (int64_t r = 0; r < count; r++)
-                store_number(call->output, at + r, call->dtype, column[r]);
+                has_store_number(call->output, call->dtype, at + r, column[r]);
         }
     }
 }
@@ -422,5 +421,13 @@ static TARGET_AMX void amx_multiply(const has_sparse_call *call, const has_spars
 
 #include "sparse_amx_many.h"
 
-const has_sparse_variant has_sparse_amx = {1, 1, 0, AMX_ROWS, amx_prepare, amx_multiply, decompress,
-                                           many_pack, many_multiply};
+const has_sparse_variant has_sparse_amx = {
+    .takes_bfloat16 = 1,
+    .rounds = 1,
+    .rows = AMX_ROWS,
+    .prepare = amx_prepare,
+    .multiply = amx_multiply,
+    .decompress = decompress,
+    .pack = many_pack,
+    .multiply_many = many_multiply,
+};

@@ -2,7 +2,6 @@
 #if defined(__x86_64__) || defined(_M_X64)
 
 #define TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
-#define FORCED static TARGET inline __attribute__((always_inline))
 #define VARIANT(name) name##_avx2
 #define TAKES_BFLOAT16 0
 #define ROUNDS 1

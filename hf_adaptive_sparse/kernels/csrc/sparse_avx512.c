@@ -6,10 +6,10 @@
  * of a page. */
 #if defined(__x86_64__) || defined(_M_X64)
 
-#define TARGET                                                                                  \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,"          \
-                          "avx512vnni,avx512bf16,avx2,fma,bmi2,f16c,popcnt"                     \
-                          HAS_WIDE_VECTORS)))
+#define FEATURES                                                                                \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,avx2,fma," \
+    "bmi2,f16c,popcnt" HAS_WIDE_VECTORS
+#define TARGET __attribute__((target(FEATURES)))
 #define VARIANT(name) name##_avx512
 #define TAKES_BFLOAT16 1
 #define ROUNDS 1
@@ -23,8 +23,6 @@
 #include "sparse.h"
 
 enum { AHEAD_BYTES = 1536 };
-
-#define FORCED static TARGET inline __attribute__((always_inline))
 
 #include "sparse_join.h"
 

@@ -6,7 +6,6 @@
 #define TARGET                                                                                  \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt"            \
                           HAS_WIDE_VECTORS)))
-#define FORCED static TARGET inline __attribute__((always_inline))
 #define VARIANT(name) name##_avx512f
 #define TAKES_BFLOAT16 0
 #define ROUNDS 0

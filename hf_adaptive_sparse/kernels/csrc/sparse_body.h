@@ -6,8 +6,8 @@
  * tokens there are, and a NaN or infinity in x meets the zeros as it does in a dense product. Sums are
  * float32, in HAS_SPARSE_LANES parts per token.
  *
- * With codes, where a variant ROUNDS, x is rounded to 15 bits and a sign on a step of its own per segment of at most 256
- * columns; products of integers are summed exactly within a segment:
+ * With codes, where a variant ROUNDS, x is rounded to 15 bits and a sign on a step of its own per
+ * segment of at most 256 columns; products of integers are summed exactly within a segment:
  *
  *     sum over columns of x * w = sum over segments of step * unit * (sum of x_code * w_code)
  *
@@ -49,18 +49,8 @@ HAS_INLINE int64_t offset_of(const has_sparse_call *call, int64_t row) {
                                    : ((const int64_t *)call->row_offsets)[row];
 }
 
-HAS_INLINE float number_at(const void *numbers, int64_t i, int64_t dtype) {
-    if (dtype == HAS_FLOAT32) return ((const float *)numbers)[i];
-    uint16_t half = ((const uint16_t *)numbers)[i];
-    return dtype == HAS_BFLOAT16 ? has_from_bfloat16(half) : has_from_float16(half);
-}
-
-HAS_INLINE void store_number(void *numbers, int64_t i, int64_t dtype, float value) {
-    if (dtype == HAS_FLOAT32)
-        ((float *)numbers)[i] = value;
-    else
-        ((uint16_t *)numbers)[i] =
-            dtype == HAS_BFLOAT16 ? has_to_bfloat16(value) : has_to_float16(value);
+HAS_INLINE const uint8_t *mask_of(const has_sparse_call *call, int64_t row) {
+    return call->bitmask + row * ((call->columns + 7) / 8);
 }
 
 HAS_INLINE int64_t group_columns(const has_sparse_call *call) {
@@ -71,7 +61,7 @@ HAS_INLINE int64_t group_columns(const has_sparse_call *call) {
 HAS_INLINE double unit_of(const has_sparse_call *call, int64_t group) {
     int limit = call->bits == 8 ? 127 : 7;
     if (call->dtype == HAS_FLOAT32) return (double)((const float *)call->scales)[group] / limit;
-    return number_at(call->scales, group, call->dtype) / (float)limit;
+    return has_number_at(call->scales, call->dtype, group) / (float)limit;
 }
 
 /* By what a scale is multiplied in products: codes of 4 bits come FOURS times as large. */
@@ -149,11 +139,10 @@ HAS_INLINE void put_exceptions(exceptions *ahead, const uint8_t *mask, int64_t c
 /* Values of 12 bits in these bytes: see packing/upper_bytes.py. */
 HAS_INLINE int64_t values_of_12(const has_sparse_call *call) { return call->value_bytes * 2 / 3; }
 
-/* Expand columns `column` to `column` + n of a row, whose first value is number `at`, into `out`,
- * zero up to the next multiple of 64; returns how many values that took. */
-static TARGET inline __attribute__((always_inline)) int64_t expand(
-    const has_sparse_call *call, const uint8_t *mask, int64_t n, int64_t at, int bits,
-    exceptions *ahead, void *out) {
+/* Expand n columns of a row, those of `mask`, whose first value is number `at`, into `out`, zero up to
+ * the next multiple of 64; returns how many values that took. */
+FORCED int64_t expand(const has_sparse_call *call, const uint8_t *mask, int64_t n, int64_t at,
+                      int bits, exceptions *ahead, void *out) {
     uint8_t mask_copy[BLOCK / 8], value_copy[BLOCK * 4 + SLACK_BYTES];
     const uint8_t *values = call->values;
     if (n % 64 != 0) { /* what follows in memory is the next row, or nothing */
@@ -253,7 +242,7 @@ static TARGET void take_units(const has_sparse_call *call, const has_sparse_x *x
     }
     for (int64_t i = 0; i < count;) {
         if (at->left == 0) *at = (group_cursor){at->group + 1, x->group_segments};
-        float unit = number_at(call->scales, at->group, call->dtype) * inverse;
+        float unit = has_number_at(call->scales, call->dtype, at->group) * inverse;
         for (; i < count && at->left > 0; at->left--) out[i++] = unit;
     }
 }
@@ -348,21 +337,21 @@ static TARGET void multiply(const has_sparse_call *call, const has_sparse_x *x, 
             multiply_row(call, x, row, 16, 1, NULL, sums);
         else
             multiply_row(call, x, row, 16, 0, NULL, sums);
-        float bias = call->bias == NULL ? 0.0f : number_at(call->bias, row, call->dtype);
+        float bias = call->bias == NULL ? 0.0f : has_number_at(call->bias, call->dtype, row);
         for (int64_t t = 0; t < call->tokens; t++) {
             for (int half = LANES / 2; half > 0; half /= 2) /* one after the other would wait */
                 for (int lane = 0; lane < half; lane++) sums[t][lane] += sums[t][lane + half];
-            store_number(call->output, t * call->output_stride + row, call->dtype,
-                         sums[t][0] + bias);
+            has_store_number(call->output, call->dtype, t * call->output_stride + row,
+                             sums[t][0] + bias);
         }
     }
 }
 
-static TARGET inline __attribute__((always_inline)) void decompress_values(
-    const has_sparse_call *call, int64_t row, int bits, exceptions *ahead, uint8_t *out) {
+FORCED void decompress_values(const has_sparse_call *call, int64_t row, int bits, exceptions *ahead,
+                              uint8_t *out) {
     _Alignas(64) uint8_t block[BLOCK * 4 + 64];
     const int item_bytes = bits == 12 ? 2 : bits / 8;
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    const uint8_t *mask = mask_of(call, row);
     int64_t at = offset_of(call, row);
     for (int64_t column = 0; column < call->columns; column += BLOCK) {
         int64_t left = call->columns - column;
@@ -376,10 +365,9 @@ static TARGET inline __attribute__((always_inline)) void decompress_values(
     }
 }
 
-static TARGET inline __attribute__((always_inline)) void decompress_codes(
-    const has_sparse_call *call, int64_t row, int bits, void *out) {
+FORCED void decompress_codes(const has_sparse_call *call, int64_t row, int bits, void *out) {
     int8_t block[BLOCK + 64];
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    const uint8_t *mask = mask_of(call, row);
     int64_t at = offset_of(call, row);
     int64_t size = group_columns(call), groups = (call->columns + size - 1) / size;
     int64_t step = call->group_size && call->group_size % BLOCK ? 32 : BLOCK;
@@ -435,4 +423,12 @@ static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_
     }
 }
 
-const has_sparse_variant VARIANT(has_sparse) = {TAKES_BFLOAT16, ROUNDS, IN_REGISTERS, 1, prepare, multiply, decompress, NULL, NULL};
+const has_sparse_variant VARIANT(has_sparse) = {
+    .takes_bfloat16 = TAKES_BFLOAT16,
+    .rounds = ROUNDS,
+    .in_registers = IN_REGISTERS,
+    .rows = 1,
+    .prepare = prepare,
+    .multiply = multiply,
+    .decompress = decompress,
+};

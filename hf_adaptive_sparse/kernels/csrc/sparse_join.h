@@ -1,5 +1,5 @@
-/* Lower and upper bytes of 64 values side by side, in AVX-512 BW. Included where FORCED functions may use
- * it. */
+/* Lower and upper bytes of 64 values side by side, in AVX-512 BW. Included where FORCED functions
+ * may use it. */
 #include <immintrin.h>
 
 FORCED void store_joined(__m512i lower, __m512i upper, void *out) {

@@ -41,9 +41,8 @@ HAS_INLINE const uint8_t *readable(const registered_row *row, const uint8_t *fro
 }
 
 /* Where the values of n more columns of a row are, in 4 bits decoded to int8 and in 12 to bfloat16. */
-static TARGET inline __attribute__((always_inline)) const uint8_t *take_values(
-    const has_sparse_call *call, registered_row *row, exceptions *ahead, const uint8_t *mask,
-    int64_t n, int bits) {
+FORCED const uint8_t *take_values(const has_sparse_call *call, registered_row *row,
+                                  exceptions *ahead, const uint8_t *mask, int64_t n, int bits) {
     const uint8_t *codes = call->values + (bits == 12 ? values_of_12(call) : 0) + row->at / 2;
     int64_t at = row->at, odd = at % 2, item_bytes = bits / 8;
     if (bits != 12 && bits != 4 && !row->is_near_end) return call->values + at * item_bytes;
@@ -75,9 +74,9 @@ typedef struct {
 } code_factors;
 
 /* Add the products of n columns of int8 codes with 1 to AT_ONCE tokens. */
-static TARGET inline __attribute__((always_inline)) const uint8_t *add_codes(
-    const uint8_t *mask, const uint8_t *values, int64_t n, const code_factors *of, int step,
-    const void *x, int64_t x_stride, int tokens, float *sums) {
+FORCED const uint8_t *add_codes(const uint8_t *mask, const uint8_t *values, int64_t n,
+                                const code_factors *of, int step, const void *x, int64_t x_stride,
+                                int tokens, float *sums) {
     float_sum totals[AT_ONCE];
     for (int t = 0; t < tokens; t++) totals[t] = load_sum(sums + LANES * t);
     int64_t segment = of->segment, s = 0;
@@ -130,9 +129,9 @@ static TARGET __attribute__((noinline)) const uint8_t *add_8(OPERANDS) {
 }
 
 /* Add the products of columns `column` to `column` + n of a row with all tokens. */
-static TARGET inline __attribute__((always_inline)) void add_piece(
-    const has_sparse_call *call, const has_sparse_x *x, registered_row *row, exceptions *ahead,
-    int64_t column, int64_t n, int bits, int is_bfloat16, float (*sums)[LANES]) {
+FORCED void add_piece(const has_sparse_call *call, const has_sparse_x *x, registered_row *row,
+                      exceptions *ahead, int64_t column, int64_t n, int bits, int is_bfloat16,
+                      float (*sums)[LANES]) {
     const int item_bits = bits == 12 ? 16 : bits == 4 ? 8 : bits; /* once decoded */
     const int64_t x_bytes = bits <= 8 ? CODED_X_BYTES : 4, mask_bytes = (n + 7) / 8;
     const uint8_t *(*const add)(OPERANDS) = bits == 32    ? add_32
@@ -166,13 +165,12 @@ static TARGET inline __attribute__((always_inline)) void add_piece(
 #undef ADD_VALUES
 
 /* Products of one row with all tokens, added to their sums; constants say which kind. */
-static TARGET inline __attribute__((always_inline)) void multiply_row(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits, int is_bfloat16,
-    exceptions *ahead, float (*sums)[LANES]) {
+FORCED void multiply_row(const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits,
+                         int is_bfloat16, exceptions *ahead, float (*sums)[LANES]) {
     int64_t end = offset_of(call, row + 1);
     int64_t end_byte = bits == 12 ? values_of_12(call) + end / 2 : end * bits / 8;
     registered_row of;
-    of.mask = call->bitmask + row * ((call->columns + 7) / 8);
+    of.mask = mask_of(call, row);
     of.at = offset_of(call, row);
     of.segment = 0;
     of.group = first_group(x, row);

@@ -13,10 +13,9 @@ HAS_INLINE float stand_in(const has_sparse_call *call, int64_t number) {
 /* One token times the columns of a row that make whole blocks of 64; returns how many those are, 0
  * where that cannot be. For an exception add_12 multiplies what its code and lower byte make, hardly
  * more than 0, which is taken back; and would not be 0 times an x that is not finite. */
-static TARGET inline __attribute__((always_inline)) int64_t multiply_12(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at,
-    exceptions *ahead, float *sums) {
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+FORCED int64_t multiply_12(const has_sparse_call *call, const has_sparse_x *x, int64_t row,
+                           int64_t *at, exceptions *ahead, float *sums) {
+    const uint8_t *mask = mask_of(call, row);
     const uint8_t *codes = call->values + values_of_12(call);
     int64_t whole = call->columns / 64 * 64, end = offset_of(call, row + 1);
     if (!*x->is_finite || codes + end / 2 + 64 > call->values + call->value_bytes) return 0;
@@ -34,11 +33,10 @@ static TARGET inline __attribute__((always_inline)) int64_t multiply_12(
 
 /* One token times the segments of a row that make whole blocks of 64; returns how many columns those
  * have, 0 where what lies behind the row's values cannot be read. */
-static TARGET inline __attribute__((always_inline)) int64_t multiply_codes(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int64_t *at,
-    group_cursor *group, int bits, float *sums) {
+FORCED int64_t multiply_codes(const has_sparse_call *call, const has_sparse_x *x, int64_t row,
+                              int64_t *at, group_cursor *group, int bits, float *sums) {
     enum { SEGMENTS = 64 }; /* at a time */
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    const uint8_t *mask = mask_of(call, row);
     int64_t whole = call->columns, step = SEGMENTS * x->segment;
     if (whole % 64 != 0) whole -= whole % x->segment;
     float factors[SEGMENTS];
@@ -55,12 +53,11 @@ static TARGET inline __attribute__((always_inline)) int64_t multiply_codes(
 #endif
 
 /* Products of one row with all tokens, added to their sums; constants say which kind. */
-static TARGET inline __attribute__((always_inline)) void multiply_row(
-    const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits, int is_bfloat16,
-    exceptions *ahead, float (*sums)[LANES]) {
+FORCED void multiply_row(const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits,
+                         int is_bfloat16, exceptions *ahead, float (*sums)[LANES]) {
     _Alignas(64) uint8_t block[BLOCK * 4 + 64];
     _Alignas(64) float wide[BLOCK];
-    const uint8_t *mask = call->bitmask + row * ((call->columns + 7) / 8);
+    const uint8_t *mask = mask_of(call, row);
     int64_t at = offset_of(call, row), step = x->segment;
     int64_t column = 0;
     group_cursor group = first_group(x, row);
