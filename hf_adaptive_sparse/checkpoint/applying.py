@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, prunable_weights, rewrites_weights
-from hf_adaptive_sparse.calibration.data import load_batches
+from hf_adaptive_sparse.calibration.data import Batch, load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.resolving import (
@@ -103,31 +103,14 @@ def prune_and_resolve(
     _check_dtypes(model, config, ratios, weight_bits)
     source = config.calibration if calibration is None else calibration
     settings = _settings(source, config.calibration)
+    removes, hub_arguments = any(ratios.values()), hub_arguments or {}
     batches = None
-    removes = any(ratios.values())
-    quantiser = LayerQuantiser(
-        model,
-        {
-            name: config.format_at(bits)
-            for name, bits in weight_bits.items()
-            if bits not in LOSSLESS_BITS
-        },
-    )
-    weights = prunable_weights(model, config.modules_to_not_convert) if ratios else {}
     if removes and config.needs_calibration:
         _check_calibration(config, source)
-        ready = None if source is None or isinstance(source, str | CalibrationConfig) else source
-        if ready is None and processor is None:
-            processor = load_processor(model.config.name_or_path, **(hub_arguments or {}))
-        batches = load_batches(
-            settings.dataset if ready is None else ready,
-            processor,
-            config=model.config,
-            num_samples=settings.num_samples,
-            sequence_length=settings.sequence_length,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
+        batches = _calibration_batches(model, source, settings, processor, hub_arguments)
+    coded = {n: config.format_at(b) for n, b in weight_bits.items() if b not in LOSSLESS_BITS}
+    quantiser = LayerQuantiser(model, coded)
+    weights = prunable_weights(model, config.modules_to_not_convert) if ratios else {}
     if removes:
         report = pruner(
             model,
@@ -146,7 +129,7 @@ def prune_and_resolve(
         report = _nothing_removed(weights, config)
     quantiser.rest_()
     provenance = {
-        **_provenance(model, config, source, settings, batches, hub_arguments or {}),
+        **_provenance(model, config, source, settings, batches, hub_arguments),
         **_without_data(report),
     }
     carried = our_config(model)
@@ -253,6 +236,28 @@ def _check_calibration(config: SparsityConfig, source: object) -> None:
             "calibration= a dataset's name, a file, batches, or CalibrationConfig() for WikiText-2 "
             "from the Hub; or choose a metric that needs none (magnitude) and no weight update."
         )
+
+
+def _calibration_batches(
+    model: PreTrainedModel,
+    source: Calibration,
+    settings: CalibrationConfig,
+    processor: Any,
+    hub_arguments: Mapping[str, Any],
+) -> list[Batch]:
+    """Return the batches to calibrate on: those that were given, or those of a dataset."""
+    ready = None if source is None or isinstance(source, str | CalibrationConfig) else source
+    if ready is None and processor is None:
+        processor = load_processor(model.config.name_or_path, **hub_arguments)
+    return load_batches(
+        settings.dataset if ready is None else ready,
+        processor,
+        config=model.config,
+        num_samples=settings.num_samples,
+        sequence_length=settings.sequence_length,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
 
 
 def _settings(source: object, fallback: CalibrationConfig | None) -> CalibrationConfig:
