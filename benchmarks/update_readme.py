@@ -17,29 +17,14 @@ from hf_adaptive_sparse.report import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results"
-QUALITY, CODECS = RESULTS / "quality.json", RESULTS / "kv_codecs.json"
-RUNTIME = RESULTS / "sparse_runtime.json"
+MARK, END = "<!-- table: {name} -->\n", "<!-- end -->"
 DEFAULTS = "defaults, "
 """How rows of ``kv_codecs.json`` start that use the cache's default settings."""
-
-START, END = "<!-- table: quality -->\n", "<!-- end -->"
-RUNTIME_START = "<!-- table: runtime -->\n"
-FAMILIES_START = "<!-- table: families -->\n"
-FAMILIES = RESULTS / "families.json"
-OFFLOAD_START = "<!-- table: offload -->\n"
-OFFLOAD = RESULTS / "offload.json"
-HEADLINE_START = "<!-- table: headline -->\n"
-GPU_START = "<!-- table: gpu -->\n"
-GPU, GPU_MODEL = RESULTS / "gpu_sparse.json", RESULTS / "gpu_model.json"
 GPU_TILE_BYTES = 64 << 20
 """The tile that the package decompresses at once, of those in ``gpu_sparse.json``."""
 GPU_LARGE = ("4096x11008", "11008x4096", "8192x28672")
 GPU_VALUES = {"bfloat16": "16 bits", "int8": "8 bits", "int4": "4 bits"}
 """Values in ``gpu_sparse.json``, as the README calls them."""
-BITS_START = "<!-- table: bits -->\n"
-OPEN_QUESTIONS = RESULTS / "open_questions.json"
-ALTERNATIVES_START = "<!-- table: alternatives -->\n"
-LLAMA_CPP, KV_CACHE = RESULTS / "beside_llama_cpp.json", RESULTS / "kv_cache.json"
 JOBS = {
     "memory": "prune",
     "offload": "prune --offload",
@@ -49,9 +34,14 @@ JOBS = {
 """Modes of ``offload.json``, as a person types them."""
 
 
-def readme_table() -> str:
-    """Return what stands between the marks."""
-    result = json.loads(QUALITY.read_text(encoding="utf-8"))
+def read(name: str) -> Any:
+    """Return what a benchmark measured."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quality_tables() -> str:
+    """Return what pruning costs, and what each width of the KV cache does."""
+    result = read("quality")
     machine, held_out = result["environment"], result["held_out_tokens"]
     return (
         f"{markdown_table(quality_rows(result))}\n\n"
@@ -83,7 +73,7 @@ def quality_rows(result: dict[str, Any]) -> list[dict[str, object]]:
 
 def cache_rows() -> list[dict[str, object]]:
     """Return what each width of the KV cache costs with the default settings."""
-    rows = json.loads(CODECS.read_text(encoding="utf-8"))["rows"]
+    rows = read("kv_codecs")["rows"]
     most = max(row["windows"] for row in rows)
     return [
         {
@@ -98,7 +88,7 @@ def cache_rows() -> list[dict[str, object]]:
 
 def runtime_table() -> str:
     """Return what the sparse runtime saves and gains, by the bits of the values."""
-    result = json.loads(RUNTIME.read_text(encoding="utf-8"))
+    result = read("sparse_runtime")
     loading, machine = result["loading"], result["environment"]
     dense_bytes, kernels = result["dense_pruned_bytes"], result["kernels"].split(" (")[0]
     steps = {form: step["median_ms"] for form, step in result["decoding"].items()}
@@ -126,7 +116,7 @@ def runtime_table() -> str:
 
 def offload_table() -> str:
     """Return the time and memory that each job takes for a model of 7 B parameters."""
-    result = json.loads(OFFLOAD.read_text(encoding="utf-8"))
+    result = read("offload")
     machine = result["environment"]
     rows = [row for row in result["rows"] if row["size"] == "7b"]
     lines: list[dict[str, object]] = [
@@ -154,10 +144,10 @@ def offload_table() -> str:
 
 def headline() -> str:
     """Return the most that is gained and what it costs, each with its baseline."""
-    quality = json.loads(QUALITY.read_text(encoding="utf-8"))
+    quality = read("quality")
     perplexity = {row["name"]: row["perplexity"] for row in quality["rows"]}
     increase = perplexity["quality best (alps, searched)"] / perplexity["dense"] - 1
-    runtime = json.loads(RUNTIME.read_text(encoding="utf-8"))
+    runtime = read("sparse_runtime")
     weights = [
         runtime["loading"][form]["pruned_bytes"] / runtime["dense_pruned_bytes"]
         for form in ("sparse, 16 bits", "sparse, 8 bits")
@@ -185,7 +175,7 @@ def spread(values: Iterable[float]) -> str:
 
 def bits_table() -> str:
     """Return what equal sizes lose by fewer bits and by fewer weights."""
-    result = json.loads(OPEN_QUESTIONS.read_text(encoding="utf-8"))
+    result = read("open_questions")
     rows = result["answers"]["weight_bits"]["rows"]
     lines: list[dict[str, object]] = [
         {
@@ -206,9 +196,9 @@ def bits_table() -> str:
     )
 
 
-def gpu_table() -> str:
+def gpu_tables() -> str:
     """Return how fast sparse products are on a GPU, where they gain and where they lose."""
-    result = json.loads(GPU.read_text(encoding="utf-8"))
+    result = read("gpu_sparse")
     machine = result["environment"]
     prompts = [row for row in result["tile_bytes"] if row["tile_bytes"] == GPU_TILE_BYTES]
 
@@ -249,7 +239,7 @@ def gpu_table() -> str:
 
 def gpu_model_rows() -> list[dict[str, object]]:
     """Return what each form of a model of 7 B parameters takes on a GPU."""
-    rows = json.loads(GPU_MODEL.read_text(encoding="utf-8"))["rows"]
+    rows = read("gpu_model")["rows"]
     return [
         {
             "form": row["form"],
@@ -265,7 +255,7 @@ def gpu_model_rows() -> list[dict[str, object]]:
 
 def alternatives() -> str:
     """Return llama.cpp and transformers' stock caches beside ours."""
-    llama, cache = (json.loads(path.read_text(encoding="utf-8")) for path in (LLAMA_CPP, KV_CACHE))
+    llama, cache = read("beside_llama_cpp"), read("kv_cache")
     theirs = next(form for form in llama["bytes"] if form.startswith("llama.cpp"))
     times = llama["milliseconds"]
     forms: list[dict[str, object]] = [
@@ -292,7 +282,7 @@ def alternatives() -> str:
             ratios_text = {column: f"{ratio:.2f}" for column, ratio in ratios.items()}
             caches.append({"cache": name, **ratios_text})
     first, second = llama["environment"], cache["environment"]
-    parameters = json.loads(RUNTIME.read_text(encoding="utf-8"))["parameters"]
+    parameters = read("sparse_runtime")["parameters"]
     return (
         f"**llama.cpp**, decoding one sequence on a CPU:\n\n"
         f"{markdown_table(forms)}\n\n"
@@ -313,7 +303,7 @@ def alternatives() -> str:
 
 def families_table() -> str:
     """Return which families work, which with a limit, and which are refused."""
-    rows = json.loads(FAMILIES.read_text(encoding="utf-8"))["rows"]
+    rows = read("families")["rows"]
     lines: list[dict[str, object]] = []
     for status in ("works", "works, with a limit", "refused"):
         groups: dict[str, list[str]] = {}
@@ -325,21 +315,25 @@ def families_table() -> str:
     return markdown_table(lines) + "\n"
 
 
+TABLES = {
+    "headline": headline,
+    "quality": quality_tables,
+    "bits": bits_table,
+    "runtime": runtime_table,
+    "gpu": gpu_tables,
+    "offload": offload_table,
+    "alternatives": alternatives,
+    "families": families_table,
+}
+"""What writes each table, in the README's order."""
+
+
 def updated(text: str) -> str:
-    """Return the README's text with the table in its place."""
-    tables = {
-        START: readme_table(),
-        RUNTIME_START: runtime_table(),
-        OFFLOAD_START: offload_table(),
-        FAMILIES_START: families_table(),
-        HEADLINE_START: headline(),
-        GPU_START: gpu_table(),
-        BITS_START: bits_table(),
-        ALTERNATIVES_START: alternatives(),
-    }
-    for start, table in tables.items():
+    """Return the README's text with the tables in their places."""
+    for name, table in TABLES.items():
+        start = MARK.format(name=name)
         before, rest = text.split(start)
-        text = before + start + table + END + rest.split(END, 1)[1]
+        text = before + start + table() + END + rest.split(END, 1)[1]
     return text
 
 
