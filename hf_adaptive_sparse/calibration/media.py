@@ -162,6 +162,15 @@ def takes(processor: Any, medium: Medium) -> bool:
     return medium != AUDIO or "audio" in arguments
 
 
+def takes_suffix(processor: Any) -> bool:
+    """Return whether a processor takes what a prompt is answered with apart from it (PaliGemma).
+
+    Its model reads all of a prompt at once: an answer inside would be seen by the tokens before it.
+    Such a processor puts bos in front of the prompt and a newline behind it.
+    """
+    return "suffix" in inspect.signature(type(processor).__call__).parameters
+
+
 def placeholder(processor: Any, medium: Medium) -> str:
     """Return the token that stands for an image, a video or a sound in a text."""
     name = f"{medium}_token"

@@ -30,6 +30,7 @@ from hf_adaptive_sparse.calibration.media import (
     needed_placeholder,
     placeholder,
     processed,
+    takes_suffix,
 )
 from hf_adaptive_sparse.calibration.records import QUESTION, DataError, Row
 
@@ -155,7 +156,8 @@ def format_question(
     if chat:
         return _rendered(processor, text, medium)
     bos = tokenizer.bos_token
-    start = "" if bos is None or _adds_bos(tokenizer) else bos
+    added = _adds_bos(tokenizer) or takes_suffix(processor)
+    start = "" if bos is None or added else bos
     return f"{start}{needed_placeholder(processor, medium)}{text}"
 
 
@@ -191,21 +193,28 @@ def _rendered(processor: Any, text: str, medium: Medium | None) -> str:
     return rendered if knows else render(f"{placeholder(processor, medium)}{text}")
 
 
-def format_answer(prompt: str, answer: str) -> str:
+def format_answer(processor: Any, prompt: str, answer: str) -> str:
     """Return the answer as it follows ``prompt``: after a blank, if the prompt ends in none."""
-    return f"{'' if prompt[-1:].isspace() else ' '}{answer.strip()}"
+    ends_in_space = prompt[-1:].isspace() or takes_suffix(processor)
+    return f"{'' if ends_in_space else ' '}{answer.strip()}"
 
 
 def encode_questions(
-    processor: Any, texts: Sequence[str], media: Media | None, padding_side: str
+    processor: Any,
+    prompts: Sequence[str],
+    media: Media | None,
+    padding_side: str,
+    answers: Sequence[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run the processor over texts, each with one image, video or sound, or all with none.
+    """Run the processor over prompts, each with one image, video or sound, or all with none.
 
     Args:
         processor: The model's processor.
-        texts: Prompts, with or without an answer.
-        media: What comes with the texts, one for each; ``None``: nothing.
+        prompts: See `format_question`.
+        media: What comes with the prompts, one for each; ``None``: nothing.
         padding_side: ``"left"`` to generate, ``"right"`` to score.
+        answers: What follows each prompt (see `format_answer`), before an end of sequence;
+            ``None``: nothing does.
 
     Returns:
         All tensors of the processor's output: ``input_ids`` and ``attention_mask`` (batch, seq)
@@ -217,7 +226,7 @@ def encode_questions(
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     # A prompt that begins with bos is complete; the tokenizer would put a second one before it.
-    complete = bool(tokenizer.bos_token) and texts[0].startswith(tokenizer.bos_token)
+    complete = bool(tokenizer.bos_token) and prompts[0].startswith(tokenizer.bos_token)
     of_text = {
         "add_special_tokens": not complete,
         "padding": True,
@@ -225,6 +234,12 @@ def encode_questions(
         "truncation": False,
     }
     arguments = {} if media is None else media.arguments(processor)
+    texts = prompts
+    if answers is not None and takes_suffix(processor):
+        arguments["suffix"] = list(answers)  # the processor ends them itself
+    elif answers is not None:
+        eos = tokenizer.eos_token or ""
+        texts = [text + answer + eos for text, answer in zip(prompts, answers, strict=True)]
     # Sounds are padded and cut as their own extractor does by default.
     heard = media is not None and media.medium == "audio"
     arguments.update({"text_kwargs": of_text} if heard else of_text)
@@ -261,18 +276,17 @@ def question_batch(
     prompts = [
         format_question(processor, row[QUESTION], prompt, medium=medium_of(row)) for row in rows
     ]
-    answers = [_without_placeholders(processor, most_frequent(row["answers"])) for row in rows]
-    answered = [
-        text + format_answer(text, answer) for text, answer in zip(prompts, answers, strict=True)
+    said = [_without_placeholders(processor, most_frequent(row["answers"])) for row in rows]
+    answers = [
+        format_answer(processor, prompt, text) for prompt, text in zip(prompts, said, strict=True)
     ]
+    batch = encode_questions(processor, prompts, Media.of(rows), "right", answers)
     tokenizer = getattr(processor, "tokenizer", processor)
-    eos = tokenizer.eos_token or ""
-    texts = [text + eos for text in answered]
-    batch = encode_questions(processor, texts, Media.of(rows), "right")
+    eos = tokenizer.eos_token
     labels = torch.full_like(batch["input_ids"], IGNORED)
-    for index, (before, text) in enumerate(zip(prompts, answered, strict=True)):
+    for index, text in enumerate(prompts):
         # The blank before an empty answer is a token, too.
-        answer = answer_ids(processor, before, text) if answers[index] else []
+        answer = answer_ids(processor, text, answers[index]) if said[index] else []
         if not answer:
             raise DataError(
                 f"An answer must have a token to score; that to {_named(rows[index])} has none."
@@ -329,21 +343,23 @@ def most_frequent(answers: Sequence[str]) -> str:
     return max(dict.fromkeys(answers), key=list(answers).count)
 
 
-def answer_ids(processor: Any, prompt: str, answered: str) -> list[int]:
-    """Return the tokens of ``answered`` behind those it shares with ``prompt``.
+def answer_ids(processor: Any, prompt: str, answer: str) -> list[int]:
+    """Return the tokens of an answer.
 
-    Compared as tokens of the whole text: tokenising the answer alone can give others (SentencePiece
-    marks the start of every text). Image tokens, which only the processor expands, are all in the
-    shared part.
+    Those of prompt and answer behind those of the prompt: tokenising the answer alone can give
+    others (SentencePiece marks the start of every text), which is right only where the processor
+    does it, too. Image tokens, which only the processor expands, are all in the shared part.
 
     Args:
         processor: Processor or tokenizer.
         prompt: The prompt.
-        answered: The prompt and the answer.
+        answer: The answer, as `format_answer` returns it.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
+    if takes_suffix(processor):
+        prompt = ""
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer(answered, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     shared = 0
     for first, second in zip(before, whole, strict=False):
         if first != second:

@@ -210,7 +210,7 @@ def _answer_lengths(processor: Any, row: Mapping[str, Any], prompt: str | None) 
     """Return the tokens of each human answer behind the prompt."""
     text = format_question(processor, row["question"], prompt, medium=medium_of(row))
     counted = {
-        answer: len(answer_ids(processor, text, text + format_answer(text, answer)))
+        answer: len(answer_ids(processor, text, format_answer(processor, text, answer)))
         for answer in set(row["answers"])
     }
     return [counted[answer] for answer in row["answers"]]

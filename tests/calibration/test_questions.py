@@ -7,7 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPImageProcessor, Florence2Processor, LlavaProcessor
+from transformers import (
+    CLIPImageProcessor,
+    Florence2Processor,
+    LlavaProcessor,
+    PaliGemmaProcessor,
+    SiglipImageProcessorPil,
+)
 
 from hf_adaptive_sparse.calibration.media import Media
 from hf_adaptive_sparse.calibration.questions import (
@@ -112,6 +118,29 @@ def test_labels_are_the_answers_where_a_processor_places_the_image_itself() -> N
     assert ((batch["input_ids"] == 4).sum(1) == 3).all()
     for labels, answer in zip(batch["labels"], ("no", "a red square"), strict=True):
         assert tokenizer.decode(labels[labels != -100]) == f" {answer}"
+
+
+def make_paligemma_processor() -> PaliGemmaProcessor:
+    images = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    images.image_seq_length = 4
+    tokenizer = make_tokenizer()
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", 4
+    return PaliGemmaProcessor(images, tokenizer)
+
+
+def test_answers_are_apart_from_prompts_that_are_read_in_both_directions() -> None:
+    processor = make_paligemma_processor()
+    prompt = format_question(processor, "what?")
+    assert prompt == "<image>\nQ: what? A:"
+    asked = encode_questions(processor, [prompt], Media.of(rows("no")), "left")
+    batch = question_batch(processor, rows("no", "a red square"))
+    read = processor.tokenizer.decode(asked["input_ids"][0])
+    assert read == "<image>" * 4 + "<s>\nQ: what? A:\n"
+    assert processor.tokenizer.decode(batch["input_ids"][0]).startswith(f"{read}no</s>")
+    for row, answer in enumerate(("no", "a red square")):
+        labels, later = batch["labels"][row], batch["token_type_ids"][row] == 1
+        assert processor.tokenizer.decode(labels[labels != -100]) == answer
+        assert processor.tokenizer.decode(batch["input_ids"][row][later]) == f"{answer}</s>"
 
 
 def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:
