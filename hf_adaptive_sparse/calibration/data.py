@@ -25,6 +25,7 @@ from hf_adaptive_sparse.calibration.questions import (
     question_batch,
 )
 from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
+from hf_adaptive_sparse.calibration.sequence_pairs import with_decoder_inputs
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
 from hf_adaptive_sparse.profiles import check_count
 
@@ -92,7 +93,7 @@ def load_batches(
         TypeError: If a ready batch holds something other than tensors.
     """
     if source is not None and not isinstance(source, str | os.PathLike):
-        return check_batches(source)
+        return [ready_batch(batch, i, config) for i, batch in enumerate(check_batches(source))]
     check_count(batch_size, "batch_size")
     if num_samples is not None:
         check_count(num_samples, "num_samples", also=", or None for all there are")
@@ -138,33 +139,49 @@ def _window_batch(windows: Sequence[torch.Tensor]) -> Batch:
 
 
 def check_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Batch]:
-    """Check ready batches and return them as a list of dicts.
+    """Check ready batches as far as no model is known, and return them as a list of dicts.
 
     Raises:
-        DataError: If there are none, or one is empty or of mismatched shapes.
+        DataError: If there are none, or one is of mismatched shapes or of a dtype that ids and
+            labels cannot have.
         TypeError: If a batch is not a dict of tensors.
     """
     checked: list[Batch] = []
     for index, batch in enumerate(batches):
-        check_batch(batch, index)
+        _check_batch(batch, index)
         checked.append(dict(batch))
     if not checked:
         raise DataError("At least one batch is needed; the list is empty.")
     return checked
 
 
-def check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
-    """Check a ready batch.
+def ready_batch(batch: Mapping[str, torch.Tensor], index: int, config: PretrainedConfig) -> Batch:
+    """Check a ready batch for a model, and return it with all that the model's decoder reads.
 
     Args:
         batch: The batch.
         index: Its place among all, for messages.
+        config: The model's config.
 
     Raises:
-        DataError: If it is empty, of mismatched shapes, or its ids are of another dtype than
-            int64 and int32.
+        DataError: If it holds no tokens, is of mismatched shapes, or its ids or labels are of
+            another dtype than int64 and int32.
         TypeError: If it is not a dict of tensors.
     """
+    _check_batch(batch, index)
+    batch = with_decoder_inputs(batch, config)
+    if "decoder_input_ids" in batch:  # labels are those of the decoder: `sequence_pairs`
+        return batch
+    if _tokens(batch) is None:
+        raise DataError(
+            "A batch must hold input_ids or inputs_embeds, or beside an encoder's features "
+            f"labels; batch {index} holds {', '.join(batch) or 'nothing'}."
+        )
+    _check_shape("labels", batch, index)
+    return batch
+
+
+def _check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"A batch must be a dict of tensors; batch {index} is {type(batch).__name__}."
@@ -175,8 +192,15 @@ def check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
                 f"A batch must hold tensors; {key!r} of batch {index} is {type(value).__name__}. "
                 "Rows of a dataset are given as a file: dataset.to_parquet(path), and its path."
             )
-    _check_tokens(batch, index)
-    for key in ("input_ids", "decoder_input_ids"):
+    tokens = _tokens(batch)
+    dims = 2 if "input_ids" in batch else 3
+    if tokens is not None and (tokens.ndim != dims or tokens.numel() == 0):
+        raise DataError(
+            f"input_ids must have the shape (batch, seq), inputs_embeds (batch, seq, width), "
+            f"none of them 0; batch {index} has {tuple(tokens.shape)}."
+        )
+    _check_shape("attention_mask", batch, index)
+    for key in ("input_ids", "decoder_input_ids", "labels"):
         if key in batch and batch[key].dtype not in (torch.int64, torch.int32):
             raise DataError(
                 f"{key} must be whole numbers of dtype torch.int64 or torch.int32; batch {index} "
@@ -184,37 +208,17 @@ def check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
             )
 
 
-def _check_tokens(batch: Mapping[str, torch.Tensor], index: int) -> None:
-    """Check what a model reads of a ready batch.
-
-    Beside ``decoder_input_ids`` an encoder may read features instead, and labels are those of the
-    decoder: `sequence_pairs` checks them.
-
-    Raises:
-        DataError: If tokens are missing, empty or of mismatched shapes.
-    """
-    decoder_is_fed = "decoder_input_ids" in batch
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if tokens is None:
-        if decoder_is_fed:
-            return
+def _check_shape(key: str, batch: Mapping[str, torch.Tensor], index: int) -> None:
+    tokens = _tokens(batch)
+    if tokens is not None and key in batch and batch[key].shape != tokens.shape[:2]:
         raise DataError(
-            f"A batch must hold input_ids or inputs_embeds, or beside an encoder's features "
-            f"decoder_input_ids and labels; batch {index} holds {', '.join(batch) or 'nothing'}."
+            f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch {index} "
+            f"has {tuple(batch[key].shape)}."
         )
-    dims = 2 if "input_ids" in batch else 3
-    if tokens.ndim != dims or tokens.numel() == 0:
-        raise DataError(
-            f"input_ids must have the shape (batch, seq), inputs_embeds (batch, seq, width), "
-            f"none of them 0; batch {index} has {tuple(tokens.shape)}."
-        )
-    for key in ("attention_mask",) if decoder_is_fed else ("attention_mask", "labels"):
-        if key in batch and batch[key].shape != tokens.shape[:2]:
-            own = " Add decoder_input_ids to labels of a length of their own."
-            raise DataError(
-                f"{key} must have the shape {tuple(tokens.shape[:2])} of the tokens; batch "
-                f"{index} has {tuple(batch[key].shape)}.{own if key == 'labels' else ''}"
-            )
+
+
+def _tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    return batch.get("input_ids", batch.get("inputs_embeds"))
 
 
 __all__ = [
@@ -223,10 +227,10 @@ __all__ = [
     "Records",
     "Row",
     "Source",
-    "check_batch",
     "check_batches",
     "format_question",
     "load_batches",
     "load_processor",
     "read_records",
+    "ready_batch",
 ]

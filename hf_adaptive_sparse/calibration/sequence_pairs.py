@@ -38,8 +38,8 @@ class SequencePairs:
 def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) -> SequencePairs:
     """Divide a batch in what an encoder reads and what the decoder has to predict.
 
-    A batch with ``decoder_input_ids`` is divided already: its encoder reads all that is no padding,
-    and its labels are predicted.
+    A batch with ``decoder_input_ids`` (see `with_decoder_inputs`) is divided already: its encoder
+    reads all that is no padding, and its labels are predicted.
 
     Of a row of another batch everything before the first labelled token is read, and the labelled
     tokens are predicted. Without labels, or where nothing would be left to read, the first half of
@@ -47,7 +47,7 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
     always read: the encoder puts features in their places.
 
     Args:
-        batch: Arguments of the forward, checked by `check_batch`: with ``input_ids``
+        batch: Arguments of the forward, checked by `ready_batch`: with ``input_ids``
             ``(batch, seq)``, and perhaps ``attention_mask`` and ``labels`` of that shape; or with
             ``decoder_input_ids`` and ``labels`` ``(batch, predicted)``, and perhaps
             ``decoder_attention_mask`` of that shape.
@@ -62,18 +62,40 @@ def sequence_pairs(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) 
     return _of_another_length(pairs, _special_tokens(config)[0])
 
 
+def with_decoder_inputs(
+    batch: Mapping[str, torch.Tensor], config: PretrainedConfig
+) -> dict[str, torch.Tensor]:
+    """Return a batch with what the decoder of an encoder-decoder reads, if its labels tell.
+
+    Labels that do not repeat ``input_ids`` where they are scored are those of the decoder, as in
+    transformers, which then derives ``decoder_input_ids``: the labels behind a start token.
+
+    Args:
+        batch: Arguments of the forward, perhaps with ``labels`` ``(batch, predicted)``.
+        config: Config of the model.
+    """
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if not config.is_encoder_decoder or labels is None or "decoder_input_ids" in batch:
+        return dict(batch)
+    if ids is not None and ids.shape == labels.shape:
+        scored = labels != IGNORED
+        if torch.equal(labels[scored], ids.to(labels.device)[scored].to(labels.dtype)):
+            return dict(batch)
+    return {**batch, "decoder_input_ids": _behind_start(labels, config)}
+
+
 def model_pairs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> SequencePairs:
     """Return the `sequence_pairs` of a batch for an encoder-decoder.
 
     Raises:
         ValueError: As for `sequence_pairs`; or if the encoder reads features instead of tokens
-            (Whisper), and the batch has no decoder_input_ids.
+            (Whisper), and the batch has neither decoder_input_ids nor labels.
     """
     if model.main_input_name != "input_ids" and batch.get("decoder_input_ids") is None:
         raise ValueError(
             f"The encoder of {type(model).__name__} reads no tokens, so a batch must have "
-            f"{model.main_input_name}, decoder_input_ids and labels; this one has "
-            f"{', '.join(batch) or 'nothing'}. Give a list of such batches instead of a dataset."
+            f"{model.main_input_name} and labels; this one has {', '.join(batch) or 'nothing'}. "
+            "Give a list of such batches instead of a dataset."
         )
     return sequence_pairs(batch, model.config)
 
@@ -127,10 +149,15 @@ def _divided(batch: Mapping[str, torch.Tensor], config: PretrainedConfig) -> Seq
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     inputs["attention_mask"] = read.to(ids.dtype if mask is None else mask.dtype)
     targets = _to_the_left(ids, wanted & ~read)
-    padding, start = _special_tokens(config)
-    shifted = torch.cat([torch.full_like(ids[:, :1], start), targets[:, :-1]], dim=1)
-    inputs["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, padding)
+    inputs["decoder_input_ids"] = _behind_start(targets, config)
     return SequencePairs(inputs, targets)
+
+
+def _behind_start(targets: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Return what the decoder reads to predict ``targets`` ``(batch, predicted)``."""
+    padding, start = _special_tokens(config)
+    shifted = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED, padding)
 
 
 def _of_another_length(pairs: SequencePairs, padding: int) -> SequencePairs:

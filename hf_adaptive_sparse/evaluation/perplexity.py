@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.calibration.data import check_batch
+from hf_adaptive_sparse.calibration.data import ready_batch
 from hf_adaptive_sparse.calibration.questions import IGNORED
 from hf_adaptive_sparse.errors import NonFiniteError
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
@@ -45,7 +45,8 @@ def perplexity(
             ``attention_mask`` of that shape where there is padding. Scored are the
             ``labels`` where a batch has them, else every token that has one before it; never
             padding and never tokens of images, videos or sounds. An encoder-decoder reads what
-            comes before them, see `sequence_pairs`.
+            comes before them, see `sequence_pairs`, or all of ``input_ids`` where labels do not
+            repeat them.
         kv_cache: ``None``: quantise keys and values as the model's own config says, if it does.
             ``False``: do not. A `KVCacheConfig`: as this one says.
         progress: Show a progress bar.
@@ -65,7 +66,7 @@ def perplexity(
     total, count, seen, longest = 0.0, 0, 0, 0
     bar = tqdm(batches, desc="Perplexity", unit="batch", disable=not progress)
     for index, batch in enumerate(bar):
-        check_batch(batch, index)
+        batch = ready_batch(batch, index, model.config)
         seen += 1
         loss, tokens = negative_log_likelihood(model, batch, kv_cache)
         if not math.isfinite(loss):

@@ -145,6 +145,9 @@ FED = dict.fromkeys(["decoder_input_ids", "labels"], torch.ones(1, 3, dtype=torc
 """What the decoder of an encoder-decoder is given."""
 
 
+IDS = torch.ones(1, 2, dtype=torch.int64)
+
+
 class TestReadyBatches:
     config = llama_config()
 
@@ -155,7 +158,7 @@ class TestReadyBatches:
         checked = self.check(text_batches)
         assert all(a["input_ids"] is b["input_ids"] for a, b in zip(checked, text_batches))  # noqa: B905
         assert len(self.check([{"inputs_embeds": torch.ones(1, 2, 3)}])) == 1
-        assert len(self.check([{**FED, "input_ids": torch.ones(1, 2, dtype=torch.int64)}])) == 1
+        assert len(self.check([{**FED, "input_ids": IDS}])) == 1
         assert len(self.check([{**FED, "input_features": torch.ones(1, 8, 9)}])) == 1
 
     @pytest.mark.parametrize(
@@ -164,14 +167,19 @@ class TestReadyBatches:
             ([], DataError, "list is empty"),
             ([torch.ones(2, 2)], TypeError, "batch 0 is Tensor"),
             ([{"input_ids": [[1, 2]]}], TypeError, "'input_ids' of batch 0 is list"),
-            ([{"labels": torch.ones(1, 2)}], DataError, "batch 0 holds labels"),
+            ([{"labels": IDS}], DataError, "batch 0 holds labels"),
             ([{"input_ids": torch.ones(2)}], DataError, r"batch 0 has \(2,\)"),
             ([{"input_ids": torch.ones(1, 0)}], DataError, r"batch 0 has \(1, 0\)"),
             ([{"input_ids": torch.ones(1, 2)}], DataError, "batch 0 has torch.float32"),
             (
-                [{"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 3)}],
+                [{"input_ids": IDS, "labels": IDS[:, :1]}],
                 DataError,
                 r"labels must have the shape \(1, 2\)",
+            ),
+            (
+                [{"input_ids": IDS, "labels": IDS.float()}],
+                DataError,
+                "labels must be whole numbers .*; batch 0 has torch.float32",
             ),
             ([{**FED, "input_ids": torch.ones(2)}], DataError, r"batch 0 has \(2,\)"),
             ([{**FED, "input_ids": torch.ones(1, 0)}], DataError, r"batch 0 has \(1, 0\)"),

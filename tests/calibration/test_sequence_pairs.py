@@ -268,6 +268,31 @@ def test_an_encoder_of_features_is_given_what_the_decoder_reads(tiny_whisper):
     assert has.perplexity(tiny_whisper, [batch]) == pytest.approx(float(expected), rel=1e-4)
 
 
+OWN_LABELS = torch.tensor([[21, 22, 23, 24], [31, 32, NONE, NONE]])
+
+
+@pytest.mark.parametrize("width", [12, 4])
+def test_labels_that_repeat_no_input_are_those_of_the_decoder(florence, width):
+    ids = torch.randint(100, 160, (2, width), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": OWN_LABELS}
+    assert has.perplexity(florence, [batch]) == pytest.approx(
+        float(florence(**batch).loss.exp()), rel=1e-4
+    )
+    assert has.prune(florence, has.SparsityConfig(metric="wanda"), [batch]).mean_sparsity == 0.5
+
+
+def test_labels_alone_tell_what_the_decoder_reads_beside_features(tiny_whisper, caplog):
+    batch = {"input_features": torch.randn(2, 8, 32), "labels": OWN_LABELS}
+    expected = float(tiny_whisper(**batch).loss.exp())
+    assert has.perplexity(tiny_whisper, [batch]) == pytest.approx(expected, rel=1e-4)
+    cache = has.KVCacheConfig(bits=8, group_size=4, residual_length=4)
+    quantised = has.perplexity(tiny_whisper, [batch], cache)
+    assert quantised == pytest.approx(expected, rel=0.05)
+    assert quantised != expected
+    assert not caplog.text
+    assert has.prune(tiny_whisper, has.SparsityConfig(metric="wanda"), [batch]).mean_sparsity == 0.5
+
+
 def test_an_encoder_of_features_takes_no_tokens(tiny_whisper):
     batch = {"input_features": torch.randn(2, 8, 32), "input_ids": torch.ones(2, 10).long()}
     message = r"WhisperForConditionalGeneration reads no tokens.*has input_features, input_ids\."
