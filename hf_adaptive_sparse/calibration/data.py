@@ -11,20 +11,26 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from hf_adaptive_sparse.architecture import context_length, media_token_ids
+from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.calibration.media import accepted_media, require_processor
 from hf_adaptive_sparse.calibration.questions import (
     format_question,
     load_processor,
     question_batch,
 )
-from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
+from hf_adaptive_sparse.calibration.records import (
+    DataError,
+    Records,
+    Row,
+    read_records,
+)
 from hf_adaptive_sparse.calibration.sequence_pairs import with_decoder_inputs
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
 from hf_adaptive_sparse.profiles import check_count
@@ -34,7 +40,8 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, torch.Tensor]
 """Keyword arguments of the model's forward: ``input_ids`` (batch, seq) int64 and so on."""
 
-Source = str | os.PathLike[str] | Sequence[Mapping[str, torch.Tensor]] | None
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None
+"""A name, a path, a dataset in memory, or batches."""
 
 POOL_FACTOR = 4
 """Shuffled samples are drawn from the first ``POOL_FACTOR * num_samples`` of the source."""
@@ -64,8 +71,8 @@ def load_batches(
 
     Args:
         source: ``None`` (WikiText-2 from the Hub), a Hub dataset as ``name[:config[:split]]``, a
-            local parquet, jsonl, json or text file, or a list of batches, which is checked and
-            returned.
+            local parquet, jsonl, json or text file, a `datasets.Dataset` or `IterableDataset`, or a
+            list of batches, which is checked and returned.
         processor: Processor or tokenizer of the model. Not used for a list of batches.
         config: The model's config.
         num_samples: Windows or questions at most; ``None`` takes all there are.
@@ -92,8 +99,9 @@ def load_batches(
             and the processor takes none.
         TypeError: If a ready batch holds something other than tensors.
     """
-    if source is not None and not isinstance(source, str | os.PathLike):
-        return [ready_batch(batch, i, config) for i, batch in enumerate(check_batches(source))]
+    ready = as_batches(source)
+    if ready is not None:
+        return [ready_batch(batch, i, config) for i, batch in enumerate(check_batches(ready))]
     check_count(batch_size, "batch_size")
     if num_samples is not None:
         check_count(num_samples, "num_samples", also=", or None for all there are")
@@ -138,7 +146,18 @@ def _window_batch(windows: Sequence[torch.Tensor]) -> Batch:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def check_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[Batch]:
+def as_batches(source: Source) -> Iterable[Mapping[str, torch.Tensor]] | None:
+    """Return a source that is batches already; ``None`` of one that they are made from.
+
+    Raises:
+        DataError: If it is a dict of datasets.
+    """
+    if source is None or isinstance(source, str | os.PathLike) or is_dataset(source):
+        return None
+    return source
+
+
+def check_batches(batches: Iterable[Mapping[str, torch.Tensor]]) -> list[Batch]:
     """Check ready batches as far as no model is known, and return them as a list of dicts.
 
     Raises:
@@ -190,7 +209,7 @@ def _check_batch(batch: Mapping[str, torch.Tensor], index: int) -> None:
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"A batch must hold tensors; {key!r} of batch {index} is {type(value).__name__}. "
-                "Rows of a dataset are given as a file: dataset.to_parquet(path), and its path."
+                "Rows are given as a dataset (datasets.Dataset.from_list) or as a file of them."
             )
     tokens = _tokens(batch)
     dims = 2 if "input_ids" in batch else 3
@@ -227,6 +246,7 @@ __all__ = [
     "Records",
     "Row",
     "Source",
+    "as_batches",
     "check_batches",
     "format_question",
     "load_batches",

@@ -1,9 +1,11 @@
-"""Rows of datasets on the Hub, through the `datasets` library, which runs no code from there."""
+"""Rows of datasets in memory or on the Hub, through `datasets`, which runs no code from there."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hf_adaptive_sparse.calibration.tables import (
@@ -43,9 +45,7 @@ def hub_table(source: str, split: str, revision: str | None, token: str | bool |
     config = parts[1] if len(parts) > 1 and parts[1] else None
     split = parts[2] if len(parts) > 2 and parts[2] else split
     try:
-        data = _open_hub_dataset(name, config, split, revision, token)
-        # A stream may not know its columns before its first row.
-        columns = list(data.column_names or next(iter(data), {}))
+        table = _table(_open_hub_dataset(name, config, split, revision, token), source)
     except DataError:
         raise
     except Exception as error:  # the Hub's clients raise many unrelated types
@@ -53,11 +53,57 @@ def hub_table(source: str, split: str, revision: str | None, token: str | bool |
 
     def scan(wanted: Sequence[str]) -> Iterator[Row]:
         try:
-            yield from data.select_columns(list(wanted))
+            yield from table.scan(wanted)
         except Exception as error:
             raise _hub_error(source, error) from error
 
-    return Table(source, columns, scan)
+    return replace(table, scan=scan)
+
+
+def is_dataset(source: object) -> bool:
+    """Return whether a source is a `datasets.Dataset` or `IterableDataset`.
+
+    Raises:
+        DataError: If it is a dict of several of them.
+    """
+    names = {  # by name: the library takes a second to import
+        kind.__name__
+        for kind in type(source).__mro__
+        if kind.__module__.partition(".")[0] == "datasets"
+    }
+    if isinstance(source, Mapping) and names & {"DatasetDict", "IterableDatasetDict"}:
+        raise DataError(
+            f"A dataset must be one split; got the splits {', '.join(source) or '(none)'}. Choose "
+            "one of them, as in dataset['train']."
+        )
+    return not names.isdisjoint({"Dataset", "IterableDataset"})
+
+
+def dataset_table(data: Any) -> Table:
+    """Open a dataset that is in memory; a format of its rows is left aside, a transform is not.
+
+    Args:
+        data: What `is_dataset` takes.
+    """
+    name = "the dataset"
+    formatting = getattr(data, "format", None) or {}
+    if formatting.get("type") == "custom":
+        return Table.of_dicts(name, itertools.islice(data, 1), lambda _: data)
+    return _table(data.with_format(None), name)
+
+
+def _table(data: Any, name: str) -> Table:
+    """Return the table of a dataset, its images, videos and sounds encoded.
+
+    Decoding them is left to us, who need no torchcodec for WAV files and decode only what is used.
+    """
+    features = data.features or {}
+    for column in (IMAGE, VIDEO, FRAMES, AUDIO):
+        if column in features:
+            data = data.cast_column(column, _undecoded(features[column]))
+    # A stream may not know its columns before its first row.
+    columns = list(data.column_names or next(iter(data), {}))
+    return Table(name, columns, lambda wanted: data.select_columns(list(wanted)))
 
 
 def _open_hub_dataset(
@@ -74,21 +120,13 @@ def _open_hub_dataset(
         )
     streaming = _is_large(builder.info.download_size)
     logger.info("Reading %s (%s)%s", name, split, ", streamed" if streaming else "")
-    data = datasets.load_dataset(
+    return datasets.load_dataset(
         name, config, split=split, revision=revision, token=token, streaming=streaming
     )
-    features = data.features or {}
-    for column in (IMAGE, VIDEO, FRAMES, AUDIO):
-        if column in features:
-            data = data.cast_column(column, _undecoded(features[column]))
-    return data
 
 
 def _undecoded(feature: Any) -> Any:
-    """Return the feature that leaves images, videos and sounds encoded.
-
-    Decoding them is left to us, who need no torchcodec for WAV files and decode only what is used.
-    """
+    """Return the feature that leaves images, videos and sounds encoded."""
     import datasets
 
     for kind in (datasets.Image, datasets.Video, datasets.Audio):

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_adaptive_sparse.calibration.hub_datasets import hub_table
+from hf_adaptive_sparse.calibration.hub_datasets import dataset_table, hub_table, is_dataset
 from hf_adaptive_sparse.calibration.local_files import (
     FILE_TYPES,
     OTHER_FILE_TYPES,
@@ -113,7 +113,8 @@ def read_records(
 
     Args:
         source: ``None`` (WikiText-2 from the Hub), a Hub dataset as ``name[:config[:split]]``, the
-            path of a local file or folder, or an iterable of rows.
+            path of a local file or folder, a `datasets.Dataset` or `IterableDataset`, or an
+            iterable of rows.
         split: Split of a Hub dataset that names none itself. Local files have no splits; in a
             folder, files whose name begins with the split are preferred.
         media: What the model takes. Questions about these win over a ``text`` column; others are
@@ -153,6 +154,8 @@ def open_table(
         if path.exists() or is_file or is_path:
             return local_table(path, split)
         return hub_table(text, split, revision, token)
+    if is_dataset(source):
+        return dataset_table(source)
     rows = list(source)
     if not all(isinstance(row, Mapping) for row in rows):
         raise DataError("A list of records must hold dicts, one per row.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, prunable_weights, rewrites_weights
-from hf_adaptive_sparse.calibration.data import Batch, load_batches
+from hf_adaptive_sparse.calibration.data import Batch, Source, as_batches, load_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.resolving import (
@@ -36,8 +37,8 @@ from hf_adaptive_sparse.version import library_versions
 
 logger = logging.getLogger(__name__)
 
-Calibration = str | CalibrationConfig | Sequence[Mapping[str, torch.Tensor]] | None
-"""Where calibration data come from: a dataset's name, a path, a config, or ready batches."""
+Calibration = Source | CalibrationConfig
+"""Where calibration data come from: a dataset's name, a path, a config, a dataset, or batches."""
 
 
 def check_before_loading(
@@ -102,6 +103,8 @@ def prune_and_resolve(
     weight_bits = resolve_weight_bits(config, ratios)
     _check_dtypes(model, config, ratios, weight_bits)
     source = config.calibration if calibration is None else calibration
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
     settings = _settings(source, config.calibration)
     removes, hub_arguments = any(ratios.values()), hub_arguments or {}
     batches = None
@@ -246,11 +249,11 @@ def _calibration_batches(
     hub_arguments: Mapping[str, Any],
 ) -> list[Batch]:
     """Return the batches to calibrate on: those that were given, or those of a dataset."""
-    ready = None if source is None or isinstance(source, str | CalibrationConfig) else source
-    if ready is None and processor is None:
+    data = _data(source, settings)
+    if processor is None and as_batches(data) is None:
         processor = load_processor(model.config.name_or_path, **hub_arguments)
     return load_batches(
-        settings.dataset if ready is None else ready,
+        data,
         processor,
         config=model.config,
         num_samples=settings.num_samples,
@@ -266,6 +269,12 @@ def _settings(source: object, fallback: CalibrationConfig | None) -> Calibration
         return source
     settings = fallback or CalibrationConfig()
     return replace(settings, dataset=source) if isinstance(source, str) else settings
+
+
+def _data(source: Calibration, settings: CalibrationConfig) -> Source:
+    if source is None or isinstance(source, str | CalibrationConfig):
+        return settings.dataset
+    return source
 
 
 def _target(

@@ -120,8 +120,8 @@ def calibration_config(calibration: object) -> CalibrationConfig | None:
         return CalibrationConfig(**calibration)
     raise ValueError(
         "calibration must be None, a dataset name, a path or a CalibrationConfig, got "
-        f"{type(calibration).__name__}. Batches go to hf_adaptive_sparse.prune(model, config, "
-        "batches)."
+        f"{type(calibration).__name__}. Batches and datasets in memory go to "
+        "hf_adaptive_sparse.prune(model, config, batches)."
     )
 
 

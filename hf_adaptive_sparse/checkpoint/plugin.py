@@ -70,8 +70,9 @@ def apply_config(
     Args:
         model: A `transformers` model with plain weights.
         config: How to prune it.
-        calibration: Batches, a dataset's name, a path or a `CalibrationConfig`; ``None``: what
-            the config names. Metrics that need no data take none.
+        calibration: Batches, a dataset's name, a path, a `datasets.Dataset` or a
+            `CalibrationConfig`; ``None``: what the config names. Metrics that need no data take
+            none.
         processor: Processor or tokenizer, for data that are not batches yet. ``None``: the one in
             the model's own repository.
         progress: Show a progress bar.

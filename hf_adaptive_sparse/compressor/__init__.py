@@ -64,7 +64,8 @@ def prune(
     Args:
         model: A causal language model or vision-language model of transformers.
         config: Ratio, metric, pattern, and the KV profile the model shall carry.
-        calibration: List of batches, dataset name or path; ``None``: ``config.calibration``.
+        calibration: List of batches, dataset name, path or `datasets.Dataset`; ``None``:
+            ``config.calibration``.
         processor: Processor or tokenizer for data that are not batches yet. ``None``: the one
             stored with the model.
         progress: Show a progress bar on stderr.

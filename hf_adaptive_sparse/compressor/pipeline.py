@@ -59,7 +59,7 @@ def compress(
     n_trials: int | None = None,
     calibration: DataSource | Source = None,
     evaluation: DataSource | Source = None,
-    questions: DataSource | str | os.PathLike[str] | None = None,
+    questions: DataSource | Source = None,
     objective: ObjectiveSpec = "perplexity",
     timeout_seconds: float | None = None,
     max_loss: float | None = None,
@@ -93,8 +93,8 @@ def compress(
             ``n_trials`` leave open.
         n_trials: Trials of the search, the first of which is the uniform profile. ``None``: the
             quality's.
-        calibration: Data to calibrate on: a dataset's name, a path, batches, or a `DataSource`,
-            which says how much of them. ``None``: WikiText-2, training split.
+        calibration: Data to calibrate on: a dataset's name, a path, a `datasets.Dataset`, batches,
+            or a `DataSource`, which says how much of them. ``None``: WikiText-2, training split.
         evaluation: Data to evaluate on, likewise: the search sees ``num_samples`` of them (64), the
             final figures as many others; of batches, half each. ``None``: WikiText-2, validation
             split.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +31,12 @@ from hf_adaptive_sparse.calibration.data import (
     Batch,
     Records,
     Source,
+    as_batches,
     check_batches,
     load_batches,
     read_records,
 )
+from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -237,7 +239,8 @@ class DataSource:
     """Data by name or path, and how many samples of it.
 
     Attributes:
-        source: Dataset name, path, or ready batches. ``None``: WikiText-2 from the Hub.
+        source: Dataset name, path, dataset in memory, or ready batches. ``None``: WikiText-2 from
+            the Hub.
         num_samples: Windows of text, or questions, at most.
         sequence_length: Tokens per window; ``None``: ``min(2048, the model's context)``.
         batch_size: Windows or questions per batch.
@@ -264,9 +267,9 @@ class DataSource:
         """Return what a job was given.
 
         Args:
-            data: Dataset name, path, ready batches or ``None``, if it is no `DataSource` yet.
+            data: Dataset, its name, path, ready batches or ``None``, if it is no `DataSource` yet.
             what: Name of the argument, for messages.
-            num_samples: Samples of named data.
+            num_samples: Samples of data that are no batches yet.
             batches: Whether ready batches will do.
 
         Raises:
@@ -276,13 +279,14 @@ class DataSource:
         """
         if isinstance(data, DataSource):
             return data
-        if batches and isinstance(data, Sequence) and not isinstance(data, str):
+        if batches and isinstance(data, list | tuple):
             return cls(check_batches(data))
-        if data is None or isinstance(data, str | os.PathLike):
+        if data is None or isinstance(data, str | os.PathLike) or is_dataset(data):
             return cls(data, num_samples)
         raise ValueError(
-            f"{what} must be a dataset's name, a path{', a list of batches' if batches else ''} or "
-            f"a DataSource, got {type(data).__name__}."
+            f"{what} must be a dataset's name, a path, a datasets.Dataset"
+            f"{', a list of batches' if batches else ''} or a DataSource, got "
+            f"{type(data).__name__}."
         )
 
     @property
@@ -293,7 +297,8 @@ class DataSource:
         if self.source is None:
             return "Salesforce/wikitext (wikitext-2-raw-v1)"
         if not isinstance(self.source, str | os.PathLike):
-            return "batches given in memory"
+            kind = "batches" if as_batches(self.source) is not None else "a dataset"
+            return f"{kind} given in memory"
         return public_name(self.source)
 
     def batches(
@@ -317,7 +322,7 @@ class DataSource:
 
     def questions(self, config: PreTrainedConfig, split: str) -> Records | None:
         """Return the questions about images, videos or sounds, ``None`` of text or batches."""
-        if not isinstance(self.source, str | os.PathLike):
+        if self.source is None or as_batches(self.source) is not None:
             return None
         records = read_records(self.source, split, media=accepted_media(config))
         return None if records.kind == "text" else records

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from hf_adaptive_sparse.architecture import parameter_name
+from hf_adaptive_sparse.calibration.hub_datasets import dataset_table, is_dataset
 from hf_adaptive_sparse.calibration.local_files import data_files
 from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
@@ -124,7 +125,7 @@ def source_digest(data: object, split: str) -> str | None:
     memory all that they hold.
 
     Args:
-        data: A Hub dataset, a local file or folder, or rows.
+        data: A Hub dataset, a local file or folder, a list of rows or a dataset in memory.
         split: As for `open_table`.
     """
     digest = hashlib.sha256()
@@ -142,6 +143,10 @@ def source_digest(data: object, split: str) -> str | None:
                 digest.update(file.read())
     elif isinstance(data, list):
         for row in data:
+            digest.update(_content_digest(row))
+    elif is_dataset(data):
+        table = dataset_table(data)
+        for row in table.scan(table.columns):
             digest.update(_content_digest(row))
     else:
         return None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.calibration.data import Batch, load_batches
+from hf_adaptive_sparse.calibration.data import Batch, Source, as_batches, load_batches
+from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.evaluation.windows import longest_window, token_shape, unfilled_block
 from hf_adaptive_sparse.profiles import CalibrationConfig
@@ -19,7 +20,7 @@ from hf_adaptive_sparse.search.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 
-Data = Sequence[Mapping[str, torch.Tensor]] | str | os.PathLike[str] | CalibrationConfig | None
+Data = Source | CalibrationConfig
 
 EVALUATION_SAMPLES = 64
 """Windows or questions an evaluation takes unless told otherwise."""
@@ -36,7 +37,8 @@ class SearchData:
         calibration: What the weights are ranked on; ``None`` where none are needed.
         evaluation: What profiles are scored on.
         held_out: What the best profile is compared on in the end; ``None``: it is not.
-        calibration_config: How the calibration batches were made; ``None`` for ready batches.
+        calibration_config: How the calibration batches were made; ``None`` for ready batches and
+            of a dataset in memory, which no config names.
     """
 
     calibration: list[Batch] | None
@@ -81,7 +83,7 @@ class SearchData:
             held_out=None
             if held_out is None
             else batches("held_out", held_out, as_config(held_out, defaults)),
-            calibration_config=config,
+            calibration_config=None if is_dataset(calibration) else config,
         )
 
     @property
@@ -91,14 +93,12 @@ class SearchData:
 
 
 def as_config(data: Data, defaults: CalibrationConfig) -> CalibrationConfig | None:
-    """Return how to make the batches of named data; ``None`` for ready batches."""
+    """Return how to make the batches of data that are read; ``None`` for ready batches."""
     if isinstance(data, CalibrationConfig):
         return data
-    if data is None:
-        return defaults
     if isinstance(data, str | os.PathLike):
         return replace(defaults, dataset=os.fspath(data))
-    return None
+    return defaults if as_batches(data) is None else None
 
 
 def resolve(
@@ -126,13 +126,15 @@ def resolve(
     """
     if config is None:
         return load_batches(data, None, config=model.config)  # type: ignore[arg-type]
+    in_memory = is_dataset(data)
     if processor is None:
+        named = f"names a dataset ({config.dataset or 'the default, WikiText-2'})"
         raise ValueError(
-            f"{what} names a dataset ({config.dataset or 'the default, WikiText-2'}), which needs "
-            "processor= (the model's processor or tokenizer). Or pass a list of batches."
+            f"{what} {'is a dataset' if in_memory else named}, which needs processor= (the model's "
+            "processor or tokenizer). Or pass a list of batches."
         )
     return load_batches(
-        config.dataset,
+        data if in_memory else config.dataset,  # type: ignore[arg-type]
         processor,
         config=model.config,
         num_samples=config.num_samples,

@@ -96,8 +96,8 @@ def search(
     Args:
         model: The dense model.
         calibration: Data that the weights are ranked on: batches, a dataset name, a path, a
-            `CalibrationConfig`; ``None`` is WikiText-2's training split. Unused for metrics that
-            need none and for a search of KV bits alone.
+            `datasets.Dataset`, a `CalibrationConfig`; ``None`` is WikiText-2's training split.
+            Unused for metrics that need none and for a search of KV bits alone.
         evaluation: Data whose perplexity is minimised; ``None`` is WikiText-2's validation split.
         held_out: Data that the best profile is compared with the uniform one on when the search
             ends; the interval of the difference is stored with the study. ``None``: none is made.

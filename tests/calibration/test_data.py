@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -95,6 +96,48 @@ def test_questions(question_file: Path, tiny_llava) -> None:
     assert [len(b["labels"]) for b in batches] == [2, 2, 1]
     for batch in batches:
         assert torch.isfinite(tiny_llava(**batch).loss)
+
+
+def same_batches(first: list, second: list) -> bool:
+    return len(first) == len(second) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("form", ["map", "stream", "torch", "transformed"])
+def test_a_dataset_in_memory_gives_what_its_file_gives(
+    question_file: Path, text_file: Path, tiny_llava, form: str
+) -> None:
+    def batches(source: object) -> list[dict[str, torch.Tensor]]:
+        return load_batches(
+            source,  # type: ignore[arg-type]
+            make_llava_processor(),
+            config=tiny_llava.config,
+            num_samples=4,
+            sequence_length=20,
+            seed=3,
+        )
+
+    questions = pq.read_table(question_file).to_pylist()
+    texts = [{"text": line} for line in text_file.read_text().splitlines()]
+    for rows, file in ((questions, question_file), (texts, text_file)):
+        data = datasets.Dataset.from_list(rows)
+        if rows is questions:
+            data = data.cast_column("image", datasets.Image())
+        data = {
+            "map": lambda d: d,
+            "stream": lambda d: d.to_iterable_dataset(),
+            "torch": lambda d: d.with_format("torch"),
+            "transformed": lambda d: d.with_transform(lambda batch: batch),
+        }[form](data)
+        assert same_batches(batches(data), batches(file))
+
+
+def test_a_dataset_of_several_splits_is_refused() -> None:
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "x"}])})
+    with pytest.raises(DataError, match=r"one split; got the splits train\. .*dataset\['train'\]"):
+        load_batches(splits, make_tokenizer(), config=llama_config())
 
 
 def test_images_and_text_models(question_file: Path, text_file: Path, tiny_llava) -> None:

@@ -289,7 +289,7 @@ class TestHub:
         self, monkeypatch
     ) -> None:
         class Broken:
-            column_names = None
+            column_names = features = None
 
             def __iter__(self):
                 raise ConnectionError("reset by peer")

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
@@ -15,6 +16,7 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.checkpoint.quantizer import attach
 from tests.families.tiny_models import tiny_model
+from tests.processors import make_tokenizer
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -178,6 +180,28 @@ def test_pruning_in_memory_while_loading_and_from_the_file_are_the_same(
     assert carried.sparsity == tiny_llama.config.quantization_config.sparsity
     assert carried.provenance["base_model"] == "dense"
     assert (carried.provenance["calibration"] is None) == (metric == "magnitude")
+
+
+@pytest.mark.parametrize("form", ["path", "name", "dataset"])
+def test_data_that_are_no_batches_are_read_with_the_models_own_processor(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    from hf_adaptive_sparse.checkpoint import applying
+
+    monkeypatch.setattr(applying, "load_processor", lambda name, **hub: make_tokenizer())
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat. " * 9)
+    data = {
+        "path": path,
+        "name": str(path),
+        "dataset": datasets.Dataset.from_list([{"text": path.read_text()}]),
+    }[form]
+    settings = has.CalibrationConfig(num_samples=2, sequence_length=20)
+    config = has.SparsityConfig(metric="wanda", calibration=settings)
+    assert has.prune(tiny_llama, config, data, progress=False).mean_sparsity == 0.5
+    told = tiny_llama.config.quantization_config.provenance["calibration"]
+    assert told.get("dataset") == (None if form == "dataset" else "text.txt")
+    assert told.get("batches") == (2 if form == "dataset" else None)
 
 
 @pytest.mark.parametrize(("ratio", "recorded"), [(0.5001, 0.5), (0.4, 0.4)])

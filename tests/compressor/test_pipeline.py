@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
@@ -191,6 +192,9 @@ def test_nothing_to_search_prunes_uniformly(
 def test_data_are_named_or_given_as_for_a_search(
     llava_folder: Path, text_file: Path, question_file: Path, text_batches, tmp_path: Path
 ) -> None:
+    rows = [json.loads(line) for line in question_file.read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(question_file.parent / row["image"])
     result = compress(
         llava_folder,
         tmp_path / "out",
@@ -198,7 +202,7 @@ def test_data_are_named_or_given_as_for_a_search(
         space=SearchSpace(sparsity_range=0.0, kv_bits=(8,)),
         calibration=text_batches,
         evaluation=str(text_file),
-        questions=question_file,
+        questions=datasets.Dataset.from_list(rows),
         progress=False,
     )
     assert result.config.provenance["calibration"] == "batches given in memory"
@@ -283,7 +287,7 @@ class TestRefusals:
             ("calibration", 3, ValueError, "calibration must be a dataset's name.* got int"),
             ("evaluation", {}, ValueError, "evaluation must be a dataset's name.* got dict"),
             ("questions", 1.0, ValueError, "questions must be a dataset's name.* got float"),
-            ("questions", [], ValueError, "a path or a DataSource, got list"),
+            ("questions", [], ValueError, "a datasets.Dataset or a DataSource, got list"),
             ("evaluation", [], DataError, "At least one batch"),
             ("calibration", ["a.txt"], TypeError, "batch 0 is str"),
         ],

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import accepts_images
+from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.calibration.media import require_processor
 from hf_adaptive_sparse.calibration.records import DataError, Row, open_table
 from hf_adaptive_sparse.evaluation.digests import source_digest, weights_digest
@@ -55,8 +56,8 @@ def run_task(
         name: One of `known_tasks`.
         model: A model, dense or compressed.
         processor: Its processor, or its tokenizer for text.
-        data: A Hub dataset, a local file or rows with the columns of the usual dataset; ``None``
-            is that dataset.
+        data: A Hub dataset, a local file, a `datasets.Dataset` or rows, with the columns of the
+            usual dataset; ``None`` is that dataset.
         setting: How to run it; ``None`` is the default.
         batch_size: Questions generated for together.
         num_samples: Only the first so many items; ``None`` for all.
@@ -85,7 +86,7 @@ def run_task(
                 f"{name} needs a model that takes images; {type(model).__name__} takes none."
             )
         require_processor(processor, "image", name)
-    if data is not None and not isinstance(data, str | os.PathLike):
+    if data is not None and not isinstance(data, str | os.PathLike) and not is_dataset(data):
         data = list(data)
     table = open_table(task.default_data if data is None else data, SPLIT, token=token)
     task.check_columns(table)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -136,8 +137,10 @@ def test_outcomes_of_other_data_are_refused(tiny_llama, tmp_path: Path) -> None:
     other = [{"text": "the dog sat on the mat. " * 3} for _ in range(6)]
     run(rows, tmp_path / "rows")
     run(iter(rows), tmp_path / "rows")
-    with pytest.raises(OutcomesError, match="another run: its content is"):
-        run(other, tmp_path / "rows")
+    run(datasets.Dataset.from_list(rows), tmp_path / "rows")
+    for different in (other, datasets.Dataset.from_list(other)):
+        with pytest.raises(OutcomesError, match="another run: its content is"):
+            run(different, tmp_path / "rows")
     file = tmp_path / "text.jsonl"
     for lines in (rows, other):
         file.write_text("".join(f"{json.dumps(row)}\n" for row in lines))
