@@ -29,7 +29,8 @@ def local_table(path: Path, split: str) -> Table:
 
     Args:
         path: File or folder.
-        split: In a folder, files whose name begins with this are preferred.
+        split: In a folder, files are preferred whose name, or that of a folder they lie in, begins
+            with this.
 
     Raises:
         DataError: If there is no such file, or not one that can be read.
@@ -50,7 +51,10 @@ def local_table(path: Path, split: str) -> Table:
         read = _json_lines if kind == ".jsonl" else _json_rows
         rows = itertools.islice(read(path), ROWS_WITH_COLUMNS)
         return Table.of_dicts(str(path), rows, lambda _: read(path), path.parent)
-    raise DataError(f"Data files must be {', '.join(FILE_TYPES)}; got {path.name}.")
+    raise DataError(
+        f"Data files must be {', '.join(FILE_TYPES)}; got {path.name}. Convert it, or load it in "
+        "Python with datasets.load_dataset and give the dataset."
+    )
 
 
 def data_files(path: Path, split: str) -> list[Path]:
@@ -71,7 +75,11 @@ def data_files(path: Path, split: str) -> list[Path]:
             f"A folder of data must hold parquet files; {path} holds none. Name a file in it, or "
             "write its rows as such (datasets: load_from_disk, then to_parquet)."
         )
-    return [f for f in files if f.name.startswith(split)] or files
+    return [
+        file
+        for file in files
+        if any(part.startswith(split) for part in file.relative_to(path).parts)
+    ] or files
 
 
 def _parquet_table(files: Sequence[Path], name: str, folder: Path) -> Table:
