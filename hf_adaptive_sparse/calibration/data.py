@@ -67,7 +67,7 @@ def load_batches(
     Text: the lines joined by newlines, tokenised without special tokens, cut into consecutive
     windows of ``sequence_length`` tokens; the rest is dropped. Questions: prompt, answer and end
     of sequence, padded on the right, with ``labels`` of -100 everywhere but on the answer
-    (see `questions`).
+    (see `questions`). Rows without a text, or without all of a question, are left out.
 
     Args:
         source: ``None`` (WikiText-2 from the Hub), a Hub dataset as ``name[:config[:split]]``, a

@@ -12,6 +12,7 @@ from hf_adaptive_sparse.calibration.tables import (
     AUDIO,
     FRAMES,
     IMAGE,
+    IMAGES,
     VIDEO,
     DataError,
     Row,
@@ -98,7 +99,7 @@ def _table(data: Any, name: str) -> Table:
     Decoding them is left to us, who need no torchcodec for WAV files and decode only what is used.
     """
     features = data.features or {}
-    for column in (IMAGE, VIDEO, FRAMES, AUDIO):
+    for column in (IMAGE, IMAGES, VIDEO, FRAMES, AUDIO):
         if column in features:
             data = data.cast_column(column, _undecoded(features[column]))
     # A stream may not know its columns before its first row.

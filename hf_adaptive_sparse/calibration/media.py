@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from transformers.utils import is_torchvision_available
 
 from hf_adaptive_sparse.architecture import accepts_audio, accepts_images
-from hf_adaptive_sparse.calibration.pictures import load_frames, load_image
+from hf_adaptive_sparse.calibration.pictures import load_frames, load_images
 from hf_adaptive_sparse.calibration.sounds import load_sound
 from hf_adaptive_sparse.calibration.tables import AUDIO, IMAGE, VIDEO, DataError, Row
 
@@ -45,11 +45,11 @@ _PLACED_BY_THE_PROCESSOR = ("Florence2Processor",)
 
 @dataclass(frozen=True)
 class Media:
-    """Images, videos or sounds, one for each text.
+    """Images, videos or sounds, one for each text, or several images.
 
     Attributes:
         medium: What they are.
-        values: As `load_image`, `load_frames` or `load_sound` takes them.
+        values: As `load_images`, `load_frames` or `load_sound` takes them.
         places: Where each was read, for messages; empty: not known.
     """
 
@@ -66,7 +66,7 @@ class Media:
         """
         medium = medium_of(rows[0])
         if any(medium_of(row) != medium for row in rows):
-            raise DataError("The rows of one batch must all have an image, a video or a sound.")
+            raise DataError("The rows of one batch must all have images, a video or a sound.")
         if medium is None:
             return None
         places = [f"Column {row[COLUMN]!r} of {row[PLACE]}" for row in rows if PLACE in row]
@@ -81,7 +81,7 @@ class Media:
             DataError: If one cannot be opened; its row and column are named.
         """
         if self.medium == IMAGE:
-            return {"images": self._opened(lambda value: [load_image(value)])}
+            return {"images": self._opened(load_images)}
         if self.medium == VIDEO:
             # Frames are chosen already; a processor would ask for the times of what it samples.
             return {
@@ -109,6 +109,12 @@ class Media:
 def medium_of(row: Row) -> Medium | None:
     """Return what a row shows beside its text; ``None`` if nothing."""
     return next((medium for medium in MEDIA if row.get(medium) is not None), None)
+
+
+def shown(row: Row) -> int:
+    """Return how many images, videos or sounds a row shows: there may be several images."""
+    images = row.get(IMAGE)
+    return len(images) if isinstance(images, list) else 1
 
 
 def accepted_media(config: PretrainedConfig) -> Collection[Medium]:

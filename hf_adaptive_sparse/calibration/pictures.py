@@ -50,6 +50,15 @@ def load_image(image: Any) -> Image.Image:
     )
 
 
+def load_images(value: Any) -> list[Image.Image]:
+    """Open the image of a record, or all of a list of them.
+
+    Raises:
+        DataError: As `load_image`.
+    """
+    return [load_image(image) for image in (value if isinstance(value, list) else [value])]
+
+
 def _in_rgb(image: Image.Image) -> Image.Image:
     """Return an image upright and in RGB, 16 bits of grey scaled to 8: Pillow would clip them.
 

@@ -30,6 +30,7 @@ from hf_adaptive_sparse.calibration.media import (
     needed_placeholder,
     placeholder,
     processed,
+    shown,
     takes_suffix,
 )
 from hf_adaptive_sparse.calibration.records import QUESTION, DataError, Row
@@ -132,7 +133,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def format_question(
-    processor: Any, question: str, prompt: str | None = None, *, medium: Medium | None = "image"
+    processor: Any,
+    question: str,
+    prompt: str | None = None,
+    *,
+    medium: Medium | None = "image",
+    count: int = 1,
 ) -> str:
     """Return the prompt that asks a question, about an image, a video, a sound, or nothing.
 
@@ -143,6 +149,7 @@ def format_question(
             under a chat template (default ``"{question}"``), else all that follows the
             placeholder of the image (default `PLAIN_PROMPT`).
         medium: What comes with the question; ``None``: nothing.
+        count: How many of these do.
 
     Raises:
         ValueError: If ``prompt`` lacks ``{question}``.
@@ -154,11 +161,23 @@ def format_question(
         raise ValueError(f"prompt must contain {{question}}, got {prompt!r}.")
     text = template.replace("{question}", _without_placeholders(processor, question))
     if chat:
-        return _rendered(processor, text, medium)
+        return _rendered(processor, text, medium, count)
     bos = tokenizer.bos_token
     added = _adds_bos(tokenizer) or takes_suffix(processor)
     start = "" if bos is None or added else bos
-    return f"{start}{needed_placeholder(processor, medium)}{text}"
+    return f"{start}{needed_placeholder(processor, medium) * count}{text}"
+
+
+def row_prompt(processor: Any, row: Row, prompt: str | None = None) -> str:
+    """Return the prompt that asks the question of a row about what it shows.
+
+    Args:
+        processor: The model's processor.
+        row: A row with ``question``, and with images, a video or a sound, or none of them.
+        prompt: See `format_question`.
+    """
+    medium = medium_of(row)
+    return format_question(processor, row[QUESTION], prompt, medium=medium, count=shown(row))
 
 
 def _without_placeholders(processor: Any, text: str) -> str:
@@ -168,7 +187,7 @@ def _without_placeholders(processor: Any, text: str) -> str:
     return text.strip()
 
 
-def _rendered(processor: Any, text: str, medium: Medium | None) -> str:
+def _rendered(processor: Any, text: str, medium: Medium | None, count: int) -> str:
     """Return the user's message in the chat template.
 
     Some templates of language models with an added encoder know text only: they leave the medium
@@ -184,13 +203,13 @@ def _rendered(processor: Any, text: str, medium: Medium | None) -> str:
     said = [{"type": "text", "text": text}]
     if medium is None:
         return render(said)
-    content: list[dict[str, str]] = [{"type": medium}, *said]
+    content: list[dict[str, str]] = [*([{"type": str(medium)}] * count), *said]
     try:
         rendered = render(content)
         knows = repr(content) not in rendered and rendered != render(said)
     except (TypeError, TemplateError):
         knows = False
-    return rendered if knows else render(f"{placeholder(processor, medium)}{text}")
+    return rendered if knows else render(f"{placeholder(processor, medium) * count}{text}")
 
 
 def format_answer(processor: Any, prompt: str, answer: str) -> str:
@@ -206,7 +225,7 @@ def encode_questions(
     padding_side: str,
     answers: Sequence[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run the processor over prompts, each with one image, video or sound, or all with none.
+    """Run the processor over prompts, each with images, a video or a sound, or all with none.
 
     Args:
         processor: The model's processor.
@@ -273,9 +292,7 @@ def question_batch(
         DataError: If an answer leaves no token to score, a question with its answer is longer than
             the context, or something cannot be opened.
     """
-    prompts = [
-        format_question(processor, row[QUESTION], prompt, medium=medium_of(row)) for row in rows
-    ]
+    prompts = [row_prompt(processor, row, prompt) for row in rows]
     said = [_without_placeholders(processor, most_frequent(row["answers"])) for row in rows]
     answers = [
         format_answer(processor, prompt, text) for prompt, text in zip(prompts, said, strict=True)

@@ -9,11 +9,10 @@ made of them (`media`), so a corpus of any size costs what is taken from it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hf_adaptive_sparse.calibration.hub_datasets import dataset_table, hub_table, is_dataset
 from hf_adaptive_sparse.calibration.local_files import (
@@ -21,12 +20,22 @@ from hf_adaptive_sparse.calibration.local_files import (
     OTHER_FILE_TYPES,
     local_table,
 )
-from hf_adaptive_sparse.calibration.media import COLUMN, MEDIA, PLACE, PLURAL, Medium
+from hf_adaptive_sparse.calibration.media import MEDIA, PLURAL, Medium
 from hf_adaptive_sparse.calibration.pictures import load_image
+from hf_adaptive_sparse.calibration.rows import (
+    QUESTION,
+    TRANSCRIBE,
+    check_unicode,
+    question_rows,
+    read_answers,
+    row_image,
+    text_rows,
+)
 from hf_adaptive_sparse.calibration.tables import (
     AUDIO,
     FRAMES,
     IMAGE,
+    IMAGES,
     TEXT,
     VIDEO,
     DataError,
@@ -39,6 +48,7 @@ __all__ = [
     "IMAGE",
     "QUESTION",
     "TEXT",
+    "TRANSCRIBE",
     "DataError",
     "Records",
     "Row",
@@ -55,18 +65,16 @@ __all__ = [
 DEFAULT_DATASET = "Salesforce/wikitext:wikitext-2-raw-v1"
 """What is read when no source is named."""
 
-QUESTION = "question"
 ANSWER_COLUMNS = ("answers", "answer", "multiple_choice_answer")
 """Columns an answer is taken from, the first that is there: ten human answers before one."""
 MEDIA_COLUMNS: Mapping[Medium, tuple[str, ...]] = {
-    "image": (IMAGE,),
+    "image": (IMAGE, IMAGES),
     "video": (VIDEO, FRAMES),
     "audio": (AUDIO,),
 }
 """Columns a medium is taken from, the first that is there."""
 TRANSCRIPT_COLUMNS = ("transcript", "transcription", "sentence", TEXT)
 """Columns of what is said in a sound; then `TRANSCRIBE` is the question."""
-TRANSCRIBE = "Transcribe the audio."
 
 Kind = Literal["text", "visual_question", "video_question", "audio_question"]
 _KINDS: Mapping[Medium, Kind] = {
@@ -116,7 +124,7 @@ def read_records(
             path of a local file or folder, a `datasets.Dataset` or `IterableDataset`, or an
             iterable of rows.
         split: Split of a Hub dataset that names none itself. Local files have no splits; in a
-            folder, files whose name begins with the split are preferred.
+            folder, files are preferred whose name, or that of a folder they lie in, begins with it.
         media: What the model takes. Questions about these win over a ``text`` column; others are
             ignored.
         revision: Revision of a Hub dataset.
@@ -175,7 +183,9 @@ def _select(table: Table, media: Collection[Medium] = MEDIA) -> Records:
         records = _of_columns(columns, table, media)
         if records is not None:
             return records
-    found = f"{table.name} has the columns {', '.join(table.columns) or '(none)'}"
+    if not table.columns:
+        raise DataError(f"Data must have rows; {table.name} has none.")
+    found = f"{table.name} has the columns {', '.join(table.columns)}"
     shown = [medium for medium in MEDIA if _first(MEDIA_COLUMNS[medium], table.columns)]
     if shown and _asked(table.columns) is not None:
         about = " or ".join(PLURAL[medium] for medium in shown)
@@ -184,8 +194,8 @@ def _select(table: Table, media: Collection[Medium] = MEDIA) -> Records:
             "column."
         )
     raise DataError(
-        "Data must have a column 'text', or the columns 'image', 'video', 'frames' or 'audio' with "
-        f"'question' and 'answer' (or 'answers'); {found}."
+        "Data must have a column 'text', or the columns 'image', 'images', 'video', 'frames' or "
+        f"'audio' with 'question' and 'answer' (or 'answers'); {found}."
     )
 
 
@@ -202,7 +212,7 @@ def _of_columns(
             said = _first(TRANSCRIPT_COLUMNS, columns)
             asked = None if said is None else (None, said)
         if asked is not None:
-            rows = partial(_questions, table, medium, column, *asked)
+            rows = partial(question_rows, table, medium, column, *asked)
             return Records(table.name, _KINDS[medium], rows)
     return Records(table.name, "text", lambda: text_rows(table)) if TEXT in columns else None
 
@@ -215,106 +225,3 @@ def _asked(columns: Collection[str]) -> tuple[str | None, str] | None:
 
 def _first(names: Iterable[str], columns: Collection[str]) -> str | None:
     return next((name for name in names if name in columns), None)
-
-
-def text_rows(table: Table) -> Iterator[Row]:
-    """Start a pass over the rows of a table that have a ``text``.
-
-    Raises:
-        DataError: If one holds something other than text, or a lone surrogate.
-    """
-    for number, row in enumerate(table.scan([TEXT])):
-        text = row.get(TEXT)
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise DataError(
-                f"Column 'text' must hold text; row {number} of {table.name} holds "
-                f"{type(text).__name__}."
-            )
-        check_unicode(text, f"row {number} of {table.name}")
-        yield {TEXT: text}
-
-
-def _questions(
-    table: Table, medium: Medium, column: str, question: str | None, answer: str
-) -> Iterator[Row]:
-    wanted = [column, *([] if question is None else [question]), answer]
-    for number, row in enumerate(table.scan(wanted)):
-        place = f"row {number} of {table.name}"
-        answers = read_answers(row.get(answer))
-        asked = TRANSCRIBE if question is None else row.get(question)
-        lacking = {
-            column: row.get(column) is None,
-            str(question): not isinstance(asked, str),
-            answer: not answers,
-        }
-        if any(lacking.values()):
-            names = " and ".join(repr(name) for name, lacks in lacking.items() if lacks)
-            raise DataError(
-                f"Every row must have {_article(column)}, a question and an answer; {place} lacks "
-                f"one: nothing usable in {names}."
-            )
-        check_unicode("".join((str(asked), *answers)), place)
-        shown = row[column] if table.folder is None else _resolve(row[column], table.folder)
-        yield {
-            medium: shown,
-            QUESTION: asked,
-            "answers": answers,
-            COLUMN: column,
-            PLACE: place,
-        }
-
-
-def check_unicode(text: str, place: str) -> None:
-    """Refuse lone surrogates, which JSON can spell and no tokenizer takes.
-
-    Raises:
-        DataError: If the text has one.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"Text must be valid Unicode; {place} has the lone surrogate "
-            f"{text[error.start]!r}. Remove it, or write the pair that it is a half of."
-        ) from error
-
-
-def _article(column: str) -> str:
-    return {IMAGE: "an image", AUDIO: "a sound"}.get(column, "a video")
-
-
-def row_image(table: Table, row: Row) -> Any:
-    """Return the image of a row for `load_image`, or ``None`` if the row has none.
-
-    Args:
-        table: The table that the row is from; relative paths lie in its folder.
-        row: A row with the column ``image``.
-    """
-    image = row.get(IMAGE)
-    return image if table.folder is None else _resolve(image, table.folder)
-
-
-def read_answers(value: Any) -> tuple[str, ...]:
-    """Return the answers of a cell: text, a list of texts, or a list of ``{"answer": text}``."""
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, bool | int | float):
-        return (str(value),)
-    if isinstance(value, Mapping):  # `datasets` turns a list of dicts into a dict of lists
-        return read_answers(value.get("answer"))
-    if isinstance(value, Sequence):
-        return tuple(text for item in value for text in read_answers(item))
-    return ()
-
-
-def _resolve(value: Any, folder: Path) -> Any:
-    """Place relative paths in the folder: of an image, a sound, a video, or each frame of one."""
-    if isinstance(value, str):
-        return folder / value
-    if isinstance(value, Mapping) and value.get("path") and value.get("bytes") is None:
-        return value if value.get("array") is not None else folder / str(value["path"])
-    if isinstance(value, list):
-        return [_resolve(frame, folder) for frame in value]
-    return value

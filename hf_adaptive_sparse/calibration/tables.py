@@ -12,6 +12,7 @@ from hf_adaptive_sparse.errors import AdaptiveSparseError
 
 TEXT = "text"
 IMAGE: Final = "image"
+IMAGES = "images"
 VIDEO: Final = "video"
 FRAMES = "frames"
 AUDIO: Final = "audio"

@@ -23,7 +23,6 @@ from hf_adaptive_sparse.architecture import cache_argument, context_length
 from hf_adaptive_sparse.calibration.media import (
     Media,
     accepted_media,
-    medium_of,
     require_processor,
 )
 from hf_adaptive_sparse.calibration.questions import (
@@ -31,7 +30,7 @@ from hf_adaptive_sparse.calibration.questions import (
     check_fits,
     encode_questions,
     format_answer,
-    format_question,
+    row_prompt,
 )
 from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
 from hf_adaptive_sparse.evaluation.forward import (
@@ -208,7 +207,7 @@ def _prefix_accuracy(
 
 def _answer_lengths(processor: Any, row: Mapping[str, Any], prompt: str | None) -> list[int]:
     """Return the tokens of each human answer behind the prompt."""
-    text = format_question(processor, row["question"], prompt, medium=medium_of(row))
+    text = row_prompt(processor, row, prompt)
     counted = {
         answer: len(answer_ids(processor, text, format_answer(processor, text, answer)))
         for answer in set(row["answers"])
@@ -245,10 +244,8 @@ def generate_answers(
             context, or something cannot be opened.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    media = Media.of(rows)
-    medium = None if media is None else media.medium
-    prompts = [format_question(processor, row["question"], prompt, medium=medium) for row in rows]
-    encoded = encode_questions(processor, prompts, media, "left")
+    prompts = [row_prompt(processor, row, prompt) for row in rows]
+    encoded = encode_questions(processor, prompts, Media.of(rows), "left")
     # An encoder reads the question by itself.
     said = 0 if model.config.is_encoder_decoder else max_new_tokens
     context = context_length(model)

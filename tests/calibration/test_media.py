@@ -298,8 +298,8 @@ def test_sounds_with_transcripts() -> None:
 
 def test_bad_rows_are_named(audio_model: PreTrainedModel, video_model: PreTrainedModel) -> None:
     good = {"audio": {"array": tone(), "sampling_rate": RATE}, "question": "q", "answer": "a"}
-    with pytest.raises(DataError, match=r"have a sound, .*; row 1 of .* nothing usable in 'audio'"):
-        list(read_records([good, {**good, "audio": None}]))
+    with pytest.raises(DataError, match=r"have a sound, .*; row 0 of .* nothing usable in 'audio'"):
+        list(read_records([{**good, "audio": None}]))
     rows = list(read_records([good, {**good, "audio": {"array": [0.0]}}]))
     media = Media.of(rows)
     assert media is not None

@@ -23,8 +23,11 @@ from hf_adaptive_sparse.calibration.questions import (
     most_frequent,
     padding,
     question_batch,
+    row_prompt,
 )
 from hf_adaptive_sparse.calibration.records import DataError
+from hf_adaptive_sparse.evaluation.perplexity import perplexity
+from hf_adaptive_sparse.evaluation.vqa import generate_answers
 from tests.processors import CHAT_TEMPLATE, make_llava_processor, make_tokenizer
 
 
@@ -141,6 +144,30 @@ def test_answers_are_apart_from_prompts_that_are_read_in_both_directions() -> No
         labels, later = batch["labels"][row], batch["token_type_ids"][row] == 1
         assert processor.tokenizer.decode(labels[labels != -100]) == answer
         assert processor.tokenizer.decode(batch["input_ids"][row][later]) == f"{answer}</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [(None, "<s><image><image>\nQ: what? A:"), (CHAT_TEMPLATE, "USER: <image>\n<image>\nwhat? ")],
+)
+def test_several_images_of_one_question(tiny_llava, template, prompt) -> None:
+    processor = make_llava_processor(chat_template=template)
+    asked = rows("two", "one")
+    asked[0]["image"] = [asked[0]["image"], Image.new("RGB", (9, 9), "blue")]
+    assert row_prompt(processor, asked[0]).startswith(prompt)
+    batch = question_batch(processor, asked)
+    assert (batch["input_ids"] == 4).sum(1).tolist() == [8, 4]
+    assert len(batch["pixel_values"]) == 3
+    together = perplexity(tiny_llava, [batch])
+    assert together == pytest.approx(
+        perplexity(tiny_llava, [question_batch(processor, [row]) for row in asked]), rel=1e-4
+    )
+    answers = generate_answers(tiny_llava, processor, asked, max_new_tokens=3)
+    assert answers == [
+        answer
+        for row in asked
+        for answer in generate_answers(tiny_llava, processor, [row], max_new_tokens=3)
+    ]
 
 
 def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hf_adaptive_sparse.calibration.hub_datasets import hub_table
 from hf_adaptive_sparse.calibration.media import Medium
+from hf_adaptive_sparse.calibration.pictures import load_images
 from hf_adaptive_sparse.calibration.records import (
     DataError,
     Records,
@@ -104,6 +105,14 @@ def test_folder_prefers_files_of_the_split(tmp_path: Path) -> None:
     assert [r["text"] for r in read_records(tmp_path, "train")] == ["train-0", "train-1"]
     assert [r["text"] for r in read_records(str(tmp_path), "validation")] == ["validation-0"]
     assert len(list(read_records(tmp_path, "test"))) == 3
+
+
+def test_folder_prefers_folders_of_the_split(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        (tmp_path / "default" / name).mkdir(parents=True)
+        table = pa.table({"text": [name]})
+        pq.write_table(table, tmp_path / f"default/{name}/0000.parquet")
+    assert [r["text"] for r in read_records(tmp_path, "validation")] == ["validation"]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +246,7 @@ def test_a_json_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch) -> No
 def test_unusable_columns_are_listed() -> None:
     with pytest.raises(DataError, match=r"'text', or .*'answer'.* has the columns title, body"):
         read_records([{"title": "x", "body": "y"}])
-    with pytest.raises(DataError, match=r"\(none\)"):
+    with pytest.raises(DataError, match=r"must have rows; the list of records has none"):
         read_records([])
     with pytest.raises(DataError, match="must hold dicts"):
         read_records(["text"])  # type: ignore[list-item]
@@ -246,9 +255,32 @@ def test_unusable_columns_are_listed() -> None:
 def test_bad_rows_are_named() -> None:
     with pytest.raises(DataError, match=r"row 1 of .* holds int"):
         list(read_records([{"text": "a"}, {"text": 3}]))
-    rows = [{"image": png(), "question": "q", "answer": a} for a in ("yes", None)]
-    with pytest.raises(DataError, match=r"row 1 of .* lacks one"):
-        list(read_records(rows))
+
+
+def test_rows_that_lack_a_part_of_a_question_are_left_out(caplog) -> None:
+    whole = {"image": png(), "question": "q", "answer": "yes"}
+    lacking = [
+        whole | change
+        for change in ({"image": None}, {"question": None}, {"answer": None}, {"answer": " "})
+    ]
+    read = list(read_records([lacking[0], whole, *lacking, whole]))
+    assert [row["place"] for row in read] == [f"row {i} of the list of records" for i in (1, 6)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Rows without all of a question are left out: row 0 of the list of records has nothing "
+        "usable in 'image'."
+    ]
+    for rows in (lacking, lacking * 300 + [whole]):
+        with pytest.raises(DataError, match=r"row 0 of .* nothing usable in 'image', and no other"):
+            list(read_records(rows))
+
+
+def test_several_images_of_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    path = tmp_path / "a.jsonl"
+    asked = {"images": ["a.png", "a.png"], "question": "q", "answer": "a"}
+    path.write_text(json.dumps(asked) + "\n" + json.dumps(asked | {"images": []}))
+    (row,) = read_records(path)
+    assert [image.size for image in load_images(row["image"])] == [(20, 30), (20, 30)]
 
 
 def test_lone_surrogates_are_named(tmp_path: Path) -> None:
