@@ -152,7 +152,7 @@ def format_question(
         count: How many of these do.
 
     Raises:
-        ValueError: If ``prompt`` lacks ``{question}``.
+        ValueError: If ``prompt`` lacks ``{question}``, or the chat template takes no question.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     chat = getattr(processor, "chat_template", None)
@@ -192,6 +192,9 @@ def _rendered(processor: Any, text: str, medium: Medium | None, count: int) -> s
 
     Some templates of language models with an added encoder know text only: they leave the medium
     out, print its description, or fail on a list. They get the placeholder as text.
+
+    Raises:
+        ValueError: If the template takes neither.
     """
 
     def render(content: list[dict[str, str]] | str) -> str:
@@ -201,15 +204,22 @@ def _rendered(processor: Any, text: str, medium: Medium | None, count: int) -> s
         )
 
     said = [{"type": "text", "text": text}]
-    if medium is None:
-        return render(said)
-    content: list[dict[str, str]] = [*([{"type": str(medium)}] * count), *said]
+    shows = [] if medium is None else [{"type": str(medium)}] * count
     try:
-        rendered = render(content)
-        knows = repr(content) not in rendered and rendered != render(said)
+        rendered = render(shows + said)
+        if repr(shows + said) not in rendered and not (shows and rendered == render(said)):
+            return rendered
     except (TypeError, TemplateError):
-        knows = False
-    return rendered if knows else render(f"{placeholder(processor, medium) * count}{text}")
+        pass
+    try:
+        shown_as_text = "" if medium is None else placeholder(processor, medium) * count
+        return render(f"{shown_as_text}{text}")
+    except (TypeError, TemplateError) as error:
+        raise ValueError(
+            f"The chat template of {type(processor).__name__} must take a message of the user "
+            f"alone; it does not ({_first_line(error)}). Set processor.chat_template to one that "
+            "does, or to None to ask without a template."
+        ) from error
 
 
 def format_answer(processor: Any, prompt: str, answer: str) -> str:

@@ -176,6 +176,22 @@ def test_no_blank_behind_a_prompt_that_ends_in_white_space() -> None:
     assert processor.tokenizer.decode(batch["input_ids"][0]).endswith("what?\nno</s>")
 
 
+@pytest.mark.parametrize("medium", ["image", None])
+def test_a_template_of_text_alone_is_given_text(medium) -> None:
+    template = "{% for m in messages %}U: {{ m['content'] }} {% endfor %}A:"
+    processor = make_llava_processor(chat_template=template)
+    shown = "<image>" if medium else ""
+    assert format_question(processor, "red?", medium=medium) == f"U: {shown}red? A:"
+
+
+@pytest.mark.parametrize("medium", ["image", None])
+def test_a_template_that_takes_no_question_is_refused(medium) -> None:
+    processor = make_llava_processor(chat_template="{{ raise_exception('No system message.') }}")
+    message = r"chat template of LlavaProcessor .* \(No system message\.\)\. .*chat_template"
+    with pytest.raises(ValueError, match=message):
+        format_question(processor, "red?", medium=medium)
+
+
 def test_left_padding_and_restored_tokenizer() -> None:
     processor = make_llava_processor(pad=False)
     before = processor.tokenizer.padding_side
