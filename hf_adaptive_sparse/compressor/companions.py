@@ -6,12 +6,16 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 
 import torch
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from hf_adaptive_sparse.compressor.sources import ModelSource
@@ -29,7 +33,7 @@ def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSour
 
     The processor's threads are divided between the workers. Where ``model`` names no device, each
     takes a GPU in turn if there are any. A companion that fails does not stop the others; one of
-    them repeats its unfinished trial.
+    them repeats its unfinished trial. Companions end with this process, however it ends.
 
     Args:
         model: The model, which every worker loads.
@@ -51,7 +55,7 @@ def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSour
     processes: list[SpawnProcess] = []
     finished = False
     try:
-        with _environment(OMP_NUM_THREADS=str(share)):
+        with _environment(OMP_NUM_THREADS=str(share)), _interrupts_blocked():
             for other in models[1:]:
                 process = context.Process(target=_work, args=(job, other, share), daemon=True)
                 process.start()
@@ -93,9 +97,37 @@ def _work(job: Job, model: ModelSource, threads: int) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, said to be leaked when this ends
     disable_progress_bar()  # what the first worker shows is enough
     job(model)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has: killed, it cannot do that itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Start processes in the body without ``SIGINT``, and take it afterwards if it came meanwhile.
+
+    A terminal sends it to all of its processes. The first worker ends the others then, which would
+    otherwise print a traceback each.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which is started with the first process, and unblocks it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

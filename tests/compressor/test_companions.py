@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.compressor.companions import companions, share_devices
 from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.search.worker import process_start
 
 MODEL = ModelSource("model")
 
@@ -59,6 +63,59 @@ def test_a_companion_that_fails_is_reported(caplog: pytest.LogCaptureFixture) ->
 def test_companions_end_with_a_failed_search(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), companions(MODEL, Job(tmp_path), workers=2):
         raise KeyboardInterrupt
+
+
+class Interrupted:
+    """Notes that it runs, is interrupted as by Ctrl-C, and notes that it goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, model: ModelSource) -> None:
+        leave_a_file(model, self.folder)
+        os.kill(os.getpid(), signal.SIGINT)
+        (self.folder / "went on").touch()
+        time.sleep(60)
+
+
+def wait_for(path: Path, pattern: str) -> str:
+    """Return the name of the first file that fits, once there is one."""
+    deadline = time.monotonic() + 60
+    while not (found := sorted(path.glob(pattern))):
+        assert time.monotonic() < deadline, f"no {pattern} in {path}"
+        time.sleep(0.05)
+    return found[0].name
+
+
+def test_an_interruption_of_the_terminal_is_left_to_the_first_worker(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        companions(MODEL, Interrupted(tmp_path), workers=2),
+    ):
+        wait_for(tmp_path, "went on")
+        raise KeyboardInterrupt
+    assert not is_running(int(wait_for(tmp_path, "[0-9]*")))
+
+
+def search_on(folder: Path) -> None:
+    with companions(MODEL, Interrupted(folder), workers=2):
+        time.sleep(60)
+
+
+def is_running(pid: int) -> bool:
+    return process_start(pid) != ""
+
+
+def test_companions_end_when_their_process_is_killed(tmp_path: Path) -> None:
+    first = multiprocessing.get_context("spawn").Process(target=search_on, args=(tmp_path,))
+    first.start()
+    companion = int(wait_for(tmp_path, "[0-9]*"))
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    deadline = time.monotonic() + 20
+    while is_running(companion) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(companion)
 
 
 def test_a_job_that_cannot_be_sent_to_a_process_is_the_error_that_is_raised() -> None:
