@@ -1,8 +1,8 @@
 """The command line ``hf-adaptive-sparse``.
 
 Exit codes: 0 on success; 2 on bad usage or input, with one line on stderr; 1 on a bug of this
-package, with its traceback; 130 when interrupted. ``--json`` prints one JSON document on stdout;
-progress and messages go to stderr.
+package, with its traceback; 130 when interrupted by Ctrl-C, 143 by ``SIGTERM``, 129 by a terminal
+that is closed. ``--json`` prints one JSON document on stdout; progress and messages go to stderr.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.logging import (
@@ -46,14 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
+    received = [signal.SIGINT]
     try:
-        with _hidden_bars(getattr(options, "no_progress", False)):
+        with _interrupting(received), _hidden_bars(getattr(options, "no_progress", False)):
             answer = options.run(options)
     except KeyboardInterrupt:
-        return _stop(options)
+        return _stop(options, received[-1])
     except INPUT_ERRORS as error:
         if hides_interruption(error):
-            return _stop(options)
+            return _stop(options, received[-1])
         if options.traceback:
             raise
         return _complain(options.command, str(error).strip() or type(error).__name__)
@@ -61,10 +65,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if answer.error is None else _complain(options.command, answer.error)
 
 
-def _stop(options: argparse.Namespace) -> int:
+@contextmanager
+def _interrupting(received: list[signal.Signals]) -> Iterator[None]:
+    """Let what ends a process interrupt the body like Ctrl-C, so that it leaves nothing unfinished.
+
+    Batch systems and containers send ``SIGTERM``, a terminal that is closed ``SIGHUP``.
+
+    Args:
+        received: Signals that came are appended.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    numbers: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():  # others may set no handler
+        ending = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+        # `nohup` ignores, and the caller of `main` may have a handler of its own.
+        numbers = [n for n in ending if n and signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stop(options: argparse.Namespace, by: signal.Signals) -> int:
     """Say that the command was interrupted, and return the exit code."""
     print(f"hf-adaptive-sparse: {_interrupted(options)}", file=sys.stderr)
-    return 130
+    return 128 + by
 
 
 def _interrupted(options: argparse.Namespace) -> str:
