@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_adaptive_sparse.evaluation.digests import batches_digest, weights_digest
 from hf_adaptive_sparse.search.errors import StudyMismatch
@@ -15,6 +16,9 @@ from hf_adaptive_sparse.version import library_versions
 
 STUDY_FORMAT = 1
 """Version of what a search stores in a study."""
+
+_NOT_COMPARED = ("transformers_version", "architectures", "dtype", "use_cache")
+"""Fields of a config that say how a model was saved or loaded, or what the fingerprint has."""
 
 
 def fingerprint(
@@ -47,8 +51,16 @@ def fingerprint(
     }
 
 
-def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any], study: str) -> None:
+def check_fingerprint(
+    stored: Mapping[str, Any], current: Mapping[str, Any], study: str, *, seeds: Sequence[Any] = ()
+) -> None:
     """Refuse to resume a study that was made for something else.
+
+    Args:
+        stored: The study's fingerprint.
+        current: That of this search.
+        study: Name of the study.
+        seeds: The seeds of both, where they differ: data may differ for that reason.
 
     Raises:
         StudyMismatch: If anything differs; it is named, with both values where they are short.
@@ -64,11 +76,36 @@ def check_fingerprint(stored: Mapping[str, Any], current: Mapping[str, Any], stu
         else:
             differences.append(f"{key} ({_short(old)}, now {_short(new)})")
     if differences:
+        drawn = ""
+        if seeds:
+            drawn = f" So does the seed ({seeds[0]}, now {seeds[1]}), which may draw other samples."
         raise StudyMismatch(
             f"The study {study!r} was made for something else and cannot be resumed with this: "
-            f"{'; '.join(differences)} differ. To resume it, give the former arguments; to start a "
-            "new search, another output folder, storage or study_name (--study)."
+            f"{'; '.join(differences)} differ.{drawn} To resume it, give the former arguments; to "
+            "start a new search, another output folder, storage or study_name (--study)."
         )
+
+
+def config_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the fields of a model's config, nested ones by dotted names, as plain JSON types."""
+    form = json.loads(json.dumps(config.to_dict(), default=str, skipkeys=True))
+    return dict(_flat(form))
+
+
+def _flat(form: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in form.items():
+        if key.startswith("_") or key in _NOT_COMPARED:
+            continue
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def config_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Say which fields that both configs have differ, with both values; empty if none do."""
+    names = sorted(name for name in stored.keys() & current.keys() if stored[name] != current[name])
+    return "; ".join(f"{n} ({_short(stored[n])}, now {_short(current[n])})" for n in names)
 
 
 def _short(value: object) -> str:

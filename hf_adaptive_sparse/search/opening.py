@@ -13,7 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_adaptive_sparse.search.errors import SearchError, StudyMismatch
-from hf_adaptive_sparse.search.fingerprint import check_fingerprint, study_versions
+from hf_adaptive_sparse.search.fingerprint import (
+    check_fingerprint,
+    config_differences,
+    study_versions,
+)
 from hf_adaptive_sparse.search.trials import UNIFORM
 
 if TYPE_CHECKING:
@@ -47,7 +51,8 @@ def open_study(
         name: Its name.
         made_for: Its fingerprint.
         baseline: Parameters of the uniform profile, enqueued once; empty if there are none.
-        attributes: What else is stored with a new study.
+        attributes: What else is stored with a new study: its ``"seed"``, and the model's
+            ``"config"`` by `config_fields`, which a later search that has another is warned of.
         values: Figures that its trials minimise.
 
     Raises:
@@ -74,7 +79,15 @@ def open_study(
     if stored is None:
         _make_ready(study, made_for, baseline, attributes)
         return study
-    check_fingerprint(stored, made_for, name)
+    seeds = [study.user_attrs.get("seed"), attributes.get("seed")]
+    check_fingerprint(stored, made_for, name, seeds=seeds if seeds[0] != seeds[1] else ())
+    # A study from before this was stored has none.
+    changes = config_differences(study.user_attrs.get("config", {}), attributes.get("config", {}))
+    if changes:
+        logger.warning(
+            "The study was started with another config of the model, so values may differ: %s.",
+            changes,
+        )
     versions, current = study.user_attrs.get("versions"), study_versions()
     if versions != current:
         logger.warning(

@@ -33,7 +33,7 @@ from hf_adaptive_sparse.search.data import (
 )
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
-from hf_adaptive_sparse.search.fingerprint import fingerprint
+from hf_adaptive_sparse.search.fingerprint import config_fields, fingerprint
 from hf_adaptive_sparse.search.front import uniform_params_on_front
 from hf_adaptive_sparse.search.narrowing import is_due, narrow_on
 from hf_adaptive_sparse.search.objectives import Goal, ObjectiveSpec
@@ -94,7 +94,8 @@ def search(
     search is interrupted; the same call then resumes it.
 
     Args:
-        model: The dense model.
+        model: The dense model. It is masked until the search ends, so nothing else, such as another
+            thread, may use it meanwhile.
         calibration: Data that the weights are ranked on: batches, a dataset name, a path, a
             `datasets.Dataset`, a `CalibrationConfig`; ``None`` is WikiText-2's training split.
             Unused for metrics that need none and for a search of KV bits alone.
@@ -178,7 +179,11 @@ def search(
             study_name or STUDY_NAME,
             made_for=made_for,
             baseline=baseline(space, shape),
-            attributes={"seed": seed, "layout": shape.to_dict()},
+            attributes={
+                "seed": seed,
+                "layout": shape.to_dict(),
+                "config": config_fields(model.config),
+            },
             values=len(goal.parts),
         )
         compared = data.held_out is None or is_compared(study, data.held_out)

@@ -163,6 +163,29 @@ def test_a_study_of_other_library_versions_resumes_with_a_warning(run, tmp_path,
     assert "values may differ" in caplog.text
 
 
+def test_a_study_of_another_config_resumes_with_a_warning(run, tmp_path, tiny_llama, caplog):
+    storage = tmp_path / "study.log"
+    run(storage=storage, n_trials=1)
+    tiny_llama.config.use_cache = not tiny_llama.config.use_cache  # of no effect
+    run(storage=storage, n_trials=1)
+    assert "config" not in caplog.text
+    tiny_llama.config.rope_parameters = {**tiny_llama.config.rope_parameters, "rope_theta": 5.0}
+    run(storage=storage, n_trials=1)
+    assert "values may differ: rope_parameters.rope_theta (10000.0, now 5.0)." in caplog.text
+
+
+def test_other_data_that_another_seed_drew_are_refused_with_both_seeds(run, tmp_path):
+    run(storage=tmp_path / "study.log", n_trials=1)
+    drawn = [{"input_ids": torch.ones(1, 9, dtype=torch.long)}]
+    with pytest.raises(
+        StudyMismatch, match=r"calibration .*differ\. So does the seed \(0, now 1\)"
+    ):
+        run(storage=tmp_path / "study.log", n_trials=1, seed=1, calibration=drawn)
+    with pytest.raises(StudyMismatch) as caught:
+        run(storage=tmp_path / "study.log", n_trials=1, calibration=drawn)
+    assert "seed" not in str(caught.value)
+
+
 def test_somebody_elses_study_is_left_alone(run, tmp_path):
     storage = open_storage(tmp_path / "study.log")
     study = optuna.create_study(study_name=STUDY_NAME, storage=storage)
