@@ -458,8 +458,23 @@ def test_inspect_of_a_model_that_is_not_pruned_says_what_is_there(
     tiny_llava.save_pretrained(tmp_path / "bits")
     found = inspect(tmp_path / "bits")
     assert [m.name for m in found.modules] == list(found.weight_bits)
+    assert found.sparsity == (0.0, 0.0)
     assert "quantised weights" in str(found)
     assert "8 bits in 28 linears" in str(found)
+
+
+def test_weights_rounded_to_zero_are_not_counted_as_removed(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM
+) -> None:
+    config = SparsityConfig(pattern="2:4", metric="magnitude", weight_bits=4)
+    apply_config(tiny_llama, config, progress=False)
+    tiny_llama.save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    zeros = sum(module.rows * module.columns[0] - module.nnz for module in found.modules)
+    numel = sum(module.rows * module.columns[0] for module in found.modules)
+    assert zeros > numel / 2
+    assert found.sparsity == (0.5, 0.5)
+    assert set(found.layer_ratios().values()) == {0.5}
 
 
 def test_layers_without_a_ratio_have_their_kv_bits_shown(

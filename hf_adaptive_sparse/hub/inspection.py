@@ -21,10 +21,11 @@ class ModuleInspection:
         name: Module name as the config records it, or the name in the files where it does not.
         rows: Output features.
         columns: Least and greatest possible number of input features; equal where it is known.
-        nnz: Weights kept; None where zeros are stored.
+        nnz: Weights kept, without those that were rounded to zero; None where zeros are stored.
         recorded_ratio: Ratio in the config.
         stored_bytes: Bytes of its weight in the files.
         dense_bytes: Bytes that the dense weight would take in the same dtype, at least.
+        rounded: Whether values were rounded to 8 or 4 bits, some of them to zero.
     """
 
     name: str
@@ -34,15 +35,23 @@ class ModuleInspection:
     recorded_ratio: float | None
     stored_bytes: int
     dense_bytes: int
+    rounded: bool = False
 
     @property
     def removed(self) -> tuple[float, float]:
         """Least and greatest possible number of weights removed."""
-        low, high = (self.rows * columns for columns in self.columns)
+        low, high = (self._removed_of(self.rows * columns) for columns in self.columns)
+        return low, high
+
+    def _removed_of(self, numel: int) -> float:
+        recorded = float(round((self.recorded_ratio or 0.0) * numel))
         if self.nnz is None:
-            ratio = self.recorded_ratio or 0.0
-            return float(round(ratio * low)), float(round(ratio * high))
-        return float(low - self.nnz), float(high - self.nnz)
+            return recorded
+        zeros = float(numel - self.nnz)
+        # Bitmasks do not tell removed weights from those that were rounded to zero. Of codes of
+        # 4 bits there may be one less than is counted.
+        known = self.rounded and self.recorded_ratio is not None
+        return min(recorded, zeros + 1) if known else zeros
 
     @property
     def ratio(self) -> tuple[float, float]:
@@ -66,7 +75,8 @@ class Inspection:
         pattern: "unstructured" or "n:m".
         target_sparsity: Mean ratio that was asked for.
         sparsity: Least and greatest possible mean ratio over ``modules``; equal where exact. Read
-            from the shapes in the bitmask format, from the config's record in the dense one.
+            from the shapes in the bitmask format, from the config's record in the dense one and
+            where values were rounded to 8 or 4 bits.
         modules: The pruned linears, in order of their names' layers.
         kv_cache: KV profile.
         size_bytes: Bytes of data by kind: "kept values", "bitmasks", "scales" (where values are

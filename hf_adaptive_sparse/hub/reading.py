@@ -161,6 +161,7 @@ def _compressed_module(
         recorded_ratio=ratio,
         stored_bytes=stored.size_bytes,
         dense_bytes=stored.rows * columns[0] * stored.weight_bytes,
+        rounded=stored.quantised,
     )
 
 
