@@ -25,7 +25,7 @@ from hf_adaptive_sparse.kvcache.hybrid import AdaptiveHybridLayer, AdaptiveSlidi
 from hf_adaptive_sparse.kvcache.indexed import AdaptiveIndexedLayer
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.refusals import Refusals
-from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer
+from hf_adaptive_sparse.kvcache.saving import layer_state, restored_layer, saved_layers
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
 from hf_adaptive_sparse.profiles import FORMAT_VERSION, KVCacheConfig, check_format_version
 
@@ -142,15 +142,16 @@ class AdaptiveQuantizedCache(QuantizedCache, DynamicCache):
                 number of layers, or is damaged.
             KeyError: If a part of it is missing.
         """
+        layers = saved_layers(state)
         check_format_version(state["format_version"], "the saved cache")
         profile = KVCacheConfig.from_dict(state["kv_cache"])
-        if profile.to_dict() != self.kv_cache.to_dict() or len(state["layers"]) != len(self):
+        if profile.to_dict() != self.kv_cache.to_dict() or len(layers) != len(self):
             raise ValueError(
                 "A cache is loaded into one of the same profile and number of layers; the saved "
-                f"one has {len(state['layers'])} layers and {profile.to_dict()}, this one "
+                f"one has {len(layers)} layers and {profile.to_dict()}, this one "
                 f"{len(self)} layers and {self.kv_cache.to_dict()}."
             )
-        pairs = zip(self.layers, state["layers"], strict=True)
+        pairs = zip(self.layers, layers, strict=True)
         self.layers[:] = [restored_layer(layer, stored) for layer, stored in pairs]
         self._share_refusals()
 

@@ -8,7 +8,7 @@ tensors, numbers, text, None and lists and dicts of them, so that ``torch.load``
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,26 @@ def layer_state(layer: Any) -> dict[str, Any]:
     if states:
         state["states"] = _plain(states, "states")
     return state
+
+
+def saved_layers(state: object) -> Sequence[Mapping[str, Any]]:
+    """Return the layers of a cache's ``state_dict``, each of them a mapping.
+
+    Raises:
+        KeyError: If there are none.
+        ValueError: If the state, its layers or what they store are of another kind.
+    """
+    layers: Any = state["layers"] if isinstance(state, Mapping) else None
+    if not _is_list_of(layers, Mapping) or not all(
+        _is_list_of(layer.get("stores", ()), Mapping) for layer in layers
+    ):
+        raise ValueError(
+            "The state of a cache must be a dict whose 'layers' are a list of dicts with dicts as "
+            f"their 'stores', as state_dict() returns it, got {type(state).__name__} with "
+            f"{type(layers).__name__}; the file is damaged, or holds something else."
+        )
+    found: Sequence[Mapping[str, Any]] = layers
+    return found
 
 
 def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:

@@ -128,6 +128,20 @@ def test_what_does_not_fit_is_refused(tiny_llama):
         lossless.load_state_dict(state | {"kv_cache": lossless.kv_cache.to_dict()})
 
 
+def test_a_state_of_another_form_is_refused(tiny_llama):
+    cache = AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1])
+    feed(tiny_llama, cache, random_ids(1, 40))
+    state = cache.state_dict()
+    layers = state["layers"]
+    stores = [layers[0], layers[1] | {"stores": [None, None]}, *layers[2:]]
+    forms = [{"layers": other} for other in (None, 3, "layers", [None] * 4, {}, stores)]
+    for broken in (None, [], 3, *({**state, **form} for form in forms)):
+        with pytest.raises(ValueError, match="state of a cache must be a dict"):
+            cache.load_state_dict(broken)
+    with pytest.raises(KeyError, match="layers"):
+        cache.load_state_dict({"format_version": 1})
+
+
 def test_a_state_that_is_refused_leaves_the_cache_as_it_was(tiny_llama):
     caches = [AdaptiveQuantizedCache(tiny_llama.config, PROFILES[1]) for _ in range(3)]
     for cache, tokens in zip(caches, (40, 23, 23), strict=True):
