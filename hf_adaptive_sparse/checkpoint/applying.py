@@ -24,7 +24,12 @@ from hf_adaptive_sparse.checkpoint.resolving import (
 from hf_adaptive_sparse.naming import public_name
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES
-from hf_adaptive_sparse.profiles import LOSSLESS_BITS, CalibrationConfig, SparsityProfile
+from hf_adaptive_sparse.profiles import (
+    LOSSLESS_BITS,
+    QUANT_METHOD,
+    CalibrationConfig,
+    SparsityProfile,
+)
 from hf_adaptive_sparse.pruning.apply import (
     ModuleReport,
     PruningReport,
@@ -39,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 Calibration = Source | CalibrationConfig
 """Where calibration data come from: a dataset's name, a path, a config, a dataset, or batches."""
+
+LOADING_FIELDS = frozenset({"kv_cache", "runtime"})
+"""Fields of a config that say how a compressed checkpoint is loaded, and nothing of its weights."""
 
 
 def check_before_loading(
@@ -234,11 +242,19 @@ def _check_calibration(config: SparsityConfig, source: object) -> None:
         what = f"The metric {config.metric!r}"
         if config.weight_update is not None:
             what = f"weight_update={config.weight_update!r}"
-        raise ValueError(
+        message = (
             f"{what} needs calibration data, and none were given. Pass "
             "calibration= a dataset's name, a file, batches, or CalibrationConfig() for WikiText-2 "
             "from the Hub; or choose a metric that needs none (magnitude) and no weight update."
         )
+        if config.passed and config.passed <= LOADING_FIELDS:
+            message += (
+                f" {' and '.join(sorted(config.passed))} alone would do for a compressed "
+                "checkpoint, but the config of this model has no quantization_config of "
+                f"quant_method {QUANT_METHOD!r}, so that it would be pruned; target_sparsity=0 "
+                "leaves its weights in."
+            )
+        raise ValueError(message)
 
 
 def _calibration_batches(

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from hf_adaptive_sparse.checkpoint.decompression import (
     keep_saved_conversions_,
     taken_as_stored,
 )
-from hf_adaptive_sparse.checkpoint.headers import CheckpointError
+from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_file_header
 from hf_adaptive_sparse.checkpoint.reloading import take_compressed_
 from hf_adaptive_sparse.checkpoint.resolving import (
     parameter_formats,
@@ -44,9 +45,10 @@ from hf_adaptive_sparse.checkpoint.state_dict import stored_state_dict
 from hf_adaptive_sparse.checkpoint.validation import validate_checkpoint
 from hf_adaptive_sparse.kvcache.carrying import share_profile
 from hf_adaptive_sparse.packing.bitmask import BitmaskError
-from hf_adaptive_sparse.packing.stored_names import leaf_names
+from hf_adaptive_sparse.packing.stored_names import leaf_names, parse_tensor_name
 from hf_adaptive_sparse.packing.stored_weight import StoredWeight, ValueFormat
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS
+from hf_adaptive_sparse.profiles import QUANT_METHOD
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
     RuntimeChoice,
@@ -148,6 +150,7 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             config.kv_cache = per_layer_kv_cache(model, config)
         else:
             check_before_loading(model, config)
+            _check_not_packed(self.checkpoint_files)
         return model
 
     def update_weight_conversions(
@@ -254,6 +257,25 @@ class AdaptiveSparseQuantizer(HfQuantizer):
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Return what ``save_pretrained`` writes: see `stored_state_dict`."""
         return stored_state_dict(model, self.rounded_in, consume=self.consumes_model), {}
+
+
+def _check_not_packed(files: Sequence[str]) -> None:
+    """Refuse compressed weights that a config says nothing of: all of them would be random.
+
+    Raises:
+        CheckpointError: If there are any in the files.
+    """
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        parsed = map(parse_tensor_name, read_file_header(Path(file)))
+        packed = next((name for name, kind in filter(None, parsed) if kind == "bitmask"), None)
+        if packed is not None:
+            raise CheckpointError(
+                f"{file} holds compressed weights, such as {packed!r}, but the config has no "
+                f"quantization_config of quant_method {QUANT_METHOD!r} to read them by. Restore "
+                "config.json as it was saved beside them, or download it again."
+            )
 
 
 def _check_whole_weights(config: SparsityConfig, pre_quantized: bool) -> None:

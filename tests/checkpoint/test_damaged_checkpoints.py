@@ -302,6 +302,20 @@ def test_tampered_configs(
         LlamaForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("method", [None, "another"])
+def test_packed_weights_that_the_config_says_nothing_of_are_not_pruned_anew(
+    folder: Path, method: str | None
+) -> None:
+    edit_config(folder, lambda config: config.pop("quantization_config"))
+    if method is not None:
+        edit_config(folder, lambda c: c.update(quantization_config={"quant_method": method}))
+    by_size, loads = has.SparsityConfig(metric="magnitude"), has.SparsityConfig(runtime="sparse")
+    with pytest.raises(CheckpointError, match=r"such as 'model.layers.*Restore config.json"):
+        LlamaForCausalLM.from_pretrained(folder, sparsity_config=by_size)
+    with pytest.raises(ValueError, match="this model has no quantization_config of quant_method"):
+        LlamaForCausalLM.from_pretrained(folder, sparsity_config=loads)
+
+
 def test_a_config_cannot_ask_for_more_than_the_files_hold(folder: Path) -> None:
     def inflate(config: dict[str, Any]) -> None:
         config["intermediate_size"] = 1 << 24
