@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -43,7 +45,13 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.empty_weights import keep_in_float32_
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers
 from hf_adaptive_sparse.checkpoint.weight_files import missing_tensors
-from hf_adaptive_sparse.hub.source import FolderSource, local_folder, read_config, read_object
+from hf_adaptive_sparse.hub.source import (
+    CONFIG_NAME,
+    FolderSource,
+    local_folder,
+    read_config,
+    read_object,
+)
 from hf_adaptive_sparse.naming import expanded, public_name
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 
@@ -125,12 +133,14 @@ class ModelSource:
         """Load the model's config.
 
         Raises:
-            ValueError: If there is no such folder, or no model in it.
+            ValueError: If there is no such folder, no model in it, or a config is damaged.
             OSError: If there is no such repo, or the Hub cannot be reached.
         """
-        self._check_folder()
+        folder = self._check_folder()
         with self._named():
             config: PreTrainedConfig = AutoConfig.from_pretrained(self.name, revision=self.revision)
+            if folder is None:
+                _check_configs(self._snapshot())
         return config
 
     def load_dense(self) -> PreTrainedModel:
@@ -196,17 +206,18 @@ class ModelSource:
             ) from error
 
     def _check_folder(self) -> Path | None:
-        """Return the folder of a local model, after a look at its configs.
-
-        transformers loads a model with a damaged generation config without a word, and without it.
-        """
+        """Return the folder of a local model, after a look at its configs."""
         folder = local_folder(self.name)
         if folder is not None:
-            source = FolderSource(folder)
-            read_config(source)
-            if GENERATION_CONFIG_NAME in source.sizes:
-                read_object(source, GENERATION_CONFIG_NAME)
+            _check_configs(folder)
         return folder
+
+    def _snapshot(self) -> Path:
+        """Return the folder in the Hub's cache that holds the configs of a repo."""
+        name = os.fspath(self.name)
+        with suppress(EntryNotFoundError):  # not every model has one
+            hf_hub_download(name, GENERATION_CONFIG_NAME, revision=self.revision)
+        return Path(hf_hub_download(name, CONFIG_NAME, revision=self.revision)).parent
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -326,6 +337,17 @@ class DataSource:
             return None
         records = read_records(self.source, split, media=accepted_media(config))
         return None if records.kind == "text" else records
+
+
+def _check_configs(folder: Path) -> None:
+    """Refuse damaged configs.
+
+    transformers loads a model with a damaged generation config without a word, and without it.
+    """
+    source = FolderSource(folder)
+    read_config(source)
+    if GENERATION_CONFIG_NAME in source.sizes:
+        read_object(source, GENERATION_CONFIG_NAME)
 
 
 def _check_device(name: str) -> None:

@@ -195,15 +195,22 @@ def read_config(source: Source) -> dict[str, Any]:
     """Return the model's config.
 
     Raises:
-        ValueError: If it is missing or not a JSON object, or its model type is no text.
+        ValueError: If it is missing or not a JSON object, or its model type, its quantization
+            config or the method of that is of another kind than transformers takes.
     """
     config = read_object(source, CONFIG_NAME)
-    model_type = config.get("model_type", "")
-    if not isinstance(model_type, str):
-        raise ValueError(
-            f"model_type in {CONFIG_NAME} of {source.name} must be text, got {model_type!r}. "
-            "Download or save it again."
-        )
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    for name, value, kind, words in (
+        ("model_type", config.get("model_type", ""), str, "text"),
+        ("quantization_config", quantization, dict | None, "an object"),
+        ("quantization_config.quant_method", method, str | None, "text"),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{name} in {CONFIG_NAME} of {source.name} must be {words}, got {value!r}. "
+                "Download or save it again."
+            )
     return config
 
 

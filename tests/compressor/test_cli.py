@@ -307,6 +307,11 @@ def truncate(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-10])
 
 
+def quantise(folder: Path, said: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+
+
 def lose_the_processor(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in ("config.json", "model.safetensors"):
@@ -329,6 +334,11 @@ def lose_the_processor(folder: Path) -> None:
             lambda folder: (folder / "config.json").write_text('{"model_type": ["llava"]}'),
             "dense must be text, got ['llava']",
         ),
+        (
+            lambda folder: quantise(folder, {"quant_method": ["adaptive_sparse"]}),
+            "dense must be text, got ['adaptive_sparse']",
+        ),
+        (lambda folder: quantise(folder, ["nf4"]), "dense must be an object, got ['nf4']"),
         (lose_the_processor, "dense has no tokenizer or processor"),
         (lambda folder: folder.rename(folder.with_name("away")), "There is no folder "),
     ],
