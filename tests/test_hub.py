@@ -284,8 +284,32 @@ def test_a_commit_that_came_in_between_is_not_overwritten(hub: HubServer, folder
     push(hub, folder)
     hub.fail("POST", "/commit/", 412)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    with pytest.raises(HubError, match=r"committed to it meanwhile \(412\)"):
+    with pytest.raises(HubError, match=r"committed to it meanwhile \(412: .*\. Look at"):
         push(hub, folder)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (409, r"changed by someone else \(409: injected failure\)\. Look at the change"),
+        (413, r"too large for the Hub \(413: .*max_shard_size"),
+        (429, r"more requests than the Hub allows \(429: .*Wait some minutes"),
+        (418, "the Hub answered 418: injected failure"),
+    ],
+)
+def test_a_refused_commit_says_what_to_do(
+    hub: HubServer, folder: Path, status: int, message: str
+) -> None:
+    hub.fail("POST", "/commit/", status)
+    with pytest.raises(HubError, match=message):
+        push(hub, folder)
+
+
+def test_a_token_that_may_not_read_is_not_asked_to_write(hub: HubServer, folder: Path) -> None:
+    push(hub, folder)
+    hub.fail("GET", f"/api/models/{REPO}", 403)
+    with pytest.raises(HubError, match=r"\(403: injected failure\)\. Use one with the right to it"):
+        inspect(REPO, endpoint=hub.endpoint)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,21 @@ _TRANSPORT_ERROR: type[BaseException] = next(
 LOG_IN = "run `hf auth login`, set HF_TOKEN, or pass token= in Python"
 
 
+_ADVICE = {
+    403: (
+        "the token may not do that",
+        f"Use one with the right to it, which to push is the write role: {LOG_IN}.",
+    ),
+    409: ("it is being changed by someone else", "Look at the change, then try again."),
+    412: ("someone else committed to it meanwhile", "Look at the change, then push again."),
+    413: (
+        "a file is too large for the Hub",
+        "Save the model in smaller shards: save_pretrained(folder, max_shard_size='5GB').",
+    ),
+    429: ("it gets more requests than the Hub allows", "Wait some minutes, then try again."),
+}
+"""Status of an answer -> why it was given, and what to do."""
+
 OFFLINE = "offline mode is on. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE."
 
 
@@ -109,17 +124,13 @@ def _reason_of_answer(error: HfHubHTTPError, repo_id: str, revision: str | None)
         return "the repo lacks a file that was asked for. Is it a complete transformers repo?"
     if status == 401:
         return f"the Hub wants a token (401): {LOG_IN}."
-    if status == 403:
-        return (
-            f"the token may not do that (403{': ' + said if said else ''}). Use a token with write "
-            "access to it."
-        )
-    if status == 409:
+    if status == 409 and error.response.url.path.endswith("/repos/create"):
         return "it exists already (409). Choose another name, or allow it with exist_ok=True."
-    if status == 412:
-        return "someone else committed to it meanwhile (412). Look at the change, then push again."
     if status >= 500:
         return f"the Hub failed (status {status}). Try again later."
+    if status in _ADVICE:
+        reason, advice = _ADVICE[status]
+        return f"{reason} ({status}{': ' + said.rstrip('.') if said else ''}). {advice}"
     return f"the Hub answered {status}: {said or _first_line(error)}"
 
 
