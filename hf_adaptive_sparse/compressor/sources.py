@@ -198,7 +198,10 @@ class ModelSource:
             with self._named():
                 return load_processor(os.fspath(self.name), revision=self.revision)
         except (OSError, ValueError) as error:
-            if folder is None or any((folder / file).is_file() for file in PROCESSOR_FILES):
+            if folder is None and isinstance(error, OSError):  # of the Hub
+                raise
+            held = folder or self._snapshot()
+            if any((held / file).is_file() for file in PROCESSOR_FILES):
                 raise
             raise ValueError(
                 f"{self.name} has no tokenizer or processor. Save the model's own there: "
