@@ -11,18 +11,18 @@ from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.saving import save_bound, save_search
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.resources import (
     SparsityReport,
     sparsity_report,
     weight_bytes_on_disk,
 )
-from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 from hf_adaptive_sparse.search.max_loss_result import WithinLoss
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.storage import JOURNAL
-from hf_adaptive_sparse.staging import check_output, staged_folder
+from hf_adaptive_sparse.staging import staged_folder
 
 
 def search_study(
@@ -76,8 +76,7 @@ def search_to_folder(
         ValueError: As :func:`search_study`.
         OSError: As :func:`search_study`, or if the output cannot be written.
     """
-    target = expanded(output)
-    check_output(target, overwrite=overwrite)
+    target = checked_target(output, (model, plan.calibration, plan.evaluation), overwrite=overwrite)
     with (
         staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
         plan.kept_in(folder) as kept,
@@ -112,8 +111,7 @@ def search_within_to_folder(
         SearchError: If no budget that was tried holds.
         OSError: If the model cannot be found, or the output cannot be written.
     """
-    target = expanded(output)
-    check_output(target, overwrite=overwrite)
+    target = checked_target(output, (model, plan.calibration, plan.evaluation), overwrite=overwrite)
     with (
         staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
         plan.kept_in(folder) as kept,

@@ -19,15 +19,14 @@ from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Preset, get_p
 from hf_adaptive_sparse.compressor.pruned_folder import output_folder
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.hub import push_folder
-from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 from hf_adaptive_sparse.search.objectives import ObjectiveSpec
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER
 from hf_adaptive_sparse.search.space import FREE, SearchSpace
 from hf_adaptive_sparse.search.storage import JOURNAL
-from hf_adaptive_sparse.staging import check_output
 
 
 class PushError(AdaptiveSparseError, OSError):
@@ -127,8 +126,8 @@ def compress(
         HubError: If ``push_to_hub`` is given and there is no token; before any work is done.
         PushError: If the model is complete but the Hub did not take it.
     """
-    target = expanded(output)
-    check_output(target, overwrite=overwrite)
+    reads = (model, calibration, evaluation, questions)
+    target = checked_target(output, reads, overwrite=overwrite)
     check_pushed(push_to_hub, private)
     origin = model if isinstance(model, ModelSource) else ModelSource(model)
     preset = get_preset(quality)

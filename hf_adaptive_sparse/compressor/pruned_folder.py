@@ -20,10 +20,10 @@ from hf_adaptive_sparse.compressor.checks import on_cpu
 from hf_adaptive_sparse.compressor.offload import prune_into, weight_files
 from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
+from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
-from hf_adaptive_sparse.naming import expanded
 from hf_adaptive_sparse.pruning.report import PruningReport
-from hf_adaptive_sparse.staging import check_output, resumable_folder, staged_folder
+from hf_adaptive_sparse.staging import resumable_folder, staged_folder
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def prune_to_folder(
             weights of it, other than experts, by a conversion.
         OSError: If the model cannot be found, or the output cannot be written.
     """
-    target = expanded(output)
-    check_output(target, overwrite=overwrite)
+    target = checked_target(output, (model, calibration), overwrite=overwrite)
     source = on_cpu(model) if offload else model
     processor = source.load_processor()
     dense = source.load_empty() if offload else source.load_dense()
