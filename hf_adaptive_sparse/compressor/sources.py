@@ -48,6 +48,7 @@ from hf_adaptive_sparse.checkpoint.weight_files import missing_tensors
 from hf_adaptive_sparse.hub.source import (
     CONFIG_NAME,
     FolderSource,
+    check_no_revision,
     local_folder,
     read_config,
     read_object,
@@ -212,6 +213,7 @@ class ModelSource:
         """Return the folder of a local model, after a look at its configs."""
         folder = local_folder(self.name)
         if folder is not None:
+            check_no_revision(self.name, self.revision)
             _check_configs(folder)
         return folder
 

@@ -153,9 +153,20 @@ def open_source(
     folder = local_folder(text)
     if folder is None:
         return RepoSource(text, revision, token, endpoint)
-    if revision is not None:
-        raise ValueError(f"{text!r} is a local folder: only a Hub repo has revision {revision!r}.")
+    check_no_revision(text, revision)
     return FolderSource(folder)
+
+
+def check_no_revision(folder: str | os.PathLike[str], revision: str | None) -> None:
+    """Refuse the revision of a local folder, which would have no effect.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if revision is not None:
+        raise ValueError(
+            f"{os.fspath(folder)!r} is a local folder: only a Hub repo has revision {revision!r}."
+        )
 
 
 def local_folder(repo_or_folder: str | os.PathLike[str]) -> Path | None:

@@ -354,6 +354,14 @@ def test_a_model_that_is_not_whole_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["prune", "evaluate", "bench"])
+def test_a_folder_has_no_revision(capsys, llava_folder: Path, tmp_path: Path, command: str) -> None:
+    output = ["--output", tmp_path / "out"] if command == "prune" else []
+    code, stdout, stderr = run(capsys, command, llava_folder, *output, "--revision", "v1")
+    assert (code, stdout) == (2, "")
+    assert "dense' is a local folder: only a Hub repo has revision 'v1'" in stderr
+
+
 @pytest.mark.parametrize("command", ["prune", "bench"])
 def test_a_repo_that_cannot_be_reached_is_named(capsys, tmp_path: Path, command: str) -> None:
     output = ["--output", tmp_path / "out"] if command == "prune" else []
