@@ -161,6 +161,8 @@ def search(
         held_out=held_out,
         ranks=space.prunes and get_metric(metric).needs_calibration,
     )
+    for asked in goal.objectives().values():  # here for the same reason
+        asked.check(data.evaluation)
     warn_of_weak_evaluation(data.evaluation, data.calibration, space)
     made_for = fingerprint(
         model,

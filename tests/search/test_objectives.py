@@ -197,9 +197,11 @@ class TestSearches:
         assert provenance["one_shot_questions_missed"] == result.best_value
 
     @pytest.mark.parametrize("name", ["answers", "accuracy"])
-    def test_text_has_no_answers(self, run, name):
+    def test_text_has_no_answers_and_leaves_no_study(self, run, name, tmp_path):
+        journal = tmp_path / "search.journal"
         with pytest.raises(ValueError, match=rf"{name}.*needs questions with answers"):
-            run(objective=name)
+            run(objective=name, storage=str(journal))
+        assert not journal.exists()
 
     def test_a_sum_adds_the_losses(self, run, questions):
         plain = run(questions, n_trials=1).baseline
