@@ -8,7 +8,6 @@ that is closed. ``--json`` prints one JSON document on stdout; progress and mess
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         return _complain(options.command, str(error).strip() or type(error).__name__)
-    _say(json.dumps(answer.data, indent=2) if options.json else answer.text)
+    _say(answer.json() if options.json else answer.text)
     return 0 if answer.error is None else _complain(options.command, answer.error)
 
 
@@ -116,12 +115,22 @@ def _interrupted(options: argparse.Namespace) -> str:
 
 
 def _say(text: str) -> None:
-    """Print to a reader that may have gone, as ``head`` does once it has seen enough."""
+    """Print to a reader that may have gone, as ``head`` does once it has seen enough.
+
+    What the output's encoding lacks is printed as question marks.
+
+    Raises:
+        SystemExit: If it cannot be written.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except OSError as error:
         # Python flushes once more as it ends, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"hf-adaptive-sparse: the result cannot be printed: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
 
 
 def _complain(command: str, message: str) -> int:

@@ -37,9 +37,12 @@ def add_bench(commands: Any) -> None:
         "--prompt-tokens",
         type=int,
         metavar="N",
-        help=f"default: {PROMPT_TOKENS}, or fewer where the context has no room for them",
+        help=f"tokens of the prompt (default: {PROMPT_TOKENS}, or fewer where the context has no "
+        "room for them)",
     )
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (default: 32)"
+    )
 
 
 def run_bench(options: argparse.Namespace) -> Answer:

@@ -19,8 +19,10 @@ def add_demo(commands: Any) -> None:
         "Compress the bundled model, offline",
     )
     add_output(parser)
-    parser.add_argument("--trials", type=int, default=30, metavar="N", help="default: 30")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and search")
+    parser.add_argument(
+        "--trials", type=int, default=30, metavar="N", help="profiles to try (default: 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and search (default: 0)")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 

@@ -53,7 +53,11 @@ def add_evaluate(commands: Any) -> None:
     )
     tasks.add_argument("--task-samples", type=int, metavar="N", help="only the first N items")
     tasks.add_argument(
-        "--task-batch-size", type=int, default=8, metavar="N", help="questions per batch"
+        "--task-batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="questions per batch (default: 8)",
     )
     tasks.add_argument(
         "--results",

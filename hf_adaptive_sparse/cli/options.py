@@ -9,10 +9,12 @@ from typing import Any
 
 from hf_adaptive_sparse.cli.answer import Answer
 from hf_adaptive_sparse.cli.space_arguments import add_space, widths
+from hf_adaptive_sparse.compressor import DataSource
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.profiles import MIN_EXPERT_TOKENS
 from hf_adaptive_sparse.pruning.metrics import METRICS
 from hf_adaptive_sparse.pruning.solvers import WEIGHT_UPDATES
+from hf_adaptive_sparse.search.data import EVALUATION_SAMPLES
 from hf_adaptive_sparse.search.objectives import OBJECTIVES, objective_label
 from hf_adaptive_sparse.search.samplers import DEFAULT_SAMPLER, sampler_names
 
@@ -74,7 +76,9 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
         help=f"{_names(updates=False)}, which score weights; {_names(updates=True)}, which also "
         "update those that stay (default: lognorm; compress takes that of its --quality)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of samples and search")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of samples and search (default: 0)"
+    )
 
 
 def _names(*, updates: bool) -> str:
@@ -85,7 +89,9 @@ def _names(*, updates: bool) -> str:
 def add_final_prune(parser: argparse.ArgumentParser) -> None:
     """Add the options of the final prune."""
     parser.add_argument(
-        "--pattern", default="unstructured", help="unstructured, or n:m such as 2:4"
+        "--pattern",
+        default="unstructured",
+        help="unstructured, or n:m such as 2:4 (default: unstructured)",
     )
     parser.add_argument(
         "--weight-update",
@@ -110,7 +116,8 @@ def add_final_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-format",
         default="bitmask",
-        help="bitmask (small), or dense (zeros stored; loads without this package)",
+        help="bitmask (small), or dense (zeros stored; loads without this package) (default: "
+        "bitmask)",
     )
     parser.add_argument(
         "--weight-bits",
@@ -159,7 +166,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "(default: WikiText-2, training split)",
     )
     parser.add_argument(
-        "--calibration-samples", type=int, default=128, metavar="N", help="windows or questions"
+        "--calibration-samples",
+        type=int,
+        default=DataSource.num_samples,
+        metavar="N",
+        help=f"windows or questions of them (default: {DataSource.num_samples})",
     )
 
 
@@ -172,7 +183,11 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         "(default: WikiText-2, validation split)",
     )
     parser.add_argument(
-        "--evaluation-samples", type=int, default=64, metavar="N", help="windows or questions"
+        "--evaluation-samples",
+        type=int,
+        default=EVALUATION_SAMPLES,
+        metavar="N",
+        help=f"windows or questions of them (default: {EVALUATION_SAMPLES})",
     )
 
 
@@ -193,7 +208,13 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per window of text (default: the model's context, 2048 at most)",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows per batch")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="windows or questions per batch (default: 1)",
+    )
 
 
 def add_search_options(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +225,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=50,
         metavar="N",
-        help="default: 50; compress takes that of its --quality",
+        help="profiles to try (default: 50; compress takes that of its --quality)",
     )
     parser.add_argument(
         "--timeout",
@@ -224,8 +245,8 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "--storage",
         type=os.path.expanduser,
         metavar="URL",
-        help="Optuna storage such as postgresql://… or redis://…, or path of a journal or SQLite "
-        "file (default: a journal in DIR)",
+        help="Optuna storage such as postgresql://HOST/NAME or redis://HOST, or path of a journal "
+        "or SQLite file (default: a journal in DIR)",
     )
     parser.add_argument(
         "--sampler",
@@ -239,7 +260,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="processes to search with on this machine, each on a GPU of its own if there are "
-        "enough",
+        "enough (default: 1)",
     )
     parser.add_argument(
         "--study",
