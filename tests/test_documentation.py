@@ -7,6 +7,7 @@ bundled model under the name that they use.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -91,8 +92,8 @@ def test_the_guides_code_runs(tmp_path) -> None:
     (tmp_path / "text.txt").write_text("a red square is to the left of a blue disc.\n" * 400)
     steps = [f"import os\nos.chdir({str(tmp_path)!r})\n"]
     steps += blocks_of("compress.md")
-    load, push = blocks_of("push.md")
-    steps += ["import hf_adaptive_sparse as has\n", push, load]
+    load, push, plain = blocks_of("push.md")
+    steps += ["import hf_adaptive_sparse as has\n", push, load, plain]
     steps += blocks_of("serve.md")
     # The test's Hub has models alone, and one person who may write.
     script = "\n".join(steps).replace("Salesforce/wikitext:wikitext-2-raw-v1:train", "text.txt")
@@ -102,6 +103,8 @@ def test_the_guides_code_runs(tmp_path) -> None:
         hub.add_repo("llava-hf/llava-1.5-7b-hf", files)
         printed = run_online(hub, tmp_path / "home", script)
         assert "model.safetensors" in hub.files("user/llava-7b-half")
+    saved = json.loads((tmp_path / "llava-7b-half-plain/config.json").read_text())
+    assert "quantization_config" not in saved
     rows = [line.split() for line in printed.splitlines()]
     assert [row[0] for row in rows if row[0] in ("dense", "compressed")] == ["dense", "compressed"]
     assert "What is in the picture?" in printed
