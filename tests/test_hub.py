@@ -582,6 +582,22 @@ def test_unknown_widths_give_bounds(tmp_path: Path) -> None:
     assert found.to_dict()["sparsity"] == [low, high]
 
 
+def test_weights_rounded_to_zero_where_the_widths_are_unknown(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(llama_config(hidden_size=60, intermediate_size=101))
+    config = SparsityConfig(target_sparsity=0.3, metric="magnitude", weight_bits=4)
+    apply_config(model, config, progress=False)
+    model.save_pretrained(tmp_path)
+    for unknown in ({}, dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"))):
+        saved = json.loads((tmp_path / "config.json").read_text()) | unknown
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        found = inspect(tmp_path)
+        assert found.sparsity == pytest.approx((0.3, 0.3), abs=1e-4)
+        assert "30.00% of 28 linears" in str(found)
+        for module in found.modules:
+            assert module.columns[0] <= model.get_submodule(module.name).in_features
+            assert module.columns[1] >= model.get_submodule(module.name).in_features
+
+
 def test_dense_format_reports_the_record(tmp_path: Path, tiny_llama: LlamaForCausalLM) -> None:
     folder = tmp_path / "dense"
     tiny_llama.save_pretrained(folder)

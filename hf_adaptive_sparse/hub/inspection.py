@@ -201,8 +201,8 @@ def _span(bounds: tuple[float, float]) -> float | list[float]:
 
 
 def _percent(bounds: tuple[float, float]) -> str:
-    low, high = bounds
-    return f"{low:.2%}" if low == high else f"{low:.2%} to {high:.2%}"
+    low, high = (f"{bound:.2%}" for bound in bounds)
+    return low if low == high else f"{low} to {high}"
 
 
 def _printable(text: str) -> str:

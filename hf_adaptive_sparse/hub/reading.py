@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
@@ -151,8 +151,7 @@ def _compressed_module(
             f"{source.name} is damaged: {name!r} has {stored.nnz} values for a bitmask of {bits} "
             "bits."
         )
-    # Weights that were quantised to zero are not stored, so that the ratio tells no exact number.
-    columns = _columns(stored, None if stored.quantised else ratio, widths)
+    columns = _columns(stored, ratio, widths)
     return ModuleInspection(
         name=name,
         rows=stored.rows,
@@ -172,10 +171,14 @@ def _columns(
     rows, nnz, most = stored.rows, stored.nnz, stored.columns_at_most
     if not rows or not most:
         return 0, 0
-    candidates = range(max(most - 7, -(-nnz // rows)), most + 1)
+    candidates: Sequence[int] = range(max(most - 7, -(-nnz // rows)), most + 1)
     if ratio is not None:
-        matching = [c for c in candidates if rows * c - round(ratio * rows * c) == nnz]
-        if len(matching) == 1:
+        kept = {c: rows * c - round(ratio * rows * c) for c in candidates}
+        # Weights that were rounded to zero are not stored, and nnz may be one more with 4 bits.
+        matching = [c for c, n in kept.items() if n == nnz or (stored.quantised and n + 1 >= nnz)]
+        if stored.quantised:
+            candidates = matching or candidates
+        elif len(matching) == 1:
             return matching[0], matching[0]
     known = [columns for columns in candidates if columns in widths]
     if len(known) == 1:
