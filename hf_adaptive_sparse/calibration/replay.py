@@ -18,16 +18,11 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from hf_adaptive_sparse.architecture import decoder_layers
-from hf_adaptive_sparse.calibration.sequence_pairs import model_pairs
+from hf_adaptive_sparse.calibration.forward import evaluation_mode, execution_device, run_decoder
 from hf_adaptive_sparse.calibration.stand_in import standing_in
-from hf_adaptive_sparse.calibration.token_ids import check_token_ids
 
 _POOL_DEPTH = 8
 """How many tensors of one shape are compared with a new one before it is kept as well."""
-
-
-class _StopForward(Exception):
-    """Ends a forward after the last decoder layer: the output head is not needed."""
 
 
 @dataclass
@@ -36,6 +31,17 @@ class _Change:
 
     places: torch.Tensor  # (changed, dims - 1), int64
     difference: torch.Tensor  # (changed, hidden), float64: exact for the dtypes of models
+
+    @classmethod
+    def between(cls, previous: torch.Tensor, hidden: torch.Tensor) -> _Change | None:
+        """Return what turned one into the other, ``None`` where they are equal."""
+        previous = previous.to(hidden.device)
+        if torch.equal(previous, hidden):
+            return None
+        places = (previous != hidden).any(dim=-1).nonzero()
+        index = tuple(places.unbind(1))
+        difference = hidden[index].double() - previous[index].double()
+        return cls(places.cpu(), difference.cpu())
 
     def applied(self, hidden: torch.Tensor) -> torch.Tensor:
         index = tuple(self.places.to(hidden.device).unbind(1))
@@ -154,7 +160,7 @@ class DecoderReplay:
             if record.first_input is None:
                 record.first_input = hidden.detach().to("cpu", copy=True)
             elif record.previous is not None:
-                call.change = self._change(record.previous, hidden)
+                call.change = _Change.between(record.previous, hidden)
 
         def after(output: Any) -> None:
             # A copy: some models add to the hidden states in place between layers.
@@ -165,15 +171,6 @@ class DecoderReplay:
             run_decoder(model, batch, stop_after=self._layers)
         record.previous = record.output = None
         return record
-
-    def _change(self, previous: torch.Tensor, hidden: torch.Tensor) -> _Change | None:
-        previous = previous.to(hidden.device)
-        if torch.equal(previous, hidden):
-            return None
-        places = (previous != hidden).any(dim=-1).nonzero()
-        index = tuple(places.unbind(1))
-        difference = hidden[index].double() - previous[index].double()
-        return _Change(places.cpu(), difference.cpu())
 
     def _kept(self, value: Any) -> Any:
         """Return ``value`` with tensors replaced by equal ones that are held already."""
@@ -224,65 +221,6 @@ class DecoderReplay:
         if advance:
             for calls in self._calls:
                 calls[index] = None
-
-
-def run_decoder(
-    model: PreTrainedModel,
-    batch: Mapping[str, torch.Tensor],
-    stop_after: nn.ModuleList,
-) -> None:
-    """Run a batch through the model without gradients, up to its last decoder layer.
-
-    Args:
-        model: The model.
-        batch: Inputs of its forward; ``labels`` are ignored, but for what an encoder-decoder is
-            not to read (`model_pairs`).
-        stop_after: The decoder layers.
-
-    Raises:
-        DataError: If ids lie beyond the model's vocabulary.
-    """
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        raise _StopForward
-
-    device = execution_device(model.get_input_embeddings())
-    if model.config.is_encoder_decoder:
-        batch = model_pairs(batch, model).inputs
-    check_token_ids(batch, model)
-    inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-    handle = stop_after[-1].register_forward_hook(stop)
-    try:
-        with torch.no_grad():
-            model(**inputs, use_cache=False)
-    except _StopForward:
-        pass
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module and all below it into evaluation mode; restore each one's own mode after."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Return the device a module computes on, also where `accelerate` keeps it elsewhere."""
-    for child in module.modules():
-        hook = getattr(child, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
-        if device is not None and any(True for _ in child.parameters()):
-            return torch.device(device if not isinstance(device, int) else f"cuda:{device}")
-    for parameter in module.parameters():
-        return parameter.device
-    return torch.device("cpu")
 
 
 def _carried(arguments: Sequence[tuple[int | str, Any]], output: Any) -> dict[int | str, int]:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_adaptive_sparse.calibration.replay import evaluation_mode
+from hf_adaptive_sparse.calibration.forward import evaluation_mode
 from hf_adaptive_sparse.calibration.token_ids import check_token_ids
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.carrying import carried_profile

@@ -15,7 +15,7 @@ from hf_adaptive_sparse.architecture import (
     prunable_weights,
 )
 from hf_adaptive_sparse.calibration.activations import InputStatistics, collect_inputs
-from hf_adaptive_sparse.calibration.replay import evaluation_mode, run_decoder
+from hf_adaptive_sparse.calibration.forward import evaluation_mode, run_decoder
 from hf_adaptive_sparse.calibration.token_weights import encoder_weights, token_weights
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.memory import release_freed

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from hf_adaptive_sparse.architecture import decoder_layers
-from hf_adaptive_sparse.calibration.replay import DecoderReplay, execution_device
+from hf_adaptive_sparse.calibration.forward import execution_device
+from hf_adaptive_sparse.calibration.replay import DecoderReplay
 from tests.families.tiny_models import tiny_model
 
 

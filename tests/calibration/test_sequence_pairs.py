@@ -12,7 +12,7 @@ from transformers import BartConfig
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.architecture import decoder_layers, prunable_weights
 from hf_adaptive_sparse.calibration.activations import collect_inputs
-from hf_adaptive_sparse.calibration.replay import run_decoder
+from hf_adaptive_sparse.calibration.forward import run_decoder
 from hf_adaptive_sparse.calibration.sequence_pairs import sequence_pairs
 from hf_adaptive_sparse.calibration.token_weights import encoder_weights, token_weights
 from hf_adaptive_sparse.evaluation.forward import new_cache

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_adaptive_sparse.architecture import dense_expert_weights, prunable_weights
 from hf_adaptive_sparse.calibration.activations import collect_inputs
 from hf_adaptive_sparse.calibration.expert_inputs import expert_name
-from hf_adaptive_sparse.calibration.replay import run_decoder
+from hf_adaptive_sparse.calibration.forward import run_decoder
 from hf_adaptive_sparse.calibration.token_weights import token_weights
 from hf_adaptive_sparse.experts import ExpertStack
 from hf_adaptive_sparse.pruning import experts as pruning_experts
