@@ -40,6 +40,7 @@ from hf_adaptive_sparse.staging import writing
 from hf_adaptive_sparse.version import library_versions
 
 BOUND_FILE = "max_loss.json"
+HISTORY_PLOT, PROFILE_PLOT = "search.png", "profile.png"
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,8 @@ def save_processor(processor: Any, folder: Path) -> None:
 def save_search(result: SearchResult, folder: Path) -> None:
     """Write profile, history and plots of a search into ``folder``."""
     result.save(folder)
-    plot_history(facts_of(result.study), folder / "search.png")
-    plot_profile(
-        result.best_profile, folder / "profile.png", target_sparsity=result.target_sparsity
-    )
+    plot_history(facts_of(result.study), folder / HISTORY_PLOT)
+    plot_profile(result.best_profile, folder / PROFILE_PLOT, target_sparsity=result.target_sparsity)
 
 
 def save_bound(found: WithinLoss, folder: Path) -> None:
@@ -165,34 +164,28 @@ def save_report(
     plots = {}
     if result is not None:
         result.save(folder)
-        plot_history(facts_of(result.study), folder / "search.png")
-        plots["Search history"] = "search.png"
+        plot_history(facts_of(result.study), folder / HISTORY_PLOT)
+        plots["Search history"] = HISTORY_PLOT
     widths = kv_widths(model)
-    weights = {} if sparsity is None else prunable_weights(model)
     if sparsity is not None or kv_cache is not None:
+        weights = {} if sparsity is None else prunable_weights(model)
         plot_profile(
             profile,
-            folder / "profile.png",
+            folder / PROFILE_PLOT,
             numel={name: weight.weight.numel() for name, weight in weights.items()},
             target_sparsity=config.target_sparsity,
             num_layers=len(widths),
         )
-        plots["Ratio and KV bits per layer"] = "profile.png"
-    images, sounds = accepts_images(model), accepts_audio(model)
-    prompt = None
-    if images:
-        prompt = format_question(processor, "What is in the picture?")
-    elif sounds and takes(processor, "audio"):
-        prompt = format_question(processor, "What do you hear?", medium="audio")
+        plots["Ratio and KV bits per layer"] = PROFILE_PLOT
     write_model_card(
         folder,
         facts=CardFacts(
             base_model=str(recipe.model.name),
             license=license_of(recipe.model.name, recipe.model.revision),
-            accepts_images=images,
-            accepts_audio=sounds,
+            accepts_images=accepts_images(model),
+            accepts_audio=accepts_audio(model),
             repo_id=recipe.repo_id,
-            prompt=prompt,
+            prompt=_example_prompt(model, processor),
             checkpoint_format=config.checkpoint_format,
             target_sparsity=config.target_sparsity,
             achieved_sparsity=report.mean_sparsity,
@@ -212,3 +205,12 @@ def save_report(
             bound=None if within is None else str(within),
         ),
     )
+
+
+def _example_prompt(model: PreTrainedModel, processor: Any) -> str | None:
+    """Return a question as the model reads it, ``None`` where it takes text alone."""
+    if accepts_images(model):
+        return format_question(processor, "What is in the picture?")
+    if accepts_audio(model) and takes(processor, "audio"):
+        return format_question(processor, "What do you hear?", medium="audio")
+    return None
