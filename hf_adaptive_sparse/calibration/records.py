@@ -187,11 +187,11 @@ def _select(table: Table, media: Collection[Medium] = MEDIA) -> Records:
         raise DataError(f"Data must have rows; {table.name} has none.")
     found = f"{table.name} has the columns {', '.join(table.columns)}"
     shown = [medium for medium in MEDIA if _first(MEDIA_COLUMNS[medium], table.columns)]
-    if shown and _asked(table.columns) is not None:
+    if any(_asked_about(medium, table.columns) for medium in shown):
         about = " or ".join(PLURAL[medium] for medium in shown)
         raise DataError(
-            f"{found}: questions about {about}, but the model takes none. Use data with a 'text' "
-            "column."
+            f"{found}: questions about {about}, but the model takes none beside text. Use data "
+            "with a 'text' column, or give batches that it takes."
         )
     raise DataError(
         "Data must have a column 'text', or the columns 'image', 'images', 'video', 'frames' or "
@@ -207,20 +207,23 @@ def _of_columns(
         column = _first(MEDIA_COLUMNS[medium], columns)
         if column is None or medium not in media:
             continue
-        asked = _asked(columns)
-        if asked is None and medium == "audio":
-            said = _first(TRANSCRIPT_COLUMNS, columns)
-            asked = None if said is None else (None, said)
+        asked = _asked_about(medium, columns)
         if asked is not None:
             rows = partial(question_rows, table, medium, column, *asked)
             return Records(table.name, _KINDS[medium], rows)
     return Records(table.name, "text", lambda: text_rows(table)) if TEXT in columns else None
 
 
-def _asked(columns: Collection[str]) -> tuple[str | None, str] | None:
-    """Return the columns of the question and of its answer, if both are there."""
+def _asked_about(medium: Medium, columns: Collection[str]) -> tuple[str | None, str] | None:
+    """Return the columns of the question and of its answer, if both are there.
+
+    Of sounds a transcript is enough: then there is no question.
+    """
     answer = _first(ANSWER_COLUMNS, columns)
-    return None if answer is None or QUESTION not in columns else (QUESTION, answer)
+    if answer is not None and QUESTION in columns:
+        return QUESTION, answer
+    said = _first(TRANSCRIPT_COLUMNS, columns) if medium == "audio" else None
+    return None if said is None else (None, said)
 
 
 def _first(names: Iterable[str], columns: Collection[str]) -> str | None:

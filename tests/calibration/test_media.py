@@ -292,8 +292,9 @@ def test_sounds_with_transcripts() -> None:
         assert (row["question"], row["answers"]) == (TRANSCRIBE, ("hello there",))
     # A model without ears reads the text.
     assert read_records([{"audio": sound, "text": "hello"}], media=("image",)).kind == "text"
-    with pytest.raises(DataError, match="about sounds, but the model takes none"):
-        read_records([{"audio": sound, "question": "q", "answer": "a"}], media=("image",))
+    for said in ({"question": "q", "answer": "a"}, {"transcript": "hello"}):
+        with pytest.raises(DataError, match="about sounds, but the model takes none beside text"):
+            read_records([{"audio": sound, **said}], media=("image",))
 
 
 def test_bad_rows_are_named(audio_model: PreTrainedModel, video_model: PreTrainedModel) -> None:
