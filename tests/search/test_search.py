@@ -5,6 +5,7 @@ import logging
 import math
 from collections import Counter
 
+import datasets
 import optuna
 import pytest
 import torch
@@ -23,6 +24,7 @@ from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.study import search
 from tests.families.tiny_models import tiny_model
+from tests.processors import make_tokenizer
 
 SPACE = SearchSpace(blocks=4, kv_group_size=16, kv_residual_length=8)
 
@@ -430,6 +432,16 @@ def test_states_that_no_cache_can_hold_fail_the_trial(run, tiny_llama):
     tiny_llama.model.embed_tokens.weight.data[batch["input_ids"][0, 3]] = torch.nan
     with pytest.raises(TrialsFailed, match=r"5 of 5 trials failed.*keys of layer 0 must be finite"):
         run(evaluation=[batch], metric="magnitude")
+
+
+def test_datasets_in_memory_are_searched_on(run):
+    rows = [{"text": f"the cat number {i} sat on the mat. " * 40} for i in range(3)]
+    data = datasets.Dataset.from_list(rows)
+    with pytest.raises(ValueError, match="calibration is a dataset, which needs processor="):
+        run(calibration=data)
+    result = run(calibration=data, evaluation=data, processor=make_tokenizer(), n_trials=1)
+    assert result.calibration_config is None
+    assert math.isfinite(result.best_value)
 
 
 def test_an_encoder_of_features_is_searched(run, tiny_whisper, caplog):
