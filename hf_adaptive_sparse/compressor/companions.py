@@ -27,6 +27,22 @@ Job = Callable[[ModelSource], object]
 """What a worker does with its model; it is pickled."""
 
 
+def check_workers(workers: int) -> None:
+    """Check, before any work is done, that so many processes can be started.
+
+    Raises:
+        ValueError: If ``workers`` is not at least 1, or if this process is a companion that imports
+            the script of the first worker, and the script would start workers again.
+    """
+    check_count(workers, "workers")
+    # Python refuses to start a process by the same sign, once this one has begun its job.
+    if workers > 1 and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ValueError(
+            f"Processes for workers={workers} import the script that starts them, which must not "
+            "start them again. Put what the script does below `if __name__ == '__main__':`."
+        )
+
+
 @contextlib.contextmanager
 def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSource]:
     """Run ``job`` in ``workers - 1`` further processes for as long as the body runs.
@@ -45,9 +61,9 @@ def companions(model: ModelSource, job: Job, workers: int) -> Iterator[ModelSour
         The model as this worker has to load it.
 
     Raises:
-        ValueError: If ``workers`` is not at least 1.
+        ValueError: As `check_workers`.
     """
-    check_count(workers, "workers")
+    check_workers(workers)
     models = share_devices(model, workers, torch.cuda.device_count())
     threads = torch.get_num_threads()
     share = max(1, threads // workers)

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from hf_adaptive_sparse.compressor.companions import companions
+from hf_adaptive_sparse.compressor.companions import check_workers, companions
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
 from hf_adaptive_sparse.compressor.saving import save_bound, save_search
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
@@ -37,13 +37,15 @@ def search_study(
     Args:
         model: The dense model.
         plan: The search, with a storage.
-        workers: Processes to start on this machine, this one included.
+        workers: Processes to search with on this machine, this one included. A script that asks for
+            several does so below ``if __name__ == "__main__":``.
         progress: Show progress bars on stderr.
 
     Raises:
         ValueError: If an argument or the data are invalid, or the study is not of this search.
         OSError: If the model cannot be found, or the storage cannot be used.
     """
+    check_workers(workers)
     if plan.storage is None:
         raise ValueError(
             "search_study needs a storage that all workers read, got storage=None: set "
@@ -76,6 +78,7 @@ def search_to_folder(
         ValueError: As :func:`search_study`.
         OSError: As :func:`search_study`, or if the output cannot be written.
     """
+    check_workers(workers)
     target = checked_target(output, (model, plan.calibration, plan.evaluation), overwrite=overwrite)
     with (
         staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
@@ -111,6 +114,7 @@ def search_within_to_folder(
         SearchError: If no budget that was tried holds.
         OSError: If the model cannot be found, or the output cannot be written.
     """
+    check_workers(workers)
     target = checked_target(output, (model, plan.calibration, plan.evaluation), overwrite=overwrite)
     with (
         staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,

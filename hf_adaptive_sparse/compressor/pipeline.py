@@ -14,6 +14,7 @@ from hf_adaptive_sparse.compressor.checks import (
     check_pushed,
     on_cpu,
 )
+from hf_adaptive_sparse.compressor.companions import check_workers
 from hf_adaptive_sparse.compressor.compression import Compression, CompressionResult
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Preset, get_preset
 from hf_adaptive_sparse.compressor.pruned_folder import output_folder
@@ -105,7 +106,8 @@ def compress(
             fewest KV bits) whose perplexity on held-out data rises by this at most, 0.005 being
             0.5 %. Each budget that is tried is pruned as the final one is, so that the bound is
             that of what is saved; meanwhile a copy of the decoder's weights is in CPU memory.
-        workers: Processes to search with on this machine, this one included.
+        workers: Processes to search with on this machine, this one included. A script that asks for
+            several does so below ``if __name__ == "__main__":``.
         storage: Optuna storage URL, or path of a journal. ``None``: a journal beside ``output``.
         study_name: Name of the study there. ``None``: ``"hf-adaptive-sparse"``.
         seed: Seed of the search.
@@ -126,6 +128,7 @@ def compress(
         HubError: If ``push_to_hub`` is given and there is no token; before any work is done.
         PushError: If the model is complete but the Hub did not take it.
     """
+    check_workers(workers)
     reads = (model, calibration, evaluation, questions)
     target = checked_target(output, reads, overwrite=overwrite)
     check_pushed(push_to_hub, private)

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -126,6 +128,24 @@ def test_a_job_that_cannot_be_sent_to_a_process_is_the_error_that_is_raised() ->
 def test_workers_must_be_at_least_one() -> None:
     with pytest.raises(ValueError, match="workers must be a whole number >= 1, got 0"):
         companions(MODEL, fail, workers=0).__enter__()
+
+
+def test_a_script_that_starts_itself_again_is_told_how_not_to(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from hf_adaptive_sparse.compressor import ModelSource, compress\n"
+        "from hf_adaptive_sparse.compressor.companions import companions\n"
+        "if __name__ == '__main__':\n"
+        "    with companions(ModelSource('model'), print, workers=2):\n"
+        "        pass\n"
+        "else:\n"
+        "    compress('model', 'output', workers=2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "Put what the script does below `if __name__ == '__main__':`." in done.stderr
+    assert "1 of 2 workers failed" in done.stderr
 
 
 @pytest.mark.parametrize(
