@@ -21,7 +21,7 @@ from hf_adaptive_sparse.compressor import (
 from hf_adaptive_sparse.compressor.saving import table_rows
 from hf_adaptive_sparse.demo.method_table import TableData, method_table
 from hf_adaptive_sparse.demo.scenes import write_parquet
-from hf_adaptive_sparse.evaluation.vqa import generate_answers
+from hf_adaptive_sparse.evaluation.answering import generate_answers
 from hf_adaptive_sparse.report import text_table
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"

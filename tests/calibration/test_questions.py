@@ -26,8 +26,8 @@ from hf_adaptive_sparse.calibration.questions import (
     row_prompt,
 )
 from hf_adaptive_sparse.calibration.records import DataError
+from hf_adaptive_sparse.evaluation.answering import generate_answers
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
-from hf_adaptive_sparse.evaluation.vqa import generate_answers
 from tests.processors import CHAT_TEMPLATE, make_llava_processor, make_tokenizer
 
 

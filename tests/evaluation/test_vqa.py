@@ -11,8 +11,9 @@ from hf_adaptive_sparse.architecture import cache_argument
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.evaluation import vqa
-from hf_adaptive_sparse.evaluation.vqa import GeneratedAnswer, generate_answers, vqa_accuracy
+from hf_adaptive_sparse.evaluation import answering, vqa
+from hf_adaptive_sparse.evaluation.answering import GeneratedAnswer, generate_answers
+from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.profiles import KVCacheConfig
 from tests.families.catalogue import FAMILIES
@@ -32,7 +33,7 @@ def rows(count: int = 5) -> list[dict[str, object]]:
     ]
 
 
-def answering(monkeypatch: pytest.MonkeyPatch, *answers: GeneratedAnswer) -> None:
+def answers_are(monkeypatch: pytest.MonkeyPatch, *answers: GeneratedAnswer) -> None:
     """Let the model say these things."""
     left = list(answers)
     monkeypatch.setattr(
@@ -65,14 +66,14 @@ def test_an_encoder_decoder_answers_with_what_its_decoder_says(kv_cache, monkeyp
     model = tiny_model(family.model_type, family.changes).eval()
     model.config.quantization_config = SparsityConfig(target_sparsity=0, kv_cache=8)
     batch = make_batch(family, model)
-    monkeypatch.setattr(vqa, "encode_questions", lambda *_: batch)
+    monkeypatch.setattr(answering, "encode_questions", lambda *_: batch)
     (answer,) = generate_answers(
         model, make_tokenizer(), rows(1), kv_cache=kv_cache, max_new_tokens=5
     )
     assert len(answer.ids) == 5 or answer.ended
     if kv_cache is False:
         del model.config.quantization_config
-        settings = vqa._greedy(model, make_tokenizer(), 5)
+        settings = answering._greedy(model, make_tokenizer(), 5)
         said = model.generate(**batch, generation_config=settings)[0, 1:].tolist()
         assert list(answer.ids) == said[: len(answer.ids)]
 
@@ -136,7 +137,7 @@ def test_answers_stop_at_the_end_of_sequence_and_the_first_newline(tiny_llava, m
 
 
 def test_accuracy(tiny_llava, monkeypatch) -> None:
-    answering(monkeypatch, *map(spoken, ("Yes.", "no", "the yes", "yes it is", "")))
+    answers_are(monkeypatch, *map(spoken, ("Yes.", "no", "the yes", "yes it is", "")))
     result = vqa_accuracy(tiny_llava, make_llava_processor(), rows(), batch_size=2, progress=True)
     assert (result.accuracy, result.count) == (pytest.approx(2 / 5), 5)
     assert (result.match, result.ended_ratio) == ("whole", 1.0)
@@ -145,7 +146,7 @@ def test_accuracy(tiny_llava, monkeypatch) -> None:
 
 
 def test_ten_answers(tiny_llava, monkeypatch) -> None:
-    answering(monkeypatch, spoken("two"))
+    answers_are(monkeypatch, spoken("two"))
     row = rows(1)[0] | {"answers": ["2"] * 3 + ["3"] * 7}
     result = vqa_accuracy(tiny_llava, make_llava_processor(), [row])
     assert result.accuracy == pytest.approx(0.9)
@@ -157,7 +158,7 @@ class TestPrefix:
     said = (" yes yes no", " no yes", " yesterday")
 
     def run(self, model, monkeypatch, ended: bool = False, **settings: object):
-        answering(monkeypatch, *(spoken(text, ended) for text in self.said))
+        answers_are(monkeypatch, *(spoken(text, ended) for text in self.said))
         return vqa_accuracy(model, make_llava_processor(), rows(3), **settings)
 
     def test_first_tokens_count(self, tiny_llava, monkeypatch) -> None:

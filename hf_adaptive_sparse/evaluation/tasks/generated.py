@@ -18,6 +18,7 @@ from hf_adaptive_sparse.calibration.records import (
     check_unicode,
     row_image,
 )
+from hf_adaptive_sparse.evaluation.answering import generate_answers
 from hf_adaptive_sparse.evaluation.tasks.task import (
     Figures,
     Item,
@@ -26,7 +27,6 @@ from hf_adaptive_sparse.evaluation.tasks.task import (
     Task,
     mean_figures,
 )
-from hf_adaptive_sparse.evaluation.vqa import generate_answers
 
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 """The prompt that LLaVA-1.5 was trained and is evaluated with on short answers."""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from hf_adaptive_sparse.calibration.records import DataError
-from hf_adaptive_sparse.evaluation import vqa
+from hf_adaptive_sparse.evaluation.answering import generate_answers
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.tasks.outcomes import OutcomesError
 from hf_adaptive_sparse.evaluation.tasks.run import run_task
@@ -61,7 +61,7 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_llava, tmp_path: Path, monkeypa
     processor = make_llava_processor()
     whole = run_task("vqav2", tiny_llava, processor, questions(), batch_size=2)
     asked: list[int] = []
-    generate = vqa.generate_answers
+    generate = generate_answers
 
     def counting(model: Any, processor: Any, rows: Any, **settings: Any) -> Any:
         if len(asked) == 1:
