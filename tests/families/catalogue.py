@@ -89,9 +89,9 @@ def frame_patches(config: PretrainedConfig) -> Features:
 
 
 def _patches(config: PretrainedConfig, time: int) -> torch.Tensor:
-    vision = config.vision_config
+    vision: Any = config.vision_config
     depth = getattr(vision, "temporal_patch_size", 1)
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
+    channels: Any = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
     return noise(time * 4 * 4, channels * depth * vision.patch_size**2)
 
 

@@ -178,7 +178,8 @@ def sparse_weight(data: bytes) -> None:
         place = rng.randrange(tensor.numel() * tensor.element_size())
         tensor.view(-1).view(torch.uint8)[place] = data[0] if data else 0
     tensors[name] = rng.choice((tensor, tensor.view(-1)[1:], tensor.float(), tensor[None]))
-    again = SparseWeight.from_tensors(columns, **tensors)
+    arguments: dict[str, Any] = tensors
+    again = SparseWeight.from_tensors(columns, **arguments)
     if again.to_dense().shape != dense.shape:
         raise AssertionError(f"{again.to_dense().shape} instead of {dense.shape}")
 
