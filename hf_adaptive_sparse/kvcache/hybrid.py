@@ -6,7 +6,7 @@ cache is both. The states are transformers' own, as in a `DynamicCache`; keys an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +14,6 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, Linea
 
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
 from hf_adaptive_sparse.kvcache.sliding import AdaptiveSlidingWindowLayer
-
-_STATES = (
-    "conv_states",
-    "recurrent_states",
-    "is_conv_states_initialized",
-    "is_recurrent_states_initialized",
-    "has_previous_state",
-    "conv_kernel_size",
-)
 
 
 class AdaptiveHybridLayer(LinearAttentionLayer, AdaptiveQuantizedLayer):
@@ -36,6 +27,14 @@ class AdaptiveHybridLayer(LinearAttentionLayer, AdaptiveQuantizedLayer):
 
     attention: ClassVar[type[AdaptiveQuantizedLayer]] = AdaptiveQuantizedLayer
     is_compileable = False
+    beside = (
+        "conv_states",
+        "recurrent_states",
+        "is_conv_states_initialized",
+        "is_recurrent_states_initialized",
+        "has_previous_state",
+        "conv_kernel_size",
+    )
 
     def __init__(self, *args: Any, number_of_states: int = 1, **kwargs: Any) -> None:
         self.attention.__init__(self, *args, **kwargs)
@@ -91,19 +90,6 @@ class AdaptiveHybridLayer(LinearAttentionLayer, AdaptiveQuantizedLayer):
             for index, state in states.items():
                 if exist[index]:
                     states[index] = function(state)
-
-    def states(self) -> dict[str, Any]:
-        """Return the states of the linear attention and what is known of them."""
-        return {name: getattr(self, name) for name in _STATES}
-
-    def set_states(self, states: Mapping[str, Any]) -> None:
-        """Take over what ``states`` returned.
-
-        Raises:
-            KeyError: If a part of it is missing.
-        """
-        for name in _STATES:
-            setattr(self, name, states[name])
 
 
 class AdaptiveSlidingHybridLayer(AdaptiveHybridLayer, AdaptiveSlidingWindowLayer):

@@ -6,14 +6,11 @@ stay in full precision, as in a `DynamicCache`: they are small, and they decide 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers.cache_utils import DynamicIndexedLayer
 
 from hf_adaptive_sparse.kvcache.layer import AdaptiveQuantizedLayer
-
-_STATES = ("indexer_keys", "indexer_position_ids", "is_indexer_initialized")
 
 
 class AdaptiveIndexedLayer(DynamicIndexedLayer, AdaptiveQuantizedLayer):
@@ -24,21 +21,10 @@ class AdaptiveIndexedLayer(DynamicIndexedLayer, AdaptiveQuantizedLayer):
         **kwargs: Those of the attention's layer.
     """
 
+    beside = ("indexer_keys", "indexer_position_ids", "is_indexer_initialized")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         AdaptiveQuantizedLayer.__init__(self, *args, **kwargs)
         self.indexer_keys = None
         self.indexer_position_ids = None
         self.is_indexer_initialized = False
-
-    def states(self) -> dict[str, Any]:
-        """Return what the indexer keeps."""
-        return {name: getattr(self, name) for name in _STATES}
-
-    def set_states(self, states: Mapping[str, Any]) -> None:
-        """Take over what ``states`` returned.
-
-        Raises:
-            KeyError: If a part of it is missing.
-        """
-        for name in _STATES:
-            setattr(self, name, states[name])

@@ -10,7 +10,7 @@ stored, their own block included, which is what later tokens see of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import BaseQuantizedLayer
@@ -59,6 +59,7 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     Attributes:
         attending: How the model attends that the cache was made for.
+        beside: Names of what a kind of layer keeps beside keys and values.
         refusals: What a GPU refused of this cache's keys and values; None: the host waits for the
             GPU to know, at every encoding.
 
@@ -67,6 +68,7 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
     """
 
     is_croppable = True
+    beside: ClassVar[tuple[str, ...]] = ()
     attending = Attending({})
     refusals: Refusals | None = None
     # Both name head_dim, the dimension that groups lie along. That they are different numbers lets
@@ -142,10 +144,16 @@ class AdaptiveQuantizedLayer(BaseQuantizedLayer):
 
     def states(self) -> dict[str, Any]:
         """Return what is kept beside keys and values, in kinds of layers that keep more."""
-        return {}
+        return {name: getattr(self, name) for name in self.beside}
 
     def set_states(self, states: Mapping[str, Any]) -> None:
-        """Take over what ``states`` returned."""
+        """Take over what ``states`` returned.
+
+        Raises:
+            KeyError: If a part of it is missing.
+        """
+        for name in self.beside:
+            setattr(self, name, states[name])
 
     def set_length(self, tokens: int) -> None:
         """Say how many tokens of the sequence the stores stand for, after they were restored."""

@@ -36,6 +36,16 @@ BASE = {
     "pad_token_id": 0,
 }
 SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
+LINEAR_MOE = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 MODELS = {
     "gemma3": ("Gemma3Text", {"sliding_window": 16, "layer_types": [SLIDING, FULL] * 2}),
     "gemma2": ("Gemma2", {"sliding_window": 12, "layer_types": [SLIDING, FULL] * 2}),
@@ -59,14 +69,7 @@ MODELS = {
         "Qwen3Next",
         {
             "layer_types": ["linear_attention", FULL] * 2,
-            "linear_num_value_heads": 2,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **LINEAR_MOE,
         },
     ),
     "jamba": (
@@ -124,14 +127,7 @@ MODELS = {
         "Qwen4ExpText",
         {
             "layer_types": ["linear_attention", "indexed_attention"] * 2,
-            "linear_num_value_heads": 2,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **LINEAR_MOE,
             "indexer_n_heads": 2,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 16,
