@@ -33,7 +33,7 @@ from hf_adaptive_sparse.calibration.records import (
 )
 from hf_adaptive_sparse.calibration.sequence_pairs import with_decoder_inputs
 from hf_adaptive_sparse.calibration.text_windows import read_windows, window_length
-from hf_adaptive_sparse.profiles import check_count
+from hf_adaptive_sparse.profiles import CalibrationConfig, check_count
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def load_batches(
     """
     ready = as_batches(source)
     if ready is not None:
-        return [ready_batch(batch, i, config) for i, batch in enumerate(check_batches(ready))]
+        return [_for_model(batch, i, config) for i, batch in enumerate(check_batches(ready))]
     check_count(batch_size, "batch_size")
     if num_samples is not None:
         check_count(num_samples, "num_samples", also=", or None for all there are")
@@ -146,6 +146,40 @@ def _window_batch(windows: Sequence[torch.Tensor]) -> Batch:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
+def configured_batches(
+    data: Source | CalibrationConfig,
+    settings: CalibrationConfig,
+    processor: Any,
+    config: PretrainedConfig,
+    *,
+    split: str = "train",
+) -> list[Batch]:
+    """Make the batches of data as settings say, which also hold the name of named data.
+
+    Args:
+        data: As for `load_batches`, or settings.
+        settings: How to make them, and of what, unless ``data`` are in memory.
+        processor: As for `load_batches`.
+        config: The model's config.
+        split: As for `load_batches`.
+
+    Raises:
+        DataError: As `load_batches`.
+    """
+    if data is None or isinstance(data, str | os.PathLike | CalibrationConfig):
+        data = settings.dataset
+    return load_batches(
+        data,
+        processor,
+        config=config,
+        num_samples=settings.num_samples,
+        sequence_length=settings.sequence_length,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        split=split,
+    )
+
+
 def as_batches(source: Source) -> Iterable[Mapping[str, torch.Tensor]] | None:
     """Return a source that is batches already; ``None`` of one that they are made from.
 
@@ -188,6 +222,11 @@ def ready_batch(batch: Mapping[str, torch.Tensor], index: int, config: Pretraine
         TypeError: If it is not a dict of tensors.
     """
     _check_batch(batch, index)
+    return _for_model(batch, index, config)
+
+
+def _for_model(batch: Mapping[str, torch.Tensor], index: int, config: PretrainedConfig) -> Batch:
+    """Return a batch that was checked as far as no model is known; see `ready_batch`."""
     batch = with_decoder_inputs(batch, config)
     if "decoder_input_ids" in batch:  # labels are those of the decoder: `sequence_pairs`
         return batch
@@ -248,6 +287,7 @@ __all__ = [
     "Source",
     "as_batches",
     "check_batches",
+    "configured_batches",
     "format_question",
     "load_batches",
     "load_processor",

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, prunable_weights, rewrites_weights
-from hf_adaptive_sparse.calibration.data import Batch, Source, as_batches, load_batches
+from hf_adaptive_sparse.calibration.data import Batch, Source, as_batches, configured_batches
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.resolving import (
@@ -265,18 +265,10 @@ def _calibration_batches(
     hub_arguments: Mapping[str, Any],
 ) -> list[Batch]:
     """Return the batches to calibrate on: those that were given, or those of a dataset."""
-    data = _data(source, settings)
-    if processor is None and as_batches(data) is None:
+    are_made = isinstance(source, CalibrationConfig) or as_batches(source) is None
+    if processor is None and are_made:
         processor = load_processor(model.config.name_or_path, **hub_arguments)
-    return load_batches(
-        data,
-        processor,
-        config=model.config,
-        num_samples=settings.num_samples,
-        sequence_length=settings.sequence_length,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-    )
+    return configured_batches(source, settings, processor, model.config)
 
 
 def _settings(source: object, fallback: CalibrationConfig | None) -> CalibrationConfig:
@@ -285,12 +277,6 @@ def _settings(source: object, fallback: CalibrationConfig | None) -> Calibration
         return source
     settings = fallback or CalibrationConfig()
     return replace(settings, dataset=source) if isinstance(source, str) else settings
-
-
-def _data(source: Calibration, settings: CalibrationConfig) -> Source:
-    if source is None or isinstance(source, str | CalibrationConfig):
-        return settings.dataset
-    return source
 
 
 def _target(

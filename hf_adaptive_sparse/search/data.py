@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_adaptive_sparse.calibration.data import Batch, Source, as_batches, load_batches
+from hf_adaptive_sparse.calibration.data import (
+    Batch,
+    Source,
+    as_batches,
+    configured_batches,
+    load_batches,
+)
 from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.evaluation.windows import longest_window, token_shape, unfilled_block
@@ -126,23 +132,15 @@ def resolve(
     """
     if config is None:
         return load_batches(data, None, config=model.config)  # type: ignore[arg-type]
-    in_memory = is_dataset(data)
     if processor is None:
-        named = f"names a dataset ({config.dataset or 'the default, WikiText-2'})"
+        given = f"names a dataset ({config.dataset or 'the default, WikiText-2'})"
+        if is_dataset(data):
+            given = "is a dataset"
         raise ValueError(
-            f"{what} {'is a dataset' if in_memory else named}, which needs processor= (the model's "
-            "processor or tokenizer). Or pass a list of batches."
+            f"{what} {given}, which needs processor= (the model's processor or tokenizer). Or pass "
+            "a list of batches."
         )
-    return load_batches(
-        data if in_memory else config.dataset,  # type: ignore[arg-type]
-        processor,
-        config=model.config,
-        num_samples=config.num_samples,
-        sequence_length=config.sequence_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        split=split,
-    )
+    return configured_batches(data, config, processor, model.config, split=split)
 
 
 def warn_of_weak_evaluation(

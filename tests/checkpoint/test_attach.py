@@ -163,7 +163,9 @@ def test_pruning_in_memory_while_loading_and_from_the_file_are_the_same(
     from hf_adaptive_sparse.checkpoint import applying
 
     monkeypatch.setattr(applying, "load_processor", lambda name, **hub: "a processor")
-    monkeypatch.setattr(applying, "load_batches", lambda *a, **k: text_batches)
+    monkeypatch.setattr(
+        "hf_adaptive_sparse.calibration.data.load_batches", lambda *a, **k: text_batches
+    )
     tiny_llama.save_pretrained(tmp_path / "dense")
     config = has.SparsityConfig(metric=metric, calibration="some data", kv_cache=8)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "dense", sparsity_config=config)
@@ -263,9 +265,9 @@ def test_the_place_of_a_local_file_is_not_published(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hf_adaptive_sparse.checkpoint import applying
-
-    monkeypatch.setattr(applying, "load_batches", lambda *a, **k: text_batches)
+    monkeypatch.setattr(
+        "hf_adaptive_sparse.calibration.data.load_batches", lambda *a, **k: text_batches
+    )
     data = tmp_path / "mine.txt"
     data.write_text("text")
     config = has.SparsityConfig(calibration=data)

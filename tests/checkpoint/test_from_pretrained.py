@@ -171,7 +171,7 @@ def test_calibration_data_are_read_with_the_repos_own_processor(
         return text_batches
 
     monkeypatch.setattr(applying, "load_processor", load_processor)
-    monkeypatch.setattr(applying, "load_batches", load_batches)
+    monkeypatch.setattr("hf_adaptive_sparse.calibration.data.load_batches", load_batches)
     calibration = has.CalibrationConfig(
         dataset="some/data", num_samples=7, sequence_length=32, batch_size=2, seed=5
     )
