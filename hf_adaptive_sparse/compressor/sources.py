@@ -38,7 +38,6 @@ from hf_adaptive_sparse.calibration.data import (
     load_batches,
     read_records,
 )
-from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.calibration.media import accepted_media
 from hf_adaptive_sparse.calibration.questions import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
@@ -108,9 +107,16 @@ class ModelSource:
             CheckpointError: If the weights are damaged, or some of the model's are not there.
             OSError: If there is no such repo, or the Hub cannot be reached.
         """
+        self._check_device_map()
+        return self._load(self.load_config(), sparsity_config)
+
+    def _check_device_map(self) -> None:
         if self.device_map is not None:
             _check_device(self.device_map)
-        config = self.load_config()
+
+    def _load(
+        self, config: PreTrainedConfig, sparsity_config: SparsityConfig | None = None
+    ) -> PreTrainedModel:
         device_map = self.device_map
         if device_map is None and torch.cuda.is_available():
             device_map = "auto"
@@ -150,8 +156,9 @@ class ModelSource:
         Raises:
             ValueError: If it carries a quantization config, ours or another's.
         """
-        self._dense_config()
-        return self.load()
+        config = self._dense_config()
+        self._check_device_map()
+        return self._load(config)
 
     def load_empty(self) -> PreTrainedModel:
         """Return the model in evaluation mode with the shapes of its parameters alone.
@@ -297,7 +304,7 @@ class DataSource:
             return data
         if batches and isinstance(data, list | tuple):
             return cls(check_batches(data))
-        if data is None or isinstance(data, str | os.PathLike) or is_dataset(data):
+        if as_batches(data) is None:
             return cls(data, num_samples)
         raise ValueError(
             f"{what} must be a dataset's name, a path, a datasets.Dataset"

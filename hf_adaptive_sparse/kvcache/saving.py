@@ -36,9 +36,8 @@ def layer_state(layer: Any) -> dict[str, Any]:
         "record_past": layer.record_past,
         "stores": [_store_state(store) for store in layer.stores()],
     }
-    states = layer.states()
-    if states:
-        state["states"] = _plain(states, "states")
+    if layer.beside:
+        state["states"] = _plain(layer.states(), "states")
     return state
 
 
@@ -89,7 +88,7 @@ def restored_layer(layer: Any, state: Mapping[str, Any]) -> Any:
             _restore_store(store, stored, made.layer_idx)
         _check_pair(made, state["cumulative_length"])
         made.set_length(state["cumulative_length"])
-    if made.states():
+    if made.beside:
         made.set_states(_plain(state["states"], "states"))
     return made
 
