@@ -33,10 +33,20 @@ static int has_amx(void) {
 #endif
 
 #if defined(__x86_64__)
+static int f16c_found;
+
 /* Every processor with AVX2 has it, unless a virtual machine hides it. Not all compilers can ask. */
-static int has_f16c(void) {
+static void ask_for_f16c(void) {
     unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+    f16c_found = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+/* Asked once: every call of a kernel comes here, and in a virtual machine the question leaves it,
+ * which takes as long as a small product. */
+static int has_f16c(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, ask_for_f16c);
+    return f16c_found;
 }
 #endif
 
