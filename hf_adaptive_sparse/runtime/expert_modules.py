@@ -108,10 +108,10 @@ def _apply(
 ) -> nn.Module:
     """Move or cast the module, as `SparseLinear` does itself."""
     stacks = stacks_of(module)
-    dtypes = [dtype_after(fn, stack.dtype) for stack in stacks]
+    before = [(dtype_after(fn, stack.dtype), stack.is_counted) for stack in stacks]
     type(module)._apply(module, keeping_integers(fn), recurse)
-    for stack, dtype in zip(stacks, dtypes, strict=True):
-        stack.follow(dtype)
+    for stack, (dtype, were_counted) in zip(stacks, before, strict=True):
+        stack.follow(dtype, were_counted)
     return module
 
 

@@ -197,7 +197,11 @@ def _weight(
     group_size: int,
 ) -> SparseWeight:
     shape, group = (bitmask.shape[0], columns), group_size or None
-    return SparseWeight(shape, bitmask, values, row_offsets, scales, group, block_offsets, codebook)
+    # Kernels take tensors as they lie; under vmap these are parts of others, with any strides.
+    own = (bitmask.contiguous(), values.contiguous(), row_offsets.contiguous())
+    coded = (None if t is None else t.contiguous() for t in (scales, block_offsets, codebook))
+    scales, block_offsets, codebook = coded
+    return SparseWeight(shape, *own, scales, group, block_offsets, codebook)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, stored_bits
 from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, leaf_names, tensor_name
 from hf_adaptive_sparse.runtime import operator
+from hf_adaptive_sparse.runtime.counted import Counted, is_counted
 from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
 from hf_adaptive_sparse.runtime.sparse_linear import in_dtype, is_offloaded
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
@@ -107,12 +108,13 @@ class SparseStack:
         # Every product with an expert asks for the tensors.
         self._names = {kind: tensor_name(key, kind) for kind in KINDS}
         self._state: object = None
+        self._counted: Counted | None = None
         self._weight: SparseWeight | None = None
         self._views: dict[int, ExpertView] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave views out of copies: they are of the original's tensors."""
-        return self.__dict__ | {"_state": None, "_weight": None, "_views": {}}
+        return self.__dict__ | {"_state": None, "_counted": None, "_weight": None, "_views": {}}
 
     def __repr__(self) -> str:
         return f"SparseStack(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -174,34 +176,23 @@ class SparseStack:
     @property
     def weight(self) -> SparseWeight:
         """The matrices of all experts as one, ``(experts * out, in)``; no tensor is copied."""
-        parts, offsets = [self._part(kind) for kind in KINDS], self.row_offsets
+        parts = [self._part(kind) for kind in KINDS]
         state: list[object] = [None if p is None else (p.data_ptr(), p.dtype) for p in parts]
-        state.append(id(offsets))
-        keeps = not is_offloaded(self.owner)  # then, what is here is here for one forward
-        if not keeps:
-            self._weight, self._views = None, {}
-        elif self._weight is not None and self._state == state:
+        state.append(id(self.row_offsets))
+        stays = not is_offloaded(self.owner)  # else, what is here is here for one forward
+        counted = self.is_counted
+        if stays and counted and self._weight is not None and self._state == state:
             return self._weight
-        values, bitmask, scales, codebook = parts
-        assert values is not None
-        assert bitmask is not None
-        masks = bitmask.detach().flatten(0, 1)
-        if offsets is None or offsets.device != masks.device:
-            offsets = sparse_linear.count_row_offsets(masks).to(masks.device)
-        rows = self.shape[0] * self.shape[1]
-        weight = SparseWeight(
-            (rows, self.shape[2]),
-            masks,
-            values.detach(),
-            offsets,
-            None if scales is None else scales.detach().flatten(0, 1),
-            self.group_size,
-            codebook=None if codebook is None else codebook.detach(),
-        )
-        weight = in_dtype(weight, self._dtype)
+        self._weight, self._views = None, {}
+        if stays and not counted:
+            # Made in inference mode, offsets could not be saved for a gradient outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._take_offsets(self._checked())
+            state[-1] = id(self.row_offsets)
+        weight = in_dtype(self._over(self.row_offsets), self._dtype)
         weight = replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
-        if keeps:
-            self._state, self._weight, self._views = state, weight, {}
+        if stays and all(part is None or part.is_contiguous() for part in parts):
+            self._state, self._weight = state, weight
         return weight
 
     @property
@@ -236,28 +227,26 @@ class SparseStack:
         Raises:
             BitmaskError: If the tensors do not make the experts' weights.
         """
-        parts = {k: p.detach().flatten(0, 1) if k in BY_ROW else p for k, p in self.parts.items()}
-        if any(part.is_meta for part in parts.values()):
+        if any(part.is_meta for part in self.parts.values()):
             return
-        masks = parts["bitmask"]
-        if row_offsets is None:
-            row_offsets = sparse_linear.count_row_offsets(masks)
-        weight = SparseWeight.from_tensors(
-            self.shape[2],
-            group_size=self.group_size,
-            row_offsets=row_offsets.to(masks.device),
-            **parts,
-        )
-        setattr(self.owner, offsets_name(self.key), weight.row_offsets)
+        weight = self._checked(row_offsets)
         self._hold(in_dtype(weight, self._dtype))
+        self._take_offsets(weight)
 
-    def follow(self, dtype: torch.dtype) -> None:
+    @property
+    def is_counted(self) -> bool:
+        """Whether the row offsets are those of the bitmask that is here."""
+        return is_counted(self._counted, self._held("bitmask"))
+
+    def follow(self, dtype: torch.dtype, were_counted: bool) -> None:
         """Make values of 12 bits plain where the module was cast or moved to needs that.
 
         Args:
             dtype: Of the weights as they multiply.
+            were_counted: Whether the row offsets were those of the bitmask before.
         """
         self._dtype, self._weight, self._views = dtype, None, {}
+        self._counted = Counted(self._held("bitmask")) if were_counted else None
         has_codebook = self._part("codebook") is not None
         if has_codebook and self.row_offsets is not None and not self._held("bitmask").is_meta:
             self._hold(self.weight)
@@ -284,6 +273,30 @@ class SparseStack:
     def make_room(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
         """Resize the tensors to those of a state dict."""
         make_room_(self.owner, self._names, state_dict, prefix)
+
+    def _rows(self) -> dict[str, torch.Tensor]:
+        """Return the parts as those of one matrix, contiguous, by kind."""
+        parts = {kind: part.detach().contiguous() for kind, part in self.parts.items()}
+        return {kind: p.flatten(0, 1) if kind in BY_ROW else p for kind, p in parts.items()}
+
+    def _checked(self, row_offsets: torch.Tensor | None = None) -> SparseWeight:
+        rows = self._rows()
+        if row_offsets is None:
+            row_offsets = sparse_linear.count_row_offsets(rows["bitmask"])
+        offsets = row_offsets.to(rows["bitmask"].device)
+        columns, size = self.shape[2], self.group_size
+        return SparseWeight.from_tensors(columns, group_size=size, row_offsets=offsets, **rows)
+
+    def _over(self, offsets: torch.Tensor | None) -> SparseWeight:
+        if offsets is None or offsets.device != self.device:  # offloaded to disk
+            return self._checked()
+        shape = (self.shape[0] * self.shape[1], self.shape[2])
+        return SparseWeight(shape, row_offsets=offsets, group_size=self.group_size, **self._rows())
+
+    def _take_offsets(self, weight: SparseWeight) -> None:
+        """Take the offsets of a weight over the module's bitmask."""
+        setattr(self.owner, offsets_name(self.key), weight.row_offsets)
+        self._counted = Counted(self._held("bitmask"))
 
     def _hold(self, weight: SparseWeight) -> None:
         hold_parts_(self.owner, self._names, by_expert(weight, self.shape[0]))

@@ -16,6 +16,7 @@ from hf_adaptive_sparse.packing.stored_names import KINDS, leaf_names
 from hf_adaptive_sparse.packing.stored_weight import StoredWeight
 from hf_adaptive_sparse.packing.weight_codes import SCALE_DTYPES
 from hf_adaptive_sparse.runtime import operator
+from hf_adaptive_sparse.runtime.counted import Counted, is_counted
 from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
@@ -60,6 +61,7 @@ class SparseLinear(nn.Linear):
     weight_codebook: nn.Parameter | None
     row_offsets: torch.Tensor | None
     block_offsets: torch.Tensor | None
+    _counted: Counted | None = None
     _over_parameters: SparseWeight | None = None
     _over_blocks: torch.Tensor | None = None
 
@@ -130,8 +132,7 @@ class SparseLinear(nn.Linear):
             )
         hold_parts_(self, _STORED, weight.tensors())
         self._dtype = weight.dtype
-        self.row_offsets = weight.row_offsets
-        self._index(weight)
+        self._take_offsets(weight)
 
     def settle(self, row_offsets: torch.Tensor | None = None) -> None:
         """Check what was loaded into the parameters, and make the offsets that follow from it.
@@ -148,12 +149,14 @@ class SparseLinear(nn.Linear):
     @property
     def sparse_weight(self) -> SparseWeight:
         """The weight, over this module's tensors."""
-        kept = self._over_parameters
-        if kept is not None and not torch.compiler.is_compiling():
+        kept, counted = self._over_parameters, self._counted
+        if kept is not None and counted is not None and not torch.compiler.is_compiling():
             # Every product asks: attributes of modules are looked up in three places.
-            parameters, buffers = self._parameters, self._buffers
-            if (  # the same tensors, whatever their data is by now
-                kept.bitmask is parameters["weight_bitmask"]
+            parameters, buffers, bitmask = self._parameters, self._buffers, kept.bitmask
+            if (  # the same tensors, whatever the data of all but the bitmask is by now
+                bitmask is parameters["weight_bitmask"]
+                and bitmask.data_ptr() == counted.address
+                and (counted.version is None or bitmask._version == counted.version)
                 and kept.values is parameters["weight_values"]
                 and kept.row_offsets is buffers["row_offsets"]
                 and kept.scales is parameters.get("weight_scales")
@@ -166,15 +169,28 @@ class SparseLinear(nn.Linear):
             # Offloaded to disk: the parts are here for the length of one forward.
             weight = in_dtype(self._checked(), self._dtype)
             return replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
+        if torch.compiler.is_compiling():
+            return self._over(offsets)
+        stays = not is_offloaded(self)  # else, what is here is here for one forward
+        if stays and not is_counted(self._counted, bitmask):
+            # Made in inference mode, offsets could not be saved for a gradient outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                offsets = self._take_offsets(self._checked())
         weight = self._over(offsets)
-        if not torch.compiler.is_compiling():
-            if weight.block_offsets is None:
-                # Where parts were moved one by one; else they came with `set_weight` or `to`.
-                self._index(weight)
-                weight = self._over(offsets)
-            if not is_offloaded(self):  # it would keep what is here for one forward
-                self._over_parameters, self._over_blocks = weight, self.block_offsets
+        if weight.block_offsets is None:
+            # Where parts were moved one by one; else they came with `set_weight` or `to`.
+            self._index(weight)
+            weight = self._over(offsets)
+        if stays:
+            self._over_parameters, self._over_blocks = weight, self.block_offsets
         return weight
+
+    def _take_offsets(self, weight: SparseWeight) -> torch.Tensor:
+        """Take the offsets of a weight over this module's bitmask, and return them."""
+        self.row_offsets = offsets = weight.row_offsets
+        self._index(weight)
+        self._counted = Counted(self.weight_bitmask)
+        return offsets
 
     def _index(self, weight: SparseWeight) -> None:
         """Take the block offsets that the weight's device needs: as bytes, which NCCL can send."""
@@ -182,14 +198,14 @@ class SparseLinear(nn.Linear):
         self.block_offsets = None if blocks is None else blocks.view(torch.uint8)
 
     def _over(self, offsets: torch.Tensor) -> SparseWeight:
-        bitmask, values = self.weight_bitmask, self.weight_values
-        blocks = self.block_offsets
+        parts = {kind: part.contiguous() for kind, part in self.parts.items()}
+        bitmask, blocks = parts["bitmask"], self.block_offsets
         if blocks is not None:
             same = blocks.device == bitmask.device
             blocks = blocks.view(block_offset_dtype(self.in_features)) if same else None
         shape = (self.out_features, self.in_features)
-        coded = (self.weight_scales, self.group_size, blocks, self.weight_codebook)
-        return SparseWeight(shape, bitmask, values, offsets, *coded)
+        coded = (parts.get("scales"), self.group_size, blocks, parts.get("codebook"))
+        return SparseWeight(shape, bitmask, parts["values"], offsets, *coded)
 
     @property
     def weight(self) -> SparseWeightView:
@@ -304,8 +320,10 @@ class SparseLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         dtype = dtype_after(fn, self.dtype)
+        were_counted = is_counted(self._counted, self.weight_bitmask)
         super()._apply(keeping_integers(fn), recurse)
         self._over_parameters, self._dtype = None, dtype
+        self._counted = Counted(self.weight_bitmask) if were_counted else None
         if self.row_offsets is not None and not self.weight_bitmask.is_meta:
             held = self.sparse_weight
             weight = in_dtype(held, dtype)

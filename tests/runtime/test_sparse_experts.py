@@ -241,6 +241,28 @@ def test_state_dicts_load_whatever_their_mask(bits, ratio, assign):
         assert all(isinstance(part, FrozenParameter) for part in stack.parts.values())
 
 
+@pytest.mark.parametrize("how", ["functional", "data", "copy"])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_other_masks_in_the_parameters_place_are_counted(bits, how):
+    """All keep the same number of weights."""
+    model, other = copy.deepcopy(pruned(1, 0.5, bits)), pruned(2, 0.5, bits)
+    own, wanted = logits(model), logits(other)
+    parts = {name: parameter.detach().clone() for name, parameter in other.named_parameters()}
+    if how == "functional":
+        with torch.no_grad():
+            found = torch.func.functional_call(model, parts, kwargs={"input_ids": IDS}).logits
+        assert torch.equal(logits(model), own)
+    else:
+        for name, parameter in model.named_parameters():
+            if how == "data":
+                parameter.data = parts[name]
+            else:
+                with torch.no_grad():
+                    parameter.copy_(parts[name])
+        found = logits(model)
+    assert torch.equal(found, wanted)
+
+
 def test_state_dicts_that_do_not_fit_are_refused_and_change_nothing():
     model = pruned(1, 0.5, 16)
     before = logits(model)

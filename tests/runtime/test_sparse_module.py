@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_adaptive_sparse.kernels import sparse_linear
 from hf_adaptive_sparse.kernels.library import library
+from hf_adaptive_sparse.packing.bitmask import BitmaskError
 from hf_adaptive_sparse.packing.offsets import count_block_offsets
 from hf_adaptive_sparse.packing.sparse_weight import SparseWeight
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
@@ -154,13 +155,14 @@ def test_a_gradient_of_an_overwritten_weight_is_refused(name: str) -> None:
     module = sparse(pruned(), 8)
     x = torch.randn(3, 77, requires_grad=True)
     product = module(x).sum()
+    part = getattr(module, name)
     with torch.no_grad():
-        getattr(module, name).zero_()
+        part.copy_(part.clone())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
     bias_only = module(x.detach()).sum()
     with torch.no_grad():
-        getattr(module, name).zero_()
+        part.copy_(part.clone())
     bias_only.backward()
     assert torch.equal(module.bias.grad, torch.full((24,), 3.0))
 
@@ -521,3 +523,103 @@ def test_what_changes_after_a_forward_is_seen_by_the_next(bits: int) -> None:
     copied = copy.deepcopy(half)
     copied.set_weight(sparse(first.bfloat16(), bits).sparse_weight)
     torch.testing.assert_close(half(x.bfloat16()), wanted, **tolerance(torch.bfloat16))
+
+
+def _other_masks(bits: int) -> tuple[SparseLinear, SparseLinear]:
+    """Two linears that keep as many weights, in other places."""
+    first = pruned(dtype=torch.bfloat16)
+    second = nn.Linear(77, 24).bfloat16()
+    with torch.no_grad():
+        second.weight.copy_(first.weight.flatten()[torch.randperm(24 * 77)].view(24, 77))
+        second.bias.copy_(first.bias)
+    return sparse(first, bits), sparse(second, bits)
+
+
+def _put_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+def _put_data(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        getattr(module, name).data = value
+
+
+def _copy_data(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    with torch.inference_mode():  # which a tensor that was made outside of it counts, too
+        for name, value in values.items():
+            parameter = getattr(module, name)
+            if parameter.shape != value.shape:  # a codebook's
+                parameter.data = value.clone()
+            parameter.copy_(value)
+
+
+@pytest.mark.parametrize("replace", [_put_parameters, _put_data, _copy_data])
+@pytest.mark.parametrize("bits", [16, 12, 8, 4])
+def test_another_mask_in_the_parameters_place_is_counted(bits: int, replace: Callable) -> None:
+    module, other = _other_masks(bits)
+    x = torch.randn(3, 77, dtype=torch.bfloat16)
+    wanted = other(x)
+    module(x)  # keeps what it has worked out
+    replace(module, {name: p.detach().clone() for name, p in other.named_parameters()})
+    assert torch.equal(module(x), wanted)
+    assert torch.equal(copy.deepcopy(module)(x), wanted)
+    assert torch.equal(module.to(torch.float32).to_dense(), other.to(torch.float32).to_dense())
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+@pytest.mark.parametrize("bits", [16, 12, 8, 4])
+def test_a_functional_call_takes_what_it_is_given(bits: int, is_strided: bool) -> None:
+    module, other = _other_masks(bits)
+    x = torch.randn(3, 77, dtype=torch.bfloat16, requires_grad=True)
+    own, wanted = module(x), other(x)
+    given = {name: p.detach() for name, p in other.named_parameters()}
+    if is_strided:
+        given = {name: torch.stack([p, p], dim=-1)[..., 0] for name, p in given.items()}
+    for _ in range(2):
+        found = torch.func.functional_call(module, given, (x,))
+        assert torch.equal(found, wanted)
+        assert torch.equal(module(x), own)
+    (expected,) = torch.autograd.grad(wanted.sum(), x)
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], expected)
+
+
+def test_a_mask_that_keeps_another_number_of_weights_is_refused() -> None:
+    module = sparse(pruned())
+    module(torch.zeros(77))
+    with torch.no_grad():
+        module.weight_bitmask[0] = 0
+    with pytest.raises(BitmaskError, match="the two must agree"):
+        module(torch.zeros(77))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_masks_are_mapped_over(dim: int) -> None:
+    modules = _other_masks(16)
+    x = torch.randn(3, 77, dtype=torch.bfloat16)
+    names = ("weight_values", "weight_bitmask", "row_offsets")
+    stacked = {n: torch.stack([getattr(m, n).detach() for m in modules], dim) for n in names}
+
+    def call(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(modules[0], parts, (x,))
+
+    for found, module in zip(torch.vmap(call, in_dims=dim)(stacked), modules, strict=True):
+        assert torch.equal(found, module(x))
+
+
+def test_offsets_outlive_moves_and_the_modes_they_were_made_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, other = _other_masks(16)
+    x = torch.randn(3, 77, dtype=torch.bfloat16, requires_grad=True)
+    _put_data(module, {name: p.detach() for name, p in other.named_parameters()})
+    with torch.inference_mode():
+        module(x)
+    module(x).sum().backward()  # torch saves no tensor of inference mode
+
+    def count(bitmask: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("counted again")
+
+    monkeypatch.setattr(sparse_linear, "count_row_offsets", count)
+    for moved in (module.to("cpu"), module.float(), module.share_memory()):
+        moved(x.to(moved.dtype))
