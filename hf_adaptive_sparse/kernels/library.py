@@ -37,7 +37,7 @@ MAX_CODES = 1024
 _FAILURES = {
     1: "no such path on this processor",
     2: "no memory",
-    3: "sizes are out of range, or tensors not of one weight",
+    3: "sizes are out of range, or tensors not of one weight (load others with load_state_dict)",
 }
 
 _IMPORTED_BY = os.getpid()

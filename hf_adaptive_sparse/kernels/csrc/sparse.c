@@ -99,11 +99,8 @@ static int multiply_rows(void *argument, int64_t i) {
     const range *r = argument;
     int64_t first = r->first + i * r->step;
     int64_t last = first + r->step < r->last ? first + r->step : r->last;
-    if (r->x != NULL)
-        r->variant->multiply(r->call, r->x, first, last);
-    else
-        r->variant->decompress(r->call, first, last);
-    return HAS_OK;
+    return r->x != NULL ? r->variant->multiply(r->call, r->x, first, last)
+                        : r->variant->decompress(r->call, first, last);
 }
 
 /* Tasks of at least about 64 KB of dense 16-bit weights: threads stay even, and few rows begin

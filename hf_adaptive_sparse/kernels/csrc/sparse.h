@@ -73,16 +73,17 @@ typedef struct {
     int64_t rows;
     /* Fill the codes and steps of x, or widen it. */
     void (*prepare)(const has_sparse_call *call, const has_sparse_x *x);
-    /* Multiply rows first to last - 1 with all tokens. */
-    void (*multiply)(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
-                     int64_t last);
+    /* These return HAS_OK, or HAS_BAD_ARGUMENT where the bitmask has other numbers of bits in its
+     * rows than the offsets say: another one was put there. Nothing is read behind the values then.
+     * Multiply rows first to last - 1 with all tokens. */
+    int (*multiply)(const has_sparse_call *call, const has_sparse_x *x, int64_t first, int64_t last);
     /* Decompress rows first to last - 1 of the weight to where `output` has first_row. */
-    void (*decompress)(const has_sparse_call *call, int64_t first, int64_t last);
+    int (*decompress)(const has_sparse_call *call, int64_t first, int64_t last);
     /* Of many tokens: put a tile of them in order. NULL where there is no product of many. */
     void (*pack)(const has_sparse_call *call, const has_sparse_many *many, int64_t tile);
     /* Multiply rows first to last - 1 with all tokens, in a thread's own memory. */
-    void (*multiply_many)(const has_sparse_call *call, const has_sparse_many *many, uint8_t *memory,
-                          int64_t first, int64_t last);
+    int (*multiply_many)(const has_sparse_call *call, const has_sparse_many *many, uint8_t *memory,
+                         int64_t first, int64_t last);
 } has_sparse_variant;
 
 /* The bits of columns i to i + 63; i is a multiple of 8. */

@@ -304,8 +304,9 @@ AMX_FORCED amx_ahead amx_ahead_of(const uint8_t *from, int64_t size_bytes, int64
     return (amx_ahead){(const char *)from, (size_bytes + shares - 1) / shares};
 }
 
-/* Rows first to first + count - 1, at most 16, with all tokens; constants say which kind. */
-AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
+/* Rows first to first + count - 1, at most 16, with all tokens; constants say which kind. Returns a
+ * status, see has_sparse_variant. */
+AMX_FORCED int amx_block(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
                           int64_t count, int bits, int careful) {
     _Alignas(64) uint8_t weight[2][AMX_ROWS * AMX_CHUNK_BYTES];
     amx_products products;
@@ -323,7 +324,7 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
         row_of[r] = r < count ? first + r : last - 1;
         rows.mask[r] = call->bitmask + row_of[r] * mask_bytes;
         rows.next[r] = offset_of(call, row_of[r]);
-        while (!is_free_of(&ahead, rows.next[r])) ahead.next++;
+        skip_to(&ahead, rows.next[r]);
         rows.exceptions[r] = ahead;
     }
     int64_t chunk = amx_chunk(bits), chunks = (columns + chunk - 1) / chunk;
@@ -369,6 +370,10 @@ AMX_FORCED void amx_block(const has_sparse_call *call, const has_sparse_x *x, in
         }
     }
     amx_write(call, first, count, &sums);
+    int status = HAS_OK;
+    for (int64_t r = 0; r < AMX_ROWS; r++)
+        if (rows.next[r] != offset_of(call, row_of[r] + 1)) status = HAS_BAD_ARGUMENT;
+    return status;
 }
 
 AMX_FORCED void amx_configure(int64_t tokens) {
@@ -388,35 +393,36 @@ AMX_FORCED void amx_configure(int64_t tokens) {
     _tile_loadconfig(&tiles);
 }
 
-AMX_FORCED void amx_rows_of(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
-                            int64_t last, int bits) {
-    for (int64_t row = first; row < last; row += AMX_ROWS) {
+AMX_FORCED int amx_rows_of(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
+                           int64_t last, int bits) {
+    int status = HAS_OK;
+    for (int64_t row = first; row < last && status == HAS_OK; row += AMX_ROWS) {
         int64_t count = last - row < AMX_ROWS ? last - row : AMX_ROWS;
-        int64_t end = offset_of(call, row + count);
+        int64_t end = furthest(call, offset_of(call, row + count - 1));
         end = bits == 12 ? values_of_12(call) + end / 2 : end * bits / 8;
         if (end + 64 <= call->value_bytes)
-            amx_block(call, x, row, count, bits, 0);
+            status = amx_block(call, x, row, count, bits, 0);
         else
-            amx_block(call, x, row, count, bits, 1);
+            status = amx_block(call, x, row, count, bits, 1);
     }
+    return status;
 }
 
-static TARGET_AMX void amx_multiply(const has_sparse_call *call, const has_sparse_x *x,
-                                    int64_t first, int64_t last) {
-    if (!amx_takes(call, x)) {
-        multiply(call, x, first, last);
-        return;
-    }
+static TARGET_AMX int amx_multiply(const has_sparse_call *call, const has_sparse_x *x,
+                                   int64_t first, int64_t last) {
+    if (!amx_takes(call, x)) return multiply(call, x, first, last);
+    int status;
     amx_configure(call->tokens);
     if (call->bits == 16)
-        amx_rows_of(call, x, first, last, 16);
+        status = amx_rows_of(call, x, first, last, 16);
     else if (call->bits == 12)
-        amx_rows_of(call, x, first, last, 12);
+        status = amx_rows_of(call, x, first, last, 12);
     else if (call->bits == 8)
-        amx_rows_of(call, x, first, last, 8);
+        status = amx_rows_of(call, x, first, last, 8);
     else
-        amx_rows_of(call, x, first, last, 4);
+        status = amx_rows_of(call, x, first, last, 4);
     _tile_release();
+    return status;
 }
 
 #include "sparse_amx_many.h"

@@ -165,14 +165,15 @@ AMX_FORCED void many_square(const many_task *task, int64_t row, int64_t tile, in
                        (tile + t) * AMX_TOKENS);
 }
 
-static TARGET_AMX void many_multiply(const has_sparse_call *call, const has_sparse_many *many,
-                                     uint8_t *memory, int64_t first, int64_t last) {
+static TARGET_AMX int many_multiply(const has_sparse_call *call, const has_sparse_many *many,
+                                    uint8_t *memory, int64_t first, int64_t last) {
     has_sparse_call to_memory = *call;
     to_memory.output = memory;
     to_memory.output_stride = many->row_bytes / 2;
     to_memory.first_row = first;
     to_memory.widens = 0;
-    decompress(&to_memory, first, last);
+    int status = decompress(&to_memory, first, last);
+    if (status != HAS_OK) return status;
     for (int64_t r = 0; r < last - first; r++) /* zeros of x times NaN would be NaN */
         memset(memory + r * many->row_bytes + call->columns * 2, 0,
                (size_t)(many->steps * STEP_BYTES - call->columns * 2));
@@ -198,4 +199,5 @@ static TARGET_AMX void many_multiply(const has_sparse_call *call, const has_spar
             }
     }
     _tile_release();
+    return HAS_OK;
 }

@@ -49,6 +49,16 @@ HAS_INLINE int64_t offset_of(const has_sparse_call *call, int64_t row) {
                                    : ((const int64_t *)call->row_offsets)[row];
 }
 
+/* Of a row that begins with value number `at`: the number that is not reached, whatever its mask. */
+HAS_INLINE int64_t furthest(const has_sparse_call *call, int64_t at) { return at + call->columns; }
+
+/* Copy what there is of `bytes` bytes. */
+HAS_INLINE const uint8_t *copied(const uint8_t *from, const uint8_t *end, int64_t bytes,
+                                 uint8_t *copy) {
+    int64_t left = end - from < bytes ? end - from : bytes;
+    return memcpy(copy, from, left > 0 ? (size_t)left : 0);
+}
+
 HAS_INLINE const uint8_t *mask_of(const has_sparse_call *call, int64_t row) {
     return call->bitmask + row * ((call->columns + 7) / 8);
 }
@@ -126,12 +136,23 @@ static TARGET int64_t column_of(const uint8_t *mask, int64_t columns, int64_t nu
     return column;
 }
 
+/* Its number, from value number `at` on. */
+HAS_INLINE int64_t next_exception(const exceptions *ahead, int64_t at) {
+    return (int64_t)(*ahead->next >> 16) - at;
+}
+
+/* Go on to the first that is not before value number `at`. */
+HAS_INLINE void skip_to(exceptions *ahead, int64_t at) {
+    while (!is_free_of(ahead, at)) ahead->next++;
+}
+
 /* Put those among the values `at` to `at` + taken - 1 to the columns, of so many, that the mask has
  * them in. */
 HAS_INLINE void put_exceptions(exceptions *ahead, const uint8_t *mask, int64_t columns, int64_t at,
                                int64_t taken, int is_shuffled, uint16_t *out) {
+    skip_to(ahead, at);
     for (; !is_free_of(ahead, at + taken); ahead->next++) {
-        int64_t column = column_of(mask, columns, (int64_t)(*ahead->next >> 16) - at);
+        int64_t column = column_of(mask, columns, next_exception(ahead, at));
         out[is_shuffled ? shuffled_column(column) : column] = (uint16_t)*ahead->next;
     }
 }
@@ -155,9 +176,9 @@ FORCED int64_t expand(const has_sparse_call *call, const uint8_t *mask, int64_t 
         const uint8_t *lower = values + at, *codes = values + values_of_12(call) + at / 2;
         const uint8_t *end = values + call->value_bytes;
         if (end - lower < BLOCK + SLACK_BYTES)
-            lower = memcpy(value_copy, lower, (size_t)(end - lower));
+            lower = copied(lower, end, BLOCK + SLACK_BYTES, value_copy);
         if (end - codes < BLOCK / 2 + SLACK_BYTES)
-            codes = memcpy(code_copy, codes, (size_t)(end - codes));
+            codes = copied(codes, end, BLOCK / 2 + SLACK_BYTES, code_copy);
         int64_t taken = expand_12(mask, lower, codes, at % 2, round_up_64(n),
                                   (const uint8_t *)call->codebook, out);
         put_exceptions(ahead, mask, n, at, taken, 0, out);
@@ -165,8 +186,7 @@ FORCED int64_t expand(const has_sparse_call *call, const uint8_t *mask, int64_t 
     }
     int64_t byte = at * bits / 8, most = BLOCK * bits / 8 + SLACK_BYTES;
     if (byte + most > call->value_bytes) {
-        memcpy(value_copy, values + byte, (size_t)(call->value_bytes - byte));
-        values = value_copy;
+        values = copied(values + byte, values + call->value_bytes, most, value_copy);
         at = bits == 4 ? at % 2 : 0;
     }
     n = round_up_64(n);
@@ -319,24 +339,26 @@ static TARGET void prepare(const has_sparse_call *call, const has_sparse_x *x) {
 #include "sparse_rows.h"
 #endif
 
-static TARGET void multiply(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
-                            int64_t last) {
+static TARGET int multiply(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
+                           int64_t last) {
     exceptions ahead = exceptions_from(call, offset_of(call, first));
     for (int64_t row = first; row < last; row++) {
         _Alignas(64) float sums[HAS_SPARSE_TOKENS][LANES];
+        int64_t end;
         memset(sums, 0, (size_t)call->tokens * sizeof *sums);
         if (call->bits == 32)
-            multiply_row(call, x, row, 32, 0, NULL, sums);
+            end = multiply_row(call, x, row, 32, 0, NULL, sums);
         else if (call->bits == 12)
-            multiply_row(call, x, row, 12, 1, &ahead, sums);
+            end = multiply_row(call, x, row, 12, 1, &ahead, sums);
         else if (call->bits == 8)
-            multiply_row(call, x, row, 8, 0, NULL, sums);
+            end = multiply_row(call, x, row, 8, 0, NULL, sums);
         else if (call->bits == 4)
-            multiply_row(call, x, row, 4, 0, NULL, sums);
+            end = multiply_row(call, x, row, 4, 0, NULL, sums);
         else if (call->dtype == HAS_BFLOAT16)
-            multiply_row(call, x, row, 16, 1, NULL, sums);
+            end = multiply_row(call, x, row, 16, 1, NULL, sums);
         else
-            multiply_row(call, x, row, 16, 0, NULL, sums);
+            end = multiply_row(call, x, row, 16, 0, NULL, sums);
+        if (end != offset_of(call, row + 1)) return HAS_BAD_ARGUMENT;
         float bias = call->bias == NULL ? 0.0f : has_number_at(call->bias, call->dtype, row);
         for (int64_t t = 0; t < call->tokens; t++) {
             for (int half = LANES / 2; half > 0; half /= 2) /* one after the other would wait */
@@ -345,9 +367,11 @@ static TARGET void multiply(const has_sparse_call *call, const has_sparse_x *x, 
                              sums[t][0] + bias);
         }
     }
+    return HAS_OK;
 }
 
-FORCED void decompress_values(const has_sparse_call *call, int64_t row, int bits, exceptions *ahead,
+/* Both return the number of the value after the row's. */
+FORCED int64_t decompress_values(const has_sparse_call *call, int64_t row, int bits, exceptions *ahead,
                               uint8_t *out) {
     _Alignas(64) uint8_t block[BLOCK * 4 + 64];
     const int item_bytes = bits == 12 ? 2 : bits / 8;
@@ -363,9 +387,10 @@ FORCED void decompress_values(const has_sparse_call *call, int64_t row, int bits
             memcpy(out + column * item_bytes, block, (size_t)(left * item_bytes));
         }
     }
+    return at;
 }
 
-FORCED void decompress_codes(const has_sparse_call *call, int64_t row, int bits, void *out) {
+FORCED int64_t decompress_codes(const has_sparse_call *call, int64_t row, int bits, void *out) {
     int8_t block[BLOCK + 64];
     const uint8_t *mask = mask_of(call, row);
     int64_t at = offset_of(call, row);
@@ -388,6 +413,7 @@ FORCED void decompress_codes(const has_sparse_call *call, int64_t row, int bits,
             for (int64_t i = 0; i < n; i++)
                 ((uint16_t *)out)[column + i] = has_to_float16(block[i] * unit);
     }
+    return at;
 }
 
 /* Turn n numbers at the end of a row of float32 into that row. */
@@ -401,7 +427,7 @@ static TARGET void widen_in_place(int64_t n, int64_t dtype, float *row) {
     }
 }
 
-static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_t last) {
+static TARGET int decompress(const has_sparse_call *call, int64_t first, int64_t last) {
     int widens = call->widens && call->dtype != HAS_FLOAT32;
     int64_t item_bytes = call->dtype == HAS_FLOAT32 || widens ? 4 : 2;
     exceptions ahead = exceptions_from(call, offset_of(call, first));
@@ -409,18 +435,21 @@ static TARGET void decompress(const has_sparse_call *call, int64_t first, int64_
         uint8_t *whole = (uint8_t *)call->output +
                          (row - call->first_row) * call->output_stride * item_bytes;
         uint8_t *out = whole + (widens ? 2 * call->columns : 0);
+        int64_t end;
         if (call->bits == 32)
-            decompress_values(call, row, 32, NULL, out);
+            end = decompress_values(call, row, 32, NULL, out);
         else if (call->bits == 16)
-            decompress_values(call, row, 16, NULL, out);
+            end = decompress_values(call, row, 16, NULL, out);
         else if (call->bits == 12)
-            decompress_values(call, row, 12, &ahead, out);
+            end = decompress_values(call, row, 12, &ahead, out);
         else if (call->bits == 8)
-            decompress_codes(call, row, 8, out);
+            end = decompress_codes(call, row, 8, out);
         else
-            decompress_codes(call, row, 4, out);
+            end = decompress_codes(call, row, 4, out);
+        if (end != offset_of(call, row + 1)) return HAS_BAD_ARGUMENT;
         if (widens) widen_in_place(call->columns, call->dtype, (float *)whole);
     }
+    return HAS_OK;
 }
 
 const has_sparse_variant VARIANT(has_sparse) = {

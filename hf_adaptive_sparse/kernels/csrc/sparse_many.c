@@ -55,10 +55,11 @@ static int multiply_task(void *argument, int64_t i) {
     work *w = argument;
     int64_t first = i * w->many->rows, last = first + w->many->rows, part = 0;
     while (atomic_exchange(&w->is_taken[part], 1)) part++; /* there are as many as threads */
-    w->variant->multiply_many(w->call, w->many, w->many->thread + part * w->many->thread_bytes,
-                              first, last < w->call->rows ? last : w->call->rows);
+    int status =
+        w->variant->multiply_many(w->call, w->many, w->many->thread + part * w->many->thread_bytes,
+                                  first, last < w->call->rows ? last : w->call->rows);
     atomic_store(&w->is_taken[part], 0);
-    return HAS_OK;
+    return status;
 }
 
 /* As has_sparse_linear, of any number of tokens, in memory of has_sparse_many_bytes. */

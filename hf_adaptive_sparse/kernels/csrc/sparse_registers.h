@@ -29,15 +29,16 @@ typedef struct {
     int64_t at;      /* number of its next value */
     int64_t segment; /* and segment of codes */
     group_cursor group;
-    int is_near_end; /* of all values: they are copied before they are read */
+    const uint8_t *end; /* of all values; near it, they are copied before they are read */
+    int is_near_end;
     uint8_t mask_copy[PIECE / 8 + 64];
     uint8_t first_copy[PIECE * 4 + 64], second_copy[PIECE / 2 + 64];
     uint8_t decoded[PIECE * 2 + 128];
 } registered_row;
 
-HAS_INLINE const uint8_t *readable(const registered_row *row, const uint8_t *from, int64_t bytes,
+HAS_INLINE const uint8_t *readable(const registered_row *row, const uint8_t *from, int64_t count,
                                    uint8_t *copy) {
-    return row->is_near_end ? memcpy(copy, from, (size_t)bytes) : from;
+    return row->is_near_end ? copied(from, row->end, count, copy) : from;
 }
 
 /* Where the values of n more columns of a row are, in 4 bits decoded to int8 and in 12 to bfloat16. */
@@ -53,8 +54,9 @@ FORCED const uint8_t *take_values(const has_sparse_call *call, registered_row *r
                   readable(row, codes, code_bytes, row->second_copy), count + odd,
                   (const uint8_t *)call->codebook, halves);
         halves += odd;
+        skip_to(ahead, at);
         for (; !is_free_of(ahead, at + count); ahead->next++)
-            halves[(int64_t)(*ahead->next >> 16) - at] = (uint16_t)*ahead->next;
+            halves[next_exception(ahead, at)] = (uint16_t)*ahead->next;
         return (const uint8_t *)halves;
     }
     if (bits == 4) {
@@ -164,12 +166,14 @@ FORCED void add_piece(const has_sparse_call *call, const has_sparse_x *x, regist
 #undef FOR_TOKENS
 #undef ADD_VALUES
 
-/* Products of one row with all tokens, added to their sums; constants say which kind. */
-FORCED void multiply_row(const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits,
-                         int is_bfloat16, exceptions *ahead, float (*sums)[LANES]) {
-    int64_t end = offset_of(call, row + 1);
+/* Products of one row with all tokens, added to their sums; constants say which kind. Returns the
+ * number of the value after the row's. */
+FORCED int64_t multiply_row(const has_sparse_call *call, const has_sparse_x *x, int64_t row,
+                            int bits, int is_bfloat16, exceptions *ahead, float (*sums)[LANES]) {
+    int64_t end = furthest(call, offset_of(call, row));
     int64_t end_byte = bits == 12 ? values_of_12(call) + end / 2 : end * bits / 8;
     registered_row of;
+    of.end = call->values + call->value_bytes;
     of.mask = mask_of(call, row);
     of.at = offset_of(call, row);
     of.segment = 0;
@@ -179,4 +183,5 @@ FORCED void multiply_row(const has_sparse_call *call, const has_sparse_x *x, int
         int64_t n = call->columns - column < PIECE ? call->columns - column : PIECE;
         add_piece(call, x, &of, ahead, column, n, bits, is_bfloat16, sums);
     }
+    return of.at;
 }

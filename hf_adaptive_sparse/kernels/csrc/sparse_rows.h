@@ -17,12 +17,13 @@ FORCED int64_t multiply_12(const has_sparse_call *call, const has_sparse_x *x, i
                            int64_t *at, exceptions *ahead, float *sums) {
     const uint8_t *mask = mask_of(call, row);
     const uint8_t *codes = call->values + values_of_12(call);
-    int64_t whole = call->columns / 64 * 64, end = offset_of(call, row + 1);
+    int64_t whole = call->columns / 64 * 64, end = furthest(call, *at);
     if (!*x->is_finite || codes + end / 2 + 64 > call->values + call->value_bytes) return 0;
     int64_t taken = add_12(mask, call->values + *at, codes + *at / 2, *at % 2, whole,
                            (const uint8_t *)call->codebook, x->shuffled, sums);
+    skip_to(ahead, *at);
     for (; !is_free_of(ahead, *at + taken); ahead->next++) {
-        int64_t column = column_of(mask, whole, (int64_t)(*ahead->next >> 16) - *at);
+        int64_t column = column_of(mask, whole, next_exception(ahead, *at));
         float is = has_from_bfloat16((uint16_t)*ahead->next);
         float was = stand_in(call, (int64_t)(*ahead->next >> 16));
         sums[0] += (is - was) * has_from_bfloat16(((const uint16_t *)x->numbers)[column]);
@@ -40,7 +41,7 @@ FORCED int64_t multiply_codes(const has_sparse_call *call, const has_sparse_x *x
     int64_t whole = call->columns, step = SEGMENTS * x->segment;
     if (whole % 64 != 0) whole -= whole % x->segment;
     float factors[SEGMENTS];
-    if (offset_of(call, row + 1) * bits / 8 + 64 > call->value_bytes || x->segment < 64) return 0;
+    if (furthest(call, *at) * bits / 8 + 64 > call->value_bytes || x->segment < 64) return 0;
     for (int64_t first = 0, s = 0; first < whole; first += step, s += SEGMENTS) {
         int64_t n = whole - first < step ? whole - first : step, count = segments_in(x, n);
         take_units(call, x, group, count, factors);
@@ -52,9 +53,10 @@ FORCED int64_t multiply_codes(const has_sparse_call *call, const has_sparse_x *x
 }
 #endif
 
-/* Products of one row with all tokens, added to their sums; constants say which kind. */
-FORCED void multiply_row(const has_sparse_call *call, const has_sparse_x *x, int64_t row, int bits,
-                         int is_bfloat16, exceptions *ahead, float (*sums)[LANES]) {
+/* Products of one row with all tokens, added to their sums; constants say which kind. Returns the
+ * number of the value after the row's. */
+FORCED int64_t multiply_row(const has_sparse_call *call, const has_sparse_x *x, int64_t row,
+                            int bits, int is_bfloat16, exceptions *ahead, float (*sums)[LANES]) {
     _Alignas(64) uint8_t block[BLOCK * 4 + 64];
     _Alignas(64) float wide[BLOCK];
     const uint8_t *mask = mask_of(call, row);
@@ -101,4 +103,5 @@ FORCED void multiply_row(const has_sparse_call *call, const has_sparse_x *x, int
                 add_floats(a, (const float *)x->numbers + t * x->stride + column, n, sums[t]);
         }
     }
+    return at;
 }
