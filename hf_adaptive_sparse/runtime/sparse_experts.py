@@ -246,10 +246,10 @@ class SparseStack:
             were_counted: Whether the row offsets were those of the bitmask before.
         """
         self._dtype, self._weight, self._views = dtype, None, {}
-        self._counted = Counted(self._held("bitmask")) if were_counted else None
         has_codebook = self._part("codebook") is not None
         if has_codebook and self.row_offsets is not None and not self._held("bitmask").is_meta:
-            self._hold(self.weight)
+            self._hold(in_dtype(self._over(self.row_offsets), dtype))
+        self._counted = Counted(self._held("bitmask")) if were_counted else None
 
     def to_dense(self) -> torch.Tensor:
         """Return the parameter ``(experts, out, in)``, decompressed."""

@@ -321,16 +321,17 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         dtype = dtype_after(fn, self.dtype)
         were_counted = is_counted(self._counted, self.weight_bitmask)
+        self._over_parameters = self._counted = None
         super()._apply(keeping_integers(fn), recurse)
-        self._over_parameters, self._dtype = None, dtype
-        self._counted = Counted(self.weight_bitmask) if were_counted else None
+        self._dtype = dtype
         if self.row_offsets is not None and not self.weight_bitmask.is_meta:
-            held = self.sparse_weight
+            held = self._over(self.row_offsets)  # which may be uninitialised
             weight = in_dtype(held, dtype)
             if weight is not held:
                 self.set_weight(weight)
             # Devices differ in what they need.
-            self._index(self.sparse_weight)
+            self._index(self._over(self.row_offsets))
+        self._counted = Counted(self.weight_bitmask) if were_counted else None
         return self
 
     def _load_from_state_dict(
@@ -397,9 +398,10 @@ def keeping_integers(
 
     def kept(tensor: torch.Tensor) -> torch.Tensor:
         after = fn(tensor)
-        if tensor.is_floating_point() or after.dtype == tensor.dtype:
-            return after
-        return tensor.to(after.device)
+        if not (tensor.is_floating_point() or after.dtype == tensor.dtype):
+            after = tensor.to(after.device)
+        # nn.Module may make a parameter of it, which nothing can make of a FrozenParameter.
+        return after.detach() if after is tensor else after
 
     return kept
 

@@ -623,3 +623,41 @@ def test_offsets_outlive_moves_and_the_modes_they_were_made_in(
     monkeypatch.setattr(sparse_linear, "count_row_offsets", count)
     for moved in (module.to("cpu"), module.float(), module.share_memory()):
         moved(x.to(moved.dtype))
+
+
+@pytest.mark.skipif(library() is None, reason="there is no native library")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_mask_that_was_replaced_unnoticed_is_refused(bits: int, tokens: int) -> None:
+    module, other = _other_masks(bits)
+    x = torch.ones(tokens, 77, dtype=torch.bfloat16)
+    module(x)
+    module.weight_bitmask.data.copy_(other.weight_bitmask.data)  # of which torch keeps no count
+    with pytest.raises(RuntimeError, match="load others with load_state_dict"):
+        module(x)
+    module.settle()
+    assert torch.equal(module.row_offsets, other.row_offsets)
+
+
+@pytest.mark.parametrize("bits", [16, 12, 8, 4])
+def test_a_module_is_emptied_and_loaded(bits: int) -> None:
+    module = sparse(pruned(dtype=torch.bfloat16), bits)
+    x = torch.randn(3, 77, dtype=torch.bfloat16)
+    emptied = copy.deepcopy(module).to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in emptied.parameters():
+            parameter.fill_(1)
+    emptied.to("cpu").load_state_dict(module.state_dict())
+    assert torch.equal(emptied(x), module(x))
+
+
+@pytest.mark.parametrize("how", ["swap", "overwrite"])
+@pytest.mark.parametrize("bits", BITS)
+def test_parameters_may_be_replaced_by_casts(
+    how: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, twin = sparse(pruned(), bits), sparse(pruned(), bits)
+    wanted = twin.bfloat16()(torch.ones(2, 77, dtype=torch.bfloat16))
+    module(torch.ones(77))
+    monkeypatch.setattr(torch.__future__, f"_{how}_module_params_on_conversion", True)
+    assert torch.equal(module.bfloat16()(torch.ones(2, 77, dtype=torch.bfloat16)), wanted)
