@@ -213,12 +213,12 @@ def time_layer(
     Returns:
         Seconds with dense weights, and with sparse ones; each the best of some rounds.
     """
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.rand(shape, generator=generator)
-    dense[torch.rand(shape, generator=generator) < ratio] = 0.0
+    generator = torch.Generator("cpu").manual_seed(0)
+    dense = torch.rand(shape, generator=generator, device="cpu")
+    dense[torch.rand(shape, generator=generator, device="cpu") < ratio] = 0.0
     weight = dense.to(dtype)
     sparse = SparseWeight.from_dense(weight, _bits_held(bits, dtype), group_size)
-    x = torch.rand((1, shape[1]), generator=generator).to(device, dtype)
+    x = torch.rand((1, shape[1]), generator=generator, device="cpu").to(device, dtype)
     plain = [weight.to(device, copy=True) for _ in range(_TIMED_COPIES)]
     packed = [_copy(sparse, device) for _ in range(_TIMED_COPIES)]
     with torch.no_grad():

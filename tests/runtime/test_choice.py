@@ -179,6 +179,11 @@ def test_whether_a_map_may_offload_to_disk(device_map: object, may: bool) -> Non
     assert may_offload_to_disk(device_map) is may
 
 
+def test_a_layer_is_timed_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        assert min(time_layer((40, 72), 8, None, 0.5, torch.bfloat16, CPU)) > 0
+
+
 def test_a_layer_is_timed_once() -> None:
     layer = ((32, 64), 8, None, 0.5, torch.float32, CPU)
     seconds = time_layer(*layer)
