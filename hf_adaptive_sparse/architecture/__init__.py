@@ -5,6 +5,7 @@ Nearly everything is found by what transformers guarantees for every model (``ge
 says something in words of its own (`config_facts`).
 """
 
+from hf_adaptive_sparse.architecture.adapters import check_no_adapters
 from hf_adaptive_sparse.architecture.config_facts import (
     UNLIMITED_CONTEXT,
     accepts_audio,
@@ -44,6 +45,7 @@ __all__ = [
     "accepts_audio",
     "accepts_images",
     "cache_argument",
+    "check_no_adapters",
     "context_length",
     "cross_attention_layers",
     "decoder_layers",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_adaptive_sparse.architecture.adapters import adapter_modules
 from hf_adaptive_sparse.architecture.config_facts import config_of, kv_widths
 from hf_adaptive_sparse.architecture.layers import decoder_layers, layer_index
 from hf_adaptive_sparse.architecture.names import match_names
@@ -32,7 +33,7 @@ def prunable_weights(
     output head lie outside; weights that are shared with another module, or stored in something
     else than floating point of shape (out, in), are left out, and linears with a forward of their
     own. Routers, which choose or weigh experts, stay whole: most are no linears, and those that are
-    hold next to nothing and decide everything.
+    hold next to nothing and decide everything. Adapters are no part of the model.
 
     Args:
         model: The model.
@@ -49,7 +50,7 @@ def prunable_weights(
     """
     layers_name, layers = decoder_layers(model)
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    routers = _in_routers(layers)
+    left_out = _in_routers(layers) | adapter_modules(layers)
     found: dict[str, Prunable] = {}
     for name, module in layers.named_modules(prefix=layers_name):
         if not isinstance(module, nn.Linear):
@@ -58,7 +59,7 @@ def prunable_weights(
                     found[f"{name}.{stack.key}"] = stack
             continue
         # What is a linear by descent may return anything else: nothing may stand in for it.
-        if type(module).forward is not nn.Linear.forward or module in routers:
+        if type(module).forward is not nn.Linear.forward or module in left_out:
             continue
         weight = module.weight
         plain = tuple(weight.shape) == (module.out_features, module.in_features)

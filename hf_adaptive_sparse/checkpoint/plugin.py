@@ -81,6 +81,7 @@ def apply_config(
         What was removed from each module.
 
     Raises:
+        TypeError: If the model is a wrapper of one.
         ValueError: If the config does not fit the model, or calibration data are needed and
             missing or unusable.
     """

@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from hf_adaptive_sparse.architecture import prunable_weights, spread_by_name
+from hf_adaptive_sparse.architecture import (
+    check_no_adapters,
+    prunable_weights,
+    spread_by_name,
+)
 from hf_adaptive_sparse.profiles import check_ratio
 from hf_adaptive_sparse.pruning.patterns import Pattern, parse_pattern
 
@@ -36,8 +40,10 @@ def resolve_ratios(
         Runtime module name -> ratio, in layer order, for every prunable linear not left out.
 
     Raises:
-        ValueError: If a ratio is invalid or against the pattern, or a name or glob matches nothing.
+        ValueError: If a ratio is invalid or against the pattern, a name or glob matches nothing, or
+            the model has adapters.
     """
+    check_no_adapters(model)
     parsed = parse_pattern(pattern)
     weights = prunable_weights(model, modules_to_not_convert)
     if sparsity is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
 from torch import nn
 
-from hf_adaptive_sparse.architecture import weight_place
+from hf_adaptive_sparse.architecture import check_no_adapters, weight_place
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.pruning.metrics import check_scores, get_metric
 from hf_adaptive_sparse.pruning.parametrizations import check_in_memory
@@ -83,16 +83,18 @@ def check_left_to_choose(n_trials: int, goal: Goal, space: SearchSpace, shape: M
         )
 
 
-def check_weights(model: nn.Module, names: Iterable[str]) -> None:
-    """Check that the weights to be compressed are in memory.
+def check_weights(model: nn.Module, names: Collection[str]) -> None:
+    """Check that the weights to be compressed are in memory, and are those of one model.
 
     Args:
         model: The model.
         names: Names of linears and of stacks of experts.
 
     Raises:
-        ValueError: If one is offloaded.
+        ValueError: If one is offloaded, or the model has adapters.
     """
+    if names:
+        check_no_adapters(model)
     for name in names:
         place = weight_place(model, name)
         if place is not None:

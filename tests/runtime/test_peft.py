@@ -165,6 +165,36 @@ def test_saving_the_wrapped_model_itself_says_what_to_save_instead(
     model.unload().save_pretrained(tmp_path / "out")
 
 
+def test_a_model_with_an_adapter_is_not_pruned(
+    tiny_llama: LlamaForCausalLM, text_batches: Batches, tmp_path: Path
+) -> None:
+    model = adapted(tiny_llama)
+    base = model.get_base_model()
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    config = has.SparsityConfig(metric="magnitude")
+    with pytest.raises(TypeError, match=r"got PeftModel.* merge_and_unload\(\)"):
+        has.prune(model, config)
+    with pytest.raises(ValueError, match=r"no adapters .* merge_and_unload\(\)"):
+        has.prune(base, config)
+    with pytest.raises(ValueError, match=r"no adapters .* merge_and_unload\(\)"):
+        has.search(model, text_batches, text_batches, progress=False)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base.state_dict().items())
+
+    merged = model.merge_and_unload()
+    has.prune(merged, config, progress=False)
+    merged.save_pretrained(tmp_path / "out")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(**text_batches[0]).logits, merged(**text_batches[0]).logits)
+
+
+def test_reports_count_no_weights_of_adapters(folder: Path) -> None:
+    base = load(folder, "dense")
+    expected = has.sparsity_report(base).total
+    adapted(base)
+    found = has.sparsity_report(base).total
+    assert (found.numel, found.ratio) == (expected.numel, expected.ratio)
+
+
 @pytest.mark.parametrize("folder", [8], indirect=True)
 def test_a_merged_adapter_is_saved_without_loss(
     folder: Path, text_batches: Batches, tmp_path: Path
