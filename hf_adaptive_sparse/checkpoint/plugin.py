@@ -68,7 +68,8 @@ def apply_config(
     replaced; by one that asks nothing of the weights, its KV profile alone.
 
     Args:
-        model: A `transformers` model with plain weights.
+        model: A `transformers` model with plain weights: all of it that will be saved, not its
+            language model alone.
         config: How to prune it.
         calibration: Batches, a dataset's name, a path, a `datasets.Dataset` or a
             `CalibrationConfig`; ``None``: what the config names. Metrics that need no data take

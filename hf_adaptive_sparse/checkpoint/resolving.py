@@ -19,7 +19,7 @@ from hf_adaptive_sparse.architecture import (
     spread_by_name,
     stack_names,
 )
-from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError
 from hf_adaptive_sparse.kvcache.cache import AdaptiveQuantizedCache
 from hf_adaptive_sparse.kvcache.generation import check_takes_profile
@@ -96,7 +96,7 @@ def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         if local is None or local in names.values():
             raise CheckpointError(
                 f"The checkpoint's sparsity names {name!r}, which is no linear of "
-                f"{type(model).__name__}. Names look like: {', '.join(list(weights)[:3])}."
+                f"{type(model).__name__}. {_way_out(model, weights)}"
             )
         names[name] = local
     if not isinstance(config.weight_bits, int):
@@ -111,6 +111,19 @@ def rename_for_model(model: PreTrainedModel, config: SparsityConfig) -> None:
         config.modules_to_not_convert = _local_patterns(
             config.modules_to_not_convert, names, list(prunable_weights(model))
         )
+
+
+def _way_out(model: PreTrainedModel, weights: Collection[str]) -> str:
+    """Say what may be wrong with names that a model does not have."""
+    part = model.config.get_text_config(decoder=True)
+    if part is not model.config and our_config(part) is not None:
+        return (
+            "Its config.json has them in that of a part, as where has.prune was given the language "
+            "model alone and the whole was saved, with plain weights: remove 'quantization_config' "
+            "from the part's config to load it. A model that is pruned as a whole is saved "
+            "compressed."
+        )
+    return f"Names look like: {', '.join(list(weights)[:3])}."
 
 
 def resolve_weight_bits(config: SparsityConfig, modules: Iterable[str]) -> dict[str, int]:

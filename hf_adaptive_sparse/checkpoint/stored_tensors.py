@@ -102,8 +102,9 @@ def check_compressed(stored: StoredTensors, formats: Formats, where: Path) -> No
             way_out = ""
             if plain and not stored.kinds["bitmask"]:
                 way_out = (
-                    " Nothing here is compressed, as when a model was made by from_config and "
-                    "saved: remove 'quantization_config' from its config.json to load it."
+                    " Nothing here is compressed, as when a model was made by from_config, or a "
+                    "part of one was pruned or saved by itself: remove 'quantization_config' from "
+                    "its config.json to load it."
                 )
             raise CheckpointError(
                 f"The config says that {name!r} is compressed, so {tensor_name(name, kind)} is "

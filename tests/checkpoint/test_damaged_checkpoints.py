@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlavaForConditionalGeneration,
 )
 
 import hf_adaptive_sparse as has
@@ -380,6 +381,21 @@ def test_a_model_made_of_a_config_alone_is_told_how_to_load(folder: Path, tmp_pa
     edit_config(tmp_path / "fresh", lambda config: config.pop("quantization_config"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
     assert torch.equal(loaded.get_submodule(UP).weight, fresh.get_submodule(UP).weight)
+
+
+def test_a_model_of_which_a_part_was_pruned_is_told_how_to_load(
+    tiny_llava: LlavaForConditionalGeneration, tmp_path: Path
+) -> None:
+    apply_config(
+        tiny_llava.model.language_model, has.SparsityConfig(metric="magnitude"), progress=False
+    )
+    tiny_llava.save_pretrained(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"remove 'quantization_config' from the part's conf"):
+        type(tiny_llava).from_pretrained(tmp_path / "whole")
+    edit_config(tmp_path / "whole", lambda c: c["text_config"].pop("quantization_config"))
+    loaded = type(tiny_llava).from_pretrained(tmp_path / "whole")
+    name = "model.language_model.layers.0.mlp.up_proj"
+    assert torch.equal(loaded.get_submodule(name).weight, tiny_llava.get_submodule(name).weight)
 
 
 def test_code_in_the_repo_is_not_run(folder: Path) -> None:
