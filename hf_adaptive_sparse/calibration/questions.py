@@ -69,10 +69,15 @@ def load_processor(
 
     Raises:
         OSError: If the repo or folder has neither.
-        ValueError: If it has a processor or a tokenizer that cannot be loaded.
+        ValueError: If there is no name, or it has a processor or a tokenizer that cannot be loaded.
     """
     from transformers import AutoProcessor
 
+    if not os.fspath(name_or_path):
+        raise ValueError(
+            "Data that are no batches yet need the model's processor or tokenizer, and a model "
+            "that was made in memory names no repository of one: pass processor=, or batches."
+        )
     hub: dict[str, Any] = {
         "revision": revision or "main",
         "token": token,

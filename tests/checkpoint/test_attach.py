@@ -184,6 +184,18 @@ def test_pruning_in_memory_while_loading_and_from_the_file_are_the_same(
     assert (carried.provenance["calibration"] is None) == (metric == "magnitude")
 
 
+def test_a_model_without_a_repository_needs_the_processor_for_named_data(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 99)
+    settings = has.CalibrationConfig(num_samples=2, sequence_length=20)
+    config = has.SparsityConfig(metric="wanda", calibration=settings)
+    data = tmp_path / "text.txt"
+    with pytest.raises(ValueError, match=r"names no repository .* pass processor="):
+        has.prune(tiny_llama, config, data)
+    has.prune(tiny_llama, config, data, processor=make_tokenizer(), progress=False)
+
+
 @pytest.mark.parametrize("form", ["path", "name", "dataset"])
 def test_data_that_are_no_batches_are_read_with_the_models_own_processor(
     tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
