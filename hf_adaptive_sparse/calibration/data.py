@@ -180,13 +180,17 @@ def configured_batches(
     )
 
 
-def as_batches(source: Source) -> Iterable[Mapping[str, torch.Tensor]] | None:
+def as_batches(
+    source: Source | CalibrationConfig,
+) -> Iterable[Mapping[str, torch.Tensor]] | None:
     """Return a source that is batches already; ``None`` of one that they are made from.
 
     Raises:
         DataError: If it is a dict of datasets.
     """
-    if source is None or isinstance(source, str | os.PathLike) or is_dataset(source):
+    if source is None or isinstance(source, str | os.PathLike | CalibrationConfig):
+        return None
+    if is_dataset(source):
         return None
     return source
 

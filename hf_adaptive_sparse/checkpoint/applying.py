@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,9 +110,7 @@ def prune_and_resolve(
     weight_bits = resolve_weight_bits(config, ratios)
     _check_dtypes(model, config, ratios, weight_bits)
     source = config.calibration if calibration is None else calibration
-    if isinstance(source, os.PathLike):
-        source = os.fspath(source)
-    settings = _settings(source, config.calibration)
+    settings = (config.calibration or CalibrationConfig()).for_source(source)
     removes, hub_arguments = any(ratios.values()), hub_arguments or {}
     batches = None
     if removes and config.needs_calibration:
@@ -265,18 +262,9 @@ def _calibration_batches(
     hub_arguments: Mapping[str, Any],
 ) -> list[Batch]:
     """Return the batches to calibrate on: those that were given, or those of a dataset."""
-    are_made = isinstance(source, CalibrationConfig) or as_batches(source) is None
-    if processor is None and are_made:
+    if processor is None and as_batches(source) is None:
         processor = load_processor(model.config.name_or_path, **hub_arguments)
     return configured_batches(source, settings, processor, model.config)
-
-
-def _settings(source: object, fallback: CalibrationConfig | None) -> CalibrationConfig:
-    """Return how calibration is done; ready batches and names keep the config's other settings."""
-    if isinstance(source, CalibrationConfig):
-        return source
-    settings = fallback or CalibrationConfig()
-    return replace(settings, dataset=source) if isinstance(source, str) else settings
 
 
 def _target(
@@ -307,7 +295,7 @@ def _provenance(
     calibration: dict[str, Any] | None = None
     if batches is not None:
         calibration = {**settings.to_dict(), "dataset": _published(settings.dataset)}
-        if not isinstance(source, str | CalibrationConfig):
+        if not isinstance(source, str | os.PathLike | CalibrationConfig):
             calibration = {"batches": len(batches), "sequential": settings.sequential}
     earlier = our_config(model)
     known = {} if earlier is None else earlier.provenance

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -49,6 +50,18 @@ class CalibrationConfig:
         weight = self.image_weight
         if not isinstance(weight, Real) or isinstance(weight, bool) or not float(weight) >= 0.0:
             raise ValueError(f"image_weight must be a number >= 0, got {weight!r}.")
+
+    def for_source(self, source: object) -> CalibrationConfig:
+        """Return the settings by which a source is read.
+
+        Args:
+            source: Settings, which say all; a name or path, which these settings take; or data.
+        """
+        if isinstance(source, CalibrationConfig):
+            return source
+        if isinstance(source, str | os.PathLike):
+            return replace(self, dataset=os.fspath(source))
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,11 +99,7 @@ class SearchData:
 
 def as_config(data: Data, defaults: CalibrationConfig) -> CalibrationConfig | None:
     """Return how to make the batches of data that are read; ``None`` for ready batches."""
-    if isinstance(data, CalibrationConfig):
-        return data
-    if isinstance(data, str | os.PathLike):
-        return replace(defaults, dataset=os.fspath(data))
-    return defaults if as_batches(data) is None else None
+    return defaults.for_source(data) if as_batches(data) is None else None
 
 
 def resolve(
