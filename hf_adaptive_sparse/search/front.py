@@ -8,21 +8,17 @@ onto that mean.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.shape import ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.suggesting import suggest, uniform_params
-
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
+from hf_adaptive_sparse.search.suggesting import Suggests, suggest, uniform_params
 
 MEAN = "mean_sparsity"
 """Parameter of a trial: the mean ratio it is to have."""
 
 
-def suggest_on_front(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidate:
+def suggest_on_front(trial: Suggests, space: SearchSpace, shape: ModelShape) -> Candidate:
     """Draw a mean ratio above 0, which is the dense model, then a profile that has it."""
     low, high = space.grid
     low = low if low > 0 else round(low + space.step, 12)

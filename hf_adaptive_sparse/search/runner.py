@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.claims import claim
+from hf_adaptive_sparse.search.enqueued import CheckedTrial
 from hf_adaptive_sparse.search.errors import TrialFailure, TrialsFailed
 from hf_adaptive_sparse.search.evaluation_result import Evaluation, Reporter
 from hf_adaptive_sparse.search.front import suggest_on_front
@@ -182,7 +183,7 @@ class TrialRunner:
         return outcome
 
     def _evaluate(self, trial: Trial) -> float | Sequence[float]:
-        candidate = self.suggest(trial, self.space, self.shape)
+        candidate = self._draw(trial)
         for key, value in candidate.to_attributes().items():
             trial.set_user_attr(key, value)
         trial.set_user_attr(UNIFORM, candidate.digest == self.uniform)
@@ -196,8 +197,7 @@ class TrialRunner:
         try:
             evaluation = self.objective(candidate, self._reporter(trial))
         except TrialFailure as failure:
-            logger.warning("Trial %d failed: %s", trial.number, failure.reason)
-            raise self._failed(trial, failure.reason, repeatable=failure.repeatable) from failure
+            raise self._told(trial, failure) from failure
         finally:
             trial.set_user_attr("seconds", time.perf_counter() - start)
         for key, value in evaluation.to_attributes().items():
@@ -205,6 +205,12 @@ class TrialRunner:
         if evaluation.stopped:
             raise self._stopped(trial, evaluation.value, evaluation.of_batches)
         return evaluation.values[0] if len(evaluation.values) == 1 else evaluation.values
+
+    def _draw(self, trial: Trial) -> Candidate:
+        try:
+            return self.suggest(CheckedTrial(trial), self.space, self.shape)
+        except TrialFailure as failure:
+            raise self._told(trial, failure) from failure
 
     def _reporter(self, trial: Trial) -> Reporter | None:
         # Optuna has no early stopping where several figures are minimised.
@@ -235,6 +241,10 @@ class TrialRunner:
         # always behind complete ones, by the estimates of their values.
         trial.report(estimate, step)
         return TrialPruned()
+
+    def _told(self, trial: Trial, failure: TrialFailure) -> TrialFailure:
+        logger.warning("Trial %d failed: %s", trial.number, failure.reason)
+        return self._failed(trial, failure.reason, repeatable=failure.repeatable)
 
     @staticmethod
     def _failed(trial: Trial, reason: str, *, repeatable: bool) -> TrialFailure:

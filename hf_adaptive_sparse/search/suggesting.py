@@ -7,7 +7,7 @@ to `candidate_projection.project`; nothing else in the search knows what a param
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.candidate_projection import Draw, project
@@ -15,15 +15,21 @@ from hf_adaptive_sparse.search.kv_split import LayerBits
 from hf_adaptive_sparse.search.shape import Group, ModelShape
 from hf_adaptive_sparse.search.space import SearchSpace
 
-if TYPE_CHECKING:
-    from optuna.trial import BaseTrial
+
+class Suggests(Protocol):
+    """What a profile is drawn from: any of Optuna's trials."""
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None
+    ) -> float:
+        """Return the value of a parameter."""
 
 
-def suggest(trial: BaseTrial, space: SearchSpace, shape: ModelShape) -> Candidate:
+def suggest(trial: Suggests, space: SearchSpace, shape: ModelShape) -> Candidate:
     """Draw a profile: sample every free choice, then project onto the budget.
 
     Args:
-        trial: Anything with Optuna's ``suggest_float``.
+        trial: Gives the parameters.
         space: The search space.
         shape: The space applied to the model.
 

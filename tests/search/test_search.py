@@ -22,7 +22,7 @@ from hf_adaptive_sparse.search.evaluation_result import Evaluation
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
-from hf_adaptive_sparse.search.study import search
+from hf_adaptive_sparse.search.study import STUDY_NAME, search
 from tests.families.tiny_models import tiny_model
 from tests.processors import make_tokenizer
 
@@ -513,6 +513,31 @@ def test_a_search_ends_after_its_time_but_never_without_a_profile(run, monkeypat
 def test_a_sampler_of_the_users_own_is_used(run):
     result = run(sampler=optuna.samplers.RandomSampler(seed=3), n_trials=3)
     assert isinstance(result.study.sampler, optuna.samplers.RandomSampler)
+
+
+@pytest.mark.parametrize("value", ["high", "0.5", None, math.nan, math.inf, 9.0, 1e300, [0.5]])
+def test_a_set_parameter_that_nothing_draws_fails_its_trial_once(run, value, caplog):
+    study = {"storage": optuna.storages.InMemoryStorage(), "early_stopping": False}
+    params = run(**study).best_trial.params
+    optuna.load_study(study_name=STUDY_NAME, storage=study["storage"]).enqueue_trial(
+        {name: value for name in params}
+    )
+    rows = run(**study, n_trials=9).history
+    failed = [row for row in rows if row["failure"] is not None]
+    assert [row["number"] for row in failed] == [6]
+    assert "must be a number from 0.45 to 0.55, got " + repr(value) in failed[0]["failure"]
+    assert failed[0]["failure"] in caplog.text
+    assert [row["state"] for row in rows].count("complete") == 8
+    assert len(run(**study, n_trials=9).history) == 9
+
+
+def test_a_set_parameter_in_range_is_tried(run):
+    study = {"storage": optuna.storages.InMemoryStorage()}
+    params = run(**study, n_trials=1).best_trial.params
+    first, *others = params
+    wish = {first: 0.55} | dict.fromkeys(others, 0.5)
+    optuna.load_study(study_name=STUDY_NAME, storage=study["storage"]).enqueue_trial(wish)
+    assert run(**study, n_trials=2, warm_start=False).history[1]["block_ratios"][0] > 0.5
 
 
 def test_an_odd_number_of_layers_splits_one_layer(run, tiny_llama):
