@@ -89,8 +89,8 @@ class TestPage:
         assert page.addresses == []
         assert "http" not in (tmp_path / "report.html").read_text().replace("data:image", "")
         for said in (
-            "12 of 40 trials were stopped",
-            "28 were kept",
+            "Of 40 trials, 12 ended early",
+            "28 ran in full",
             "15 % saved",
             "-2.00 %, 95 % interval -3.00 to -1.00 %",
             "paired bootstrap over 12 windows",
@@ -296,7 +296,7 @@ class TestFailureSigns:
     def test_low_bits_lose_the_quality(self):
         rows = linear_rows(20)
         rows += [row(20 + n, 190.0, key_bits=[2] + [8] * 5) for n in range(3)]
-        assert "3 trials whose narrowest layer has 2 bits" in self.signs(rows)
+        assert "with 2 bits in the narrowest layer, 3 of 23 trials" in self.signs(rows)
 
     @pytest.mark.parametrize(
         ("failure", "said"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hf_adaptive_sparse.report.study_facts import Row, StudyFacts
+from hf_adaptive_sparse.search.comparison import held_out_verdict
 from hf_adaptive_sparse.search.storage import quiet_optuna
 
 FEWEST_TRIALS = 10
@@ -239,16 +240,8 @@ def failure_signs(facts: StudyFacts) -> list[str]:
     signs += _failures(facts)
     held = facts.held_out
     if held is not None and best is not None and not best["uniform"]:
-        if held["low_percent"] <= 0 <= held["high_percent"]:
-            signs.append(
-                "On held-out data the best profile cannot be told from the uniform one: the "
-                "interval of the difference holds 0. Use more evaluation data."
-            )
-        elif held["low_percent"] > 0:
-            signs.append(
-                "On held-out data the best profile is worse than the uniform one: the search has "
-                "fitted its evaluation data. Use more of them."
-            )
+        verdict = held_out_verdict(held)
+        signs += [verdict] if verdict else []
     return signs
 
 
@@ -274,8 +267,9 @@ def _low_bits(facts: StudyFacts) -> list[str]:
         if bits and min(bits) <= LOW_BITS and value > COLLAPSE * uniform["value"]:
             lost[min(bits)] = lost.get(min(bits), 0) + 1
     return [
-        f"Quality collapses at low KV bits: {count} trials whose narrowest layer has {bits} bits "
-        f"are more than {COLLAPSE:g} times as bad as uniform. Leave {bits} out of the palette."
+        f"Quality collapses at low KV bits: with {bits} bits in the narrowest layer, {count} of "
+        f"{len(facts.evaluated)} trials came out more than {COLLAPSE:g} times as bad as uniform. "
+        f"Leave {bits} out of the palette."
         for bits, count in sorted(lost.items())
     ]
 

@@ -36,7 +36,8 @@ def _held_out(facts: StudyFacts, folder: Path) -> str:
         text = (
             "The study holds no comparison on data that the search did not see. The command line's "
             "<code>search</code> and <code>compress</code> make one; in Python, pass "
-            "<code>held_out=</code> to <code>search()</code>."
+            "<code>held_out=</code> to <code>search()</code>. A front of quality and bytes "
+            "has none: its profiles differ in size."
         )
         return section("Against uniform, on held-out data", f'<p class="note">{text}</p>')
     text = f"On these, {held_out_text(held)}{_masks(facts)}."
@@ -156,9 +157,9 @@ def _stopping(facts: StudyFacts, folder: Path) -> str:
     if saved is None:
         return section("Early stopping", '<p class="note">No trial was stopped early.</p>')
     text = (
-        f"{saved['stopped']} of {saved['stopped'] + saved['kept']} trials were stopped, as a "
-        "paired test on the batches seen so far said that they are worse than the best one; "
-        f"{saved['kept']} were kept and evaluated in full. {saved['batches']:,} of "
+        f"Of {saved['stopped'] + saved['kept']} trials, {saved['stopped']} ended early, because a "
+        "paired test on the batches seen so far said that their profile is worse than the best "
+        f"one, and {saved['kept']} ran in full. {saved['batches']:,} of "
         f"{saved['of_batches']:,} batches were evaluated: {saved['saved_percent']:.0f} % saved."
     )
     return section("Early stopping", f"<p>{text}</p>")

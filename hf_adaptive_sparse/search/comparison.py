@@ -232,6 +232,26 @@ def held_out_text(stored: Mapping[str, Any]) -> str:
     )
 
 
+def held_out_verdict(stored: Mapping[str, Any]) -> str:
+    """Return a warning where a stored comparison does not show that the best profile is better.
+
+    Returns:
+        A sentence; empty where the whole interval lies below 0, or the best profile is a narrower
+        one, which takes fewer bytes than the uniform one.
+    """
+    if stored["high_percent"] < 0.0 or stored.get(NARROWED):
+        return ""
+    if stored["low_percent"] > 0.0:
+        return (
+            "On held-out data the best profile is worse than the uniform one: the search has found "
+            "nothing better. Use more evaluation data, or prune uniformly, without a search."
+        )
+    return (
+        "On held-out data the best profile cannot be told from the uniform one: the interval of "
+        "the difference holds 0. Use more evaluation data."
+    )
+
+
 def _narrower(attributes: Mapping[str, Any], best: int | None) -> CompressionProfile | None:
     """Return the profile that replaced the best trial's, if one did."""
     narrowing = narrowing_of(attributes, best)

@@ -17,7 +17,12 @@ from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.files import replacing
 from hf_adaptive_sparse.profiles import CalibrationConfig, CompressionProfile, check_format_version
 from hf_adaptive_sparse.pruning.apply import PruningReport
-from hf_adaptive_sparse.search.comparison import HELD_OUT, held_out_of, held_out_text
+from hf_adaptive_sparse.search.comparison import (
+    HELD_OUT,
+    held_out_of,
+    held_out_text,
+    held_out_verdict,
+)
 from hf_adaptive_sparse.search.fingerprint import STUDY_FORMAT, study_versions
 from hf_adaptive_sparse.search.front import MEAN
 from hf_adaptive_sparse.search.narrowing_result import NARROWER, Narrowing, narrowing_of
@@ -134,7 +139,8 @@ class SearchResult:
         held_out = held_out_of(self.study.user_attrs, self.best_trial.number)
         lines = [] if self.narrowing is None else list(self.narrowing.lines)
         if held_out is not None and held_out["change_percent"] != 0.0:  # of another profile
-            lines.insert(0, f"On held-out data: {held_out_text(held_out)}.")
+            told = (f"On held-out data: {held_out_text(held_out)}.", held_out_verdict(held_out))
+            lines[:0] = filter(None, told)
         return lines
 
     @property

@@ -101,7 +101,8 @@ def search(
             Unused for metrics that need none and for a search of KV bits alone.
         evaluation: Data whose perplexity is minimised; ``None`` is WikiText-2's validation split.
         held_out: Data that the best profile is compared with the uniform one on when the search
-            ends; the interval of the difference is stored with the study. ``None``: none is made.
+            ends; the interval of the difference is stored with the study. ``None``: none is made,
+            as for a front of quality and bytes, whose profiles differ in size.
         space: What may be chosen, and the budget; ``None`` is the paper's ``SearchSpace()``.
         metric: Pruning metric that ranks the weights.
         n_trials: Distinct profiles tried in all, those of former runs of the study and failed ones
@@ -158,7 +159,8 @@ def search(
         processor,
         calibration=calibration,
         evaluation=evaluation,
-        held_out=held_out,
+        # Under a front's budgets a profile may well be better for its size alone.
+        held_out=None if goal.sweeps_budget else held_out,
         ranks=space.prunes and get_metric(metric).needs_calibration,
     )
     for asked in goal.objectives().values():  # here for the same reason

@@ -307,6 +307,12 @@ class TestFront:
         assert trial.distributions[MEAN].low == pytest.approx(lowest)
         assert trial.distributions[MEAN].high == pytest.approx(target + 0.2)
 
+    def test_its_profiles_are_not_compared_with_one_of_another_size(self, run, text_batches):
+        space = SearchSpace(blocks=4, kv_bits=None, sparsity_range=0.2)
+        arguments = {"n_trials": 2, "held_out": text_batches, "space": space}
+        assert run(objective=("perplexity", "bytes"), **arguments).to_dict()["held_out"] is None
+        assert run(objective=("perplexity", "kl"), **arguments).to_dict()["held_out"] is not None
+
     def test_no_profile_beats_one_of_the_front(self, front):
         for point in front.pareto:
             mine = tuple(point.values.values())

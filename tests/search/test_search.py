@@ -540,6 +540,20 @@ def test_a_set_parameter_in_range_is_tried(run):
     assert run(**study, n_trials=2, warm_start=False).history[1]["block_ratios"][0] > 0.5
 
 
+def test_a_best_profile_that_is_worse_on_held_out_data_is_told(run, monkeypatch):
+    losses = Evaluator.losses
+
+    def worse(self, candidate, windows):
+        more = 0.0 if candidate.digest == self.uniform.digest else 1.0
+        return [(loss + more * tokens, tokens) for loss, tokens in losses(self, candidate, windows)]
+
+    monkeypatch.setattr(Evaluator, "losses", worse)
+    held_out = [{"input_ids": torch.arange(32).reshape(4, 8)}]
+    figures, verdict, *_ = run(held_out=held_out).lines
+    assert "(uniform): +" in figures
+    assert verdict.startswith("On held-out data the best profile is worse than the uniform one")
+
+
 def test_an_odd_number_of_layers_splits_one_layer(run, tiny_llama):
     config = type(tiny_llama.config)(**(tiny_llama.config.to_dict() | {"num_hidden_layers": 3}))
     model = LlamaForCausalLM(config).eval()
