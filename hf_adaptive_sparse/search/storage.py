@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -44,18 +45,28 @@ OPENING_ATTEMPTS = 10
 _RECORD = b'{"op_code":'  # what Optuna begins each of a journal's lines with
 _STORAGES = "optuna.storages"
 
+_quiet_lock = threading.Lock()
+_verbosities: list[int] = []  # what each `quiet_optuna` that is open found
+
 
 @contextlib.contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Silence Optuna's line per trial; the progress bar and the stored attributes replace it."""
+    """Silence Optuna's line per trial; the progress bar and the stored attributes replace it.
+
+    Of threads that are in here together, the last to leave restores what the first one found.
+    """
     import optuna
 
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with _quiet_lock:
+        _verbosities.append(optuna.logging.get_verbosity())
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
     finally:
-        optuna.logging.set_verbosity(verbosity)
+        with _quiet_lock:
+            verbosity = _verbosities.pop()
+            if not _verbosities:
+                optuna.logging.set_verbosity(verbosity)
 
 
 def detached_study(study: Study) -> Study:

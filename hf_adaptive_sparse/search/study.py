@@ -33,6 +33,7 @@ from hf_adaptive_sparse.search.data import (
 )
 from hf_adaptive_sparse.search.errors import SearchError, StorageError
 from hf_adaptive_sparse.search.evaluator import Evaluator, open_evaluator
+from hf_adaptive_sparse.search.exclusion import alone_with
 from hf_adaptive_sparse.search.fingerprint import config_fields, fingerprint
 from hf_adaptive_sparse.search.front import uniform_params_on_front
 from hf_adaptive_sparse.search.narrowing import is_due, narrow_on
@@ -95,7 +96,7 @@ def search(
 
     Args:
         model: The dense model. It is masked until the search ends, so nothing else, such as another
-            thread, may use it meanwhile.
+            thread, may use it meanwhile; a second search of it is refused.
         calibration: Data that the weights are ranked on: batches, a dataset name, a path, a
             `datasets.Dataset`, a `CalibrationConfig`; ``None`` is WikiText-2's training split.
             Unused for metrics that need none and for a search of KV bits alone.
@@ -143,41 +144,41 @@ def search(
             another model, space or data.
         StorageError: If the storage cannot be used.
     """
-    space = SearchSpace() if space is None else space
-    goal = Goal.of(objective)
-    check_arguments(n_trials, seed, metric, space)
-    check_limits(timeout_seconds, goal, space)
-    check_sampler(sampler)
-    excluded = tuple(module_names(modules_to_not_convert))
-    shape = ModelShape.of(model, space, excluded)
-    check_weights(model, shape.numel)
-    check_left_to_choose(n_trials, goal, space, shape)
-    # A budget that cannot be met is refused here, so that it leaves no study behind.
-    uniform = uniform_candidate(space, shape)
-    data = SearchData.of(
-        model,
-        processor,
-        calibration=calibration,
-        evaluation=evaluation,
-        # Under a front's budgets a profile may well be better for its size alone.
-        held_out=None if goal.sweeps_budget else held_out,
-        ranks=space.prunes and get_metric(metric).needs_calibration,
-    )
-    for asked in goal.objectives().values():  # here for the same reason
-        asked.check(data.evaluation)
-    warn_of_weak_evaluation(data.evaluation, data.calibration, space)
-    made_for = fingerprint(
-        model,
-        space=space.to_dict(),
-        objective=goal.to_json(),
-        metric=metric,
-        image_weight=data.image_weight,
-        excluded=excluded,
-        calibration=data.calibration,
-        evaluation=data.evaluation,
-    )
-    baseline = uniform_params_on_front if goal.sweeps_budget else uniform_params
-    with quiet_optuna(), storage_errors(_storage_name(storage)):
+    with alone_with(model), quiet_optuna(), storage_errors(_storage_name(storage)):
+        space = SearchSpace() if space is None else space
+        goal = Goal.of(objective)
+        check_arguments(n_trials, seed, metric, space)
+        check_limits(timeout_seconds, goal, space)
+        check_sampler(sampler)
+        excluded = tuple(module_names(modules_to_not_convert))
+        shape = ModelShape.of(model, space, excluded)
+        check_weights(model, shape.numel)
+        check_left_to_choose(n_trials, goal, space, shape)
+        # A budget that cannot be met is refused here, so that it leaves no study behind.
+        uniform = uniform_candidate(space, shape)
+        data = SearchData.of(
+            model,
+            processor,
+            calibration=calibration,
+            evaluation=evaluation,
+            # Under a front's budgets a profile may well be better for its size alone.
+            held_out=None if goal.sweeps_budget else held_out,
+            ranks=space.prunes and get_metric(metric).needs_calibration,
+        )
+        for asked in goal.objectives().values():  # here for the same reason
+            asked.check(data.evaluation)
+        warn_of_weak_evaluation(data.evaluation, data.calibration, space)
+        baseline = uniform_params_on_front if goal.sweeps_budget else uniform_params
+        made_for = fingerprint(
+            model,
+            space=space.to_dict(),
+            objective=goal.to_json(),
+            metric=metric,
+            image_weight=data.image_weight,
+            excluded=excluded,
+            calibration=data.calibration,
+            evaluation=data.evaluation,
+        )
         study = open_study(
             open_storage(storage),
             study_name or STUDY_NAME,

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import optuna
@@ -22,6 +24,7 @@ from hf_adaptive_sparse.search.evaluation_result import Evaluation
 from hf_adaptive_sparse.search.evaluator import Evaluator
 from hf_adaptive_sparse.search.result import SearchResult
 from hf_adaptive_sparse.search.space import SearchSpace
+from hf_adaptive_sparse.search.storage import quiet_optuna
 from hf_adaptive_sparse.search.study import STUDY_NAME, search
 from tests.families.tiny_models import tiny_model
 from tests.processors import make_tokenizer
@@ -593,3 +596,34 @@ def test_kv_bits_are_refused_where_generate_makes_a_cache_of_another_kind():
     batches = [{"input_ids": torch.arange(24).view(2, 12) + 100}]
     with pytest.raises(ValueError, match=r"MiniMaxForCausalLM makes one of its own.*kv_bits"):
         search(tiny_model("minimax"), batches, batches, n_trials=2, progress=False)
+
+
+def test_two_threads_do_not_search_one_model(run, monkeypatch):
+    begun, refused = threading.Event(), threading.Event()
+    measure = Evaluator.measure
+
+    def waiting(*arguments):
+        begun.set()
+        assert refused.wait(60)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(Evaluator, "measure", waiting)
+        first = pool.submit(run, n_trials=2)
+        assert begun.wait(60)
+        with pytest.raises(ValueError, match="another thread searches this one"):
+            run(n_trials=2)
+        refused.set()
+        disturbed = first.result(60)
+    assert without_time(disturbed.history) == without_time(run(n_trials=2).history)
+
+
+def test_searches_in_threads_leave_the_verbosity_of_optuna_as_it_was():
+    before = optuna.logging.get_verbosity()
+    first, second = quiet_optuna(), quiet_optuna()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert optuna.logging.get_verbosity() == optuna.logging.ERROR
+    second.__exit__(None, None, None)
+    assert optuna.logging.get_verbosity() == before
