@@ -25,6 +25,19 @@ from hf_adaptive_sparse.search.trials import Tally
 logger = logging.getLogger(__name__)
 
 
+def check_model(model: object) -> None:
+    """Check that a model was loaded, and not only named.
+
+    Raises:
+        TypeError: If it was not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a model in memory, got {type(model).__name__}. Load it with "
+            "from_pretrained(); compress() takes a name or a folder."
+        )
+
+
 def check_arguments(n_trials: int, seed: int, metric: str, space: SearchSpace) -> None:
     """Check the arguments of `search`.
 

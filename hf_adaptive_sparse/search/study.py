@@ -22,6 +22,7 @@ from hf_adaptive_sparse.search.checks import (
     check_arguments,
     check_left_to_choose,
     check_limits,
+    check_model,
     check_outcome,
     check_weights,
 )
@@ -144,6 +145,7 @@ def search(
             another model, space or data.
         StorageError: If the storage cannot be used.
     """
+    check_model(model)
     with alone_with(model), quiet_optuna(), storage_errors(_storage_name(storage)):
         space = SearchSpace() if space is None else space
         goal = Goal.of(objective)

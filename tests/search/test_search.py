@@ -598,6 +598,11 @@ def test_kv_bits_are_refused_where_generate_makes_a_cache_of_another_kind():
         search(tiny_model("minimax"), batches, batches, n_trials=2, progress=False)
 
 
+def test_a_name_is_no_model(run):
+    with pytest.raises(TypeError, match=r"model must be a model in memory, got str. Load it"):
+        run(model="llava-hf/llava-1.5-7b-hf")
+
+
 def test_two_threads_do_not_search_one_model(run, monkeypatch):
     begun, refused = threading.Event(), threading.Event()
     measure = Evaluator.measure
