@@ -10,6 +10,7 @@ from hf_adaptive_sparse.cli.demo import add_demo
 from hf_adaptive_sparse.cli.env import add_env
 from hf_adaptive_sparse.cli.evaluate import add_evaluate
 from hf_adaptive_sparse.cli.hub import add_inspect, add_push
+from hf_adaptive_sparse.cli.parser import Parser
 from hf_adaptive_sparse.cli.prune import add_prune
 from hf_adaptive_sparse.cli.report import add_report
 from hf_adaptive_sparse.cli.search import add_search
@@ -32,7 +33,7 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-adaptive-sparse",
         description="Compress vision-language models: adaptive sparsity and an adaptive KV cache.",
     )

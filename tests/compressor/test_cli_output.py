@@ -63,3 +63,27 @@ def test_a_stdout_that_is_full_is_no_bug(
         with pytest.raises(SystemExit, match="2"):
             main(["env"])
     assert "the result cannot be printed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("compress M", "compress: the following arguments are required: --output. See "),
+        ("compress M --ouput d", "required: --output (did you mean --output for --ouput?). See "),
+        (
+            "compress --output d M --target_sparsity=0.5",
+            "compress: unrecognized arguments: --target_sparsity=0.5 (did you mean "
+            "--target-sparsity for --target_sparsity?). See hf-adaptive-sparse compress --help.",
+        ),
+        ("compress M --output d --zzz", "unrecognized arguments: --zzz. See "),
+        ("push DIR REPO more", "push: unrecognized arguments: more. See "),
+        ("compres M --revision 1", "invalid choice: 'compres'"),
+        ("", "required: COMMAND. See hf-adaptive-sparse --help."),
+    ],
+)
+def test_bad_usage_is_one_line(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "did you mean" not in line or "did you mean" in said
