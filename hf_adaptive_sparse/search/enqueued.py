@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 
+ROUNDING = 1e-9
+"""How far a parameter may lie outside of its range: a target of many digits does, by less."""
+
+
 class CheckedTrial:
     """A trial that refuses set parameters which no sampler would draw.
 
@@ -36,7 +40,7 @@ class CheckedTrial:
             TrialFailure: If it was set to anything but a number from ``low`` to ``high``.
         """
         value = self._set.get(name, low)
-        if not (isinstance(value, Real) and low <= float(value) <= high):
+        if not (isinstance(value, Real) and low - ROUNDING <= float(value) <= high + ROUNDING):
             raise TrialFailure(
                 f"The enqueued parameter {name!r} must be a number from {low:g} to {high:g}, got "
                 f"{value!r}. Enqueue another trial.",

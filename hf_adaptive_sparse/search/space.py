@@ -240,7 +240,7 @@ class SearchSpace:
             return self.sparsity_low
         if self.is_free:
             return FREE_RANGE[0]
-        return max(0.0, round(self.target - self.sparsity_range, 12))
+        return max(0.0, self._off_target(-self.sparsity_range))
 
     @property
     def high(self) -> float:
@@ -249,7 +249,11 @@ class SearchSpace:
             return self.sparsity_high
         if self.is_free:
             return max(FREE_RANGE[1], self.low)
-        return round(self.target + self.sparsity_range, 12)
+        return self._off_target(self.sparsity_range)
+
+    def _off_target(self, distance: float) -> float:
+        # The target itself may have more digits.
+        return round(self.target + distance, 12) if distance else self.target
 
     @property
     def grid(self) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def uniform_params(space: SearchSpace, shape: ModelShape) -> dict[str, float]:
     """
     params: dict[str, float] = {}
     if _chooses_ratios(space, shape):
-        ratio = space.grid[0] if space.is_free else space.target
+        ratio = space.grid[0] if space.is_free else round(space.target, 12)  # as the grid is
         params = {_ratio_name(group): ratio for group in shape.groups}
     if shape.kv is not None:
         params |= shape.kv.uniform_parameters()

@@ -534,6 +534,14 @@ def test_a_set_parameter_that_nothing_draws_fails_its_trial_once(run, value, cap
     assert len(run(**study, n_trials=9).history) == 9
 
 
+@pytest.mark.parametrize("target", [1 / 3, 2 / 3])
+def test_a_target_of_many_digits_has_a_baseline(run, target):
+    space = SearchSpace(target, sparsity_low=target, sparsity_high=0.8, blocks=4, kv_bits=None)
+    result = run(space=space, n_trials=1)
+    assert result.history[0]["block_ratios"] == pytest.approx([target] * 4, abs=1e-12)
+    assert result.baseline is not None
+
+
 def test_a_set_parameter_in_range_is_tried(run):
     study = {"storage": optuna.storages.InMemoryStorage()}
     params = run(**study, n_trials=1).best_trial.params

@@ -42,6 +42,13 @@ def test_the_grid_contains_the_target_where_the_range_is_no_multiple_of_the_step
     assert (space.low, space.high) == (0.55, 0.65)
 
 
+@pytest.mark.parametrize("target", [1 / 3, 2 / 3, 0.1 + 0.2])
+def test_a_target_of_many_digits_lies_in_every_range(target):
+    space = SearchSpace(target_sparsity=target, sparsity_range=0.0)
+    assert (space.low, space.high) == (target, target)
+    assert not space.searches_sparsity
+
+
 @pytest.mark.parametrize("target", [None, 0, 0.0])
 def test_no_target_means_no_sparsity_search(target):
     space = SearchSpace(target_sparsity=target)
