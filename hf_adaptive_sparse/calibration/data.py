@@ -20,11 +20,8 @@ from transformers import PretrainedConfig
 from hf_adaptive_sparse.architecture import context_length, media_token_ids
 from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.calibration.media import accepted_media, require_processor
-from hf_adaptive_sparse.calibration.questions import (
-    format_question,
-    load_processor,
-    question_batch,
-)
+from hf_adaptive_sparse.calibration.processors import load_processor
+from hf_adaptive_sparse.calibration.questions import format_question, question_batch
 from hf_adaptive_sparse.calibration.records import (
     DataError,
     Records,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.architecture import Prunable, prunable_weights, rewrites_weights
 from hf_adaptive_sparse.calibration.data import Batch, Source, as_batches, configured_batches
-from hf_adaptive_sparse.calibration.questions import load_processor
+from hf_adaptive_sparse.calibration.processors import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig, our_config
 from hf_adaptive_sparse.checkpoint.resolving import (
     per_layer_kv_cache,

@@ -39,7 +39,7 @@ from hf_adaptive_sparse.calibration.data import (
     read_records,
 )
 from hf_adaptive_sparse.calibration.media import accepted_media
-from hf_adaptive_sparse.calibration.questions import load_processor
+from hf_adaptive_sparse.calibration.processors import load_processor
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.empty_weights import keep_in_float32_
 from hf_adaptive_sparse.checkpoint.headers import CheckpointError, read_headers

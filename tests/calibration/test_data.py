@@ -13,7 +13,7 @@ import torch
 from hf_adaptive_sparse.calibration import records
 from hf_adaptive_sparse.calibration.data import DataError, load_batches
 from hf_adaptive_sparse.calibration.local_files import local_table
-from hf_adaptive_sparse.calibration.questions import load_processor
+from hf_adaptive_sparse.calibration.processors import load_processor
 from tests.calibration.test_records import png
 from tests.conftest import llama_config
 from tests.processors import make_llava_processor, make_tokenizer

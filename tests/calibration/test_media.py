@@ -30,7 +30,8 @@ import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.media import Media, require_processor
 from hf_adaptive_sparse.calibration.pictures import MAX_FRAMES, load_frames
-from hf_adaptive_sparse.calibration.questions import format_question, load_processor
+from hf_adaptive_sparse.calibration.processors import load_processor
+from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.calibration.records import TRANSCRIBE, DataError, read_records
 from hf_adaptive_sparse.calibration.sounds import load_sound
 from hf_adaptive_sparse.compressor import DataSource, ModelSource

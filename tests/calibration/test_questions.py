@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from hf_adaptive_sparse.calibration.media import Media
+from hf_adaptive_sparse.calibration.processors import load_processor
 from hf_adaptive_sparse.calibration.questions import (
     encode_questions,
     format_question,
-    load_processor,
     most_frequent,
     padding,
     question_batch,

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from hf_adaptive_sparse.architecture import cache_argument
-from hf_adaptive_sparse.calibration.questions import load_processor
+from hf_adaptive_sparse.calibration.processors import load_processor
 from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.evaluation import answering, vqa
