@@ -1,8 +1,8 @@
 """Batches for calibration and evaluation, from a dataset's name, a path or a ready list.
 
 `load_batches` is the one way in: it opens the source (`records`), and makes of what it finds
-windows of text (`text_windows`) or answered questions about images, videos or sounds
-(`questions`).
+windows of text (`text_windows`), or answered questions (`questions`) or conversations
+(`conversation_batches`) about images, videos or sounds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_adaptive_sparse.architecture import context_length, media_token_ids
+from hf_adaptive_sparse.calibration.conversation_batches import conversation_batch
+from hf_adaptive_sparse.calibration.conversations import first_exchange
 from hf_adaptive_sparse.calibration.hub_datasets import is_dataset
 from hf_adaptive_sparse.calibration.media import accepted_media, require_processor
 from hf_adaptive_sparse.calibration.processors import load_processor
@@ -64,7 +66,10 @@ def load_batches(
     Text: the lines joined by newlines, tokenised without special tokens, cut into consecutive
     windows of ``sequence_length`` tokens; the rest is dropped. Questions: prompt, answer and end
     of sequence, padded on the right, with ``labels`` of -100 everywhere but on the answer
-    (see `questions`). Rows without a text, or without all of a question, are left out.
+    (see `questions`). Conversations about something: the whole in the chat template, with
+    ``labels`` on every answer (see `conversation_batches`); those of text alone are lines of a
+    text, each in the chat template. Rows without a text, or without all of a question or of a
+    conversation, are left out.
 
     Args:
         source: ``None`` (WikiText-2 from the Hub), a Hub dataset as ``name[:config[:split]]``, a
@@ -72,9 +77,9 @@ def load_batches(
             list of batches, which is checked and returned.
         processor: Processor or tokenizer of the model. Not used for a list of batches.
         config: The model's config.
-        num_samples: Windows or questions at most; ``None`` takes all there are.
+        num_samples: Windows, questions or conversations at most; ``None`` takes all there are.
         sequence_length: Tokens per window of text. ``None``: ``min(2048, the model's context)``.
-        batch_size: Windows or questions per batch.
+        batch_size: Windows, questions or conversations per batch.
         seed: Seed of the choice of samples.
         split: Split of a Hub dataset that names none itself; ``shuffle`` goes by it, too.
         shuffle: Draw the samples from the first ``POOL_FACTOR * num_samples`` (``True``), or take
@@ -86,8 +91,8 @@ def load_batches(
         halves: Batch the first half of the samples and the rest apart, each in half of the batches.
 
     Returns:
-        Batches of ``input_ids`` and ``attention_mask``, both (batch, seq) int64. For
-        questions also ``labels`` (batch, seq) int64 and what the processor makes of the images,
+        Batches of ``input_ids`` and ``attention_mask``, both (batch, seq) int64. For questions and
+        conversations also ``labels`` (batch, seq) int64 and what the processor makes of the images,
         videos or sounds.
 
     Raises:
@@ -131,7 +136,11 @@ def load_batches(
     if medium is None:
         return [_window_batch(chunk) for chunk in chunks]
     context = context_length(config)
-    return [question_batch(processor, chunk, context=context) for chunk in chunks]
+    if records.conversations and not config.is_encoder_decoder:
+        return [conversation_batch(processor, chunk, context=context) for chunk in chunks]
+    # What a decoder of its own predicts, its encoder has not read: it takes one question.
+    questions = [[first_exchange(row) for row in chunk] for chunk in chunks]
+    return [question_batch(processor, chunk, context=context) for chunk in questions]
 
 
 def _chunks(samples: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_adaptive_sparse.calibration.tables import (
     AUDIO,
+    CONVERSATION_COLUMNS,
     FRAMES,
     IMAGE,
     IMAGES,
@@ -99,8 +100,8 @@ def _table(data: Any, name: str) -> Table:
     Decoding them is left to us, who need no torchcodec for WAV files and decode only what is used.
     """
     features = data.features or {}
-    for column in (IMAGE, IMAGES, VIDEO, FRAMES, AUDIO):
-        if column in features:
+    for column in (IMAGE, IMAGES, VIDEO, FRAMES, AUDIO, *CONVERSATION_COLUMNS):
+        if column in features and _undecoded(features[column]) != features[column]:
             data = data.cast_column(column, _undecoded(features[column]))
     # A stream may not know its columns before its first row.
     columns = list(data.column_names or next(iter(data), {}))
@@ -135,6 +136,8 @@ def _undecoded(feature: Any) -> Any:
             return kind(decode=False)
     if isinstance(feature, datasets.List):
         return datasets.List(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
     return feature
 
 

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from hf_adaptive_sparse.architecture import UNLIMITED_CONTEXT
+from hf_adaptive_sparse.calibration.chat_templates import rendered, text_part
 from hf_adaptive_sparse.calibration.media import (
     MEDIA,
     PLACE,
@@ -30,8 +30,8 @@ from hf_adaptive_sparse.calibration.media import (
     shown,
     takes_suffix,
 )
-from hf_adaptive_sparse.calibration.processors import first_line
 from hf_adaptive_sparse.calibration.records import QUESTION, DataError, Row
+from hf_adaptive_sparse.calibration.rows import SYSTEM
 
 IGNORED = -100
 """Label of a token that is not scored."""
@@ -50,6 +50,7 @@ def format_question(
     *,
     medium: Medium | None = "image",
     count: int = 1,
+    system: str = "",
 ) -> str:
     """Return the prompt that asks a question, about an image, a video, a sound, or nothing.
 
@@ -61,6 +62,7 @@ def format_question(
             placeholder of the image (default `PLAIN_PROMPT`).
         medium: What comes with the question; ``None``: nothing.
         count: How many of these do.
+        system: What the system says before the question, if anything.
 
     Raises:
         ValueError: If ``prompt`` lacks ``{question}``, or the chat template takes no question.
@@ -70,13 +72,17 @@ def format_question(
     template = prompt if prompt is not None else "{question}" if chat else PLAIN_PROMPT
     if "{question}" not in template:
         raise ValueError(f"prompt must contain {{question}}, got {prompt!r}.")
-    text = template.replace("{question}", _without_placeholders(processor, question))
+    text = template.replace("{question}", without_placeholders(processor, question))
     if chat:
-        return _rendered(processor, text, medium, count)
+        said = [{"role": "system", "content": [text_part(system)]}] if system else []
+        shows = [] if medium is None else [{"type": str(medium)}] * count
+        asked = {"role": "user", "content": [*shows, text_part(text)]}
+        return rendered(processor, [*said, asked], prompt=True)
     bos = tokenizer.bos_token
     added = _adds_bos(tokenizer) or takes_suffix(processor)
     start = "" if bos is None or added else bos
-    return f"{start}{needed_placeholder(processor, medium) * count}{text}"
+    before = f"\n{system}" if system else ""
+    return f"{start}{needed_placeholder(processor, medium) * count}{before}{text}"
 
 
 def row_prompt(processor: Any, row: Row, prompt: str | None = None) -> str:
@@ -88,49 +94,21 @@ def row_prompt(processor: Any, row: Row, prompt: str | None = None) -> str:
         prompt: See `format_question`.
     """
     medium = medium_of(row)
-    return format_question(processor, row[QUESTION], prompt, medium=medium, count=shown(row))
+    return format_question(
+        processor,
+        row[QUESTION],
+        prompt,
+        medium=medium,
+        count=shown(row),
+        system=without_placeholders(processor, row.get(SYSTEM, "")),
+    )
 
 
-def _without_placeholders(processor: Any, text: str) -> str:
+def without_placeholders(processor: Any, text: str) -> str:
     """Return a text that asks for no image, video or sound: each placeholder would ask for one."""
     for medium in MEDIA:
         text = text.replace(placeholder(processor, medium), "")
     return text.strip()
-
-
-def _rendered(processor: Any, text: str, medium: Medium | None, count: int) -> str:
-    """Return the user's message in the chat template.
-
-    Some templates of language models with an added encoder know text only: they leave the medium
-    out, print its description, or fail on a list. They get the placeholder as text.
-
-    Raises:
-        ValueError: If the template takes neither.
-    """
-
-    def render(content: list[dict[str, str]] | str) -> str:
-        messages = [{"role": "user", "content": content}]
-        return str(
-            processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        )
-
-    said = [{"type": "text", "text": text}]
-    shows = [] if medium is None else [{"type": str(medium)}] * count
-    try:
-        rendered = render(shows + said)
-        if repr(shows + said) not in rendered and not (shows and rendered == render(said)):
-            return rendered
-    except (TypeError, TemplateError):
-        pass
-    try:
-        shown_as_text = "" if medium is None else placeholder(processor, medium) * count
-        return render(f"{shown_as_text}{text}")
-    except (TypeError, TemplateError) as error:
-        raise ValueError(
-            f"The chat template of {type(processor).__name__} must take a message of the user "
-            f"alone; it does not ({first_line(error)}). Set processor.chat_template to one that "
-            "does, or to None to ask without a template."
-        ) from error
 
 
 def format_answer(processor: Any, prompt: str, answer: str) -> str:
@@ -214,7 +192,7 @@ def question_batch(
             the context, or something cannot be opened.
     """
     prompts = [row_prompt(processor, row, prompt) for row in rows]
-    said = [_without_placeholders(processor, most_frequent(row["answers"])) for row in rows]
+    said = [without_placeholders(processor, most_frequent(row["answers"])) for row in rows]
     answers = [
         format_answer(processor, prompt, text) for prompt, text in zip(prompts, said, strict=True)
     ]
@@ -293,17 +271,23 @@ def answer_ids(processor: Any, prompt: str, answer: str) -> list[int]:
         prompt: The prompt.
         answer: The answer, as `format_answer` returns it.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
     if takes_suffix(processor):
         prompt = ""
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
-    shared = 0
-    for first, second in zip(before, whole, strict=False):
-        if first != second:
-            break
-        shared += 1
-    return whole[shared:]
+    whole = token_ids(processor, prompt + answer)
+    return whole[shared_tokens(token_ids(processor, prompt), whole) :]
+
+
+def token_ids(processor: Any, text: str) -> list[int]:
+    """Return the tokens of a text without those that a tokenizer adds."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def shared_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return with how many tokens both begin."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Rows of text, or of questions about something, read lazily from a Hub dataset or a local file.
+"""Rows of text, of questions or of conversations, read lazily from a Hub dataset or a local file.
 
 A source is ``name``, ``name:config`` or ``name:config:split`` on the Hub, or a local ``.parquet``,
 ``.jsonl``, ``.json`` or ``.txt`` file or a folder of parquet files. Rows come one after the other,
@@ -12,8 +12,10 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Literal
 
+from hf_adaptive_sparse.calibration.conversations import conversation_rows, medium_inside
 from hf_adaptive_sparse.calibration.hub_datasets import dataset_table, hub_table, is_dataset
 from hf_adaptive_sparse.calibration.local_files import (
     FILE_TYPES,
@@ -33,6 +35,7 @@ from hf_adaptive_sparse.calibration.rows import (
 )
 from hf_adaptive_sparse.calibration.tables import (
     AUDIO,
+    CONVERSATION_COLUMNS,
     FRAMES,
     IMAGE,
     IMAGES,
@@ -94,11 +97,14 @@ class Records:
             (tuple of str, not empty), ``column`` and ``place`` (str, for messages) and what is
             asked about: ``image``, ``video`` or ``audio``, as `media` opens them.
         rows: Starts a new pass over the rows.
+        conversations: Rows have ``messages`` instead of ``text`` or ``answers``, as chat templates
+            of processors take them; ``question`` is the first that the user asks.
     """
 
     name: str
     kind: Kind
     rows: Callable[[], Iterator[Row]]
+    conversations: bool = False
 
     @property
     def medium(self) -> Medium | None:
@@ -125,13 +131,14 @@ def read_records(
             iterable of rows.
         split: Split of a Hub dataset that names none itself. Local files have no splits; in a
             folder, files are preferred whose name, or that of a folder they lie in, begins with it.
-        media: What the model takes. Questions about these win over a ``text`` column; others are
-            ignored.
+        media: What the model takes. Questions about these, then conversations about them, win over
+            a ``text`` column, and that over conversations without any; others are ignored.
         revision: Revision of a Hub dataset.
         token: Token for private or gated Hub datasets.
 
     Returns:
-        Records of text or of questions: of what the first row holds, if that is usable.
+        Records of text, of questions or of conversations (columns `CONVERSATION_COLUMNS`): of what
+        the first row holds, if that is usable.
 
     Raises:
         DataError: If the source cannot be read or has no usable columns.
@@ -194,8 +201,9 @@ def _select(table: Table, media: Collection[Medium] = MEDIA) -> Records:
             "with a 'text' column, or give batches that it takes."
         )
     raise DataError(
-        "Data must have a column 'text', or the columns 'image', 'images', 'video', 'frames' or "
-        f"'audio' with 'question' and 'answer' (or 'answers'); {found}."
+        "Data must have a column 'text', a conversation ('messages', 'conversations' or 'texts'), "
+        "or the columns 'image', 'images', 'video', 'frames' or 'audio' with 'question' and "
+        f"'answer' (or 'answers'); {found}."
     )
 
 
@@ -203,15 +211,28 @@ def _of_columns(
     columns: Collection[str], table: Table, media: Collection[Medium]
 ) -> Records | None:
     """Return the records that some columns of a table make, if they do."""
-    for medium in MEDIA:
-        column = _first(MEDIA_COLUMNS[medium], columns)
-        if column is None or medium not in media:
-            continue
+    shown = {
+        medium: column
+        for medium in MEDIA
+        if medium in media and (column := _first(MEDIA_COLUMNS[medium], columns))
+    }
+    for medium, column in shown.items():
         asked = _asked_about(medium, columns)
         if asked is not None:
             rows = partial(question_rows, table, medium, column, *asked)
             return Records(table.name, _KINDS[medium], rows)
-    return Records(table.name, "text", lambda: text_rows(table)) if TEXT in columns else None
+    told = _first(CONVERSATION_COLUMNS, columns)
+    about = None
+    if told is not None:
+        about = next(iter(shown), None) or medium_inside(table, told, media)
+    if TEXT in columns and about is None:
+        return Records(table.name, "text", lambda: text_rows(table))
+    if told is None:
+        return None
+    names = MEDIA_COLUMNS[about] if about else tuple(chain.from_iterable(MEDIA_COLUMNS.values()))
+    beside = [name for name in names if name in table.columns]
+    kind: Kind = "text" if about is None else _KINDS[about]
+    return Records(table.name, kind, partial(conversation_rows, table, told, about, beside), True)
 
 
 def _asked_about(medium: Medium, columns: Collection[str]) -> tuple[str | None, str] | None:

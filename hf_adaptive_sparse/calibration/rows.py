@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,15 @@ logger = logging.getLogger(__name__)
 QUESTION = "question"
 TRANSCRIBE = "Transcribe the audio."
 
+SYSTEM = "system"
+"""Key of a row: what the system says before the question; none of a plain question."""
+
 ROWS_TO_JUDGE = 1000
-"""Rows that are looked at for one with a question, an answer and what the question is about."""
+"""Rows that are looked at for one that can be used."""
+
+
+class Unusable(Exception):
+    """Why a row is left out, in words that follow its name."""
 
 
 def text_rows(table: Table) -> Iterator[Row]:
@@ -64,12 +71,8 @@ def question_rows(
     Raises:
         DataError: If none of the first `ROWS_TO_JUDGE` has all, or one is no valid Unicode.
     """
-    wanted = [column, *([] if question is None else [question]), answer]
-    usable, lacks = False, ""
-    for number, row in enumerate(table.scan(wanted)):
-        if number == ROWS_TO_JUDGE and not usable:
-            break
-        place = f"row {number} of {table.name}"
+
+    def read(row: Row, place: str) -> Row:
         answers = read_answers(row.get(answer))
         asked = TRANSCRIBE if question is None else row.get(question)
         lacking = {
@@ -78,26 +81,58 @@ def question_rows(
             answer: not any(text.strip() for text in answers),
         }
         if any(lacking.values()):
-            if not lacks:
-                names = " and ".join(repr(name) for name, missing in lacking.items() if missing)
-                lacks = f"{place} has nothing usable in {names}"
-                logger.warning("Rows without all of a question are left out: %s.", lacks)
-            continue
-        usable = True
+            names = " and ".join(repr(name) for name, missing in lacking.items() if missing)
+            raise Unusable(f"has nothing usable in {names}")
         check_unicode("".join((str(asked), *answers)), place)
-        shown = row[column] if table.folder is None else _resolve(row[column], table.folder)
-        yield {
-            medium: shown,
+        return {
+            medium: resolved(row[column], table.folder),
             QUESTION: asked,
             "answers": answers,
             COLUMN: column,
             PLACE: place,
         }
+
+    wanted = [column, *([] if question is None else [question]), answer]
+    needed = f"{_article(column)}, a question and an answer"
+    return usable_rows(table, wanted, read, "question", needed)
+
+
+def usable_rows(
+    table: Table,
+    wanted: Sequence[str],
+    read: Callable[[Row, str], Row],
+    what: str,
+    needed: str,
+) -> Iterator[Row]:
+    """Start a pass over the rows that can be used; the first that cannot is named in a warning.
+
+    Args:
+        table: The table.
+        wanted: Columns that are read.
+        read: Returns a row as it is used, given the table's and its place. It raises `Unusable` for
+            one that is left out.
+        what: What a row holds, for the warning.
+        needed: What it must have for that, for the error.
+
+    Raises:
+        DataError: If none of the first `ROWS_TO_JUDGE` can be used.
+    """
+    usable, lacks = False, ""
+    for number, row in enumerate(table.scan(wanted)):
+        if number == ROWS_TO_JUDGE and not usable:
+            break
+        place = f"row {number} of {table.name}"
+        try:
+            found = read(row, place)
+        except Unusable as reason:
+            if not lacks:
+                lacks = f"{place} {reason}"
+                logger.warning("Rows without all of a %s are left out: %s.", what, lacks)
+            continue
+        usable = True
+        yield found
     if lacks and not usable:
-        raise DataError(
-            f"Rows must have {_article(column)}, a question and an answer; {lacks}, and no other "
-            "of them has all."
-        )
+        raise DataError(f"Rows must have {needed}; {lacks}, and no other of them has all.")
 
 
 def check_unicode(text: str, place: str) -> None:
@@ -126,8 +161,7 @@ def row_image(table: Table, row: Row) -> Any:
         table: The table that the row is from; relative paths lie in its folder.
         row: A row with the column ``image``.
     """
-    image = row.get(IMAGE)
-    return image if table.folder is None else _resolve(image, table.folder)
+    return resolved(row.get(IMAGE), table.folder)
 
 
 def read_answers(value: Any) -> tuple[str, ...]:
@@ -143,12 +177,14 @@ def read_answers(value: Any) -> tuple[str, ...]:
     return ()
 
 
-def _resolve(value: Any, folder: Path) -> Any:
+def resolved(value: Any, folder: Path | None) -> Any:
     """Place relative paths in the folder: of an image, a sound, a video, or each frame of one."""
+    if folder is None:
+        return value
     if isinstance(value, str):
         return folder / value
     if isinstance(value, Mapping) and value.get("path") and value.get("bytes") is None:
         return value if value.get("array") is not None else folder / str(value["path"])
     if isinstance(value, list):
-        return [_resolve(frame, folder) for frame in value]
+        return [resolved(frame, folder) for frame in value]
     return value

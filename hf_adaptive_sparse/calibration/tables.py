@@ -16,6 +16,8 @@ IMAGES = "images"
 VIDEO: Final = "video"
 FRAMES = "frames"
 AUDIO: Final = "audio"
+CONVERSATION_COLUMNS = ("messages", "conversations", "texts")
+"""Columns a conversation is taken from, the first that is there."""
 
 Row = Mapping[str, Any]
 

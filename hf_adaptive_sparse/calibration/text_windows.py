@@ -15,7 +15,8 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_adaptive_sparse.architecture import context_length
-from hf_adaptive_sparse.calibration.records import TEXT, DataError, Records
+from hf_adaptive_sparse.calibration.conversation_texts import line_of_conversation
+from hf_adaptive_sparse.calibration.records import TEXT, DataError, Records, Row
 
 DEFAULT_LENGTH = 2048
 """Tokens per window, where the model's context is not shorter."""
@@ -59,6 +60,7 @@ def read_windows(
 
     Args:
         records: Records of kind ``"text"``. A row is a line; one newline at its end is its own.
+            A conversation is one in its chat template.
         processor: Processor or tokenizer.
         length: Tokens per window.
         count: Windows at most; ``None`` for all.
@@ -71,7 +73,7 @@ def read_windows(
     Raises:
         DataError: If the text does not fill one window.
     """
-    lines = iter(row[TEXT].removesuffix("\n").removesuffix("\r") for row in records)
+    lines = (_line_of(processor, row).removesuffix("\n").removesuffix("\r") for row in records)
     text: list[str] = []
     wanted = None if count is None else count * length
     target = None if wanted is None else CHARACTERS_PER_TOKEN * wanted
@@ -91,6 +93,11 @@ def read_windows(
             "tokens. Use more text or a shorter sequence_length."
         )
     return list(ids[: (full if count is None else min(count, full)) * length].split(length))
+
+
+def _line_of(processor: Any, row: Row) -> str:
+    """Return the text of a row, which may be a conversation."""
+    return str(row[TEXT]) if TEXT in row else line_of_conversation(processor, row)
 
 
 def _take(lines: Iterator[str], text: list[str], target: int | None) -> bool:

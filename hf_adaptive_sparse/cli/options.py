@@ -162,15 +162,15 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="DATA",
-        help="Hub dataset (name:config:split) or parquet, jsonl or text file "
-        "(default: WikiText-2, training split)",
+        help="Hub dataset (name:config:split) or parquet, jsonl or text file of text, questions or "
+        "conversations (default: WikiText-2, training split)",
     )
     parser.add_argument(
         "--calibration-samples",
         type=int,
         default=DataSource.num_samples,
         metavar="N",
-        help=f"windows or questions of them (default: {DataSource.num_samples})",
+        help=f"windows, questions or conversations of them (default: {DataSource.num_samples})",
     )
 
 
@@ -187,7 +187,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=EVALUATION_SAMPLES,
         metavar="N",
-        help=f"windows or questions of them (default: {EVALUATION_SAMPLES})",
+        help=f"windows, questions or conversations of them (default: {EVALUATION_SAMPLES})",
     )
 
 
@@ -196,7 +196,8 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions",
         metavar="DATA",
-        help="questions to answer: columns image (or video, audio), question, answer",
+        help="questions to answer: columns image (or video, audio), question, answer; of "
+        "conversations the first question",
     )
 
 
@@ -213,7 +214,7 @@ def add_batches(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="windows or questions per batch (default: 1)",
+        help="windows, questions or conversations per batch (default: 1)",
     )
 
 

@@ -115,7 +115,8 @@ class Measuring:
         loaded: The model, and the batches of ``evaluation``.
         evaluation: What the search is evaluated on, and the perplexity measured.
         questions: Questions to answer. ``None``: those of ``evaluation`` that the search does not
-            see; where the data make a single batch, it sees them all, and they are asked.
+            see; where the data make a single batch, it sees them all, and they are asked. Of
+            conversations none are asked then.
         progress: Show progress bars.
     """
 
@@ -130,7 +131,9 @@ class Measuring:
         self._asked, self._progress = questions or evaluation, progress
         self._records = self._asked.questions(loaded.model.config, "validation")
         shared = loaded.held_out is loaded.searched
-        if self._records is not None and questions is None and not shared:
+        if self._records is not None and questions is None and self._records.conversations:
+            self._records = None  # their answers are seldom such as another model repeats
+        elif self._records is not None and questions is None and not shared:
             seen = sum(token_shape(batch)[0] for batch in loaded.searched)
             self._records = _without_first(self._records, seen)
 

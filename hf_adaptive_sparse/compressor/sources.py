@@ -264,9 +264,9 @@ class DataSource:
     Attributes:
         source: Dataset name, path, dataset in memory, or ready batches. ``None``: WikiText-2 from
             the Hub.
-        num_samples: Windows of text, or questions, at most.
+        num_samples: Windows of text, questions or conversations at most.
         sequence_length: Tokens per window; ``None``: ``min(2048, the model's context)``.
-        batch_size: Windows or questions per batch.
+        batch_size: Windows, questions or conversations per batch.
         seed: Seed of the choice of samples.
         name: What model cards call the data; ``None``: the dataset's or the file's name.
     """

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_adaptive_sparse.calibration.conversations import first_exchange
 from hf_adaptive_sparse.calibration.media import accepted_media, require_processor
 from hf_adaptive_sparse.calibration.questions import answer_ids, format_answer, row_prompt
 from hf_adaptive_sparse.calibration.records import DataError, Records, Row, read_records
@@ -69,7 +70,8 @@ def vqa_accuracy(
     Args:
         model: A model that takes images, videos or sounds.
         processor: Its processor.
-        records: Questions about them: records, or a source as `read_records` takes it.
+        records: Questions about them: records, or a source as `read_records` takes it. Of a
+            conversation the first question is asked.
         kv_cache: ``None``: the model's own KV profile, if any; ``False``: none; a `KVCacheConfig`:
             that one.
         batch_size: Questions generated for together, padded on the left.
@@ -112,7 +114,7 @@ def vqa_accuracy(
     require_processor(processor, records.medium, records.name)
     scores: dict[Match, float] = {"whole": 0.0, "prefix": 0.0}
     answers: list[GeneratedAnswer] = []
-    rows = itertools.islice(records, num_samples)
+    rows = map(first_exchange, itertools.islice(records, num_samples))
     with tqdm(desc="Questions", unit="question", disable=not progress) as bar:
         while chunk := list(itertools.islice(rows, batch_size)):
             # A prefix is compared with no more tokens than the longest answer has.

@@ -21,9 +21,9 @@ class CalibrationConfig:
     Attributes:
         dataset: Hub dataset as ``name``, ``name:config`` or ``name:config:split``, or the path of
             a local parquet, jsonl or text file. ``None``: WikiText-2's training split.
-        num_samples: Windows of text, or questions, that are used at most.
+        num_samples: Windows of text, questions or conversations that are used at most.
         sequence_length: Tokens per window of text. ``None``: ``min(2048, the model's context)``.
-        batch_size: Windows or questions per batch.
+        batch_size: Windows, questions or conversations per batch.
         sequential: Each layer is calibrated on the output of the pruned layers before it
             (``True``) or of the dense ones (``False``, "one-shot").
         image_weight: Weight of an image token in the activation statistics; text tokens weigh 1.

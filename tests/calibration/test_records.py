@@ -244,7 +244,9 @@ def test_a_json_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch) -> No
 
 
 def test_unusable_columns_are_listed() -> None:
-    with pytest.raises(DataError, match=r"'text', or .*'answer'.* has the columns title, body"):
+    with pytest.raises(
+        DataError, match=r"'text', .*'messages', .* or .*'answer'.* has the columns title, body"
+    ):
         read_records([{"title": "x", "body": "y"}])
     with pytest.raises(DataError, match=r"must have rows; the list of records has none"):
         read_records([])
