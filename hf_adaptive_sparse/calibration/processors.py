@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 logger = logging.getLogger(__name__)
 
-_PROCESSOR_FILES = (
+PROCESSOR_CONFIGS = (
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -83,7 +83,7 @@ def _processor_file(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]
     """Return the name of a file that describes the model's processor; ``None``: it has none."""
     from transformers.utils import has_file
 
-    return next((file for file in _PROCESSOR_FILES if has_file(name_or_path, file, **hub)), None)
+    return next((file for file in PROCESSOR_CONFIGS if has_file(name_or_path, file, **hub)), None)
 
 
 def _warn_of_text_alone(

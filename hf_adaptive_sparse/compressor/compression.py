@@ -19,7 +19,7 @@ from hf_adaptive_sparse.compressor.final_prune import final_config
 from hf_adaptive_sparse.compressor.measuring import Measurement, Measuring
 from hf_adaptive_sparse.compressor.offload import weight_files
 from hf_adaptive_sparse.compressor.pruned_folder import prune_and_save
-from hf_adaptive_sparse.compressor.saving import Recipe, save_report
+from hf_adaptive_sparse.compressor.saving import Recipe, copy_processor, save_report
 from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
@@ -165,6 +165,7 @@ class Compression:
         report = prune_and_save(
             model, config, batches, processor, folder, files=files, progress=self.progress
         )
+        copy_processor(self.model, folder)
         return model, report
 
     def _recipe(self, answered: int) -> Recipe:

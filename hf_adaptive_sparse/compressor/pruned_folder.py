@@ -18,7 +18,12 @@ from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
 from hf_adaptive_sparse.compressor.checks import on_cpu
 from hf_adaptive_sparse.compressor.offload import prune_into, weight_files
-from hf_adaptive_sparse.compressor.saving import Recipe, save_model, save_report
+from hf_adaptive_sparse.compressor.saving import (
+    Recipe,
+    copy_processor,
+    save_model,
+    save_report,
+)
 from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
@@ -100,6 +105,7 @@ def prune_to_folder(
         report = prune_and_save(
             dense, config, batches, processor, folder, files=files, consume=True, progress=progress
         )
+        copy_processor(model, folder)
         recipe = Recipe(model, None if batches is None else data.label, None, seed)
         save_report(folder, dense, report, recipe, processor=processor)
         weight_bytes = weight_bytes_on_disk(folder)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import PreTrainedModel
+from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from hf_adaptive_sparse.architecture import (
     accepts_audio,
@@ -18,11 +23,13 @@ from hf_adaptive_sparse.architecture import (
     prunable_weights,
 )
 from hf_adaptive_sparse.calibration.media import takes
+from hf_adaptive_sparse.calibration.processors import PROCESSOR_CONFIGS
 from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.measuring import Measurement
 from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.hub.license import license_of
+from hf_adaptive_sparse.hub.source import local_folder
 from hf_adaptive_sparse.profiles import CompressionProfile, SparsityProfile
 from hf_adaptive_sparse.pruning.report import PruningReport
 from hf_adaptive_sparse.report import (
@@ -114,6 +121,23 @@ def save_processor(processor: Any, folder: Path) -> None:
         return
     with writing("The processor", folder):
         processor.save_pretrained(folder)
+
+
+def copy_processor(model: ModelSource, folder: Path) -> None:
+    """Copy the configs of a processor of which only the tokenizer was loaded, and saved.
+
+    What it needs and this machine lacks may be there where the folder is used. Configs that name
+    code of the repo stay away, as the code does.
+    """
+    if any((folder / file).is_file() for file in PROCESSOR_CONFIGS):
+        return
+    held, name = local_folder(model.name), os.fspath(model.name)
+    for file in (*PROCESSOR_CONFIGS, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE):
+        with suppress(FileNotFoundError, EntryNotFoundError):
+            path = held / file if held else hf_hub_download(name, file, revision=model.revision)
+            text = Path(path).read_text(encoding="utf-8")
+            if '"auto_map"' not in text:
+                (folder / file).write_text(text, encoding="utf-8")
 
 
 def save_search(result: SearchResult, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
+from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel, LlavaProcessor
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration import data as load_data
@@ -19,6 +19,9 @@ from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import DataSource, compress, pruned_folder
 from hf_adaptive_sparse.compressor.checks import check_goal
+from hf_adaptive_sparse.compressor.pruned_folder import prune_to_folder
+from hf_adaptive_sparse.compressor.saving import copy_processor
+from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation import vqa
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import JOURNAL
@@ -360,3 +363,37 @@ def test_calibration_data_that_nothing_reads_are_not_named(
     )
     assert result.config.provenance["calibration"] is None
     assert "missing.txt" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("job", ["prune", "prune --offload", "compress"])
+def test_a_processor_that_cannot_be_loaded_here_is_in_the_folder_all_the_same(
+    llava_folder: Path, text_file: Path, tmp_path: Path, monkeypatch, job: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("\nThis processor requires torchvision\nPlease install it")
+
+    config, data = SparsityConfig(metric="magnitude"), DataSource(text_file, sequence_length=16)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+        if job == "compress":
+            out = tmp_path / "out"
+            compress(llava_folder, out, config=config, n_trials=1, evaluation=data, progress=False)
+        else:
+            source = ModelSource(llava_folder)
+            prune_to_folder(
+                source, tmp_path / "out", config, offload=job.endswith("offload"), progress=False
+            )
+    written, whole = (
+        AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "out", llava_folder)
+    )
+    assert type(written) is type(whole) is LlavaProcessor
+    assert written.to_dict() == whole.to_dict()
+
+
+def test_no_processor_is_copied_whose_code_is_not(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    folder.mkdir()
+    (source / "preprocessor_config.json").write_text('{"auto_map": {"AutoProcessor": "a.B"}}')
+    copy_processor(ModelSource(source), folder)
+    assert not list(folder.iterdir())
