@@ -146,8 +146,8 @@ def require_processor(processor: Any, medium: Medium, data: str) -> None:
     if all(getattr(processor, part, None) is None for part in _PARTS[medium]):
         part = _PARTS[medium][0].replace("_", " ")
         way_out = "Load it with AutoProcessor, or use data with a 'text' column."
-        if medium == VIDEO and not is_torchvision_available():
-            way_out += " The video processors of transformers need torchvision: pip install it."
+        if medium != AUDIO and not is_torchvision_available():
+            way_out += " Processors that take videos, too, need torchvision: pip install it."
         raise ValueError(
             f"{data} holds {plural}, so the model's processor must have {_article(part)}; {name} "
             f"has none. {way_out}"
@@ -210,17 +210,25 @@ def sampling_rate(processor: Any) -> int:
 
 
 def processed(processor: Any, text: Sequence[str], arguments: Mapping[str, Any]) -> Any:
-    """Call a processor; name the package it needs if that is not installed.
+    """Call a processor; say what to do where it cannot be.
 
     Raises:
-        ValueError: If a package is missing.
+        ValueError: If it needs a package that is not installed, or does not take the texts and
+            what comes with them, such as videos of different lengths in one batch.
     """
+    name = type(processor).__name__
     try:
         return processor(text=list(text), return_tensors="pt", **arguments)
     except ImportError as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} needs a package that is not installed: {reason}") from error
+    except ValueError as error:
+        if len(text) == 1:
+            raise
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{type(processor).__name__} needs a package that is not installed: {reason.strip()}"
+            f"{name} does not take {len(text)} questions as one batch: {reason}. Use a batch size "
+            "of 1."
         ) from error
 
 

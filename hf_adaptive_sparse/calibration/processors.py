@@ -93,7 +93,7 @@ def _warn_of_text_alone(
         "The processor of %s needs %s; only its tokenizer is used, which takes text alone. %s",
         name_or_path,
         need,
-        first_line(error),
+        " ".join(str(error).split()),
     )
 
 

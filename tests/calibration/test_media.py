@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -361,4 +362,21 @@ def test_a_processor_that_cannot_be_loaded_says_why(
     monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
     with caplog.at_level(logging.WARNING):
         assert load_processor(tmp_path)("a")["input_ids"] == [7]
-    assert "text alone. This processor requires torchvision" in caplog.text
+    assert "text alone. This processor requires torchvision Please install it" in caplog.text
+
+
+def test_a_tokenizer_in_the_place_of_a_processor_says_what_that_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hf_adaptive_sparse.calibration.media.is_torchvision_available", bool)
+    with pytest.raises(ValueError, match=r"AutoProcessor, .* need torchvision: pip install it"):
+        require_processor(make_llava_processor().tokenizer, "image", "pictures")
+
+
+def test_what_a_processor_does_not_take_as_one_batch(video_model: PreTrainedModel) -> None:
+    """As LLaVA-OneVision's and InternVL's, which do not pad videos of different lengths."""
+    rows = [{"frames": frames(n), "question": "what?", "answer": "red"} for n in (2, 3)]
+    data, processor = datasets.Dataset.from_list(rows), make_video_processor()
+    with pytest.raises(ValueError, match=r"not take 2 questions as one batch: .*batch size of 1"):
+        load_batches(data, processor, config=video_model.config, batch_size=2)
+    assert len(load_batches(data, processor, config=video_model.config)) == 2
