@@ -62,7 +62,8 @@ def prune(
     generates exactly as one loaded with ``sparsity_config=config``.
 
     Args:
-        model: A causal language model or vision-language model of transformers.
+        model: A causal language model or vision-language model of transformers: all of it that
+            will be saved, without adapters.
         config: Ratio, metric, pattern, and the KV profile the model shall carry.
         calibration: List of batches, dataset name, path or `datasets.Dataset`; ``None``:
             ``config.calibration``.
@@ -74,7 +75,8 @@ def prune(
         What was removed from each linear.
 
     Raises:
+        TypeError: If ``model`` is a wrapper of a model.
         ValueError: If the metric needs calibration and there is none, if a name or glob matches no
-            prunable linear, or if weights or activations are not finite.
+            prunable linear, if the model has adapters, or if weights or activations are not finite.
     """
     return apply_config(model, config, calibration, processor, progress=progress)
