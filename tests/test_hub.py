@@ -389,7 +389,9 @@ def test_incomplete_folders_send_nothing(
 
     refused(tmp_path / "absent", "There is no folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "has no config.json")
+    refused(tmp_path / "empty", "has no config.json: it is not a complete")
+    (tmp_path / "empty/adapter_config.json").write_text("{}")
+    refused(tmp_path / "empty", r"a PEFT adapter alone\. Merge it .*merge_and_unload\(\)")
     tiny_llama.save_pretrained(tmp_path / "dense")
     refused(tmp_path / "dense", "was not compressed by hf_adaptive_sparse")
     sharded = write_compressed(tmp_path / "sharded", tiny_llama, shards=2)

@@ -25,6 +25,7 @@ from hf_adaptive_sparse.hub.errors import check_repo_id, explained
 from hf_adaptive_sparse.naming import expanded, looks_like_path
 
 CONFIG_NAME = "config.json"
+ADAPTER_NAME = "adapter_config.json"
 MAX_JSON_BYTES = 100_000_000
 
 # A first read this share of a file holds the header of any but the smallest, whose header is short.
@@ -193,6 +194,11 @@ def read_small(source: Source, file: str) -> bytes:
         ValueError: If the file is missing or far too large.
     """
     if file not in source.sizes:
+        if ADAPTER_NAME in source.sizes:
+            raise ValueError(
+                f"{source.name} has no {file}: it is a PEFT adapter alone. Merge it into its base "
+                "model (merge_and_unload()), save that with its processor, and name its folder."
+            )
         raise ValueError(f"{source.name} has no {file}: it is not a complete transformers model.")
     if source.sizes[file] > MAX_JSON_BYTES:
         raise ValueError(
