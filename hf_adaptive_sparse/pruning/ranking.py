@@ -76,9 +76,7 @@ def _row_mask(scores: torch.Tensor, count: int) -> torch.Tensor:
     # count // rows, not floor(ratio * columns): the same rule without the float's error.
     base, owed = divmod(count, rows)
     chunks = _row_chunks(rows, columns)
-    candidates = torch.cat(
-        [torch.kthvalue(scores[part], base + 1, dim=1, keepdim=True).values for part in chunks]
-    )
+    candidates = torch.cat([_kth_of_rows(scores[part], base + 1) for part in chunks])
     quota = torch.full((rows, 1), base, dtype=torch.int32, device=scores.device)
     if owed:
         places = [_candidate_column(scores[part], candidates[part], base) for part in chunks]
@@ -124,6 +122,14 @@ def _lexsort(scores: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     by_column = columns.argsort(dim=1, stable=True)
     by_score = scores.gather(1, by_column).argsort(dim=1, stable=True)
     return by_column.gather(1, by_score)
+
+
+def _kth_of_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the k-th smallest (from 1) of each row, (rows, 1)."""
+    if torch.are_deterministic_algorithms_enabled():
+        # Some versions of torch refuse kthvalue on CUDA then: of ties, any may be the k-th.
+        return scores.sort(dim=1).values[:, k - 1 : k]
+    return torch.kthvalue(scores, k, dim=1, keepdim=True).values
 
 
 def _kth_smallest(scores: torch.Tensor, k: int) -> torch.Tensor:

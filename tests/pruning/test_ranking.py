@@ -71,6 +71,21 @@ def test_ranking_gives_the_mask_of_every_ratio_in_its_range(scores, a, b, betwee
         before = ratio
 
 
+def test_deterministic_algorithms_need_no_kthvalue(monkeypatch):
+    """On CUDA torch refuses it then."""
+    scores = torch.randint(5, (7, 40), generator=torch.Generator().manual_seed(0)).float()
+    ratios = (0.0, 0.3, 0.5, 0.99)
+    expected = [mask_from_scores(scores, ratio) for ratio in ratios]
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation")
+
+    monkeypatch.setattr(torch, "kthvalue", refused)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for ratio, mask in zip(ratios, expected, strict=True):
+        assert torch.equal(mask_from_scores(scores, ratio), mask)
+
+
 @pytest.mark.parametrize("grouping", ["row", "tensor"])
 def test_chunks_do_not_change_masks(monkeypatch, grouping):
     scores = torch.randint(50, (37, 101), generator=torch.Generator().manual_seed(0)).float()
