@@ -28,7 +28,7 @@ from hf_adaptive_sparse.packing.stored_names import BY_ROW, KINDS, leaf_names, t
 from hf_adaptive_sparse.runtime import operator
 from hf_adaptive_sparse.runtime.counted import Counted, is_counted
 from hf_adaptive_sparse.runtime.parameters import can_load, given_parts, hold_parts_, make_room_
-from hf_adaptive_sparse.runtime.sparse_linear import in_dtype, is_offloaded
+from hf_adaptive_sparse.runtime.sparse_linear import in_dtype, is_for_one_forward
 from hf_adaptive_sparse.runtime.weight_view import FrozenWeightError, SparseWeightView
 
 EAGER = "eager"
@@ -179,7 +179,7 @@ class SparseStack:
         parts = [self._part(kind) for kind in KINDS]
         state: list[object] = [None if p is None else (p.data_ptr(), p.dtype) for p in parts]
         state.append(id(self.row_offsets))
-        stays = not is_offloaded(self.owner)  # else, what is here is here for one forward
+        stays = not is_for_one_forward(self.owner)  # else, what is here is here for one forward
         counted = self.is_counted
         if stays and counted and self._weight is not None and self._state == state:
             return self._weight

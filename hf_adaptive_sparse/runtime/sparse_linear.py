@@ -154,7 +154,7 @@ class SparseLinear(nn.Linear):
             # Every product asks: attributes of modules are looked up in three places.
             parameters, buffers, bitmask = self._parameters, self._buffers, kept.bitmask
             if (  # the same tensors, whatever the data of all but the bitmask is by now
-                bitmask is parameters["weight_bitmask"]
+                bitmask is parameters.get("weight_bitmask")  # replicas have no parameters
                 and bitmask.data_ptr() == counted.address
                 and (counted.version is None or bitmask._version == counted.version)
                 and kept.values is parameters["weight_values"]
@@ -171,7 +171,7 @@ class SparseLinear(nn.Linear):
             return replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
         if torch.compiler.is_compiling():
             return self._over(offsets)
-        stays = not is_offloaded(self)  # else, what is here is here for one forward
+        stays = not is_for_one_forward(self)  # else, what is here is here for one forward
         if stays and not is_counted(self._counted, bitmask):
             # Made in inference mode, offsets could not be saved for a gradient outside of it.
             with torch.inference_mode(False), torch.no_grad():
@@ -406,7 +406,11 @@ def keeping_integers(
     return kept
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Return whether accelerate puts the module's tensors in place for one forward at a time."""
+def is_for_one_forward(module: nn.Module) -> bool:
+    """Return whether the module's tensors are put in place for one forward at a time.
+
+    That is what accelerate does where it offloads them, and ``nn.DataParallel`` with its replicas.
+    """
     hook = getattr(module, "_hf_hook", None)
-    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+    is_offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+    return is_offloaded or getattr(module, "_is_replica", False)

@@ -242,6 +242,25 @@ def test_nothing_of_an_offloaded_weight_is_kept() -> None:
     assert module._over_parameters is None
 
 
+@pytest.mark.parametrize("bits", [16, 12, 8, 4])
+def test_replicas_of_data_parallel_multiply(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have copies of the parameters, as attributes, and of the buffers."""
+    module = sparse(pruned(dtype=torch.bfloat16), bits)
+    x = torch.randn(3, 77, dtype=torch.bfloat16)
+    wanted = module(x)  # what it keeps goes to replicas, too
+    monkeypatch.delattr(sparse_linear, "count_row_offsets")
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.detach().clone())
+    for name, buffer in module._buffers.items():
+        replica._buffers[name] = None if buffer is None else buffer.clone()
+    assert torch.equal(replica(x), wanted)
+    assert replica._over_parameters is module._over_parameters
+
+
 def test_training_the_weight_is_refused() -> None:
     module = sparse(pruned())
     attempts = (
