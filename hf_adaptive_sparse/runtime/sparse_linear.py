@@ -149,14 +149,17 @@ class SparseLinear(nn.Linear):
     @property
     def sparse_weight(self) -> SparseWeight:
         """The weight, over this module's tensors."""
-        kept, counted = self._over_parameters, self._counted
-        if kept is not None and counted is not None and not torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:  # what is compiled is so anew when something that it looks at changes
+            kept, counted = self._over_parameters, self._counted
             # Every product asks: attributes of modules are looked up in three places.
-            parameters, buffers, bitmask = self._parameters, self._buffers, kept.bitmask
+            parameters, buffers = self._parameters, self._buffers
             if (  # the same tensors, whatever the data of all but the bitmask is by now
-                bitmask is parameters.get("weight_bitmask")  # replicas have no parameters
-                and bitmask.data_ptr() == counted.address
-                and (counted.version is None or bitmask._version == counted.version)
+                kept is not None
+                and counted is not None
+                and kept.bitmask is parameters.get("weight_bitmask")  # replicas have no parameters
+                and kept.bitmask.data_ptr() == counted.address
+                and (counted.version is None or kept.bitmask._version == counted.version)
                 and kept.values is parameters["weight_values"]
                 and kept.row_offsets is buffers["row_offsets"]
                 and kept.scales is parameters.get("weight_scales")
@@ -164,15 +167,17 @@ class SparseLinear(nn.Linear):
                 and self._over_blocks is buffers["block_offsets"]
             ):
                 return kept
-        bitmask, offsets = self.weight_bitmask, self.row_offsets
-        if offsets is None or offsets.device != bitmask.device:
+        offsets = self.row_offsets
+        if offsets is None or offsets.device != self.weight_bitmask.device:
             # Offloaded to disk: the parts are here for the length of one forward.
             weight = in_dtype(self._checked(), self._dtype)
             return replace(weight, block_offsets=sparse_linear.block_offsets_for(weight))
-        if torch.compiler.is_compiling():
-            return self._over(offsets)
+        return self._over(offsets) if is_compiling else self._over_counted(offsets)
+
+    def _over_counted(self, offsets: torch.Tensor) -> SparseWeight:
+        """Return the weight over this module's tensors, once its offsets are the bitmask's."""
         stays = not is_for_one_forward(self)  # else, what is here is here for one forward
-        if stays and not is_counted(self._counted, bitmask):
+        if stays and not is_counted(self._counted, self.weight_bitmask):
             # Made in inference mode, offsets could not be saved for a gradient outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 offsets = self._take_offsets(self._checked())

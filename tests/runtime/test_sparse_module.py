@@ -503,6 +503,17 @@ def test_torch_compile_sees_one_graph(bits: int) -> None:
     torch.testing.assert_close(x.grad, twin.grad)
 
 
+def test_what_is_compiled_stays_so_when_it_is_called_without() -> None:
+    module, other = _other_masks(16)
+    x = torch.randn(3, 77, dtype=torch.bfloat16)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    compiled(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            assert torch.equal(compiled(x), module(x))
+            module.load_state_dict(other.state_dict())
+
+
 def test_tracers_and_autograd_see_the_operator() -> None:
     weight, x = SparseWeight.from_dense(pruned().weight.detach()), torch.randn(3, 77)
     seen = torch.ops.hf_adaptive_sparse.linear.default
