@@ -8,7 +8,6 @@ weights lie in the processor's caches gain nothing by it and stay dense.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from hf_adaptive_sparse.packing.sparse_weight import SparseWeight, size_bytes
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.packing.upper_bytes import UPPER_BYTE_BITS
 from hf_adaptive_sparse.packing.weight_codes import CODE_BITS, SCALE_DTYPES, group_count
+from hf_adaptive_sparse.runtime.free_memory import available_bytes
 
 SMALL_BYTES = 256 << 20
 """Dense bytes of all compressed weights below which the dense runtime is taken, unmeasured."""
@@ -226,23 +226,6 @@ def time_layer(
             _best_seconds([functools.partial(functional.linear, x, w) for w in plain], device),
             _best_seconds([functools.partial(sparse_linear.linear, x, w) for w in packed], device),
         )
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free on a device; ``None`` where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return None
 
 
 def _bits_held(bits: int, dtype: torch.dtype, on_gpu: bool = False) -> int:

@@ -17,7 +17,6 @@ from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.runtime import choice
 from hf_adaptive_sparse.runtime.choice import (
     CompressedWeights,
-    available_bytes,
     choose_runtime,
     main_device,
     may_offload_to_disk,
@@ -189,7 +188,6 @@ def test_a_layer_is_timed_once() -> None:
     seconds = time_layer(*layer)
     assert all(value > 0 for value in seconds)
     assert time_layer(*layer) is seconds
-    assert (available_bytes(CPU) or 1) > 0
 
 
 def test_auto_is_decided_and_told_while_loading(
