@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_adaptive_sparse.architecture import UNLIMITED_CONTEXT
-from hf_adaptive_sparse.calibration.conversation_texts import Answer, told
+from hf_adaptive_sparse.calibration.conversation_texts import Answer, told, told_text
 from hf_adaptive_sparse.calibration.conversations import (
     MESSAGES,
     exchanges,
@@ -73,7 +73,7 @@ def _fitting(
 ) -> tuple[Sequence[Row], dict[str, torch.Tensor]]:
     """Return rows cut to the context, as far as that goes, and what the processor makes of them."""
     while True:
-        texts = [told(processor, row)[0] for row in rows]
+        texts = [told_text(processor, row) for row in rows]
         batch = encode_questions(processor, texts, Media.of(rows), "right")
         lengths = batch["attention_mask"].sum(1).tolist()
         before = [exchanges(row) for row in rows]
@@ -87,16 +87,14 @@ def _fitting(
 
 def _shortened(processor: Any, row: Row, excess: int) -> Row:
     """Return a conversation with so many tokens of text less, or its first question and answer."""
-
-    def tokens(conversation: Row) -> int:
-        return len(token_ids(processor, told(processor, conversation)[0]))
-
-    shorter = row
-    while excess > 0 and exchanges(shorter) > 1:
-        shorter = kept(shorter, exchanges(shorter) - 1)
-        if tokens(row) - tokens(shorter) >= excess:
+    if excess <= 0:
+        return row
+    most = len(token_ids(processor, told_text(processor, row))) - excess
+    while exchanges(row) > 1:
+        row = kept(row, exchanges(row) - 1)
+        if len(token_ids(processor, told_text(processor, row))) <= most:
             break
-    return shorter
+    return row
 
 
 def _read_answers(processor: Any, row: Row, read: Sequence[int]) -> list[Answer]:

@@ -65,8 +65,16 @@ def line_of_conversation(processor: Any, row: Row) -> str:
     ).strip()
 
 
+def told_text(processor: Any, row: Row) -> str:
+    """Return all that is said in a conversation about something."""
+    messages = _cleaned(processor, row[MESSAGES])
+    if not getattr(processor, "chat_template", None):
+        return _told_plainly(processor, messages, medium_of(row))[0]
+    return rendered(processor, messages, prompt=False)
+
+
 def told(processor: Any, row: Row) -> tuple[str, list[Answer]]:
-    """Return all that is said in a conversation about something, and where its answers are.
+    """Return the `told_text` of a conversation, and where its answers are.
 
     A template that leaves a question out has no whole conversation, and no answers of one.
     """

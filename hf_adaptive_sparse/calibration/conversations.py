@@ -174,7 +174,7 @@ def _turns(cell: Any) -> Iterator[tuple[Any, Any]]:
 def _dicts(cell: Any) -> list[Mapping[str, Any]]:
     """Return a cell's list of dicts, of which `datasets` may have made a dict of lists."""
     if isinstance(cell, Mapping) and all(isinstance(column, list) for column in cell.values()):
-        cell = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=True)]
+        cell = [dict(zip(cell, row, strict=True)) for row in zip(*cell.values(), strict=False)]
     if not isinstance(cell, Sequence) or not all(isinstance(item, Mapping) for item in cell):
         raise Unusable("has no list of turns")
     return list(cell)

@@ -99,7 +99,7 @@ def compress(
             final figures as many others; of batches, half each. ``None``: WikiText-2, validation
             split.
         questions: Visual questions for the final figures. ``None``: those that ``evaluation``
-            holds, if it does, without the ones that the search sees.
+            holds, if it does, without the ones that the search sees; of conversations none.
         objective: What the search minimises, see ``has.search``.
         timeout_seconds: Time after which the search starts no further trial.
         max_loss: Make the smallest checkpoint (or, where the space chooses KV bits alone, the

@@ -22,10 +22,16 @@ from hf_adaptive_sparse.compressor.sources import DataSource
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
 from tests.calibration.test_conversations import turns
+from tests.calibration.test_media import frames, tone, wav
 from tests.calibration.test_questions import make_paligemma_processor
 from tests.calibration.test_records import png
 from tests.conftest import llama_config
-from tests.processors import make_llava_processor, make_tokenizer
+from tests.processors import (
+    make_audio_processor,
+    make_llava_processor,
+    make_tokenizer,
+    make_video_processor,
+)
 
 QWEN2_VL = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
@@ -209,6 +215,30 @@ def test_placeholders_in_what_is_said_ask_for_no_image() -> None:
     data = [{"messages": turns((said, "yes")), "images": [png()]}]
     batch = conversation_batch(processor, list(read_records(data)))
     assert (batch["input_ids"] == 4).sum() == 4
+
+
+SAID = (
+    "{% for m in messages %}{{ m.role }}: {% for c in m.content %}"
+    "{% if c.type == 'text' %}{{ c.text }}{% else %}<{{ c.type }}>{% endif %}{% endfor %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", ["", SAID])
+def test_conversations_about_videos_and_sounds(template: str) -> None:
+    heard = make_audio_processor(template)
+    data = [
+        {"messages": turns(("<audio>what?", f"a {i}"), ("more?", "no")), "audio": wav(tone())}
+        for i in range(2)
+    ]
+    batch = conversation_batch(heard, list(read_records(data)))
+    assert labelled(heard, batch) == [["a 0", "no"], ["a 1", "no"]]
+    seen = make_video_processor()
+    seen.chat_template = template or None
+    clips = [{"messages": turns(("what?", "a"), ("and?", "b")), "frames": frames()}] * 2
+    batch = conversation_batch(seen, list(read_records(clips)))
+    assert labelled(seen, batch) == [["a", "b"]] * 2
+    assert "pixel_values_videos" in batch
 
 
 @pytest.fixture
