@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_adaptive_sparse.calibration.chat_templates import (
+    MARK,
     Message,
     Part,
-    holds_questions,
+    holds_all,
     is_text,
     rendered,
     text_part,
@@ -29,9 +30,6 @@ from hf_adaptive_sparse.calibration.questions import (
     without_placeholders,
 )
 from hf_adaptive_sparse.calibration.tables import Row
-
-_MARK = "\ue000"
-"""Put behind an answer to see where it ends: a character for private use, in no text."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +74,22 @@ def told_text(processor: Any, row: Row) -> str:
 def told(processor: Any, row: Row) -> tuple[str, list[Answer]]:
     """Return the `told_text` of a conversation, and where its answers are.
 
-    A template that leaves a question out has no whole conversation, and no answers of one.
+    Where a template leaves a turn out, it is no whole conversation, and has no answers.
     """
     messages = _cleaned(processor, row[MESSAGES])
     if not getattr(processor, "chat_template", None):
         return _told_plainly(processor, messages, medium_of(row))
     text = rendered(processor, messages, prompt=False)
     answers: list[Answer] = []
-    if not holds_questions(text, messages):
+    if not holds_all(processor, messages):
         return text, answers
     for index, message in enumerate(messages):
         said = text_of(message)
         if message["role"] != "assistant" or not said:
             continue
-        marked = {**message, "content": [text_part(said + _MARK)]}
+        marked = {**message, "content": [text_part(said + MARK)]}
         parts = [*messages[:index], marked, *messages[index + 1 :]]
-        before, _, behind = rendered(processor, parts, prompt=False).partition(_MARK)
+        before, _, behind = rendered(processor, parts, prompt=False).partition(MARK)
         if before + behind == text and before.endswith(said):
             start, end = len(before) - len(said), len(before)
             answers.append(Answer(start, end, places_of(messages[:index])))

@@ -9,7 +9,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import LlavaProcessor, PreTrainedModel
+from transformers import (
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlavaProcessor,
+    PreTrainedModel,
+)
 
 from hf_adaptive_sparse.calibration.conversation_batches import conversation_batch
 from hf_adaptive_sparse.calibration.conversation_texts import line_of_conversation, told
@@ -53,6 +58,13 @@ GEMMA = (
     "<{{ 'model' if m.role == 'assistant' else m.role }}>\n{{ m.content | trim }}<end>\n"
     "{% endfor %}{% if add_generation_prompt %}<model>\n{% endif %}"
 )
+PIXTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}=INST="
+    "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% else %}<image>{% endif %}"
+    "{% endfor %}=END={% elif m.role == 'system' %}{{ '=S=' + m.content }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+SILENT = PIXTRAL.replace("{{ m.content +", "{{ (m.content if m.content is string else '') +")
 QWEN3 = (
     "{% for m in messages %}{% set said = m.content if m.content is string else '' %}"
     "={{ m.role }}\n{% if m.role == 'assistant' %}{% set thought = '' %}{% if '</think>' in said %}"
@@ -62,7 +74,10 @@ QWEN3 = (
     "{% else %}{{ said }}{% endif %}=\n{% endfor %}"
     "{% if add_generation_prompt %}=assistant\n<think>\n{% endif %}"
 )
-TEMPLATES = {"none": None, "qwen2-vl": QWEN2_VL, "llava": LLAVA, "gemma": GEMMA, "qwen3": QWEN3}
+TEMPLATES = {
+    **{"none": None, "qwen2-vl": QWEN2_VL, "llava": LLAVA, "gemma": GEMMA},
+    **{"pixtral": PIXTRAL, "silent": SILENT, "qwen3": QWEN3},
+}
 
 SYSTEM = {"role": "system", "content": "be brief"}
 TOLD: list[list[dict[str, Any]]] = [
@@ -108,7 +123,9 @@ def test_labels_are_all_answers(template: str, adds_bos: bool) -> None:
     assert labelled(processor, batch) == [answers(messages) for messages in TOLD]
     assert (batch["input_ids"] == 4).sum(1).tolist() == [4, 4, 8, 12]
     assert len(batch["pixel_values"]) == 7
-    assert (batch["input_ids"] == 1).any(1).all() == (adds_bos or template in ("none", "gemma"))
+    assert (batch["input_ids"] == 1).any(1).all() == (
+        adds_bos or template in ("none", "gemma", "pixtral", "silent")
+    )
     starts = batch["input_ids"][:, :2] == 1
     assert (starts.sum(1) <= 1).all()
     for index, row in enumerate(rows(*TOLD)):
@@ -117,6 +134,20 @@ def test_labels_are_all_answers(template: str, adds_bos: bool) -> None:
         assert torch.equal(alone["labels"][0], batch["labels"][index, :length])
         assert torch.equal(alone["input_ids"][0], batch["input_ids"][index, :length])
         assert not batch["attention_mask"][index, length:].any()
+
+
+@pytest.mark.parametrize("template", [None, QWEN2_VL])
+def test_labels_are_all_answers_where_an_image_becomes_several_rows(template: str | None) -> None:
+    tokenizer = make_tokenizer()
+    grid = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    tokenizer.add_tokens(["<fake_token_around_image>", "<global-img>", *grid], special_tokens=True)
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+    )
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=3, chat_template=template)
+    batch = conversation_batch(processor, rows(*TOLD))
+    assert labelled(processor, batch) == [answers(messages) for messages in TOLD]
+    assert (batch["input_ids"] == 4).sum(1).tolist() == [15, 15, 30, 45]
 
 
 def test_labels_are_the_answers_where_a_processor_pads_on_the_left() -> None:
@@ -328,6 +359,14 @@ def test_conversations_of_text_are_lines_in_the_chat_template(owner: str) -> Non
     read = torch.cat([batch["input_ids"][0] for batch in batches]).tolist()
     assert read == ids[: len(read)]
     assert len(ids) - len(read) < 20
+
+
+def test_a_template_that_leaves_lists_out_gets_text() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = QWEN3
+    (row,) = read_records([{"messages": turns(("hi", "a"))}])  # "hi" is in "<think>", too
+    line = line_of_conversation(tokenizer, row)
+    assert line == "=user\nhi=\n=assistant\n<think>\n\n</think>\n\na=\n"
 
 
 def _dataset(data: list[dict[str, Any]]) -> Any:

@@ -185,6 +185,15 @@ def test_a_template_of_text_alone_is_given_text(medium) -> None:
 
 
 @pytest.mark.parametrize("medium", ["image", None])
+def test_a_template_that_leaves_lists_out_without_a_word_is_given_text(medium) -> None:
+    said = "{{ m['content'] if m['content'] is string else '' }}"
+    template = f"{{% for m in messages %}}think: {said}{{% endfor %}} A:"
+    processor = make_llava_processor(chat_template=template)
+    shown = "<image>" if medium else ""
+    assert format_question(processor, "hi", medium=medium) == f"think: {shown}hi A:"
+
+
+@pytest.mark.parametrize("medium", ["image", None])
 def test_a_template_that_takes_no_question_is_refused(medium) -> None:
     processor = make_llava_processor(chat_template="{{ raise_exception('No system message.') }}")
     message = r"chat template of LlavaProcessor .* \(No system message\.\)\. .*chat_template"
