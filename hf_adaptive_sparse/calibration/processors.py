@@ -30,7 +30,8 @@ def load_processor(
     """Load a model's processor, or its tokenizer where it has no processor.
 
     A processor that needs a package that is not installed, or code from the repo, which is never
-    run, is replaced by the tokenizer with a warning. Arguments are those of ``from_pretrained``.
+    run, is replaced by the tokenizer with a warning. One that has no chat template gets that of its
+    tokenizer. Arguments are those of ``from_pretrained``.
 
     Raises:
         OSError: If the repo or folder has neither.
@@ -50,7 +51,7 @@ def load_processor(
         "local_files_only": local_files_only,
     }
     try:
-        return AutoProcessor.from_pretrained(name_or_path, **hub, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(name_or_path, **hub, trust_remote_code=False)
     except Exception as error:  # of any type where a file is damaged
         tokenizer = _load_tokenizer(name_or_path, hub)
         if isinstance(error, ImportError):
@@ -63,6 +64,12 @@ def load_processor(
                 ) from error
             _warn_of_text_alone(name_or_path, "code of its own, which is never run", error)
         return tokenizer
+    # Phi-4-multimodal's constructor takes no template, so that of the repo is lost.
+    if getattr(processor, "chat_template", None) is None:
+        processor.chat_template = getattr(
+            getattr(processor, "tokenizer", None), "chat_template", None
+        )
+    return processor
 
 
 def _load_tokenizer(name_or_path: str | os.PathLike[str], hub: Mapping[str, Any]) -> Any:

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from scipy.io import wavfile
 from transformers import (
+    Blip2Processor,
+    BlipImageProcessor,
     CLIPVisionConfig,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
@@ -333,7 +335,7 @@ def test_processors_that_take_none() -> None:
 
 
 LISTS = (
-    "{% for part in messages[0]['content'] %}{% if part['type'] == 'audio' %}<audio>"
+    "{% for part in messages[0]['content'] %}{% if part['type'] != 'text' %}<{{ part['type'] }}>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}:"
 )
 
@@ -363,6 +365,18 @@ def test_a_processor_that_cannot_be_loaded_says_why(
     with caplog.at_level(logging.WARNING):
         assert load_processor(tmp_path)("a")["input_ids"] == [7]
     assert "text alone. This processor requires torchvision Please install it" in caplog.text
+
+
+def test_a_processor_whose_constructor_drops_the_chat_template_has_its_tokenizers(
+    tmp_path: Path,
+) -> None:
+    """As Phi-4-multimodal's; its template is in the repo, and the model is trained on it."""
+    tokenizer = make_llava_processor().tokenizer
+    tokenizer.chat_template = LISTS
+    Blip2Processor(BlipImageProcessor(), tokenizer).save_pretrained(tmp_path)
+    processor = load_processor(tmp_path)
+    assert isinstance(processor, Blip2Processor)
+    assert format_question(processor, "what?") == "<image>what?:"
 
 
 def test_a_tokenizer_in_the_place_of_a_processor_says_what_that_needs(
