@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from hf_adaptive_sparse.architecture import (
@@ -208,6 +208,7 @@ def save_report(
             license=license_of(recipe.model.name, recipe.model.revision),
             accepts_images=accepts_images(model),
             accepts_audio=accepts_audio(model),
+            text_class=_text_class(model),
             repo_id=recipe.repo_id,
             prompt=_example_prompt(model, processor),
             checkpoint_format=config.checkpoint_format,
@@ -229,6 +230,12 @@ def save_report(
             bound=None if within is None else str(within),
         ),
     )
+
+
+def _text_class(model: PreTrainedModel) -> str:
+    """Return the class that loads all of a model; the causal one has no encoder."""
+    whole = model.config.is_encoder_decoder
+    return type(model).__name__ if whole else AutoModelForCausalLM.__name__
 
 
 def _example_prompt(model: PreTrainedModel, processor: Any) -> str | None:

@@ -19,10 +19,14 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -96,7 +100,7 @@ class ModelSource:
             )
 
     def load(self, sparsity_config: SparsityConfig | None = None) -> PreTrainedModel:
-        """Load the model in evaluation mode: one that sees or hears, else a causal one.
+        """Load the model in evaluation mode: one that sees or hears, else one of text, all of it.
 
         Args:
             sparsity_config: How a compressed model is loaded (runtime, KV profile).
@@ -380,6 +384,11 @@ def _check_device(name: str) -> None:
 def _auto_class(config: PreTrainedConfig) -> Any:
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
+    # The causal class of an encoder-decoder (Whisper, BART) is its decoder alone.
+    if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return AutoModelForSeq2SeqLM
+    if config.is_encoder_decoder and type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+        return AutoModelForSpeechSeq2Seq
     hears = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     if hears and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForMultimodalLM

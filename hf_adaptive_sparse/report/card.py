@@ -48,6 +48,7 @@ class CardFacts:
         base_model: Hub id of the dense model, or the path it was read from (not published).
         accepts_images: Whether the model takes images besides text.
         accepts_audio: Whether it takes sounds.
+        text_class: Class of transformers that loads it, where it takes neither.
         repo_id: Where the model is going to be; None: the snippet has a placeholder.
         license: Metadata of the base model's license: ``license`` and, where they are needed,
             ``license_name`` and ``license_link``.
@@ -74,6 +75,7 @@ class CardFacts:
     base_model: str | None = None
     accepts_images: bool = False
     accepts_audio: bool = False
+    text_class: str = "AutoModelForCausalLM"
     repo_id: str | None = None
     license: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
@@ -200,6 +202,7 @@ def _snippet(facts: CardFacts) -> str:
     return template.format(
         repo=json.dumps(facts.repo_id or UNNAMED_REPO),
         prompt=json.dumps(facts.prompt or default),
+        text_class=facts.text_class,
     )
 
 

@@ -2,11 +2,11 @@
 
 TEXT_SNIPPET = """\
 import hf_adaptive_sparse  # first: it teaches transformers to read this checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {text_class}, AutoTokenizer
 
 repo = {repo}
 tokenizer = AutoTokenizer.from_pretrained(repo)
-model = AutoModelForCausalLM.from_pretrained(repo, dtype="auto")
+model = {text_class}.from_pretrained(repo, dtype="auto")
 
 inputs = tokenizer({prompt}, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=32)

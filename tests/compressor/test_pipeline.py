@@ -10,8 +10,19 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from huggingface_hub import ModelCard
-from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel, LlavaProcessor
+from transformers import (
+    AutoProcessor,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaProcessor,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import hf_adaptive_sparse as has
 from hf_adaptive_sparse.calibration import data as load_data
@@ -397,3 +408,47 @@ def test_no_processor_is_copied_whose_code_is_not(tmp_path: Path) -> None:
     (source / "preprocessor_config.json").write_text('{"auto_map": {"AutoProcessor": "a.B"}}')
     copy_processor(ModelSource(source), folder)
     assert not list(folder.iterdir())
+
+
+SMALL = {
+    "d_model": 16,
+    "vocab_size": 128,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(
+    "dense",
+    [
+        BartForConditionalGeneration(BartConfig(**SMALL, max_position_embeddings=64)),
+        WhisperForConditionalGeneration(WhisperConfig(**SMALL, num_mel_bins=8)),
+    ],
+    ids=lambda dense: dense.config.model_type,
+)
+def test_an_encoder_decoder_keeps_its_encoder(
+    tmp_path: Path, dense: PreTrainedModel, offload: bool
+) -> None:
+    """transformers has a causal class of each, too, which is the decoder alone."""
+    dense.save_pretrained(tmp_path / "dense")
+    make_tokenizer().save_pretrained(tmp_path / "dense")
+    config = SparsityConfig(metric="magnitude")
+    source, out = ModelSource(tmp_path / "dense"), tmp_path / "out"
+    prune_to_folder(source, out, config, offload=offload, progress=False)
+    pruned = ModelSource(out).load()
+    assert type(pruned) is type(dense)
+    encoders = (model.get_encoder().state_dict() for model in (dense, pruned))
+    expected, found = encoders
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    loading = f"model = {type(dense).__name__}.from_pretrained(repo, dtype"
+    assert loading in (out / "README.md").read_text()
