@@ -328,5 +328,12 @@ def _describe(name: str, error: BaseException) -> str:
 
 
 def _without_password(name: str) -> str:
+    """Return a URL without user, password and query, which may hold another password."""
     scheme, separator, rest = name.partition("://")
-    return f"{scheme}://…@{rest.rpartition('@')[2]}" if separator and "@" in rest else name
+    if not separator:
+        return name
+    place, query, hidden = rest.partition("?")
+    user, at, place = place.rpartition("@")
+    if not at and "@" in hidden:  # a question mark in the password, or an at sign in the query
+        return f"{scheme}://…"
+    return f"{scheme}://{'…' if user else ''}{at}{place}{'?…' if query else ''}"
