@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,11 +81,7 @@ def search_to_folder(
         OSError: As :func:`search_study`, or if the output cannot be written.
     """
     check_workers(workers)
-    target = checked_target(output, (model, plan.calibration, plan.evaluation), overwrite=overwrite)
-    with (
-        staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
-        plan.kept_in(folder) as kept,
-    ):
+    with _begun(model, output, plan, overwrite=overwrite) as (folder, kept):
         result = search_study(model, kept, workers=workers, progress=progress)
         save_search(result, folder)
         # The journal moves with the folder; the result must not read it from its old place.
@@ -115,16 +113,25 @@ def search_within_to_folder(
         OSError: If the model cannot be found, or the output cannot be written.
     """
     check_workers(workers)
-    target = checked_target(output, (model, plan.calibration, plan.evaluation), overwrite=overwrite)
-    with (
-        staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
-        plan.kept_in(folder) as kept,
-    ):
+    with _begun(model, output, plan, overwrite=overwrite) as (folder, kept):
         with companions(model, kept.work, workers) as own:
             found = kept.search_within(kept.load(own), progress=progress)
         save_search(found.search, folder)
         save_bound(found, folder)
         return replace(found, search=found.search.detached())  # as in search_to_folder
+
+
+@contextmanager
+def _begun(
+    model: ModelSource, output: str | os.PathLike[str], plan: SearchPlan, *, overwrite: bool
+) -> Iterator[tuple[Path, SearchPlan]]:
+    """Yield the folder that becomes ``output``, and the plan with its journal in it."""
+    target = checked_target(output, (model, plan.calibration, plan.evaluation), overwrite=overwrite)
+    with (
+        staged_folder(target, overwrite=overwrite, keep=(JOURNAL,)) as folder,
+        plan.kept_in(folder) as kept,
+    ):
+        yield folder, kept
 
 
 def evaluate(
