@@ -78,11 +78,13 @@ def check_fingerprint(
     if differences:
         drawn = ""
         if seeds:
-            drawn = f" So does the seed ({seeds[0]}, now {seeds[1]}), which may draw other samples."
+            changed = f"({seeds[0]}, now {seeds[1]})"
+            drawn = f" The seed differs, too {changed}, which may draw other samples."
         raise StudyMismatch(
-            f"The study {study!r} was made for something else and cannot be resumed with this: "
-            f"{'; '.join(differences)} differ.{drawn} To resume it, give the former arguments; to "
-            "start a new search, another output folder, storage or study_name (--study)."
+            f"The study {study!r} was made for something else and cannot be resumed with this. "
+            f"What differs: {'; '.join(differences)}.{drawn} To resume it, give the former "
+            "arguments; to start a new search, give another output folder, storage or study_name "
+            "(--study)."
         )
 
 

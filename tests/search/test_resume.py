@@ -178,7 +178,7 @@ def test_other_data_that_another_seed_drew_are_refused_with_both_seeds(run, tmp_
     run(storage=tmp_path / "study.log", n_trials=1)
     drawn = [{"input_ids": torch.ones(1, 9, dtype=torch.long)}]
     with pytest.raises(
-        StudyMismatch, match=r"calibration .*differ\. So does the seed \(0, now 1\)"
+        StudyMismatch, match=r"What differs: calibration .*\. The seed differs, too \(0, now 1\)"
     ):
         run(storage=tmp_path / "study.log", n_trials=1, seed=1, calibration=drawn)
     with pytest.raises(StudyMismatch) as caught:
