@@ -534,6 +534,28 @@ class TestHeldOut:
         assert wide.change_percent == pytest.approx(same.change_percent)
         assert compare(7, uniform, noisy) == wide
 
+    @pytest.mark.parametrize("windows", [2, 3, 6, 20])
+    def test_the_interval_holds_as_often_as_it_says_for_few_windows_too(self, windows, monkeypatch):
+        from hf_adaptive_sparse.search import comparison
+
+        monkeypatch.setattr(comparison, "RESAMPLES", 1000)
+        generator = np.random.default_rng(0)
+        held = 0
+        for seed in range(300):
+            tokens = generator.integers(80, 160, size=windows).tolist()
+            gains = generator.normal(0.02, 0.05, size=windows)
+            uniform = [(4.0 * count, count) for count in tokens]
+            best = [(4.0 * n - gain * n, n) for n, gain in zip(tokens, gains, strict=True)]
+            found = comparison.compare(1, uniform, best, seed)
+            held += found.low_percent <= 100 * math.expm1(-0.02) <= found.high_percent
+        assert 0.92 <= held / 300 <= 0.98
+
+    def test_an_interval_beyond_all_floats_ends_at_one(self):
+        from hf_adaptive_sparse.search.comparison import compare
+
+        found = compare(1, [(1.0, 1), (1.0, 1)], [(9.0, 1), (500.0, 1)])
+        assert math.isfinite(found.high_percent)
+
     def test_resamples_are_the_same_however_many_are_held(self, monkeypatch):
         from hf_adaptive_sparse.search import comparison
 

@@ -3,7 +3,8 @@
 The best profile is the one that a search returns, which may be the narrower one (see `narrowing`).
 Both are scored window by window with the masks that trials are evaluated with, and compared in
 pairs, since windows differ far more from each other than profiles do. The interval is a bootstrap
-over windows.
+over windows, widened to hold at its level for few of them, too: the plain percentiles of six
+windows would hold at 86 % instead of 95 %.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from hf_adaptive_sparse.profiles import CompressionProfile
 from hf_adaptive_sparse.search.candidate import Candidate
 from hf_adaptive_sparse.search.errors import TrialFailure
 from hf_adaptive_sparse.search.evaluator import Batches, Evaluator
-from hf_adaptive_sparse.search.increase import CONFIDENCE
+from hf_adaptive_sparse.search.increase import CONFIDENCE, HIGHEST, student_t
 from hf_adaptive_sparse.search.losses import Loss
 from hf_adaptive_sparse.search.narrowing_result import narrowing_of
 from hf_adaptive_sparse.search.shape import ModelShape
@@ -102,24 +104,37 @@ def compare(trial: int, uniform: Sequence[Loss], best: Sequence[Loss], seed: int
     gain = np.array([loss for loss, _ in best]) - reference
     if not (np.isfinite(reference).all() and np.isfinite(gain).all()):
         raise ValueError("The loss of a held-out window is not finite.")
-    if (tokens > 0).sum() < 2:
+    scored = int((tokens > 0).sum())
+    if scored < 2:
         raise ValueError(
             "At least two windows of held-out data must score a token, or there is nothing to tell "
             "how certain a difference is; got one. Use more data, or smaller batches."
         )
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(_resampled_means(gain, tokens, seed), [tail, 1 - tail])
     total = float(tokens.sum())
+    mean = float(gain.sum()) / total
+    ends = np.quantile(_resampled_means(gain, tokens, seed), [tail, 1 - tail])
+    low, high = mean + (ends - mean) * _widening(scored, 1 - tail)
     return Comparison(
         trial=trial,
         windows=len(tokens),
         tokens=int(total),
         uniform_perplexity=math.exp(float(reference.sum()) / total),
         best_perplexity=math.exp(float((reference + gain).sum()) / total),
-        change_percent=100 * math.expm1(float(gain.sum()) / total),
-        low_percent=100 * math.expm1(float(low)),
-        high_percent=100 * math.expm1(float(high)),
+        change_percent=100 * math.expm1(min(mean, HIGHEST)),
+        low_percent=100 * math.expm1(min(float(low), HIGHEST)),
+        high_percent=100 * math.expm1(min(float(high), HIGHEST)),
     )
+
+
+def _widening(windows: int, level: float) -> float:
+    """Return how much wider than a bootstrap's an interval has to be for so few windows.
+
+    The spread of resamples is that of the windows around their own mean, and its quantiles are near
+    the normal distribution's instead of Student's.
+    """
+    spread = math.sqrt(windows / (windows - 1))
+    return spread * student_t(level, windows - 1) / NormalDist().inv_cdf(level)
 
 
 def _resampled_means(gain: Figures, tokens: Figures, seed: int) -> Figures:

@@ -27,7 +27,7 @@ Batches = Sequence[Mapping[str, torch.Tensor]]
 CONFIDENCE = 0.95
 """Level of every interval and bound that a search states."""
 
-_HIGHEST = 700.0
+HIGHEST = 700.0
 """Largest difference of mean losses whose exponential is still a float."""
 
 
@@ -73,7 +73,7 @@ def increase_of(before: Sequence[Loss], after: Sequence[Loss], confidence: float
     squares = sum((difference - centre * n) ** 2 for difference, n in pairs)
     error = math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / tokens
     half = student_t(confidence, len(pairs) - 1) * error
-    return Increase(*(math.expm1(min(x, _HIGHEST)) for x in (centre, centre - half, centre + half)))
+    return Increase(*(math.expm1(min(x, HIGHEST)) for x in (centre, centre - half, centre + half)))
 
 
 def student_t(probability: float, freedom: int) -> float:
