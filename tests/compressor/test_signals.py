@@ -16,21 +16,27 @@ from hf_adaptive_sparse.staging import staged_folder
 def test_what_ends_a_process_leaves_nothing_unfinished(
     capsys, monkeypatch, tmp_path: Path, sent: str, code: int
 ) -> None:
+    number = signal.Signals[sent]
+
     def ended(options: object) -> None:
         with staged_folder(tmp_path / "out", keep=("search.journal",)) as folder:
             (folder / "search.journal").touch()
             (folder / "model.safetensors").touch()
-            signal.raise_signal(signal.Signals[sent])
+            signal.raise_signal(number)
 
     monkeypatch.setattr("hf_adaptive_sparse.cli.search.run_search", ended)
     partial = tmp_path / "out.adaptive-sparse.partial"
-    assert main(["search", "model", "--output", str(tmp_path / "out")]) == code
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has it ignored
+    try:
+        assert main(["search", "model", "--output", str(tmp_path / "out")]) == code
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert capsys.readouterr().err == (
         f"hf-adaptive-sparse: interrupted; the same command goes on from what is in {partial}.\n"
     )
     assert list(tmp_path.iterdir()) == [partial]
     assert [path.name for path in partial.iterdir()] == ["search.journal"]
-    assert signal.getsignal(signal.Signals[sent]) == signal.SIG_DFL
 
 
 def test_signals_that_are_ignored_or_handled_already_stay_so(monkeypatch) -> None:
