@@ -13,6 +13,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.plugin import Calibration, apply_config
 from hf_adaptive_sparse.compressor.benching import BenchResult, bench
 from hf_adaptive_sparse.compressor.compression import CompressionResult
+from hf_adaptive_sparse.compressor.data_source import DataSource
 from hf_adaptive_sparse.compressor.jobs import (
     evaluate,
     search_study,
@@ -20,10 +21,10 @@ from hf_adaptive_sparse.compressor.jobs import (
     search_within_to_folder,
 )
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.pipeline import PushError, compress
 from hf_adaptive_sparse.compressor.pruned_folder import prune_to_folder
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.tasks import evaluate_tasks
 from hf_adaptive_sparse.pruning.report import PruningReport
 

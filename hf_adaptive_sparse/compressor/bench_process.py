@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.plugin import register
-from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.evaluation.forward import resolve_kv_cache
 from hf_adaptive_sparse.evaluation.resource_meter import ResourceMeter
 from hf_adaptive_sparse.evaluation.resources import kv_bytes_per_token

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_adaptive_sparse.architecture import context_length
 from hf_adaptive_sparse.checkpoint.config import our_config
-from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.profiles import check_count
 from hf_adaptive_sparse.report.tables import format_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
-from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.hub import push_token
 from hf_adaptive_sparse.packing.weight_codes import default_group_size
 from hf_adaptive_sparse.search.loss_budgets import kv_alone

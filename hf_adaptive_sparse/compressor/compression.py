@@ -15,13 +15,14 @@ from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.checkpoint.applying import check_before_loading
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.companions import companions, thread_count
+from hf_adaptive_sparse.compressor.data_source import DataSource
 from hf_adaptive_sparse.compressor.final_prune import final_config
 from hf_adaptive_sparse.compressor.measuring import Measurement, Measuring
+from hf_adaptive_sparse.compressor.model_source import ModelSource, parameter_bytes
 from hf_adaptive_sparse.compressor.offload import weight_files
 from hf_adaptive_sparse.compressor.pruned_folder import prune_and_save
 from hf_adaptive_sparse.compressor.saving import Recipe, copy_processor, save_report
 from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.memory import release_freed
 from hf_adaptive_sparse.pruning.report import PruningReport

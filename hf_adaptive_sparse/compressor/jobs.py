@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_adaptive_sparse.compressor.companions import check_workers, companions
+from hf_adaptive_sparse.compressor.data_source import DataSource
 from hf_adaptive_sparse.compressor.measuring import Measurement, measure
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.saving import save_bound, save_search
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice, resolve_kv_cache
 from hf_adaptive_sparse.evaluation.resources import (

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch, Records
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.data_source import DataSource
 from hf_adaptive_sparse.compressor.search_plan import Loaded
-from hf_adaptive_sparse.compressor.sources import DataSource
 from hf_adaptive_sparse.evaluation.forward import KVCacheChoice
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.resources import kv_bytes_per_token

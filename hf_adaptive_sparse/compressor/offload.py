@@ -23,8 +23,8 @@ from hf_adaptive_sparse.checkpoint.offloaded import OffloadedLayers
 from hf_adaptive_sparse.checkpoint.plugin import attach
 from hf_adaptive_sparse.checkpoint.resolving import parameter_formats, resolve_weight_bits
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.saving import save_processor
-from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation.digests import batches_digest
 from hf_adaptive_sparse.packing.stored_weight import ValueFormat
 from hf_adaptive_sparse.pruning.apply import prune_model

@@ -16,10 +16,11 @@ from hf_adaptive_sparse.compressor.checks import (
 )
 from hf_adaptive_sparse.compressor.companions import check_workers
 from hf_adaptive_sparse.compressor.compression import Compression, CompressionResult
+from hf_adaptive_sparse.compressor.data_source import DataSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.presets import DEFAULT_QUALITY, Preset, get_preset
 from hf_adaptive_sparse.compressor.pruned_folder import output_folder
 from hf_adaptive_sparse.compressor.search_plan import SearchPlan
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.errors import AdaptiveSparseError
 from hf_adaptive_sparse.hub import push_folder

@@ -17,6 +17,8 @@ from hf_adaptive_sparse.checkpoint.offloaded import STATE_NAME
 from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.checkpoint.weight_files import WeightFiles
 from hf_adaptive_sparse.compressor.checks import on_cpu
+from hf_adaptive_sparse.compressor.data_source import DataSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource, parameter_bytes
 from hf_adaptive_sparse.compressor.offload import prune_into, weight_files
 from hf_adaptive_sparse.compressor.saving import (
     Recipe,
@@ -24,7 +26,6 @@ from hf_adaptive_sparse.compressor.saving import (
     save_model,
     save_report,
 )
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, parameter_bytes
 from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.evaluation.resources import weight_bytes_on_disk
 from hf_adaptive_sparse.pruning.report import PruningReport

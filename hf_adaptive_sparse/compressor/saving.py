@@ -27,7 +27,7 @@ from hf_adaptive_sparse.calibration.processors import PROCESSOR_CONFIGS
 from hf_adaptive_sparse.calibration.questions import format_question
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor.measuring import Measurement
-from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.hub.license import license_of
 from hf_adaptive_sparse.hub.source import local_folder
 from hf_adaptive_sparse.profiles import CompressionProfile, SparsityProfile

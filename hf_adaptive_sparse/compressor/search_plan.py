@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from hf_adaptive_sparse.calibration.data import Batch
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.data_source import DataSource, held_out_batches
 from hf_adaptive_sparse.compressor.final_prune import final_config, pruned_for_now, ranking_metric
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.pruning.metrics import get_metric
 from hf_adaptive_sparse.search.errors import NothingToChoose, StudyMismatch, TrialsFailed
 from hf_adaptive_sparse.search.loss_budgets import check_bound

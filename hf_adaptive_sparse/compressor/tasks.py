@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
-from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.evaluation.digests import weights_digest
 from hf_adaptive_sparse.evaluation.tasks.run import run_task
 from hf_adaptive_sparse.evaluation.tasks.task import Setting, TaskResult, find_task

@@ -21,9 +21,9 @@ from hf_adaptive_sparse.calibration.conversation_texts import line_of_conversati
 from hf_adaptive_sparse.calibration.data import load_batches
 from hf_adaptive_sparse.calibration.questions import question_batch
 from hf_adaptive_sparse.calibration.records import DataError, Row, read_records
+from hf_adaptive_sparse.compressor.data_source import DataSource
 from hf_adaptive_sparse.compressor.measuring import Measuring
 from hf_adaptive_sparse.compressor.search_plan import Loaded
-from hf_adaptive_sparse.compressor.sources import DataSource
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.evaluation.vqa import vqa_accuracy
 from tests.calibration.test_conversations import turns

@@ -17,7 +17,7 @@ import torch
 
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.compressor.companions import companions, share_devices
-from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.search.worker import process_start
 
 MODEL = ModelSource("model")

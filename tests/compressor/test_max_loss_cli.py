@@ -11,8 +11,9 @@ from hf_adaptive_sparse.cli.arguments import build_parser
 from hf_adaptive_sparse.cli.inputs import config_of
 from hf_adaptive_sparse.cli.space_arguments import loss, space_of
 from hf_adaptive_sparse.compressor import compress
+from hf_adaptive_sparse.compressor.data_source import DataSource, held_out_batches
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.presets import get_preset
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource, held_out_batches
 from hf_adaptive_sparse.evaluation.perplexity import perplexity
 from hf_adaptive_sparse.profiles import CompressionProfile
 

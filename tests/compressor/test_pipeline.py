@@ -30,9 +30,9 @@ from hf_adaptive_sparse.calibration.records import DataError
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.compressor import DataSource, compress, pruned_folder
 from hf_adaptive_sparse.compressor.checks import check_goal
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.pruned_folder import prune_to_folder
 from hf_adaptive_sparse.compressor.saving import copy_processor
-from hf_adaptive_sparse.compressor.sources import ModelSource
 from hf_adaptive_sparse.evaluation import vqa
 from hf_adaptive_sparse.search.space import SearchSpace
 from hf_adaptive_sparse.search.storage import JOURNAL

@@ -9,9 +9,10 @@ import torch
 from optuna import create_study
 
 from hf_adaptive_sparse.checkpoint.config import SparsityConfig
+from hf_adaptive_sparse.compressor.data_source import DataSource
 from hf_adaptive_sparse.compressor.jobs import search_study
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.search_plan import Loaded, SearchPlan
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
 from hf_adaptive_sparse.search.errors import NothingToChoose, StudyMismatch, TrialsFailed
 from hf_adaptive_sparse.search.opening import FINGERPRINT
 from hf_adaptive_sparse.search.space import SearchSpace

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_adaptive_sparse.cli import main
-from hf_adaptive_sparse.compressor.sources import DataSource, ModelSource
+from hf_adaptive_sparse.compressor.data_source import DataSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.compressor.targets import checked_target
 from hf_adaptive_sparse.staging import OutputError
 

@@ -15,7 +15,7 @@ from hf_adaptive_sparse.checkpoint.config import SparsityConfig
 from hf_adaptive_sparse.checkpoint.plugin import apply_config
 from hf_adaptive_sparse.cli import main
 from hf_adaptive_sparse.compressor import tasks as job
-from hf_adaptive_sparse.compressor.sources import ModelSource
+from hf_adaptive_sparse.compressor.model_source import ModelSource
 from hf_adaptive_sparse.evaluation.tasks import run
 from hf_adaptive_sparse.evaluation.tasks.task import Setting
 from tests.processors import make_tokenizer
