@@ -8,7 +8,6 @@ behind its length means nothing.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +79,7 @@ class PackedBlocks:
     lengths: tuple[int, ...] | None = None
     prepared: dict[object, Any] = field(default_factory=dict, init=False, repr=False)
 
-    @functools.cached_property
+    @property
     def length(self) -> int:
         """Tokens packed."""
         if self.lengths is None:

@@ -512,13 +512,14 @@ def test_models_in_16_bits(tiny_llama, native_calls, dtype):
 @needs_kernels
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_models_work_and_graph_breaks_are_counted(tiny_llama, native_calls):
+def test_compiled_models_work_and_graph_breaks_are_counted(tiny_llama, native_calls, request):
     counters = torch._dynamo.utils.counters
     ids, sizes = random_ids(1, 60), [50] + [1] * 10
     expected = decode_steps(
         tiny_llama, ids, sizes, AdaptiveQuantizedCache(tiny_llama.config, PROFILE)
     )
     eager_calls = len(native_calls)
+    request.addfinalizer(torch._dynamo.reset)
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(tiny_llama, backend="eager")
@@ -526,13 +527,14 @@ def test_compiled_models_work_and_graph_breaks_are_counted(tiny_llama, native_ca
     output = decode_steps(compiled, ids, sizes, cache)
     torch.testing.assert_close(output, expected)
     assert len(native_calls) == 2 * eager_calls
+    if torch.__version__ < (2, 9):
+        return  # which also compiles what is called where a graph breaks, piece by piece
     breaks = sum(counters["graph_break"].values())
     reasons = {reason.splitlines()[0] for reason in counters["graph_break"]}
     # One where the cache is updated and one at attention, in every frame that holds either; none
     # for another reason.
     assert 2 <= breaks <= 40, counters["graph_break"]
     assert all("torch.compiler.disable" in reason for reason in reasons), reasons
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_llava"])
