@@ -100,8 +100,8 @@ def first_exchange(row: Row) -> Row:
     """
     if MESSAGES not in row:
         return row
-    messages = kept(row, 1)[MESSAGES]
-    others = {name: value for name, value in kept(row, 1).items() if name != MESSAGES}
+    others = dict(kept(row, 1))
+    messages = others.pop(MESSAGES)
     system = [text_of(message) for message in messages if message["role"] == "system"]
     return {**others, SYSTEM: "".join(system), "answers": (text_of(messages[-1]),)}
 

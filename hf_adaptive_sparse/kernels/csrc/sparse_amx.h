@@ -307,7 +307,7 @@ AMX_FORCED amx_ahead amx_ahead_of(const uint8_t *from, int64_t size_bytes, int64
 /* Rows first to first + count - 1, at most 16, with all tokens; constants say which kind. Returns a
  * status, see has_sparse_variant. */
 AMX_FORCED int amx_block(const has_sparse_call *call, const has_sparse_x *x, int64_t first,
-                          int64_t count, int bits, int careful) {
+                         int64_t count, int bits, int careful) {
     _Alignas(64) uint8_t weight[2][AMX_ROWS * AMX_CHUNK_BYTES];
     amx_products products;
     amx_sums sums;

@@ -371,8 +371,8 @@ static TARGET int multiply(const has_sparse_call *call, const has_sparse_x *x, i
 }
 
 /* Both return the number of the value after the row's. */
-FORCED int64_t decompress_values(const has_sparse_call *call, int64_t row, int bits, exceptions *ahead,
-                              uint8_t *out) {
+FORCED int64_t decompress_values(const has_sparse_call *call, int64_t row, int bits,
+                                 exceptions *ahead, uint8_t *out) {
     _Alignas(64) uint8_t block[BLOCK * 4 + 64];
     const int item_bytes = bits == 12 ? 2 : bits / 8;
     const uint8_t *mask = mask_of(call, row);
